@@ -1,0 +1,10876 @@
+/* paddle.h - v0.1.0 - deep learning in one C header - MIT-or-Unlicense
+
+   Trains and runs neural networks: layer graphs, sequences without padding, costs and evaluators, optimizers, readers
+   for files larger than memory, checkpoints. Needs the C library and libm; uses OpenMP when the compiler does.
+
+   In ONE file of your program:
+
+       #define PADDLE_IMPLEMENTATION
+       #include "paddle.h"
+
+   before other headers, and `cc -O2 -fopenmp app.c -lm` (or without -fopenmp). Other files just include it.
+
+   paddle.h DOES NOT: record arbitrary programs and differentiate them (a net is a graph of layers, built once); store
+   the graph in its files (the program that uses a model builds the same graph); run on a GPU or a cluster by itself;
+   use float16 in computation; vectorise beyond 16-byte vectors yet.
+
+   CONTENTS: search for ">>name".
+     This comment     ERRORS, ROWS AND SHAPES, PARAMETERS, TRAINING, GRADIENTS AND OPTIMIZERS, READERS, FILES,
+                      WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, MEMORY, OPTIONS AT COMPILE TIME
+     Declarations     status hooks tensors parameters net inputs activations layers costs batches running evaluators
+                      optimizers device updater readers trainer files
+                      (and "layer types", "gradient check")
+     Implementation   core device net parameters inputs running layers costs evaluators optimizers batches readers
+                      tensorboard trainer profile files (and "gradient check"), in that order
+
+   A WHOLE PROGRAM
+
+   ```c
+   #define PADDLE_IMPLEMENTATION
+   #include "paddle.h"
+
+   int main(void) {
+       pd_net *net = pd_net_new(NULL);
+       pd_layer *image = pd_image(net, "image", 1, 28, 28);
+       pd_layer *label = pd_label(net, "label", 10);
+       pd_layer *conv = pd_conv(net, image, 8, 5, &(pd_conv_opts){ .name = "conv", .act = PD_RELU });
+       pd_layer *pool = pd_pool(net, conv, 2, NULL);
+       pd_layer *fc = pd_fc(net, pool, 10, &(pd_fc_opts){ .act = PD_SOFTMAX, .weight.init = pd_normal(0, 0.01) });
+       pd_layer *cost = pd_cross_entropy(net, fc, label, NULL);
+
+       const char *files[] = { "train-images-idx3-ubyte", "train-labels-idx1-ubyte" };
+       pd_reader *reader = pd_idx_reader(net, files, 2, &(pd_reader_opts){ .scale = 1 / 255.0 });
+       pd_trainer *trainer = pd_trainer_new(net, cost, pd_momentum(0.02, 0.9), &(pd_trainer_opts){ .l2 = 0.0005 });
+       if (pd_train(trainer, reader, 10, &(pd_train_opts){ .batch_size = 128, .progress = true }) != PD_OK ||
+           pd_save(net, "model.safetensors") != PD_OK)
+           fprintf(stderr, "%s\n", pd_error(net));
+       pd_reader_free(reader);
+       pd_trainer_free(trainer);
+       pd_net_free(net);
+   }
+   ```
+
+   What a call needs are parameters; what it can do without are fields of an options struct, in which zero is the
+   default and NULL stands for all defaults. In C++ declare the struct, set its fields and pass its address.
+
+   ERRORS
+
+   The library never exits, aborts or prints unasked (`progress` is asking). A builder (anything that adds to a net)
+   that is given something wrong returns NULL, and the net keeps the message; later builders see that, or the NULL, and
+   return NULL as well, so one check at the end is enough. Other calls return a pd_status. In both cases pd_error(net)
+   is one line that names the layer or the file, what was expected and what came:
+
+       conv2: filter 7x7 does not fit the padded input 5x5 coming from "pool1" (16x5x5)
+       train.csv:812: column 3: expected a number, got "n/a"
+
+   A failed training step changes no further parameter: what was learned can still be saved.
+
+   ROWS AND SHAPES
+
+   A batch is a stack of rows. Each layer turns rows into rows; the shape of one row (channels x height x width, or a
+   plain number of values) is settled when the layer is built, the number of rows by each batch. A sample is one row,
+   or, for inputs marked by pd_sequence, any number of rows: sequences lie end to end with a list of offsets, nothing is
+   padded, and layers that work row by row need not know. Labels and words are ids, 64-bit integers.
+
+   PARAMETERS
+
+   A layer's learned numbers are named after it ("conv.weight", "conv.bias"). Give two layers the same parameter name
+   in their options and they share it. Each parameter may have its own initialiser, learning-rate factor, decay,
+   clipping, pruning, or be static:
+
+   ```c
+   pd_fc(net, input, 100, &(pd_fc_opts){ .name = "fc", .weight = { .init = pd_xavier(), .rate = 2, .l2 = 1e-4 },
+                                         .bias.no_decay = true });
+   ```
+
+   GRADIENTS AND OPTIMIZERS
+
+   Costs are per row. A gradient is summed over the batch and divided by the number of samples before the optimizer sees
+   it (not with `sum_gradients`, which is how the Paddle of 2016 did it; there, rates were divided by the batch size
+   by hand). Order: scale, clip each element (clip_value), clip the norm of all (clip_norm; with it no parameter
+   changes before the whole backward pass is done), add l2 times the value (AdamW instead shrinks the value by rate
+   times l2), step, and shrink towards zero by rate times l1. This holds for every optimizer; what an optimizer can't do
+   is refused, not ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
+
+   READERS
+
+   A reader gives samples to the inputs of the net in the order in which these were created. Readers can be stacked:
+
+   ```c
+   reader = pd_prefetch(net, pd_shuffle(net, pd_csv_reader(net, "@train.list", NULL), 100000, 1), 4);
+   ```
+
+   reads ahead in a thread, shuffles with 100,000 samples in memory, from the files listed in train.list. What a
+   reader delivers depends on its seed and the number of the pass alone, so a training that continues from a checkpoint
+   sees the same samples. Bad input gives the file, line or offset, and what was expected.
+
+   FILES
+
+   Values are saved as .safetensors, which Python reads too; checkpoints are such files with more in them. They are
+   written beside the old file, synced, and renamed. For weights trained elsewhere, names and layout are mapped:
+
+   ```c
+   pd_load_map map[] = { { "features.0.weight", "conv.weight", false }, { "classifier.weight", "fc.weight", true } };
+   pd_load(net, "theirs.safetensors", &(pd_load_opts){ .map = map, .map_count = 2, .partial = true });
+   ```
+
+   WRITING A LAYER
+
+   A layer is a constant pd_layer_type. The built-in ones are written in the same way. This one computes x * sigmoid(b x)
+   with one learned b; its activation, gradients, memory, saving and training come from the net:
+
+   ```c
+   static pd_status swish_setup(pd_layer *l) {
+       int64_t one = 1;
+       l->shape = l->inputs[0]->shape;
+       if (l->inputs[0]->is_ids) return pd_layer_fail(l, PD_E_SHAPE, "needs numbers, not ids");
+       return pd_layer_param(l, "b", 1, &one, 1, 1, pd_constant(1), NULL) ? PD_OK : pd_error_status(l->net);
+   }
+   static pd_status swish_forward(pd_layer *l) {
+       const pd_tensor *x = &l->inputs[0]->out;
+       for (int64_t i = 0; i < x->rows * x->width; i++)
+           l->out.data[i] = x->data[i] / (1 + (pd_real)exp(-l->params[0]->value[0] * x->data[i]));
+       return PD_OK;
+   }
+   static pd_status swish_backward(pd_layer *l) {
+       const pd_tensor *x = &l->inputs[0]->out;
+       pd_param *b = l->params[0];
+       for (int64_t i = 0; i < x->rows * x->width; i++) {
+           pd_real v = x->data[i], s = 1 / (1 + (pd_real)exp(-b->value[0] * v)), slope = v * s * (1 - s);
+           if (x->grad) x->grad[i] += l->out.grad[i] * (s + b->value[0] * slope);
+           if (b->grad) b->grad[0] += l->out.grad[i] * v * slope;
+       }
+       return PD_OK;
+   }
+   static const pd_layer_type swish = { PD_API_VERSION, "swish", 1, 1, 0, 0, 0,
+                                        swish_setup, NULL, swish_forward, swish_backward, NULL };
+   ```
+
+   It is added with pd_layer_add(net, &swish, "name", &input, 1, NULL). pd_check_gradients says whether backward is the
+   derivative of forward; build with PADDLE_DOUBLE for a sharp answer. Backward adds to gradients, never overwrites.
+
+   DEVICES AND UPDATERS
+
+   A device (pd_device) is memory and the operations layers are written in; an updater (pd_updater) is what becomes of
+   gradients. Both are tables of functions, so that a GPU or a cluster can be plugged in without a change to layers or
+   programs. The CPU device and the local updater are built in. For now a device must have host memory.
+
+   THREADS AND DETERMINISM
+
+   One thread at a time uses a net; different nets may be used in different threads; nothing is global. pd_net_share
+   makes further nets that read the same parameters. Within a net OpenMP shares out the work. Same seed, same program,
+   same build and machine: the same bits, whatever the number of threads. Another compiler, instruction set or C
+   library may round differently.
+
+   MEMORY
+
+   Shapes are settled when layers are built, memory is taken with the first batch, and after batches of the largest size
+   have been seen a training step allocates nothing. Everything comes from the allocator in pd_net_opts.
+
+   OPTIONS AT COMPILE TIME
+
+     PADDLE_DOUBLE       pd_real is double. Define it in every file of the program, or in none (a mix doesn't link).
+     PADDLE_STATIC       all functions are static. Define it beside PADDLE_IMPLEMENTATION; then only that file can call.
+     PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the compiler's option.)
+
+   Licence: at the end of this file. */
+
+#if defined(PADDLE_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200809L /* for fsync, fileno, clock_gettime and threads under -std=c99 */
+#endif
+#if defined(PADDLE_IMPLEMENTATION) && !defined(_FILE_OFFSET_BITS)
+#define _FILE_OFFSET_BITS 64 /* files beyond 2 GiB on 32-bit systems */
+#endif
+
+#ifndef PADDLE_H
+#define PADDLE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PD_VERSION "0.1.0"
+#define PD_API_VERSION 1 /* of the four seams: pd_layer_type, pd_device, pd_updater, pd_reader */
+
+#ifndef PD_API
+#ifdef PADDLE_STATIC
+#if defined(__GNUC__)
+#define PD_API static __attribute__((unused))
+#else
+#define PD_API static
+#endif
+#else
+#define PD_API extern
+#endif
+#endif
+
+#if defined(__GNUC__)
+#define PD_PRINTF(text, args) __attribute__((format(printf, text, args)))
+#else
+#define PD_PRINTF(text, args)
+#endif
+
+/* The number type of values and gradients. PADDLE_DOUBLE must be the same in every file of a program; since it
+   renames the one function that every program calls, a mix does not link. Options are double in both builds. */
+#ifdef PADDLE_DOUBLE
+typedef double pd_real;
+#define pd_net_new pd_net_new_of_double
+#else
+typedef float pd_real;
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ======================================================================================================== */
+/* >>status                                                                                                 */
+
+#define PD_STATUSES(X)                                                                                       \
+    X(PD_OK, "ok")                                                                                           \
+    X(PD_END, "end of data")                                                                                 \
+    X(PD_STOPPED, "stopped by the callback")                                                                 \
+    X(PD_E_ARGUMENT, "wrong argument")                                                                       \
+    X(PD_E_SHAPE, "shapes do not match")                                                                     \
+    X(PD_E_MEMORY, "out of memory")                                                                          \
+    X(PD_E_IO, "file could not be read or written")                                                          \
+    X(PD_E_FORMAT, "malformed data")                                                                         \
+    X(PD_E_NUMERIC, "not a finite number")                                                                   \
+    X(PD_E_UNSUPPORTED, "not supported")                                                                     \
+    X(PD_E_STATE, "called in the wrong state")                                                               \
+    X(PD_E_DEVICE, "device failed")
+
+typedef enum pd_status {
+#define PD__ENUM(name, text) name,
+    PD_STATUSES(PD__ENUM)
+#undef PD__ENUM
+        PD_STATUS_COUNT
+} pd_status;
+
+/* A status and its message, as nets, readers and batches keep one. */
+typedef struct pd_failure {
+    pd_status status;
+    char text[512];
+} pd_failure;
+
+typedef struct pd_net pd_net;
+typedef struct pd_layer pd_layer;
+typedef struct pd_layer_type pd_layer_type;
+typedef struct pd_param pd_param;
+typedef struct pd_device pd_device;
+typedef struct pd_batch pd_batch;
+typedef struct pd_reader pd_reader;
+typedef struct pd_updater pd_updater;
+typedef struct pd_trainer pd_trainer;
+typedef struct pd_evaluator pd_evaluator;
+
+/* The constant one-line text of a status; never NULL. */
+PD_API const char *pd_status_text(pd_status status);
+
+/* The message of the net's failure: of the builder that failed first, else of the call that failed last; "" when
+   nothing failed. Valid until the next call on this net. NULL net: the text for "out of memory". */
+PD_API const char *pd_error(const pd_net *net);
+
+/* The status that goes with pd_error. */
+PD_API pd_status pd_error_status(const pd_net *net);
+
+/* ======================================================================================================== */
+/* >>hooks                                                                                                  */
+
+/* Every byte the library takes comes from here. alloc returns memory aligned to `align` (a power of two) or NULL;
+   free gets back what alloc gave and the same size. Both must be callable from several threads when a prefetching
+   reader is used. All NULL: the C library's allocator. */
+typedef struct pd_allocator {
+    void *(*alloc)(void *user, size_t size, size_t align);
+    void (*free)(void *user, void *memory, size_t size);
+    void *user;
+} pd_allocator;
+
+/* Receives one line per event worth knowing (errors, saved files). NULL: silence. The text is only valid in the call. */
+typedef struct pd_logger {
+    void (*log)(void *user, pd_status status, const char *text);
+    void *user;
+} pd_logger;
+
+/* ======================================================================================================== */
+/* >>tensors                                                                                                */
+
+/* The shape of one row. A vector of n is {n, 1, 1}; an image is stored channel by channel, row by row (CHW). */
+typedef struct pd_shape {
+    int64_t channels, height, width;
+} pd_shape;
+
+/* What one layer puts out for one batch: a stack of rows, in the memory of the net's device. */
+typedef struct pd_tensor {
+    int64_t rows;          /* of this batch */
+    int64_t width;         /* numbers per row: channels * height * width of the layer's shape */
+    pd_real *data;         /* rows x width; NULL when the rows are ids */
+    pd_real *grad;         /* rows x width, d(cost)/d(data); NULL when nobody wants it. Backward ADDS into it. */
+    const int64_t *ids;    /* rows ids (labels, words); NULL when the rows are numbers. Always host memory. */
+    int64_t sequences;     /* number of sequences; 0 when the rows are independent */
+    const int64_t *starts; /* sequences + 1 row offsets, first 0, last rows; NULL when independent. Host memory. */
+} pd_tensor;
+
+/* ======================================================================================================== */
+/* >>parameters                                                                                             */
+
+typedef enum pd_init_kind {
+    PD_INIT_DEFAULT,  /* what the layer documents; for weights normal with standard deviation 1/sqrt(fan-in) */
+    PD_INIT_CONSTANT, /* a */
+    PD_INIT_NORMAL,   /* mean a, standard deviation b */
+    PD_INIT_UNIFORM,  /* from a to b */
+    PD_INIT_XAVIER,   /* uniform in +-sqrt(6 / (fan-in + fan-out)); Glorot and Bengio 2010 */
+    PD_INIT_HE        /* normal, standard deviation sqrt(2 / fan-in); He et al. 2015 */
+} pd_init_kind;
+
+typedef struct pd_init {
+    pd_init_kind kind;
+    double a, b;
+} pd_init;
+
+PD_API pd_init pd_constant(double value);
+PD_API pd_init pd_normal(double mean, double deviation);
+PD_API pd_init pd_uniform(double low, double high);
+PD_API pd_init pd_xavier(void);
+PD_API pd_init pd_he(void);
+
+/* Options of one parameter, a field of many layers' options. All zero: the defaults. */
+typedef struct pd_param_opts {
+    const char *name;    /* default "LAYER.weight" and the like; a name already in use shares that parameter */
+    pd_init init;        /* default: the layer's */
+    double rate;         /* learning-rate factor, > 0; default 1 */
+    double l1, l2;       /* >= 0; default: the trainer's */
+    bool no_decay;       /* neither the trainer's l1 nor its l2 */
+    bool is_static;      /* never updated, no gradient is computed */
+    double clip;         /* bound on each element of the gradient, > 0; default: the trainer's clip_value */
+    double prune;        /* 0 <= prune < 1: this share of the smallest magnitudes is set to zero when training
+                            starts and held there (a pruning mask); default 0 */
+} pd_param_opts;
+
+#define PD_MAX_DIMS 4
+
+/* One named array of learned numbers. Read-only for users; value and grad are in the device's memory. */
+struct pd_param {
+    const char *name;
+    int dim_count;
+    int64_t dims[PD_MAX_DIMS];
+    int64_t size;      /* product of dims */
+    pd_real *value;
+    pd_real *grad;     /* SUM over the samples of the batch; NULL when static or not training. Backward adds. */
+    pd_param_opts opts;
+    bool is_buffer;    /* statistics kept by a layer, such as a running mean: saved, never given a gradient */
+    unsigned char *mask; /* size bytes, 0 = held at zero; NULL = no pruning. Host memory. */
+    pd_net *net;       /* the net that owns it */
+    int64_t fan_in, fan_out;
+    int users;         /* the net's: layers of this step that have not yet added their gradient */
+    int trained;       /* the trainer's: 1 + its place among the trained ones, 0 = not trained */
+    bool announced;    /* the net's: param_needed was called in this step */
+    pd_param *next;    /* in order of creation */
+};
+
+PD_API pd_param *pd_param_find(pd_net *net, const char *name); /* NULL when there is none; no error */
+PD_API pd_param *pd_param_first(pd_net *net);                  /* then ->next, in order of creation */
+/* Copies all `count` numbers in or out (host memory); count must be the parameter's size. */
+PD_API pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count);
+PD_API pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count);
+/* The gradient summed over the last batch; PD_E_STATE when there is none. */
+PD_API pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64_t count);
+
+/* ======================================================================================================== */
+/* >>net                                                                                                    */
+
+typedef struct pd_net_opts {
+    uint64_t seed;       /* of everything random in this net */
+    int threads;         /* OpenMP threads; default all. Results do not depend on it. */
+    pd_device *device;   /* default: the CPU. Not owned; must outlive the net. */
+    pd_allocator allocator;
+    pd_logger logger;
+} pd_net_opts;
+
+/* A new empty net, or NULL when out of memory. Free with pd_net_free. A net is used by one thread at a time. */
+PD_API pd_net *pd_net_new(const pd_net_opts *opts);
+PD_API void pd_net_free(pd_net *net);
+
+/* A second net with the same layers that reads the same parameters, for predicting in another thread at the same
+   time. It can't be trained, must be freed before `net`, and `net` must not be trained while it is in use.
+   NULL, with the message in `net`, when it can't be made. */
+PD_API pd_net *pd_net_share(pd_net *net);
+
+PD_API pd_layer *pd_layer_find(pd_net *net, const char *name); /* NULL when there is none; no error */
+PD_API pd_layer *pd_layer_at(pd_net *net, int index);          /* in order of creation; NULL past the end */
+
+/* One line: version, number type, instruction set, threads. Like snprintf: returns the length it wants. */
+PD_API size_t pd_info(const pd_net *net, char *text, size_t size);
+
+/* ======================================================================================================== */
+/* >>inputs                                                                                                 */
+
+/* Inputs are fed by the batch's slots in the order in which they are created here. */
+PD_API pd_layer *pd_image(pd_net *net, const char *name, int64_t channels, int64_t height, int64_t width);
+PD_API pd_layer *pd_vector(pd_net *net, const char *name, int64_t size);
+PD_API pd_layer *pd_label(pd_net *net, const char *name, int64_t classes); /* ids 0 .. classes - 1 */
+PD_API pd_layer *pd_ids(pd_net *net, const char *name, int64_t count);     /* the same, for words and the like */
+/* Makes an input carry sequences: each sample is any number of rows. Returns `input`. */
+PD_API pd_layer *pd_sequence(pd_layer *input);
+
+/* ======================================================================================================== */
+/* >>activations                                                                                            */
+
+/* X(name, text, needs): needs says what the derivative reads: the output y, or the input x kept beside it. */
+#define PD_ACTIVATIONS(X)                                                                                    \
+    X(PD_LINEAR, "linear", PD__FROM_Y)         /* x */                                                       \
+    X(PD_RELU, "relu", PD__FROM_Y)             /* max(x, 0) */                                               \
+    X(PD_BRELU, "brelu", PD__FROM_Y)           /* min(max(x, 0), 24) */                                      \
+    X(PD_SOFTRELU, "softrelu", PD__FROM_Y)     /* log(1 + exp(x)) */                                         \
+    X(PD_LEAKY_RELU, "leaky_relu", PD__FROM_Y) /* x < 0 ? 0.01 x : x */                                      \
+    X(PD_GELU, "gelu", PD__FROM_X)             /* x (1 + erf(x / sqrt 2)) / 2 */                             \
+    X(PD_SIGMOID, "sigmoid", PD__FROM_Y)       /* 1 / (1 + exp(-x)) */                                       \
+    X(PD_TANH, "tanh", PD__FROM_Y)                                                                           \
+    X(PD_STANH, "stanh", PD__FROM_Y)           /* 1.7159 tanh(2/3 x); LeCun et al. 1998 */                   \
+    X(PD_EXP, "exp", PD__FROM_Y)                                                                             \
+    X(PD_LOG, "log", PD__FROM_X)                                                                             \
+    X(PD_ABS, "abs", PD__FROM_X)                                                                             \
+    X(PD_SQUARE, "square", PD__FROM_X)                                                                       \
+    X(PD_SQRT, "sqrt", PD__FROM_Y)                                                                           \
+    X(PD_RECIPROCAL, "reciprocal", PD__FROM_Y) /* 1 / x */                                                   \
+    X(PD_SOFTMAX, "softmax", PD__FROM_Y)       /* over the whole row */
+
+typedef enum pd_act {
+#define PD__ENUM(name, text, needs) name,
+    PD_ACTIVATIONS(PD__ENUM)
+#undef PD__ENUM
+        PD_ACT_COUNT
+} pd_act;
+
+/* ======================================================================================================== */
+/* >>layers                                                                                                 */
+
+/* Every function here adds a layer and returns it, owned by the net, or NULL: then pd_error(net) says why. A NULL
+   input (from an earlier failure) gives NULL again and leaves the first message. opts may be NULL. "name" in the
+   options is the layer's name, default its kind and a number; "act" is applied to the output. */
+
+typedef struct pd_fc_opts {
+    const char *name;
+    pd_act act;
+    bool no_bias;
+    pd_param_opts weight; /* in x size; "LAYER.weight", and "LAYER.weight1" .. for further inputs */
+    pd_param_opts bias;   /* size; starts at 0 */
+} pd_fc_opts;
+/* Fully connected: y = act(x W + b). Row-wise; images are taken as vectors. */
+PD_API pd_layer *pd_fc(pd_net *net, pd_layer *input, int64_t size, const pd_fc_opts *opts);
+/* The same over several inputs with equal rows: y = act(sum_k x_k W_k + b). */
+PD_API pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts);
+
+typedef struct pd_conv_opts {
+    const char *name;
+    pd_act act;
+    bool no_bias;
+    int64_t filter_h;                       /* default: the `filter` argument, which is the width */
+    int64_t stride, stride_h;               /* default 1; stride_h default: stride */
+    int64_t pad, pad_h;                     /* zeros on each side; pad_h default: pad. -1 as pad_h: none */
+    int64_t dilation, dilation_h;           /* default 1; dilation_h default: dilation */
+    int64_t groups;                         /* default 1 */
+    pd_param_opts weight;                   /* filters x in/groups x filter_h x filter (OIHW) */
+    pd_param_opts bias;                     /* filters; starts at 0 */
+} pd_conv_opts;
+/* 2-D convolution (cross-correlation) of an image: out = floor((in + 2 pad - dilation (filter - 1) - 1) / stride) + 1. */
+PD_API pd_layer *pd_conv(pd_net *net, pd_layer *input, int64_t filters, int64_t filter, const pd_conv_opts *opts);
+/* Transposed convolution: out = (in - 1) stride - 2 pad + dilation (filter - 1) + 1. Its weight is
+   in x filters/groups x filter_h x filter (IOHW). */
+PD_API pd_layer *pd_conv_transpose(pd_net *net, pd_layer *input, int64_t filters, int64_t filter,
+                                   const pd_conv_opts *opts);
+
+typedef enum pd_pool_method {
+    PD_MAX,
+    PD_AVERAGE, /* over the cells of the window that lie inside the image */
+    PD_SUM,
+    PD_SQRT_N   /* sum / sqrt(cells inside the image) */
+} pd_pool_method;
+typedef struct pd_pool_opts {
+    const char *name;
+    pd_act act;
+    pd_pool_method method;    /* default PD_MAX */
+    int64_t size_h;           /* default: the `size` argument, which is the width */
+    int64_t stride, stride_h; /* default: size and size_h; stride_h default: stride if given */
+    int64_t pad, pad_h;       /* < size; pad_h default: pad. -1 as pad_h: none */
+    bool ceil;                /* round the output size up instead of down: windows may stick out at the end */
+} pd_pool_opts;
+PD_API pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_pool_opts *opts);
+
+typedef struct pd_batch_norm_opts {
+    const char *name;
+    pd_act act;
+    double epsilon;       /* default 1e-5 */
+    double keep;          /* running = keep * running + (1 - keep) * batch; default 0.9, at most 1 */
+    bool use_running;     /* normalise with the running statistics in training too */
+    bool no_affine;       /* neither scale nor shift */
+    pd_param_opts weight; /* channels, starts at 1 */
+    pd_param_opts bias;   /* channels, starts at 0 */
+} pd_batch_norm_opts;
+/* Per channel over rows and positions; Ioffe and Szegedy 2015. Prediction uses the running mean and (unbiased)
+   variance, kept in the buffers LAYER.running_mean and LAYER.running_var. */
+PD_API pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm_opts *opts);
+
+typedef struct pd_layer_norm_opts {
+    const char *name;
+    pd_act act;
+    double epsilon; /* default 1e-5 */
+    bool no_affine;
+    pd_param_opts weight, bias; /* width of the row; start at 1 and 0 */
+} pd_layer_norm_opts;
+/* Each row to mean 0 and variance 1; Ba et al. 2016. */
+PD_API pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts);
+
+typedef struct pd_response_norm_opts {
+    const char *name;
+    pd_act act;
+    int64_t size; /* channels in the window; default 5 */
+    double alpha; /* default 1e-4, divided by size inside */
+    double beta;  /* default 0.75 */
+    double k;     /* > 0; default 1 */
+} pd_response_norm_opts;
+/* Across feature maps: y_c = x_c (k + alpha/size sum x_j^2)^-beta, j from c - size/2; Krizhevsky et al. 2012. */
+PD_API pd_layer *pd_response_norm(pd_net *net, pd_layer *input, const pd_response_norm_opts *opts);
+
+/* Options of layers that have no more than a name and an activation. */
+typedef struct pd_layer_opts {
+    const char *name;
+    pd_act act;
+} pd_layer_opts;
+
+/* Training: each number is zero with probability `rate` (0 <= rate < 1), else divided by 1 - rate. Otherwise: x. */
+PD_API pd_layer *pd_dropout(pd_net *net, pd_layer *input, double rate, const pd_layer_opts *opts);
+/* y = sum_k x_k, and y = product of two; equal shapes. */
+PD_API pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts);
+PD_API pd_layer *pd_multiply(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts);
+/* Joined along the channels: heights and widths must be equal. */
+PD_API pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts);
+/* Channels first .. first + count - 1. */
+PD_API pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t count, const pd_layer_opts *opts);
+/* The same numbers under another shape; channels * height * width must not change. */
+PD_API pd_layer *pd_reshape(pd_net *net, pd_layer *input, pd_shape shape, const pd_layer_opts *opts);
+/* Permutes the axes of each row: axis i of the output is axis order[i] of the input (0 channels, 1 height, 2 width). */
+PD_API pd_layer *pd_transpose(pd_net *net, pd_layer *input, const int order[3], const pd_layer_opts *opts);
+/* y = w a + (1 - w) b, with one number w per row. */
+PD_API pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts);
+/* y = w x, with one number w per row. */
+PD_API pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts);
+/* y = slope x + intercept, constants. */
+PD_API pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double intercept, const pd_layer_opts *opts);
+/* The largest of each `groups` consecutive channels; Goodfellow et al. 2013. channels / groups remain. */
+PD_API pd_layer *pd_maxout(pd_net *net, pd_layer *input, int64_t groups, const pd_layer_opts *opts);
+/* Zeros around the image: {channels before, after, rows before, after, columns before, after}. */
+PD_API pd_layer *pd_pad(pd_net *net, pd_layer *input, const int64_t pad[6], const pd_layer_opts *opts);
+/* Bilinear resize of each map; corners are aligned: source = out_index (in - 1) / (out - 1). */
+PD_API pd_layer *pd_resize(pd_net *net, pd_layer *input, int64_t height, int64_t width, const pd_layer_opts *opts);
+typedef struct pd_block_expand_opts {
+    const char *name;
+    pd_act act;
+    int64_t stride, stride_h; /* default: the block's sides; stride_h default: stride if given */
+    int64_t pad, pad_h;       /* pad_h default: pad. -1 as pad_h: none */
+} pd_block_expand_opts;
+/* Each image becomes a sequence of its blocks, left to right, then down; one row of channels*height*width per block. */
+PD_API pd_layer *pd_block_expand(pd_net *net, pd_layer *input, int64_t height, int64_t width,
+                                 const pd_block_expand_opts *opts);
+/* scale a.b / (|a| |b|) per row; b may hold n vectors of a's width: then n numbers per row. 0 where a norm is 0. */
+PD_API pd_layer *pd_cosine(pd_net *net, pd_layer *a, pd_layer *b, double scale, const pd_layer_opts *opts);
+/* y = a b^T, shape {1, |a|, |b|}. */
+PD_API pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts);
+/* Bilinear: y_k = a W_k b^T + bias_k; weight size x |a| x |b|. */
+PD_API pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts);
+/* An activation standing alone. alpha: leaky_relu's slope (default 0.01), brelu's bound (default 24). */
+typedef struct pd_activation_opts {
+    const char *name;
+    double alpha;
+} pd_activation_opts;
+PD_API pd_layer *pd_activation(pd_net *net, pd_layer *input, pd_act act, const pd_activation_opts *opts);
+/* x < 0 ? slope x : x, the slope learned per channel (weight; starts at 0.25); He et al. 2015. */
+typedef struct pd_prelu_opts {
+    const char *name;
+    pd_param_opts weight;
+} pd_prelu_opts;
+PD_API pd_layer *pd_prelu(pd_net *net, pd_layer *input, const pd_prelu_opts *opts);
+
+/* ======================================================================================================== */
+/* >>costs                                                                                                  */
+
+/* A cost is a layer of width 1: the cost of each row. The gradient is that of the SUM over rows; updaters divide it
+   by the number of samples. Costs can be added with pd_add and weighed with pd_affine. */
+typedef struct pd_cost_opts {
+    const char *name;
+    pd_layer *weight;            /* sample weights, a layer of width 1 (no gradient flows there); default all 1 */
+    const double *class_weights; /* cross_entropy: one per class, > 0, copied; default all 1 */
+    bool probabilities;          /* cross_entropy: the input holds probabilities although it isn't a softmax layer */
+    double delta;                /* huber, smooth_l1: where the square ends, > 0; default 1 */
+    int64_t top;                 /* lambda_rank: NDCG truncation; default 5 */
+} pd_cost_opts;
+/* -sum_c w_c t_c log p_c. `label` is a label, or a layer of soft labels t as wide as the input that does not learn. If
+   the input's activation is softmax, it is p, and both are differentiated as one; else p = softmax(input). */
+PD_API pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts);
+/* -sum_j t_j log p_j + (1 - t_j) log(1 - p_j), t_j in [0, 1]. Input with sigmoid activation: it is p; else
+   p = sigmoid(input). */
+PD_API pd_layer *pd_binary_cross_entropy(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts);
+/* sum_j (x_j - t_j)^2: no factor 1/2, no mean over j. */
+PD_API pd_layer *pd_squared_error(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts);
+/* sum_j of d^2/2 if |d| <= delta, else delta (|d| - delta/2); d = x_j - t_j. */
+PD_API pd_layer *pd_huber(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts);
+/* sum_j of d^2/(2 delta) if |d| < delta, else |d| - delta/2. */
+PD_API pd_layer *pd_smooth_l1(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts);
+/* Two classes, y = 2 label - 1: 0 if y x >= 1; (1 - y x)^2 if >= -1; else -4 y x; Zhang 2004. */
+PD_API pd_layer *pd_huber_two_class(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts);
+/* Input of width 1: max(0, 1 - y x), y = 2 label - 1. Wider: sum_{j != label} max(0, 1 - x_label + x_j). */
+PD_API pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts);
+/* RankNet, Burges et al. 2005: o = left - right; log(1 + e^o) - P o; P, width 1, is 1 if left should rank first. */
+PD_API pd_layer *pd_rank_cost(pd_net *net, pd_layer *left, pd_layer *right, pd_layer *p, const pd_cost_opts *opts);
+/* LambdaRank, Burges 2010: scores and relevances (width 1, sequences: one per query; else the batch is one query).
+   Relevances are numbers from 0 to 1000 or a label. The cost of every row is 1 - NDCG@top of its query divided by its
+   rows, 0 if none is relevant; the gradient is the lambdas, not the derivative of that cost. */
+PD_API pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevance, const pd_cost_opts *opts);
+/* The sum of the row. */
+PD_API pd_layer *pd_sum_cost(pd_net *net, pd_layer *input, const pd_cost_opts *opts);
+
+/* ======================================================================================================== */
+/* >>batches                                                                                                */
+
+typedef enum pd_slot_kind { PD_SLOT_DENSE, PD_SLOT_IDS } pd_slot_kind;
+
+/* One input's share of a batch. Host memory, grown as needed and kept. */
+typedef struct pd_slot {
+    pd_slot_kind kind;
+    bool sequence;
+    int64_t width;   /* numbers per row; the number of ids for PD_SLOT_IDS */
+    int64_t rows;
+    pd_real *data;   /* rows x width, or NULL */
+    int64_t *ids;    /* rows, or NULL */
+    int64_t *starts; /* samples + 1 row offsets when `sequence`, else NULL */
+    int64_t row_capacity, start_capacity;
+    const char *name; /* of the input layer; owned by the net */
+} pd_slot;
+
+struct pd_batch {
+    int64_t samples;
+    int slot_count;
+    pd_slot *slots;
+    pd_failure error; /* of the last pd_batch_ call that failed on it */
+    pd_net *net;      /* gives the allocator */
+};
+
+/* An empty batch with one slot per input of the net; NULL, with the message in the net, when out of memory. */
+PD_API pd_batch *pd_batch_new(pd_net *net);
+PD_API void pd_batch_free(pd_batch *batch);
+PD_API void pd_batch_clear(pd_batch *batch); /* no samples; keeps the memory */
+/* Adds a row to a dense slot and returns its `width` numbers, to be filled; NULL (batch->error) on failure. */
+PD_API pd_real *pd_batch_add_row(pd_batch *batch, int slot);
+/* Adds an id; it must lie in 0 .. width - 1. */
+PD_API pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id);
+/* Ends a sample: every slot must have got one row, or any number if it carries sequences; inputs that the run won't
+   need may be left out of the whole batch. Otherwise PD_E_SHAPE, and the rows of the unfinished sample are taken away. */
+PD_API pd_status pd_batch_end_sample(pd_batch *batch);
+/* Takes away the rows added since the last pd_batch_end_sample. */
+PD_API void pd_batch_drop_sample(pd_batch *batch);
+/* Appends sample `index` of `from` (same net). */
+PD_API pd_status pd_batch_copy_sample(pd_batch *batch, const pd_batch *from, int64_t index);
+
+/* ======================================================================================================== */
+/* >>running                                                                                                */
+
+typedef enum pd_mode {
+    PD_PREDICT, /* dropout off, batch norm by running statistics, no gradients kept */
+    PD_TRAIN,
+    PD_CHECK    /* as PD_TRAIN, but the random numbers and running statistics stand still: for gradient checks */
+} pd_mode;
+
+/* Computes the outputs of `targets` and of all they depend on; only the inputs they need must be in the batch. The
+   batch must stay as it is until the matching pd_backward. */
+PD_API pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd_layer *const *targets, int count);
+/* After pd_forward of `cost` in PD_TRAIN or PD_CHECK: adds d(sum of cost)/d(parameter) to every parameter's grad. */
+PD_API pd_status pd_backward(pd_net *net, pd_layer *cost);
+/* Makes gradients exist (a trainer does it too), sets them to zero. */
+PD_API pd_status pd_zero_grads(pd_net *net);
+/* Asks for d(cost)/d(input) of a dense input in `input->out.grad` (a trainer has no use for it). */
+PD_API pd_status pd_want_gradient(pd_layer *input);
+
+/* A layer's last output, in host memory: rows x width, owned by the net, valid until the next run. NULL on failure. */
+PD_API const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width);
+/* Predicts `rows` rows of the net's first input from an array; the other inputs must not be needed. */
+PD_API const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input, int64_t rows);
+
+/* ======================================================================================================== */
+/* >>evaluators                                                                                             */
+
+/* Everything an evaluator knows is sums, so evaluators of several workers are merged by adding. `update` gets ids in
+   range and no NaN: batches with such values are refused by name. A mean of nothing is NaN. */
+typedef struct pd_evaluator_type {
+    int api_version;
+    const char *name;
+    int input_count;
+    int value_count; /* at most 16 */
+    const char *const *value_names;
+    pd_status (*setup)(pd_evaluator *evaluator); /* checks shapes, sets sum_count */
+    pd_status (*update)(pd_evaluator *evaluator, const pd_tensor *const *inputs); /* host memory; adds to sums */
+    void (*values)(const pd_evaluator *evaluator, double *values);                /* from sums */
+} pd_evaluator_type;
+
+typedef struct pd_evaluator_opts {
+    const char *name; /* default: its kind and a number */
+    pd_layer *weight; /* sample weights, width 1, >= 0; default all 1 */
+    int64_t top_k;    /* error: a label among the top_k largest counts as right; default 1 */
+    double threshold; /* error, precision_recall on one output: positive if above; default 0.5 */
+    pd_layer *query;  /* pnpair: ids; only pairs with equal ids count; default: sequences, else the whole batch */
+} pd_evaluator_opts;
+
+struct pd_evaluator {
+    const pd_evaluator_type *type;
+    const char *name;
+    pd_net *net;
+    pd_layer *inputs[4]; /* output, label, then weight and query where the type takes them; NULL when not given */
+    pd_evaluator_opts opts;
+    double *sums;
+    int64_t sum_count;
+    pd_evaluator *next;
+};
+
+/* Share of rows whose label isn't among the top_k outputs; of equal ones the first counts as larger. Width 1:
+   (output > threshold) != label. There, and for auc, the label has two classes or is a number, 1/2 and more being 1. */
+PD_API pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts);
+/* Per class from the arg-max, averaged over the classes that occur as label or as arg-max (macro): precision, recall,
+   f1, each 0 where it would be 0/0, and accuracy (micro). Width 1 with threshold: of the positive class. */
+PD_API pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_layer *label,
+                                              const pd_evaluator_opts *opts);
+/* Area under the ROC curve of the score of class 1: the last column of the output (width 1 or 2), in [0, 1], in 65536
+   bins. NaN if one class is missing. */
+PD_API pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts);
+/* Pairs of one query with different labels: in order, out of order, ties; ratio = in order / out of order, 0 when none
+   is out of order. A pair counts the product of its weights. Labels may be numbers. All of a query must be in one
+   batch, and takes time quadratic in its rows; with query ids, in those of the batch. */
+PD_API pd_evaluator *pd_eval_pnpair(pd_net *net, pd_layer *score, pd_layer *label, const pd_evaluator_opts *opts);
+/* Mean absolute and root mean squared difference per number. */
+PD_API pd_evaluator *pd_eval_mean_error(pd_net *net, pd_layer *output, pd_layer *target,
+                                        const pd_evaluator_opts *opts);
+/* A user's own. */
+PD_API pd_evaluator *pd_evaluator_add(pd_net *net, const pd_evaluator_type *type, pd_layer *output, pd_layer *label,
+                                      const pd_evaluator_opts *opts);
+PD_API void pd_evaluator_reset(pd_evaluator *evaluator);
+/* Adds another's sums (same type, same number of sums). */
+PD_API pd_status pd_evaluator_merge(pd_evaluator *evaluator, const pd_evaluator *other);
+/* The k-th value (type->value_names[k]); NaN when k is out of range. */
+PD_API double pd_evaluator_value(const pd_evaluator *evaluator, int k);
+PD_API pd_evaluator *pd_evaluator_first(pd_net *net); /* then ->next */
+
+/* ======================================================================================================== */
+/* >>optimizers                                                                                             */
+
+typedef enum pd_optimizer_kind {
+    PD_OPT_SGD,
+    PD_OPT_MOMENTUM,
+    PD_OPT_ADAGRAD,
+    PD_OPT_ADADELTA,
+    PD_OPT_RMSPROP,
+    PD_OPT_DECAYED_ADAGRAD,
+    PD_OPT_ADAM,
+    PD_OPT_ADAMW,
+    PD_OPT_ADAMAX,
+    PD_OPT_COUNT
+} pd_optimizer_kind;
+
+/* Made by the functions below, which fill in the usual constants; fields may be changed before use.
+   g is the mean gradient plus l2 w (AdamW: without l2), r the scheduled learning rate times the parameter's factor,
+   t the number of updates. l1 is, for every method, a soft threshold of r l1 after the step. */
+typedef struct pd_optimizer {
+    pd_optimizer_kind kind;
+    double rate;           /* learning rate, > 0 */
+    double momentum;       /* MOMENTUM, RMSPROP: 0 <= momentum < 1 */
+    bool nesterov;         /* MOMENTUM */
+    bool centered;         /* RMSPROP: subtract the squared mean gradient; Graves 2013 */
+    double rho;            /* ADADELTA, RMSPROP, DECAYED_ADAGRAD: decay of the averages */
+    double beta1, beta2;   /* ADAM, ADAMW, ADAMAX */
+    double epsilon;
+} pd_optimizer;
+
+PD_API pd_optimizer pd_sgd(double rate);                       /* w -= r g */
+PD_API pd_optimizer pd_momentum(double rate, double momentum); /* v = momentum v - r g; w += v (Polyak 1964) */
+PD_API pd_optimizer pd_nesterov(double rate, double momentum); /* same v; w += momentum v - r g (Sutskever 2013) */
+PD_API pd_optimizer pd_adagrad(double rate);  /* a += g^2; w -= r g/(sqrt a + e); e 1e-10 (Duchi 2011) */
+PD_API pd_optimizer pd_adadelta(double rate); /* Zeiler 2012; rho 0.9, e 1e-6; rate 1 is the paper's */
+PD_API pd_optimizer pd_rmsprop(double rate);  /* a = rho a + (1-rho) g^2; w -= r g/(sqrt a + e); rho 0.99, e 1e-8 */
+PD_API pd_optimizer pd_decayed_adagrad(double rate); /* as rmsprop with sqrt(a + e); rho 0.95, e 1e-6 */
+PD_API pd_optimizer pd_adam(double rate);     /* Kingma and Ba 2015; beta 0.9, 0.999, e 1e-8 */
+PD_API pd_optimizer pd_adamw(double rate);    /* Adam, with decoupled w -= r l2 w (Loshchilov and Hutter 2019) */
+PD_API pd_optimizer pd_adamax(double rate);   /* Kingma and Ba 2015, 7.1 */
+
+/* The learning rate's factor as a function of s, the samples seen. */
+typedef enum pd_schedule_kind {
+    PD_SCHEDULE_CONSTANT,
+    PD_SCHEDULE_POLY,   /* (1 + a s)^-b */
+    PD_SCHEDULE_EXP,    /* a^(s / b) */
+    PD_SCHEDULE_STEP,   /* a^floor(s / b) */
+    PD_SCHEDULE_LINEAR, /* max(1 - a s, b) */
+    PD_SCHEDULE_COSINE, /* b + (1 - b) (1 + cos(pi s / a)) / 2 up to s = a, then b */
+    PD_SCHEDULE_TABLE   /* factors[i] while s < samples[i]; the last factor ever after */
+} pd_schedule_kind;
+typedef struct pd_schedule {
+    pd_schedule_kind kind;
+    double a, b;
+    double warm_up;         /* samples over which the factor also rises linearly from 0; default none */
+    const double *samples;  /* TABLE: `count` rising bounds; not copied, must outlive the trainer */
+    const double *factors;  /* TABLE */
+    int count;
+} pd_schedule;
+PD_API double pd_schedule_factor(const pd_schedule *schedule, double samples_seen);
+
+/* What one parameter's update needs; the device's `update` turns it into new values. */
+typedef struct pd_update {
+    pd_optimizer optimizer;
+    double rate;       /* scheduled, times the parameter's factor */
+    double scale;      /* of the summed gradient: 1 / samples, global-norm clipping included */
+    double clip;       /* each element of the scaled gradient is held to +-clip; 0 = none */
+    double l1, l2;
+    int64_t step;      /* t, from 1 */
+} pd_update;
+/* How many arrays of a parameter's size this optimizer keeps (at most PD_MAX_STATES). */
+#define PD_MAX_STATES 3
+PD_API int pd_optimizer_states(const pd_optimizer *optimizer);
+
+/* ======================================================================================================== */
+/* >>device                                                                                                 */
+
+typedef struct pd_conv_shape {
+    int64_t rows, in_c, in_h, in_w, out_c, out_h, out_w; /* of the convolution, not of its transpose */
+    int64_t filter_h, filter_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+} pd_conv_shape;
+
+typedef struct pd_pool_shape {
+    int64_t rows, channels, in_h, in_w, out_h, out_w;
+    int64_t size_h, size_w, stride_h, stride_w, pad_h, pad_w;
+    pd_pool_method method;
+} pd_pool_shape;
+
+/* The operations that layers are written in, by bit, for pd_layer_type.needs and pd_device.supports. */
+enum {
+    PD_OP_BASIC = 1 << 0,         /* fill, muladd, gemm, sum_squares, update: every device has these */
+    PD_OP_ACTIVATION = 1 << 1,
+    PD_OP_CONV = 1 << 2,
+    PD_OP_POOL = 1 << 3,
+    PD_OP_CROSS_ENTROPY = 1 << 4,
+    PD_OP_DROPOUT = 1 << 5,
+    PD_OP_BATCH_NORM = 1 << 6,
+    PD_OP_LAYER_NORM = 1 << 7,
+    PD_OP_RESPONSE_NORM = 1 << 8
+};
+
+/* Where a net lives and computes. All numbers are in the device's memory, ids and offsets in the host's. Operations
+   may run later but in order; a failure is kept and told by `synchronize`. "Adds" means += into the result. */
+struct pd_device {
+    int api_version; /* PD_API_VERSION */
+    const char *name;
+    void *self;
+    bool host_memory;                                /* the host can read and write this memory directly */
+    bool (*supports)(pd_device *d, unsigned ops);    /* all of these PD_OP_ bits? */
+
+    void *(*alloc)(pd_device *d, size_t size);       /* aligned to 64 bytes; NULL when out of memory */
+    void (*free)(pd_device *d, void *memory);
+    void (*upload)(pd_device *d, void *to, const void *from_host, size_t size);
+    void (*download)(pd_device *d, void *to_host, const void *from, size_t size); /* has arrived on return */
+    pd_status (*synchronize)(pd_device *d, char *message, size_t size); /* all done, or the first failure since */
+
+    /* y[i] = value */
+    void (*fill)(pd_device *d, int64_t n, pd_real value, pd_real *y);
+    /* y[i.ys] += alpha a[i.as] b[i.bs] over all indices i of a 4-D box. A stride of 0 repeats in a and b, sums in y.
+       b may be NULL: 1. Copies, slices, transposes, broadcasts, row and column sums are all this. */
+    void (*muladd)(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                   const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
+    /* C = alpha op(A) op(B) + beta C, row-major: op(A) m x k, op(B) k x n, C m x n. beta 0: C is not read. */
+    void (*gemm)(pd_device *d, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, pd_real alpha,
+                 const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
+    /* Sum of x[i]^2 in double. Not finite if and only if some x[i] isn't. */
+    double (*sum_squares)(pd_device *d, int64_t n, const pd_real *x);
+    /* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
+    void (*update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
+                   const unsigned char *mask, pd_real *const *states);
+
+    /* y = f(x) for rows x width numbers; x may be y. alpha: see pd_activation_opts. */
+    void (*activate)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x, pd_real *y);
+    /* grad *= f'(x), in place; y is the output, x the input where the activation needs it. */
+    void (*activate_backward)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                              const pd_real *y, pd_real *grad);
+    /* All three add. w: out_c x in_c/groups x filter_h x filter_w. */
+    void (*conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y);
+    void (*conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy, pd_real *dx);
+    void (*conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy, pd_real *dw);
+    void (*pool)(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y);
+    void (*pool_backward)(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y, const pd_real *dy,
+                          pd_real *dx); /* adds; a maximum's gradient goes to its first occurrence */
+    /* cost[r] = -sum_c w_c t_c log p_c, t from ids or soft (the other NULL); class_weights may be NULL. */
+    void (*cross_entropy)(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
+                          const pd_real *soft, const pd_real *class_weights, pd_real *cost);
+    /* Adds dcost[r] times the derivative by p, or, if `fused`, by the x in p = softmax(x). */
+    void (*cross_entropy_backward)(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
+                                   const pd_real *soft, const pd_real *class_weights, const pd_real *dcost, bool fused,
+                                   pd_real *dx);
+    /* y[i] += keep(key, i) ? x[i] / (1 - rate) : 0, with pd_random's bits, so that backward needs no mask. */
+    void (*dropout)(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y);
+    /* Mean and (biased) variance of each channel over rows and `area` positions. */
+    void (*channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x, pd_real *mean,
+                            pd_real *variance);
+    /* y = (x - mean) / sqrt(variance + epsilon) * weight + bias; weight and bias may be NULL: 1 and 0. */
+    void (*batch_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                       const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
+                       const pd_real *bias, pd_real *y);
+    /* Adds to dx, dweight, dbias (each may be NULL). batch_moments: mean and variance depend on x. */
+    void (*batch_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                const pd_real *mean, const pd_real *variance, double epsilon, bool batch_moments,
+                                const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
+                                pd_real *dbias);
+    void (*layer_norm)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
+                       const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y); /* moments: rows x 2 */
+    void (*layer_norm_backward)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *moments,
+                                const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
+                                pd_real *dbias);
+    /* scales: as large as x, receives k + alpha/size sum x^2 */
+    void (*response_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
+                          double beta, double k, const pd_real *x, pd_real *scales, pd_real *y);
+    void (*response_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                   double alpha, double beta, const pd_real *x, const pd_real *scales,
+                                   const pd_real *dy, pd_real *dx);
+};
+
+/* 64 random bits from a key and a counter (SplitMix64's finaliser); the same on every device and for any threads. */
+PD_API uint64_t pd_random(uint64_t key, uint64_t counter);
+
+/* Seconds of a clock that never goes back, from some moment in the past. */
+PD_API double pd_seconds(void);
+
+/* ======================================================================================================== */
+/* >>layer types                                                                                            */
+
+/* What a layer is. Every layer above is written on this; see ON WRITING A LAYER. */
+struct pd_layer_type {
+    int api_version; /* PD_API_VERSION */
+    const char *name;
+    int min_inputs, max_inputs; /* max_inputs -1: any number */
+    size_t opts_size;           /* of the options struct; the layer gets its own copy */
+    size_t state_size;          /* of the layer's own state, zeroed before setup */
+    unsigned needs;             /* PD_OP_ bits of the device operations it is written in; 0: it touches the numbers
+                                   itself, so on a device without host memory the net carries them to the host */
+    /* Checks inputs and options, sets layer->shape (and act), declares parameters with pd_layer_param. */
+    pd_status (*setup)(pd_layer *layer);
+    /* (optional) Sets layer->out.rows and the sequence offsets for this batch. Default: those of input 0. */
+    pd_status (*resize)(pd_layer *layer);
+    /* Fills layer->out.data from the inputs' out.data. */
+    pd_status (*forward)(pd_layer *layer);
+    /* (optional: then no gradient passes) Adds to the inputs' out.grad and the parameters' grad, where not NULL,
+       from layer->out.grad, which has already been taken through the activation. */
+    pd_status (*backward)(pd_layer *layer);
+    /* (optional) Frees what setup took other than through pd_layer_ functions. */
+    void (*teardown)(pd_layer *layer);
+};
+
+/* A layer in a net. Layer types read it; only setup and resize write, where noted. */
+struct pd_layer {
+    const pd_layer_type *type;
+    const char *name;
+    pd_net *net;
+    pd_device *device;   /* what its operations run on */
+    pd_layer **inputs;
+    int input_count;
+    pd_param **params;   /* in the order of pd_layer_param */
+    int param_count;
+    void *opts;          /* the layer's copy */
+    void *state;
+    pd_shape shape;      /* of one row of the output; set by setup */
+    pd_act act;          /* applied by the net after forward; set by setup */
+    double act_alpha;    /* set by setup; 0 = the activation's default */
+    bool is_ids;         /* the output is ids, not numbers */
+    bool is_sequence;    /* rows come in sequences; default: if input 0's do. Setup may change it. */
+    bool wants_grad;     /* something below it learns */
+    pd_tensor out;
+    struct pd__layer *own; /* the net's */
+};
+
+/* Adds a layer; `name` NULL: type->name and a number. opts: opts_size bytes, NULL: all zero. As for every builder. */
+PD_API pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                              int count, const void *opts);
+/* For setup: a parameter "LAYER.suffix" of these dims, in layer->params; NULL when it can't be made. fan_in and
+   fan_out give the scale of initialisations; `init` replaces PD_INIT_DEFAULT; opts may be NULL. */
+PD_API pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_count, const int64_t *dims, int64_t fan_in,
+                                int64_t fan_out, pd_init init, const pd_param_opts *opts);
+/* For setup: statistics that are saved with the parameters but not learned. */
+PD_API pd_param *pd_layer_buffer(pd_layer *layer, const char *suffix, int64_t size, double value);
+/* Device memory of the layer's own that lasts until the net is freed, grown to `count` numbers; slot 0 .. 3. NULL
+   (message set) when out of memory. Contents are lost when it grows. */
+PD_API pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count);
+/* The same in host memory, for offsets: `count` int64_t; slot 0 .. 1. */
+PD_API int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count);
+/* A copy of `size` bytes that is freed with the layer; for options that point to arrays. */
+PD_API void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size);
+/* Fails with a message that begins with the layer's name. Returns `status`. */
+PD_API pd_status pd_layer_fail(pd_layer *layer, pd_status status, const char *format, ...) PD_PRINTF(3, 4);
+/* "16x5x5" or "10", in a buffer of the net's that the next four calls do not reuse. */
+PD_API const char *pd_shape_text(pd_layer *layer, pd_shape shape);
+PD_API pd_mode pd_layer_mode(const pd_layer *layer); /* of the run in progress */
+/* A key for pd_random: other for every layer, seed and training step. */
+PD_API uint64_t pd_layer_key(const pd_layer *layer);
+static inline int64_t pd_shape_size(pd_shape s) { return s.channels * s.height * s.width; }
+
+/* ======================================================================================================== */
+/* >>updater                                                                                                */
+
+/* What happens with gradients: the seam that parameter servers and rings plug into. Called from the one thread that
+   trains, in this order: start, then per batch begin_batch, param_needed (before the first layer that reads it, in
+   forward), poll (between layers), grad_final (in backward, as soon as the last layer sharing it has added its part;
+   the updater may start at once), end_batch; sync before anything reads parameters outside training; stop. */
+struct pd_updater {
+    int api_version; /* PD_API_VERSION */
+    const char *name;
+    void *self;
+    pd_status (*start)(pd_updater *u, pd_trainer *trainer);
+    pd_status (*begin_batch)(pd_updater *u, int64_t samples);
+    pd_status (*param_needed)(pd_updater *u, pd_param *param); /* (optional) value must be current on return */
+    pd_status (*grad_final)(pd_updater *u, pd_param *param);
+    pd_status (*poll)(pd_updater *u);                          /* (optional) */
+    pd_status (*end_batch)(pd_updater *u);
+    pd_status (*sync)(pd_updater *u);                          /* (optional) every value current here */
+    void (*stop)(pd_updater *u);                               /* (optional) */
+};
+/* For updaters: one optimizer step on the whole parameter from its grad, summed over `samples` samples; then zeroes
+   grad. `clip_scale` is 1 or the factor of global-norm clipping. PD_E_NUMERIC, and no step, if grad isn't finite. */
+PD_API pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t samples, double clip_scale);
+/* For updaters: the factor of global-norm clipping from the squared norm of the whole summed gradient. */
+PD_API double pd_trainer_clip_scale(const pd_trainer *trainer, double sum_squares, int64_t samples);
+/* For updaters: does the trainer clip by global norm, so that no step may be taken before every gradient is final? */
+PD_API bool pd_trainer_clips_norm(const pd_trainer *trainer);
+/* Fails with a message kept by the trainer's net. Returns `status`. */
+PD_API pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const char *format, ...) PD_PRINTF(3, 4);
+PD_API pd_net *pd_trainer_net(pd_trainer *trainer);
+
+/* ======================================================================================================== */
+/* >>readers                                                                                                */
+
+/* Where samples come from. Everything random in a reader depends on the seed and the number of the pass only. */
+struct pd_reader {
+    int api_version; /* PD_API_VERSION */
+    const char *name;
+    void *self;
+    pd_failure error; /* what `next` or `reset` failed with: file, line or offset, what was expected, what came */
+    /* Appends up to `count` samples. PD_OK: `count` were added. PD_END: the pass is over, perhaps after some. On any
+       other status the batch holds the samples before the bad one, and the next call goes on behind it. */
+    pd_status (*next)(pd_reader *r, pd_batch *batch, int64_t count);
+    pd_status (*reset)(pd_reader *r, int64_t pass); /* back to the first sample, for pass 0, 1, .. */
+    /* (optional) From the first sample again, only samples i with i % count == rank, of those there were before. */
+    pd_status (*shard)(pd_reader *r, int rank, int count);
+    pd_status (*skip)(pd_reader *r, int64_t samples);      /* (optional) passes over samples; else they are read */
+    int64_t (*size)(pd_reader *r);                         /* (optional) samples per pass, -1 when unknown */
+    void (*free)(pd_reader *r);                            /* frees the reader itself too */
+};
+
+/* All constructors return NULL, with the message in the net, when something is wrong; trainers take such a NULL and
+   report it. Free with pd_reader_free, before the net. Paths: a file; "-" for stdin (CSV, LibSVM); or "@list", a text
+   file with one path per line. Files are read piece by piece and may be larger than memory. */
+typedef struct pd_reader_opts {
+    const char *order;    /* CSV: names of inputs in the order of their columns, "-" for a column to leave out,
+                             e.g. "label,-,pixels"; default: the order of the net's inputs */
+    char delimiter;       /* CSV: default ',' */
+    int64_t skip_lines;   /* CSV: lines at the top of each file to leave out */
+    double scale, shift;  /* numbers become x * scale + shift; scale default 1 */
+    int64_t first, count; /* only samples first .. first + count - 1 of the pass; count 0: to the end */
+    int fold, folds;      /* cross-validation: only samples with i % folds == fold; folds 0: all */
+    bool not_fold;        /* .. or those not in the fold */
+} pd_reader_opts;
+
+/* One array per input: samples x width numbers, or ids; sequences: `starts` has samples + 1 row offsets. Not copied. */
+typedef struct pd_array {
+    const pd_real *data;
+    const int64_t *ids;
+    const int64_t *starts;
+} pd_array;
+PD_API pd_reader *pd_array_reader(pd_net *net, int64_t samples, const pd_array *arrays, int count);
+/* Text, one sample per line; every input takes its width in columns, an id one. Numbers have a decimal point, whatever
+   the locale, and may stand in quotes. Blank lines don't count. */
+PD_API pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
+/* One IDX file (the format of MNIST) per input, in order; big-endian, any element type. */
+PD_API pd_reader *pd_idx_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
+/* "label index:value .. # comment", indices from 1 and rising; the net's inputs are a dense vector and a label, or a
+   vector of width 1 for regression. Of two classes, -1 is read as 0. With "label qid:n index:value .." and inputs that
+   carry sequences, lines of one query (they stand together) are one sample. */
+PD_API pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
+/* One NumPy .npy file (version 1 to 3, C order; float, integer or bool of any size) per input, first axis = samples. */
+PD_API pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
+/* Endless: `next` adds one sample with the pd_batch_ functions (without pd_batch_end_sample) and returns PD_OK, or
+   PD_END. It can't be reset: every pass goes on where the last one ended. Under pd_prefetch, a thread calls it. */
+PD_API pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user);
+
+/* The following own `reader` and free it; a NULL reader gives NULL. */
+/* Shuffles with bounded memory: keeps `pool` samples and hands out a random one of them. pool >= all: a full shuffle. */
+PD_API pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint64_t seed);
+/* Reads ahead in a thread, up to `depth` batches (>= 1). Without threads on the platform: reads when asked. Resetting
+   and freeing wait for the read in progress, which may be for ever when it waits for stdin. */
+PD_API pd_reader *pd_prefetch(pd_net *net, pd_reader *reader, int depth);
+
+PD_API void pd_reader_free(pd_reader *reader); /* NULL is fine */
+PD_API pd_status pd_reader_shard(pd_reader *reader, int rank, int count);
+/* For readers: keeps the message in reader->error. Returns `status`. */
+PD_API pd_status pd_reader_fail(pd_reader *reader, pd_status status, const char *format, ...) PD_PRINTF(3, 4);
+
+/* ======================================================================================================== */
+/* >>trainer                                                                                                */
+
+typedef struct pd_trainer_opts {
+    double l1, l2;           /* of every parameter without its own and without no_decay; biases included */
+    pd_schedule schedule;    /* of the learning rate; default constant */
+    double clip_value;       /* bound on each element of the mean gradient; default none */
+    double clip_norm;        /* bound on the norm of the whole mean gradient; default none */
+    bool sum_gradients;      /* add over the batch instead of averaging, as the 2016 platform did */
+    double average_window;   /* model averaging: share of all updates to average over, 0 < w <= 1; default none */
+    int64_t average_max;     /* .. but at most so many updates; default no limit */
+    pd_updater *updater;     /* default: local. Not owned. */
+} pd_trainer_opts;
+
+/* A trainer of everything `cost` (width 1) depends on. Free before the net. NULL, with the message in the net, if the
+   net has failed or an option is wrong. */
+PD_API pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer optimizer, const pd_trainer_opts *opts);
+PD_API void pd_trainer_free(pd_trainer *trainer);
+
+typedef enum pd_event_kind { PD_BEGIN_PASS, PD_END_BATCH, PD_END_PASS } pd_event_kind;
+typedef struct pd_event {
+    pd_event_kind kind;
+    pd_trainer *trainer;
+    int64_t pass, batch, samples; /* pass and batch from 0; samples seen in all */
+    double cost;                  /* mean over the batch, or over the pass so far */
+    double test_cost;             /* END_PASS with a test reader: its mean; else NaN */
+    double rate;                  /* current learning rate */
+} pd_event;
+
+typedef struct pd_train_opts {
+    int64_t batch_size;      /* default 32 */
+    pd_reader *test;         /* tested after every pass; evaluators then hold the test's values */
+    int (*on_event)(void *user, const pd_event *event); /* non-zero stops: pd_train returns PD_STOPPED */
+    void *user;
+    int patience;            /* stop after so many tests without a lower test cost, and go back to the best values */
+    bool progress;           /* progress bar on stderr if that is a terminal, else a line per pass */
+    const char *csv_log;     /* file to append to: pass, samples, seconds, rate, cost, test cost, evaluators */
+    const char *tensorboard; /* directory for event files with the same numbers */
+    int64_t log_every;       /* a line in the logs after so many batches, beside one per pass; default: per pass */
+    const char *checkpoint;  /* file written after every pass .. */
+    int64_t checkpoint_every; /* .. and after every so many batches */
+} pd_train_opts;
+
+/* Trains until `passes` passes over the reader are finished, counting those of earlier calls and of a loaded checkpoint;
+   a pass that was stopped goes on where it was. Returns PD_OK, PD_STOPPED, or what failed, with the message in the net;
+   what was learned until then stays. */
+PD_API pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes, const pd_train_opts *opts);
+/* One step on one batch; *cost (may be NULL) gets its mean cost. */
+PD_API pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, double *cost);
+/* Mean cost over a pass of the reader; the net's evaluators are reset and then hold its values. Uses averaged
+   parameters when averaging is on. */
+PD_API pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost);
+/* Swaps averaged values in (true) and out (false); what pd_test and pd_checkpoint do by themselves. */
+PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
+PD_API int64_t pd_trainer_samples(const pd_trainer *trainer); /* seen so far */
+/* A table of time and memory by layer, and the share of time spent waiting for data. Like snprintf. */
+PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
+/* Writes the net as a Graphviz file: `dot -Tsvg net.dot`. */
+PD_API pd_status pd_graphviz(pd_net *net, const char *path);
+
+/* ======================================================================================================== */
+/* >>files                                                                                                  */
+
+/* Parameters and buffers as a .safetensors file, replaced atomically: the old or the new file survives a crash. */
+PD_API pd_status pd_save(pd_net *net, const char *path);
+
+typedef struct pd_load_map {
+    const char *from;  /* tensor in the file */
+    const char *to;    /* parameter of the net */
+    bool transpose;    /* the file holds out x in, the net in x out (2-D) */
+} pd_load_map;
+typedef struct pd_load_opts {
+    const pd_load_map *map; /* `map_count` entries; a parameter without one loads from its own name */
+    int map_count;
+    bool partial;           /* parameters absent from the file keep their values; else that is an error */
+} pd_load_opts;
+/* Loads F32, F64, F16 and BF16. Everything is checked first: on failure no value has changed. */
+PD_API pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts);
+
+/* All of a training's state: parameters, optimizer, averages, random numbers, position in the data. Continuing from it
+   gives the same bits as not having stopped. The file is a .safetensors file too. */
+PD_API pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path);
+PD_API pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path);
+
+/* ======================================================================================================== */
+/* >>gradient check                                                                                         */
+
+typedef struct pd_gradcheck_opts {
+    double step;      /* of the central difference; default 1e-5 in double, 1e-2 in float */
+    int64_t elements; /* checked one by one per parameter, chosen at random; default 20 */
+    uint64_t seed;
+} pd_gradcheck_opts;
+typedef struct pd_gradcheck {
+    double error;           /* largest relative difference found, of the directional and the single ones */
+    double directional;     /* .. of the directional ones alone */
+    double accumulation;    /* largest relative difference between twice a gradient and backward run twice */
+    const char *worst;      /* parameter or input where `error` was found */
+    int64_t worst_index;    /* element, or -1 for the directional one */
+    double analytic, numeric;
+    int64_t checked;        /* single elements */
+    bool all_zero;          /* every gradient was 0: nothing was really checked */
+} pd_gradcheck;
+/* Compares backward with central differences of sum(w * cost) for all parameters and all dense inputs that want a
+   gradient; `layer` may be any layer: its outputs are weighted by fixed random numbers. PD_OK means it ran. */
+PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, const pd_gradcheck_opts *opts,
+                                    pd_gradcheck *result);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PADDLE_H */
+/* ======================================================================================================== */
+/* ======================================================================================================== */
+/*                                            I M P L E M E N T A T I O N                                    */
+/* ======================================================================================================== */
+/* ======================================================================================================== */
+
+#if defined(PADDLE_IMPLEMENTATION) && !defined(PADDLE_IMPLEMENTED)
+#define PADDLE_IMPLEMENTED
+
+#include <ctype.h>
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN
+#define NOMINMAX
+#include <direct.h>
+#include <io.h>
+#include <windows.h>
+#elif defined(__unix__) || defined(__APPLE__)
+#define PD__POSIX 1
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+#if !defined(PADDLE_NO_THREADS) && (defined(_WIN32) || (defined(PD__POSIX) && !defined(__EMSCRIPTEN__)))
+#define PD__THREADS 1
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifdef PADDLE_STATIC
+#define PD_DEF PD_API
+#else
+#define PD_DEF
+#endif
+
+#ifdef PADDLE_DOUBLE
+#define PD__M(function) function /* the C library's function for pd_real */
+#define PD__REAL_MIN DBL_MIN
+#define PD__REAL_EPSILON DBL_EPSILON
+#else
+#define PD__M(function) function##f
+#define PD__REAL_MIN FLT_MIN
+#define PD__REAL_EPSILON FLT_EPSILON
+#endif
+
+#ifdef __cplusplus
+#define PD__ZERO {} /* an all-zero struct, in both languages without a warning */
+#else
+#define PD__ZERO { 0 }
+#endif
+
+#define PD__COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
+
+static inline int64_t pd__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t pd__max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t pd__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* ======================================================================================================== */
+/* >>core: the net's own data, memory, failures, text, random numbers, time, threads                        */
+
+/* What a net keeps about a layer beside what layer types see. */
+struct pd__layer {
+    int index;             /* in net->layers; inputs always have a smaller one */
+    int slot;              /* of the batch, for inputs; else -1 */
+    bool active;           /* takes part in the run in progress */
+    bool wants_input_grad; /* pd_want_gradient */
+    bool fused;            /* the cost above has differentiated the activation too, in the backward in progress */
+    int uses;              /* layers of this run that read this one's output and pass gradients to it */
+    pd_layer *origin;      /* in the net that a shared net was made from */
+    pd_real *data, *grad;  /* memory of out.data and out.grad */
+    pd_real *x;            /* input of the activation, for derivatives that need it */
+    int64_t data_capacity, grad_capacity, x_capacity; /* numbers */
+    pd_real *memory[4];
+    int64_t memory_capacity[4];
+    int64_t *integers[2];
+    int64_t integer_capacity[2];
+    int64_t param_capacity;
+    struct pd__copy *copies; /* freed with the layer */
+    double forward_seconds, backward_seconds;
+    int64_t runs;
+};
+
+/* Heads a block from pd_layer_copy. As large as the alignment. */
+typedef struct pd__copy {
+    struct pd__copy *next;
+    char fill[64 - sizeof(void *)];
+} pd__copy;
+
+struct pd_net {
+    pd_allocator allocator;
+    pd_logger logger;
+    uint64_t seed;
+    uint64_t step; /* training steps so far: the part of random keys that changes */
+    pd_device *device;
+    pd_device *cpu; /* made by the net, when none was given */
+    pd_failure failure;
+    bool broken; /* a builder failed: nothing runs any more, and the message stays */
+    pd_layer **layers;
+    int64_t layer_count, layer_capacity;
+    int slot_count;
+    pd_param *first_param, *last_param;
+    int param_count;
+    pd_evaluator *evaluators;
+    pd_mode mode;
+    pd_updater *updater; /* during a trainer's step */
+    pd_layer *ran;       /* last target of the last forward with gradients */
+    const pd_batch *batch;
+    pd_batch *predict_batch;
+    pd_net *origin; /* of a shared net */
+    int sharers;
+    char texts[4][64];
+    int text_turn;
+};
+
+/* ---- memory ---- */
+
+/* In front of every allocation, so that callers need not remember sizes. As large as the alignment. */
+typedef struct pd__header {
+    uint64_t size;
+    char fill[56];
+} pd__header;
+
+#define PD__ALIGN 64
+
+static void *pd__default_alloc(void *user, size_t size, size_t align) {
+    (void)user;
+#if defined(_WIN32)
+    return _aligned_malloc(size, align);
+#elif defined(PD__POSIX)
+    void *memory = NULL;
+    return posix_memalign(&memory, align, size) == 0 ? memory : NULL;
+#else
+    char *raw = (char *)malloc(size + align + sizeof(void *)), *memory;
+    if (!raw) return NULL;
+    memory = raw + sizeof(void *);
+    memory += (align - (uintptr_t)memory % align) % align;
+    memcpy(memory - sizeof(void *), &raw, sizeof(void *));
+    return memory;
+#endif
+}
+
+static void pd__default_free(void *user, void *memory, size_t size) {
+    (void)user;
+    (void)size;
+#if defined(_WIN32)
+    _aligned_free(memory);
+#elif defined(PD__POSIX)
+    free(memory);
+#else
+    void *raw;
+    memcpy(&raw, (char *)memory - sizeof(void *), sizeof(void *));
+    free(raw);
+#endif
+}
+
+/* count * size in *bytes, or false when that overflows or is beyond what a size_t-based platform can hold. */
+static bool pd__bytes(int64_t count, size_t size, size_t *bytes) {
+    if (count < 0 || (uint64_t)count > (uint64_t)(PTRDIFF_MAX - 4 * PD__ALIGN) / (size ? size : 1)) return false;
+    *bytes = (size_t)count * size;
+    return true;
+}
+
+/* a * b for sizes >= 0; false when the product does not fit. */
+static bool pd__multiply_sizes(int64_t a, int64_t b, int64_t *product) {
+    if (a < 0 || b < 0 || (b > 0 && a > INT64_MAX / b)) return false;
+    *product = a * b;
+    return true;
+}
+
+/* Zeroed, 64-byte aligned memory for count x size bytes, or NULL. Freed by pd__free. */
+static void *pd__alloc(const pd_allocator *a, int64_t count, size_t size) {
+    size_t bytes;
+    pd__header *h;
+    if (!pd__bytes(count, size, &bytes)) return NULL;
+    h = (pd__header *)a->alloc(a->user, bytes + sizeof *h, PD__ALIGN);
+    if (!h) return NULL;
+    h->size = bytes + sizeof *h;
+    memset(h + 1, 0, bytes);
+    return h + 1;
+}
+
+static void pd__free(const pd_allocator *a, void *memory) {
+    if (memory) {
+        pd__header *h = (pd__header *)memory - 1;
+        a->free(a->user, h, (size_t)h->size);
+    }
+}
+
+/* Makes *array hold at least `need` elements of `size` bytes, keeping its contents; grows by half, so that filling
+   one by one is linear. False when out of memory: then nothing has changed. */
+static bool pd__grow(const pd_allocator *a, void **array, int64_t *capacity, int64_t need, size_t size) {
+    int64_t wanted;
+    void *bigger;
+    if (need <= *capacity) return true;
+    wanted = *capacity > INT64_MAX / 2 ? need : pd__max(need, *capacity + *capacity / 2);
+    bigger = pd__alloc(a, wanted, size);
+    if (!bigger) return false;
+    if (*array) memcpy(bigger, *array, (size_t)*capacity * size);
+    pd__free(a, *array);
+    *array = bigger;
+    *capacity = wanted;
+    return true;
+}
+
+static char *pd__copy_text(const pd_allocator *a, const char *text) {
+    size_t length = strlen(text) + 1;
+    char *copy = (char *)pd__alloc(a, (int64_t)length, 1);
+    if (copy) memcpy(copy, text, length);
+    return copy;
+}
+
+/* ---- failures ---- */
+
+static const char *const pd__status_texts[PD_STATUS_COUNT] = {
+#define PD__TEXT(name, text) text,
+    PD_STATUSES(PD__TEXT)
+#undef PD__TEXT
+};
+
+PD_DEF const char *pd_status_text(pd_status status) {
+    return (unsigned)status < PD_STATUS_COUNT ? pd__status_texts[status] : "unknown status";
+}
+
+static void pd__set_failure(pd_failure *f, pd_status status, const char *format, va_list args) {
+    f->status = status;
+    vsnprintf(f->text, sizeof f->text, format, args);
+}
+
+/* Keeps a failure of a call that was not a builder. A failed builder's message stays. */
+static pd_status pd__fail_list(pd_net *net, pd_status status, const char *format, va_list args) {
+    if (!net || net->broken) return status;
+    pd__set_failure(&net->failure, status, format, args);
+    if (net->logger.log) net->logger.log(net->logger.user, status, net->failure.text);
+    return status;
+}
+
+PD_PRINTF(3, 4) static pd_status pd__fail(pd_net *net, pd_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    pd__fail_list(net, status, format, args);
+    va_end(args);
+    return status;
+}
+
+/* The same for builders: the first one sticks. */
+PD_PRINTF(3, 4) static pd_status pd__fail_build(pd_net *net, pd_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    pd__fail_list(net, status, format, args);
+    va_end(args);
+    if (net) net->broken = true;
+    return status;
+}
+
+static pd_status pd__no_memory(pd_net *net, const char *what) {
+    return pd__fail(net, PD_E_MEMORY, "out of memory for %s", what);
+}
+
+PD_DEF const char *pd_error(const pd_net *net) {
+    return net ? net->failure.text : pd__status_texts[PD_E_MEMORY];
+}
+
+PD_DEF pd_status pd_error_status(const pd_net *net) {
+    return net ? net->failure.status : PD_E_MEMORY;
+}
+
+/* ---- text ---- */
+
+/* Appends to a text of `size` bytes like snprintf; *length counts what it would have been. */
+PD_PRINTF(4, 5) static void pd__append(char *text, size_t size, size_t *length, const char *format, ...) {
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(*length < size ? text + *length : NULL, *length < size ? size - *length : 0, format, args);
+    va_end(args);
+    if (n > 0) *length += (size_t)n;
+}
+
+/* ---- random numbers ---- */
+
+PD_DEF uint64_t pd_random(uint64_t key, uint64_t counter) {
+    uint64_t z = key + (counter + 1) * UINT64_C(0x9E3779B97F4A7C15);
+    z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
+    return z ^ (z >> 31);
+}
+
+/* A key for another stream of numbers. */
+static uint64_t pd__subkey(uint64_t key, uint64_t name) { return pd_random(pd_random(key, name), name ^ 0x5bd1e995); }
+
+/* Uniform in [0, 1), from the upper 53 bits. */
+static inline double pd__uniform(uint64_t key, uint64_t counter) {
+    return (double)(pd_random(key, counter) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* Standard normal by Box and Muller (1958), one number per pair of uniforms. */
+static double pd__normal(uint64_t key, uint64_t counter) {
+    double u = 1.0 - pd__uniform(key, 2 * counter), v = pd__uniform(key, 2 * counter + 1);
+    return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v);
+}
+
+/* Uniform in 0 .. n - 1. The bias of the remainder, n / 2^64, is below anything that can be seen. */
+static int64_t pd__below(uint64_t key, uint64_t counter, int64_t n) {
+    return (int64_t)(pd_random(key, counter) % (uint64_t)n);
+}
+
+/* ---- time ---- */
+
+/* Seconds of a clock that never goes back. */
+PD_DEF double pd_seconds(void) {
+#if defined(_WIN32)
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+#elif defined(PD__POSIX)
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#else
+    return (double)clock() / CLOCKS_PER_SEC;
+#endif
+}
+
+/* ---- threads: one small set of names for POSIX and Windows, used by pd_prefetch alone ---- */
+
+#ifdef PD__THREADS
+#if defined(_WIN32)
+typedef CRITICAL_SECTION pd__mutex;
+typedef CONDITION_VARIABLE pd__condition;
+typedef HANDLE pd__thread;
+typedef DWORD pd__thread_result;
+#define PD__THREAD_CALL WINAPI
+static bool pd__mutex_init(pd__mutex *m) { InitializeCriticalSection(m); return true; }
+static void pd__mutex_free(pd__mutex *m) { DeleteCriticalSection(m); }
+static void pd__lock(pd__mutex *m) { EnterCriticalSection(m); }
+static void pd__unlock(pd__mutex *m) { LeaveCriticalSection(m); }
+static bool pd__condition_init(pd__condition *c) { InitializeConditionVariable(c); return true; }
+static void pd__condition_free(pd__condition *c) { (void)c; }
+static void pd__wait(pd__condition *c, pd__mutex *m) { SleepConditionVariableCS(c, m, INFINITE); }
+static void pd__wake(pd__condition *c) { WakeAllConditionVariable(c); }
+static bool pd__thread_start(pd__thread *t, pd__thread_result(PD__THREAD_CALL *run)(void *), void *argument) {
+    *t = CreateThread(NULL, 0, run, argument, 0, NULL);
+    return *t != NULL;
+}
+static void pd__thread_join(pd__thread t) {
+    WaitForSingleObject(t, INFINITE);
+    CloseHandle(t);
+}
+#else
+typedef pthread_mutex_t pd__mutex;
+typedef pthread_cond_t pd__condition;
+typedef pthread_t pd__thread;
+typedef void *pd__thread_result;
+#define PD__THREAD_CALL
+static bool pd__mutex_init(pd__mutex *m) { return pthread_mutex_init(m, NULL) == 0; }
+static void pd__mutex_free(pd__mutex *m) { pthread_mutex_destroy(m); }
+static void pd__lock(pd__mutex *m) { pthread_mutex_lock(m); }
+static void pd__unlock(pd__mutex *m) { pthread_mutex_unlock(m); }
+static bool pd__condition_init(pd__condition *c) { return pthread_cond_init(c, NULL) == 0; }
+static void pd__condition_free(pd__condition *c) { pthread_cond_destroy(c); }
+static void pd__wait(pd__condition *c, pd__mutex *m) { pthread_cond_wait(c, m); }
+static void pd__wake(pd__condition *c) { pthread_cond_broadcast(c); }
+static bool pd__thread_start(pd__thread *t, pd__thread_result (*run)(void *), void *argument) {
+    return pthread_create(t, NULL, run, argument) == 0;
+}
+static void pd__thread_join(pd__thread t) { pthread_join(t, NULL); }
+#endif
+#endif
+/* ======================================================================================================== */
+/* >>device: the CPU                                                                                        */
+
+/* Results do not depend on the number of threads: work is cut where it writes, never inside a sum, or a sum is cut
+   into a fixed number of parts that are added in order. */
+
+typedef struct pd__cpu {
+    const pd_allocator *allocator;
+    int threads;
+    void *scratch; /* of one operation at a time */
+    int64_t scratch_capacity;
+    bool failed; /* out of memory for scratch, since the last synchronize */
+} pd__cpu;
+
+#if defined(_OPENMP)
+#define PD__PRAGMA(text) _Pragma(#text)
+/* In front of a for loop over int64_t whose bodies write to different places; `work` is about the numbers touched. */
+#define PD__PARALLEL(d, work) PD__PRAGMA(omp parallel for schedule(static) num_threads(pd__team(d, work)))
+#define PD__THREAD_INDEX() omp_get_thread_num()
+#else
+#define PD__PARALLEL(d, work)
+#define PD__THREAD_INDEX() 0
+#endif
+
+static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->self)->threads; }
+
+/* Threads for so much work. Waking a team costs some microseconds, and far more on a busy machine; so many numbers take
+   one thread longer than that. */
+#if defined(_OPENMP)
+static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 : pd__cpu_threads(d); }
+#endif
+
+/* `size` bytes until the next call, or NULL: then synchronize will say so. */
+static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
+    pd__cpu *cpu = (pd__cpu *)d->self;
+    size_t bytes;
+    if (!pd__bytes(count, size, &bytes)) {
+        cpu->failed = true;
+        return NULL;
+    }
+    if ((int64_t)bytes > cpu->scratch_capacity) {
+        pd__free(cpu->allocator, cpu->scratch);
+        cpu->scratch = pd__alloc(cpu->allocator, (int64_t)bytes, 1);
+        cpu->scratch_capacity = cpu->scratch ? (int64_t)bytes : 0;
+    }
+    if (!cpu->scratch) cpu->failed = true;
+    return cpu->scratch;
+}
+
+static void *pd__cpu_alloc(pd_device *d, size_t size) {
+    return pd__alloc(((pd__cpu *)d->self)->allocator, (int64_t)size, 1);
+}
+static void pd__cpu_free_memory(pd_device *d, void *memory) { pd__free(((pd__cpu *)d->self)->allocator, memory); }
+static void pd__cpu_copy(pd_device *d, void *to, const void *from, size_t size) {
+    (void)d;
+    if (size) memmove(to, from, size);
+}
+static bool pd__cpu_supports(pd_device *d, unsigned ops) {
+    (void)d;
+    (void)ops;
+    return true;
+}
+static pd_status pd__cpu_synchronize(pd_device *d, char *message, size_t size) {
+    pd__cpu *cpu = (pd__cpu *)d->self;
+    if (!cpu->failed) return PD_OK;
+    cpu->failed = false;
+    snprintf(message, size, "out of memory for working space");
+    return PD_E_MEMORY;
+}
+
+/* ---- basics ---- */
+
+enum { PD__CHUNK = 8192 }; /* numbers per piece of an elementwise operation */
+
+static void pd__cpu_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
+    (void)d; /* here and below: only named by PD__PARALLEL, which is empty without OpenMP */
+    PD__PARALLEL(d, n)
+    for (int64_t start = 0; start < n; start += PD__CHUNK) {
+        int64_t end = pd__min(n, start + PD__CHUNK);
+        for (int64_t i = start; i < end; i++) y[i] = value;
+    }
+}
+
+/* The innermost axis of muladd. Sums run in double. */
+static void pd__muladd_line(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b, int64_t bs,
+                            pd_real *y, int64_t ys) {
+    if (ys == 0) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += (double)a[i * as] * (b ? (double)b[i * bs] : 1.0);
+        *y += alpha * (pd_real)sum;
+    } else if (as == 1 && ys == 1 && (!b || bs == 0)) {
+        pd_real factor = b ? alpha * *b : alpha;
+        for (int64_t i = 0; i < n; i++) y[i] += factor * a[i];
+    } else if (as == 1 && ys == 1 && bs == 1) {
+        for (int64_t i = 0; i < n; i++) y[i] += alpha * a[i] * b[i];
+    } else {
+        for (int64_t i = 0; i < n; i++) y[i * ys] += alpha * a[i * as] * (b ? b[i * bs] : 1);
+    }
+}
+
+static void pd__muladd_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                           const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    for (int64_t i = 0; i < size[0]; i++)
+        for (int64_t j = 0; j < size[1]; j++)
+            for (int64_t k = 0; k < size[2]; k++)
+                pd__muladd_line(size[3], alpha, a + i * as[0] + j * as[1] + k * as[2], as[3],
+                                b ? b + i * bs[0] + j * bs[1] + k * bs[2] : NULL, b ? bs[3] : 0,
+                                y + i * ys[0] + j * ys[1] + k * ys[2], ys[3]);
+}
+
+/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
+static void pd__cpu_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                           const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    int axis = -1;
+    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
+    (void)d;
+    if (work == 0) return;
+    for (int i = 0; i < 4; i++)
+        if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
+    if (axis < 0) {
+        pd__muladd_box(size, alpha, a, as, b, bs, y, ys);
+        return;
+    }
+    piece = pd__max(1, pd__min(size[axis], PD__CHUNK * size[axis] / work));
+    pieces = pd__ceil_div(size[axis], piece);
+    PD__PARALLEL(d, work)
+    for (int64_t p = 0; p < pieces; p++) {
+        int64_t part[4], start = p * piece;
+        memcpy(part, size, sizeof part);
+        part[axis] = pd__min(piece, size[axis] - start);
+        pd__muladd_box(part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs, y + start * ys[axis],
+                       ys);
+    }
+}
+
+static double pd__cpu_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
+    enum { PARTS = 64 };
+    double parts[PARTS], sum = 0;
+    int64_t piece = pd__ceil_div(n, PARTS);
+    (void)d;
+    PD__PARALLEL(d, n)
+    for (int64_t p = 0; p < PARTS; p++) {
+        double part = 0;
+        for (int64_t i = p * piece; i < pd__min(n, (p + 1) * piece); i++) part += (double)x[i] * (double)x[i];
+        parts[p] = part;
+    }
+    for (int p = 0; p < PARTS; p++) sum += parts[p];
+    return sum;
+}
+
+/* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ---- */
+
+#if defined(__GNUC__) && !defined(__TINYC__)
+typedef pd_real pd__vector __attribute__((vector_size(16)));
+#else
+typedef pd_real pd__vector;
+#endif
+
+enum {
+    PD__LANES = sizeof(pd__vector) / sizeof(pd_real),
+    PD__MR = 4, /* rows and columns of the tile that stays in registers */
+    PD__NR = 2 * PD__LANES,
+    PD__MC = 64, /* rows of A, depth, and columns of B that are packed at a time; multiples of MR and NR */
+    PD__KC = 256,
+    PD__NC = 512,
+    PD__GEMM_SPACE = PD__MC * PD__KC + PD__KC * PD__NC /* numbers of working space for one thread */
+};
+
+/* A's rows i0 .. i0 + m - 1, depth p0 .. p0 + k - 1, as panels of MR rows: panel[p * MR + i]. Zeros beyond m. */
+static void pd__pack_a(bool transposed, const pd_real *a, int64_t lda, int64_t i0, int64_t m, int64_t p0, int64_t k,
+                       pd_real *panel) {
+    int64_t rs = transposed ? 1 : lda, cs = transposed ? lda : 1;
+    for (int64_t i = 0; i < m; i += PD__MR, panel += PD__MR * k)
+        for (int64_t r = 0; r < PD__MR; r++) {
+            const pd_real *from = a + (i0 + i + r) * rs + p0 * cs;
+            if (i + r < m)
+                for (int64_t p = 0; p < k; p++) panel[p * PD__MR + r] = from[p * cs];
+            else
+                for (int64_t p = 0; p < k; p++) panel[p * PD__MR + r] = 0;
+        }
+}
+
+/* B's depth p0 .., columns j0 .., as panels of NR columns: panel[p * NR + j]. Zeros beyond n. */
+static void pd__pack_b(bool transposed, const pd_real *b, int64_t ldb, int64_t p0, int64_t k, int64_t j0, int64_t n,
+                       pd_real *panel) {
+    int64_t rs = transposed ? 1 : ldb, cs = transposed ? ldb : 1;
+    for (int64_t j = 0; j < n; j += PD__NR, panel += PD__NR * k)
+        for (int64_t p = 0; p < k; p++) {
+            const pd_real *from = b + (p0 + p) * rs + (j0 + j) * cs;
+            int64_t width = pd__min(PD__NR, n - j);
+            for (int64_t c = 0; c < width; c++) panel[p * PD__NR + c] = from[c * cs];
+            for (int64_t c = width; c < PD__NR; c++) panel[p * PD__NR + c] = 0;
+        }
+}
+
+/* tile (MR x NR) = a panel (k x MR)^T times b panel (k x NR) */
+static void pd__gemm_tile(int64_t k, const pd_real *a, const pd_real *b, pd_real *tile) {
+    pd__vector c[PD__MR][2], left, right;
+    memset(c, 0, sizeof c);
+    for (int64_t p = 0; p < k; p++, a += PD__MR, b += PD__NR) {
+        memcpy(&left, b, sizeof left);
+        memcpy(&right, b + PD__LANES, sizeof right);
+        c[0][0] += a[0] * left;
+        c[0][1] += a[0] * right;
+        c[1][0] += a[1] * left;
+        c[1][1] += a[1] * right;
+        c[2][0] += a[2] * left;
+        c[2][1] += a[2] * right;
+        c[3][0] += a[3] * left;
+        c[3][1] += a[3] * right;
+    }
+    memcpy(tile, c, sizeof c);
+}
+
+static void pd__gemm_block(int64_t m, int64_t n, int64_t k, pd_real alpha, const pd_real *packed_a,
+                           const pd_real *packed_b, pd_real beta, pd_real *c, int64_t ldc) {
+    pd_real tile[PD__MR * PD__NR];
+    for (int64_t j = 0; j < n; j += PD__NR)
+        for (int64_t i = 0; i < m; i += PD__MR) {
+            pd__gemm_tile(k, packed_a + i * k, packed_b + j * k, tile);
+            for (int64_t r = 0; r < pd__min(PD__MR, m - i); r++)
+                for (int64_t s = 0; s < pd__min(PD__NR, n - j); s++) {
+                    pd_real *to = c + (i + r) * ldc + j + s;
+                    *to = alpha * tile[r * PD__NR + s] + (beta != 0 ? beta * *to : 0);
+                }
+        }
+}
+
+/* One thread's share: rows i0 .. i1 - 1 of C. The order of every sum is the same whatever the share. */
+static void pd__gemm_rows(bool ta, bool tb, int64_t i0, int64_t i1, int64_t n, int64_t k, pd_real alpha,
+                          const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                          int64_t ldc, pd_real *space) {
+    pd_real *packed_a = space, *packed_b = space + PD__MC * PD__KC;
+    for (int64_t j = 0; j < n; j += PD__NC)
+        for (int64_t p = 0; p < k || p == 0; p += PD__KC) {
+            int64_t nc = pd__min(PD__NC, n - j), kc = pd__min(PD__KC, k - p);
+            pd__pack_b(tb, b, ldb, p, kc, j, nc, packed_b);
+            for (int64_t i = i0; i < i1; i += PD__MC) {
+                int64_t mc = pd__min(PD__MC, i1 - i);
+                pd__pack_a(ta, a, lda, i, mc, p, kc, packed_a);
+                pd__gemm_block(mc, nc, kc, alpha, packed_a, packed_b, p ? 1 : beta, c + i * ldc + j, ldc);
+            }
+        }
+}
+
+static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
+                         const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                         int64_t ldc) {
+    int64_t shares = m * n * k < 524288 ? 1 : pd__cpu_threads(d), share;
+    pd_real *space = (pd_real *)pd__scratch(d, shares * PD__GEMM_SPACE, sizeof(pd_real));
+    if (!space) return;
+    share = pd__ceil_div(pd__ceil_div(m, shares), PD__MR) * PD__MR;
+    PD__PARALLEL(d, m * n * k / 8)
+    for (int64_t s = 0; s < shares; s++)
+        if (s * share < m)
+            pd__gemm_rows(ta, tb, s * share, pd__min(m, (s + 1) * share), n, k, alpha, a, lda, b, ldb, beta, c, ldc,
+                          space + s * PD__GEMM_SPACE);
+}
+
+/* ---- optimizers' arithmetic ---- */
+
+/* The gradient that the method sees: scaled, clipped, with coupled L2. */
+static inline double pd__update_gradient(const pd_update *u, double l2, pd_real w, pd_real g) {
+    double v = u->scale * (double)g;
+    if (u->clip > 0) v = v > u->clip ? u->clip : v < -u->clip ? -u->clip : v;
+    return v + l2 * (double)w;
+}
+
+/* One number. s0, s1, s2 are its states, or unused dummies. Returns the new value. */
+static double pd__update_one(const pd_update *u, double correct1, double correct2, double w, double g, pd_real *s0,
+                             pd_real *s1, pd_real *s2) {
+    const pd_optimizer *o = &u->optimizer;
+    double r = u->rate, m, v, step;
+    switch (o->kind) {
+    case PD_OPT_SGD: return w - r * g;
+    case PD_OPT_MOMENTUM:
+        m = o->momentum * (double)*s0 - r * g;
+        *s0 = (pd_real)m;
+        return o->nesterov ? w + o->momentum * m - r * g : w + m;
+    case PD_OPT_ADAGRAD:
+        v = (double)*s0 + g * g;
+        *s0 = (pd_real)v;
+        return w - r * g / (sqrt(v) + o->epsilon);
+    case PD_OPT_ADADELTA:
+        v = o->rho * (double)*s0 + (1 - o->rho) * g * g;
+        step = sqrt(((double)*s1 + o->epsilon) / (v + o->epsilon)) * g;
+        *s0 = (pd_real)v;
+        *s1 = (pd_real)(o->rho * (double)*s1 + (1 - o->rho) * step * step);
+        return w - r * step;
+    case PD_OPT_RMSPROP:
+        v = o->rho * (double)*s0 + (1 - o->rho) * g * g;
+        *s0 = (pd_real)v;
+        if (o->centered) {
+            m = o->rho * (double)*s2 + (1 - o->rho) * g;
+            *s2 = (pd_real)m;
+            v = v > m * m ? v - m * m : 0;
+        }
+        step = r * g / (sqrt(v) + o->epsilon);
+        if (o->momentum == 0) return w - step;
+        m = o->momentum * (double)*s1 - step;
+        *s1 = (pd_real)m;
+        return w + m;
+    case PD_OPT_DECAYED_ADAGRAD:
+        v = o->rho * (double)*s0 + (1 - o->rho) * g * g;
+        *s0 = (pd_real)v;
+        return w - r * g / sqrt(v + o->epsilon);
+    case PD_OPT_ADAM:
+    case PD_OPT_ADAMW:
+        m = o->beta1 * (double)*s0 + (1 - o->beta1) * g;
+        v = o->beta2 * (double)*s1 + (1 - o->beta2) * g * g;
+        *s0 = (pd_real)m;
+        *s1 = (pd_real)v;
+        if (o->kind == PD_OPT_ADAMW) w -= r * u->l2 * w;
+        return w - r * (m / correct1) / (sqrt(v / correct2) + o->epsilon);
+    case PD_OPT_ADAMAX:
+        m = o->beta1 * (double)*s0 + (1 - o->beta1) * g;
+        v = o->beta2 * (double)*s1;
+        v = v > fabs(g) + o->epsilon ? v : fabs(g) + o->epsilon;
+        *s0 = (pd_real)m;
+        *s1 = (pd_real)v;
+        return w - r / correct1 * m / v;
+    case PD_OPT_COUNT: break;
+    }
+    return w;
+}
+
+static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
+                           const unsigned char *mask, pd_real *const *states) {
+    double correct1 = 1 - pow(u->optimizer.beta1, (double)u->step), correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
+    double l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2, shrink = u->rate * u->l1;
+    (void)d;
+    PD__PARALLEL(d, n * 4)
+    for (int64_t start = 0; start < n; start += PD__CHUNK) {
+        pd_real unused = 0;
+        for (int64_t i = start; i < pd__min(n, start + PD__CHUNK); i++) {
+            double v = pd__update_one(u, correct1, correct2, (double)w[i], pd__update_gradient(u, l2, w[i], g[i]),
+                                      states[0] ? states[0] + i : &unused, states[1] ? states[1] + i : &unused,
+                                      states[2] ? states[2] + i : &unused);
+            if (shrink > 0) v = v > shrink ? v - shrink : v < -shrink ? v + shrink : 0;
+            w[i] = mask && !mask[i] ? 0 : (pd_real)v;
+        }
+    }
+}
+
+/* ---- activations ---- */
+
+static const double pd__stanh_a = 1.7159, pd__stanh_b = 2.0 / 3.0;
+
+static inline pd_real pd__sigmoid(pd_real x) {
+    pd_real e = PD__M(exp)(x < 0 ? x : -x); /* never overflows */
+    return x < 0 ? e / (1 + e) : 1 / (1 + e);
+}
+
+/* y[i] for one kind over a piece; alpha as the caller gave it or the default. */
+static void pd__activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y) {
+#define PD__EACH(kind, value)                                                                                \
+    case kind:                                                                                               \
+        for (int64_t i = 0; i < n; i++) {                                                                    \
+            pd_real v = x[i];                                                                                \
+            y[i] = (value);                                                                                  \
+        }                                                                                                    \
+        break;
+    switch (act) {
+        PD__EACH(PD_RELU, v > 0 ? v : v * 0) /* v * 0 keeps NaN */
+        PD__EACH(PD_BRELU, v > 0 ? (v < alpha ? v : alpha) : v * 0)
+        PD__EACH(PD_SOFTRELU, (v > 0 ? v : 0) + PD__M(log1p)(PD__M(exp)(-PD__M(fabs)(v))))
+        PD__EACH(PD_LEAKY_RELU, v < 0 ? alpha * v : v)
+        PD__EACH(PD_GELU, v / 2 * (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)))
+        PD__EACH(PD_SIGMOID, pd__sigmoid(v))
+        PD__EACH(PD_TANH, PD__M(tanh)(v))
+        PD__EACH(PD_STANH, (pd_real)pd__stanh_a * PD__M(tanh)((pd_real)pd__stanh_b * v))
+        PD__EACH(PD_EXP, PD__M(exp)(v))
+        PD__EACH(PD_LOG, PD__M(log)(v))
+        PD__EACH(PD_ABS, PD__M(fabs)(v))
+        PD__EACH(PD_SQUARE, v *v)
+        PD__EACH(PD_SQRT, PD__M(sqrt)(v))
+        PD__EACH(PD_RECIPROCAL, 1 / v)
+    case PD_LINEAR:
+    case PD_SOFTMAX:
+    case PD_ACT_COUNT: break;
+    }
+#undef PD__EACH
+}
+
+/* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. */
+static void pd__activate_backward_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, const pd_real *y,
+                                        pd_real *grad) {
+#define PD__EACH_Y(kind, value)                                                                              \
+    case kind:                                                                                               \
+        for (int64_t i = 0; i < n; i++) {                                                                    \
+            pd_real w = y[i];                                                                                \
+            grad[i] *= (value);                                                                              \
+        }                                                                                                    \
+        break;
+#define PD__EACH_X(kind, value)                                                                              \
+    case kind:                                                                                               \
+        for (int64_t i = 0; i < n; i++) {                                                                    \
+            pd_real v = x[i];                                                                                \
+            grad[i] *= (value);                                                                              \
+        }                                                                                                    \
+        break;
+    const pd_real ratio = (pd_real)(pd__stanh_b / pd__stanh_a), square = (pd_real)(pd__stanh_a * pd__stanh_a);
+    switch (act) {
+        PD__EACH_Y(PD_RELU, (pd_real)(w > 0))
+        PD__EACH_Y(PD_BRELU, (pd_real)(w > 0 && w < alpha))
+        PD__EACH_Y(PD_SOFTRELU, -PD__M(expm1)(-w))
+        PD__EACH_Y(PD_LEAKY_RELU, w < 0 ? alpha : 1)
+        PD__EACH_X(PD_GELU, (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)) / 2 +
+                                v * PD__M(exp)(-v * v / 2) * (pd_real)0.39894228040143268)
+        PD__EACH_Y(PD_SIGMOID, w * (1 - w))
+        PD__EACH_Y(PD_TANH, 1 - w * w)
+        PD__EACH_Y(PD_STANH, ratio * (square - w * w))
+        PD__EACH_Y(PD_EXP, w)
+        PD__EACH_X(PD_LOG, 1 / v)
+        PD__EACH_X(PD_ABS, (pd_real)((v > 0) - (v < 0)))
+        PD__EACH_X(PD_SQUARE, 2 * v)
+        PD__EACH_Y(PD_SQRT, (pd_real)0.5 / w)
+        PD__EACH_Y(PD_RECIPROCAL, -w * w)
+    case PD_LINEAR:
+    case PD_SOFTMAX:
+    case PD_ACT_COUNT: break;
+    }
+#undef PD__EACH_Y
+#undef PD__EACH_X
+}
+
+static void pd__softmax_row(int64_t n, const pd_real *x, pd_real *y) {
+    pd_real top = x[0];
+    double sum = 0;
+    for (int64_t i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = PD__M(exp)(x[i] - top);
+        sum += (double)y[i];
+    }
+    for (int64_t i = 0; i < n; i++) y[i] = (pd_real)((double)y[i] / sum);
+}
+
+/* dx = y (dy - sum y dy), in place */
+static void pd__softmax_backward_row(int64_t n, const pd_real *y, pd_real *grad) {
+    double dot = 0;
+    for (int64_t i = 0; i < n; i++) dot += (double)y[i] * (double)grad[i];
+    for (int64_t i = 0; i < n; i++) grad[i] = y[i] * (grad[i] - (pd_real)dot);
+}
+
+static pd_real pd__act_alpha(pd_act act, pd_real alpha) {
+    return alpha != 0 ? alpha : act == PD_BRELU ? 24 : (pd_real)0.01;
+}
+
+static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                             pd_real *y) {
+    int64_t n = rows * width;
+    (void)d;
+    alpha = pd__act_alpha(act, alpha);
+    if (act == PD_SOFTMAX) {
+        PD__PARALLEL(d, n * 8)
+        for (int64_t r = 0; r < rows; r++) pd__softmax_row(width, x + r * width, y + r * width);
+        return;
+    }
+    PD__PARALLEL(d, n * 2)
+    for (int64_t i = 0; i < n; i += PD__CHUNK)
+        pd__activate_piece(act, alpha, pd__min(PD__CHUNK, n - i), x + i, y + i);
+}
+
+static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
+                                      const pd_real *x, const pd_real *y, pd_real *grad) {
+    int64_t n = rows * width;
+    (void)d;
+    alpha = pd__act_alpha(act, alpha);
+    if (act == PD_SOFTMAX) {
+        PD__PARALLEL(d, n * 2)
+        for (int64_t r = 0; r < rows; r++) pd__softmax_backward_row(width, y + r * width, grad + r * width);
+        return;
+    }
+    PD__PARALLEL(d, n * 2)
+    for (int64_t i = 0; i < n; i += PD__CHUNK)
+        pd__activate_backward_piece(act, alpha, pd__min(PD__CHUNK, n - i), x ? x + i : x, y + i, grad + i);
+}
+
+/* ---- convolution: patches are laid out as columns and multiplied, one image and group at a time ---- */
+
+/* What the loops below have in common. */
+typedef struct pd__columns {
+    int64_t channels, depth, area, in_area; /* channels per group, rows of the column matrix, its columns, image size */
+    int64_t filters;                        /* per group */
+} pd__columns;
+
+static pd__columns pd__columns_of(const pd_conv_shape *s) {
+    pd__columns c;
+    c.channels = s->in_c / s->groups;
+    c.filters = s->out_c / s->groups;
+    c.depth = c.channels * s->filter_h * s->filter_w;
+    c.area = s->out_h * s->out_w;
+    c.in_area = s->in_h * s->in_w;
+    return c;
+}
+
+/* columns (depth x area) from one group of one image, or, if `back`, added from columns into the image. */
+static void pd__columns_move(const pd_conv_shape *s, const pd__columns *c, bool back, pd_real *image, pd_real *columns) {
+    for (int64_t k = 0; k < c->depth; k++) {
+        int64_t kw = k % s->filter_w, kh = k / s->filter_w % s->filter_h;
+        pd_real *map = image + k / (s->filter_h * s->filter_w) * c->in_area;
+        for (int64_t oh = 0; oh < s->out_h; oh++) {
+            int64_t h = oh * s->stride_h - s->pad_h + kh * s->dilation_h;
+            int64_t w = kw * s->dilation_w - s->pad_w;
+            pd_real *line = columns + k * c->area + oh * s->out_w;
+            bool inside = h >= 0 && h < s->in_h;
+            for (int64_t ow = 0; ow < s->out_w; ow++, w += s->stride_w) {
+                bool cell = inside && w >= 0 && w < s->in_w;
+                if (!back) line[ow] = cell ? map[h * s->in_w + w] : 0;
+                else if (cell) map[h * s->in_w + w] += line[ow];
+            }
+        }
+    }
+}
+
+/* Calls `work` for every image and group. With several images each is one thread's, else the product is shared out by
+   its rows; `work` must give the same numbers both ways. */
+typedef struct pd__conv_job {
+    const pd_conv_shape *s;
+    pd__columns c;
+    const pd_real *x, *w, *dy;
+    pd_real *out; /* y or dx */
+} pd__conv_job;
+
+static void pd__conv_image(const pd__conv_job *j, int64_t row, int64_t group, pd_real *space) {
+    const pd__columns *c = &j->c;
+    pd_real *columns = space + PD__GEMM_SPACE;
+    int64_t image = row * j->s->groups + group;
+    pd__columns_move(j->s, c, false, (pd_real *)(uintptr_t)j->x + image * c->channels * c->in_area, columns);
+    pd__gemm_rows(false, false, 0, c->filters, c->area, c->depth, 1, j->w + group * c->filters * c->depth, c->depth,
+                  columns, c->area, 1, j->out + image * c->filters * c->area, c->area, space);
+}
+
+static void pd__conv_image_back(const pd__conv_job *j, int64_t row, int64_t group, pd_real *space) {
+    const pd__columns *c = &j->c;
+    pd_real *columns = space + PD__GEMM_SPACE;
+    int64_t image = row * j->s->groups + group;
+    pd__gemm_rows(true, false, 0, c->depth, c->area, c->filters, 1, j->w + group * c->filters * c->depth, c->depth,
+                  j->dy + image * c->filters * c->area, c->area, 0, columns, c->area, space);
+    pd__columns_move(j->s, c, true, j->out + image * c->channels * c->in_area, columns);
+}
+
+static void pd__conv_run(pd_device *d, const pd__conv_job *j,
+                         void (*work)(const pd__conv_job *j, int64_t row, int64_t group, pd_real *space)) {
+    int64_t images = j->s->rows * j->s->groups, each = PD__GEMM_SPACE + j->c.depth * j->c.area;
+    pd_real *space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * each, sizeof(pd_real));
+    if (!space) return;
+    PD__PARALLEL(d, images * j->c.depth * j->c.area)
+    for (int64_t i = 0; i < images; i++)
+        work(j, i / j->s->groups, i % j->s->groups, space + PD__THREAD_INDEX() * each);
+}
+
+static void pd__cpu_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
+    pd__conv_job j;
+    memset(&j, 0, sizeof j);
+    j.s = s;
+    j.c = pd__columns_of(s);
+    j.x = x;
+    j.w = w;
+    j.out = y;
+    pd__conv_run(d, &j, pd__conv_image);
+}
+
+static void pd__cpu_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
+                                       pd_real *dx) {
+    pd__conv_job j;
+    memset(&j, 0, sizeof j);
+    j.s = s;
+    j.c = pd__columns_of(s);
+    j.w = w;
+    j.dy = dy;
+    j.out = dx;
+    pd__conv_run(d, &j, pd__conv_image_back);
+}
+
+/* dw is a sum over images: a fixed number of parts, each over its images in order, added in order. */
+static void pd__cpu_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
+                                         pd_real *dw) {
+    enum { PARTS = 8 };
+    pd__columns c = pd__columns_of(s);
+    int64_t weights = s->out_c * c.depth, parts = pd__min(PARTS, s->rows), per_part = pd__ceil_div(s->rows, PARTS);
+    int64_t each = PD__GEMM_SPACE + c.depth * c.area + weights;
+    pd_real *space = (pd_real *)pd__scratch(d, parts * each, sizeof(pd_real));
+    if (!space || s->rows == 0) return;
+    PD__PARALLEL(d, s->rows * s->groups * c.depth * c.area)
+    for (int64_t p = 0; p < parts; p++) {
+        pd_real *gemm_space = space + p * each, *columns = gemm_space + PD__GEMM_SPACE;
+        pd_real *part = columns + c.depth * c.area;
+        memset(part, 0, (size_t)weights * sizeof *part);
+        for (int64_t i = p * per_part * s->groups; i < pd__min(s->rows, (p + 1) * per_part) * s->groups; i++) {
+            pd__columns_move(s, &c, false, (pd_real *)(uintptr_t)x + i * c.channels * c.in_area, columns);
+            pd__gemm_rows(false, true, 0, c.filters, c.depth, c.area, 1, dy + i * c.filters * c.area, c.area, columns,
+                          c.area, 1, part + i % s->groups * c.filters * c.depth, c.depth, gemm_space);
+        }
+    }
+    for (int64_t p = 0; p < parts; p++) {
+        const pd_real *part = space + p * each + PD__GEMM_SPACE + c.depth * c.area;
+        for (int64_t i = 0; i < weights; i++) dw[i] += part[i];
+    }
+}
+
+/* ---- pooling ---- */
+
+/* The cells of output (oh, ow) that lie inside the image: rows h0 .. h1 - 1, columns w0 .. w1 - 1. */
+typedef struct pd__window {
+    int64_t h0, h1, w0, w1;
+} pd__window;
+
+static pd__window pd__pool_window(const pd_pool_shape *s, int64_t oh, int64_t ow) {
+    pd__window v;
+    v.h0 = oh * s->stride_h - s->pad_h;
+    v.w0 = ow * s->stride_w - s->pad_w;
+    v.h1 = pd__min(v.h0 + s->size_h, s->in_h);
+    v.w1 = pd__min(v.w0 + s->size_w, s->in_w);
+    v.h0 = pd__max(v.h0, 0);
+    v.w0 = pd__max(v.w0, 0);
+    return v;
+}
+
+/* What a sum over the window is multiplied with. */
+static pd_real pd__pool_factor(const pd_pool_shape *s, const pd__window *v) {
+    double cells = (double)((v->h1 - v->h0) * (v->w1 - v->w0));
+    if (s->method == PD_AVERAGE) return (pd_real)(1 / cells);
+    return s->method == PD_SQRT_N ? (pd_real)(1 / sqrt(cells)) : 1;
+}
+
+static pd_real pd__pool_one(const pd_pool_shape *s, const pd__window *v, const pd_real *map) {
+    pd_real best = map[v->h0 * s->in_w + v->w0], sum = 0;
+    for (int64_t h = v->h0; h < v->h1; h++)
+        for (int64_t w = v->w0; w < v->w1; w++) {
+            pd_real x = map[h * s->in_w + w];
+            sum += x;
+            if (x > best || x != x) best = x;
+        }
+    return s->method == PD_MAX ? best : sum * pd__pool_factor(s, v);
+}
+
+static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
+    int64_t area = s->out_h * s->out_w;
+    (void)d;
+    PD__PARALLEL(d, s->rows * s->channels * area * s->size_h * s->size_w)
+    for (int64_t m = 0; m < s->rows * s->channels; m++)
+        for (int64_t o = 0; o < area; o++) {
+            pd__window v = pd__pool_window(s, o / s->out_w, o % s->out_w);
+            y[m * area + o] = pd__pool_one(s, &v, x + m * s->in_h * s->in_w);
+        }
+}
+
+static void pd__pool_one_back(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y, pd_real dy,
+                              pd_real *dmap) {
+    pd_real factor = s->method == PD_MAX ? 0 : pd__pool_factor(s, v);
+    for (int64_t h = v->h0; h < v->h1; h++)
+        for (int64_t w = v->w0; w < v->w1; w++) {
+            int64_t i = h * s->in_w + w;
+            if (s->method != PD_MAX) dmap[i] += factor * dy;
+            else if (map[i] == y) {
+                dmap[i] += dy;
+                return;
+            }
+        }
+}
+
+static void pd__cpu_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
+                                  const pd_real *dy, pd_real *dx) {
+    int64_t area = s->out_h * s->out_w;
+    (void)d;
+    PD__PARALLEL(d, s->rows * s->channels * area * s->size_h * s->size_w)
+    for (int64_t m = 0; m < s->rows * s->channels; m++)
+        for (int64_t o = 0; o < area; o++) {
+            pd__window v = pd__pool_window(s, o / s->out_w, o % s->out_w);
+            pd__pool_one_back(s, &v, x + m * s->in_h * s->in_w, y[m * area + o], dy[m * area + o],
+                              dx + m * s->in_h * s->in_w);
+        }
+}
+
+/* ---- cross-entropy ---- */
+
+/* The smallest probability that a cost sees, so that a logarithm stays finite. */
+static inline pd_real pd__at_least_tiny(pd_real p) { return p > PD__REAL_MIN || p != p ? p : PD__REAL_MIN; }
+
+static void pd__cpu_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
+                                  const pd_real *soft, const pd_real *class_weights, pd_real *cost) {
+    (void)d;
+    PD__PARALLEL(d, soft ? rows * width * 8 : rows * 8)
+    for (int64_t r = 0; r < rows; r++) {
+        double sum = 0;
+        for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
+            pd_real t = (soft ? soft[r * width + c] : 1) * (class_weights ? class_weights[c] : 1);
+            if (t != 0) sum -= (double)(t * PD__M(log)(pd__at_least_tiny(p[r * width + c])));
+        }
+        cost[r] = (pd_real)sum;
+    }
+}
+
+static void pd__cpu_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
+                                           const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
+                                           const pd_real *dcost, bool fused, pd_real *dx) {
+    (void)d;
+    PD__PARALLEL(d, rows * width * 2)
+    for (int64_t r = 0; r < rows; r++) {
+        const pd_real *row = p + r * width;
+        pd_real *to = dx + r * width, total = 0;
+        for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
+            pd_real t = (soft ? soft[r * width + c] : 1) * (class_weights ? class_weights[c] : 1);
+            to[c] -= dcost[r] * (fused ? t : t / pd__at_least_tiny(row[c]));
+            total += t;
+        }
+        for (int64_t c = 0; fused && c < width; c++) to[c] += dcost[r] * total * row[c];
+    }
+}
+
+/* ---- dropout ---- */
+
+static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y) {
+    pd_real factor = (pd_real)(1 / (1 - rate));
+    (void)d;
+    PD__PARALLEL(d, n * 2)
+    for (int64_t start = 0; start < n; start += PD__CHUNK)
+        for (int64_t i = start; i < pd__min(n, start + PD__CHUNK); i++)
+            if (pd__uniform(key, (uint64_t)i) >= rate) y[i] += factor * x[i];
+}
+
+/* ---- normalisation ---- */
+
+static void pd__cpu_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                    pd_real *mean, pd_real *variance) {
+    double n = (double)pd__max(rows * area, 1);
+    (void)d;
+    PD__PARALLEL(d, rows * channels * area)
+    for (int64_t c = 0; c < channels; c++) {
+        double sum = 0, squares = 0;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < area; i++) sum += (double)x[(r * channels + c) * area + i];
+        sum /= n;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < area; i++) {
+                double v = (double)x[(r * channels + c) * area + i] - sum;
+                squares += v * v;
+            }
+        mean[c] = (pd_real)sum;
+        variance[c] = (pd_real)(squares / n);
+    }
+}
+
+static void pd__cpu_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                               const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
+                               const pd_real *bias, pd_real *y) {
+    (void)d;
+    PD__PARALLEL(d, rows * channels * area)
+    for (int64_t m = 0; m < rows * channels; m++) {
+        int64_t c = m % channels;
+        pd_real factor = (pd_real)(1 / sqrt((double)variance[c] + epsilon)) * (weight ? weight[c] : 1);
+        pd_real shift = (bias ? bias[c] : 0);
+        for (int64_t i = m * area; i < (m + 1) * area; i++) y[i] = (x[i] - mean[c]) * factor + shift;
+    }
+}
+
+/* With n = rows * area and xhat = (x - mean) / deviation: dx = weight / deviation (dy - mean(dy) - xhat mean(dy xhat)),
+   the two means only if the moments depend on x. */
+static void pd__cpu_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                        const pd_real *mean, const pd_real *variance, double epsilon,
+                                        bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                        pd_real *dweight, pd_real *dbias) {
+    double n = (double)pd__max(rows * area, 1);
+    (void)d;
+    PD__PARALLEL(d, rows * channels * area)
+    for (int64_t c = 0; c < channels; c++) {
+        double inverse = 1 / sqrt((double)variance[c] + epsilon), sum = 0, dot = 0;
+        double factor = inverse * (weight ? (double)weight[c] : 1);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = (r * channels + c) * area; i < (r * channels + c + 1) * area; i++) {
+                sum += (double)dy[i];
+                dot += (double)dy[i] * ((double)x[i] - (double)mean[c]) * inverse;
+            }
+        if (dweight) dweight[c] += (pd_real)dot;
+        if (dbias) dbias[c] += (pd_real)sum;
+        for (int64_t r = 0; dx && r < rows; r++)
+            for (int64_t i = (r * channels + c) * area; i < (r * channels + c + 1) * area; i++) {
+                double v = (double)dy[i];
+                if (batch_moments) v -= (sum + ((double)x[i] - (double)mean[c]) * inverse * dot) / n;
+                dx[i] += (pd_real)(factor * v);
+            }
+    }
+}
+
+static void pd__cpu_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
+                               const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
+    (void)d;
+    PD__PARALLEL(d, rows * width)
+    for (int64_t r = 0; r < rows; r++) {
+        const pd_real *row = x + r * width;
+        double mean = 0, variance = 0, inverse;
+        for (int64_t i = 0; i < width; i++) mean += (double)row[i];
+        mean /= (double)width;
+        for (int64_t i = 0; i < width; i++) variance += ((double)row[i] - mean) * ((double)row[i] - mean);
+        inverse = 1 / sqrt(variance / (double)width + epsilon);
+        moments[2 * r] = (pd_real)mean;
+        moments[2 * r + 1] = (pd_real)inverse;
+        for (int64_t i = 0; i < width; i++)
+            y[r * width + i] =
+                (pd_real)(((double)row[i] - mean) * inverse) * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
+    }
+}
+
+static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *x,
+                                        const pd_real *moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                        pd_real *dweight, pd_real *dbias) {
+    (void)d;
+    PD__PARALLEL(d, dx ? rows * width : 0)
+    for (int64_t r = 0; r < (dx ? rows : 0); r++) {
+        double mean = (double)moments[2 * r], inverse = (double)moments[2 * r + 1], sum = 0, dot = 0;
+        for (int64_t i = r * width; i < (r + 1) * width; i++) {
+            double g = (double)dy[i] * (weight ? (double)weight[i - r * width] : 1);
+            sum += g;
+            dot += g * ((double)x[i] - mean) * inverse;
+        }
+        for (int64_t i = r * width; i < (r + 1) * width; i++) {
+            double g = (double)dy[i] * (weight ? (double)weight[i - r * width] : 1);
+            dx[i] += (pd_real)(inverse * (g - (sum + ((double)x[i] - mean) * inverse * dot) / (double)width));
+        }
+    }
+    PD__PARALLEL(d, dweight || dbias ? rows * width : 0)
+    for (int64_t i = 0; i < (dweight || dbias ? width : 0); i++) {
+        double sum = 0, dot = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            sum += (double)dy[r * width + i];
+            dot += (double)dy[r * width + i] * ((double)x[r * width + i] - (double)moments[2 * r]) *
+                   (double)moments[2 * r + 1];
+        }
+        if (dweight) dweight[i] += (pd_real)dot;
+        if (dbias) dbias[i] += (pd_real)sum;
+    }
+}
+
+static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
+                                  double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
+    (void)d;
+    PD__PARALLEL(d, rows * channels * area * size)
+    for (int64_t m = 0; m < rows * channels; m++) {
+        int64_t c = m % channels, first = pd__max(0, c - size / 2), last = pd__min(channels, c - size / 2 + size);
+        const pd_real *maps = x + (m - c) * area;
+        for (int64_t i = 0; i < area; i++) {
+            double sum = 0;
+            for (int64_t j = first; j < last; j++) sum += (double)maps[j * area + i] * (double)maps[j * area + i];
+            scales[m * area + i] = (pd_real)(k + alpha / (double)size * sum);
+            y[m * area + i] = (pd_real)((double)x[m * area + i] * pow((double)scales[m * area + i], -beta));
+        }
+    }
+}
+
+/* dx_j += dy_j s_j^-beta - 2 alpha beta / size x_j sum over the windows c that hold j of dy_c x_c s_c^(-beta - 1) */
+static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                           double alpha, double beta, const pd_real *x, const pd_real *scales,
+                                           const pd_real *dy, pd_real *dx) {
+    (void)d;
+    PD__PARALLEL(d, rows * channels * area * size * 4)
+    for (int64_t m = 0; m < rows * channels; m++) {
+        int64_t j = m % channels, first = pd__max(0, j + size / 2 - size + 1), last = pd__min(channels, j + size / 2 + 1);
+        int64_t image = (m - j) * area;
+        for (int64_t i = 0; i < area; i++) {
+            double sum = 0;
+            int64_t at = m * area + i;
+            for (int64_t c = first; c < last; c++) {
+                int64_t o = image + c * area + i;
+                sum += (double)dy[o] * (double)x[o] * pow((double)scales[o], -beta - 1);
+            }
+            dx[at] += (pd_real)((double)dy[at] * pow((double)scales[at], -beta) -
+                                2 * alpha * beta / (double)size * (double)x[at] * sum);
+        }
+    }
+}
+
+/* ---- the table ---- */
+
+static const pd_device pd__cpu_table = {
+    PD_API_VERSION, "cpu", NULL, true, pd__cpu_supports,
+    pd__cpu_alloc, pd__cpu_free_memory, pd__cpu_copy, pd__cpu_copy, pd__cpu_synchronize,
+    pd__cpu_fill, pd__cpu_muladd, pd__cpu_gemm, pd__cpu_sum_squares, pd__cpu_update,
+    pd__cpu_activate, pd__cpu_activate_backward,
+    pd__cpu_conv, pd__cpu_conv_backward_data, pd__cpu_conv_backward_filter, pd__cpu_pool, pd__cpu_pool_backward,
+    pd__cpu_cross_entropy, pd__cpu_cross_entropy_backward, pd__cpu_dropout,
+    pd__cpu_channel_moments, pd__cpu_batch_norm, pd__cpu_batch_norm_backward,
+    pd__cpu_layer_norm, pd__cpu_layer_norm_backward, pd__cpu_response_norm, pd__cpu_response_norm_backward,
+};
+
+/* A CPU device for one net; threads 0: all. NULL when out of memory. */
+static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads) {
+    pd_device *d = (pd_device *)pd__alloc(allocator, 1, sizeof *d);
+    pd__cpu *cpu = d ? (pd__cpu *)pd__alloc(allocator, 1, sizeof *cpu) : NULL;
+    if (!cpu) {
+        pd__free(allocator, d);
+        return NULL;
+    }
+    *d = pd__cpu_table;
+    d->self = cpu;
+    cpu->allocator = allocator;
+#if defined(_OPENMP)
+    cpu->threads = threads > 0 ? threads : omp_get_max_threads();
+#else
+    cpu->threads = 1;
+    (void)threads;
+#endif
+    return d;
+}
+
+static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
+    pd__free(allocator, ((pd__cpu *)d->self)->scratch);
+    pd__free(allocator, d->self);
+    pd__free(allocator, d);
+}
+/* ======================================================================================================== */
+/* >>net                                                                                                    */
+
+static void pd__evaluators_free(pd_net *net);
+
+static bool pd__check_net(pd_net *net) { return net && !net->broken; }
+
+PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
+    static const pd_net_opts defaults = PD__ZERO;
+    pd_allocator allocator = { pd__default_alloc, pd__default_free, NULL };
+    const pd_net_opts *o = opts ? opts : &defaults;
+    pd_net *net;
+    if (o->allocator.alloc && o->allocator.free) allocator = o->allocator;
+    net = (pd_net *)pd__alloc(&allocator, 1, sizeof *net);
+    if (!net) return NULL;
+    net->allocator = allocator;
+    net->logger = o->logger;
+    net->seed = o->seed;
+    net->device = o->device;
+    if (!o->allocator.alloc != !o->allocator.free)
+        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: the allocator needs both alloc and free");
+    else if (o->threads < 0)
+        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: threads is %d, expected 0 (all) or more", o->threads);
+    else if (o->device && o->device->api_version != PD_API_VERSION)
+        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: device has interface version %d, expected %d",
+                       o->device->api_version, PD_API_VERSION);
+    else if (o->device && !o->device->host_memory)
+        pd__fail_build(net, PD_E_UNSUPPORTED, "pd_net_new: device \"%s\" has no host memory, which this version needs",
+                       o->device->name);
+    if (!net->device) {
+        net->device = net->cpu = pd__cpu_new(&net->allocator, o->threads);
+        if (!net->cpu) {
+            pd_net_free(net);
+            return NULL;
+        }
+    }
+    return net;
+}
+
+static void pd__layer_free(pd_layer *l) {
+    const pd_allocator *a = &l->net->allocator;
+    struct pd__layer *own = l->own;
+    pd_device *d = l->net->device;
+    if (l->type->teardown && l->state) l->type->teardown(l);
+    if (own) {
+        pd__copy *c, *next;
+        if (own->data) d->free(d, own->data);
+        if (own->grad) d->free(d, own->grad);
+        if (own->x) d->free(d, own->x);
+        for (int i = 0; i < PD__COUNT(own->memory); i++)
+            if (own->memory[i]) d->free(d, own->memory[i]);
+        for (int i = 0; i < PD__COUNT(own->integers); i++) pd__free(a, own->integers[i]);
+        for (c = own->copies; c; c = next) {
+            next = c->next;
+            pd__free(a, c);
+        }
+        pd__free(a, own);
+    }
+    pd__free(a, (void *)l->name);
+    pd__free(a, l->inputs);
+    pd__free(a, l->params);
+    pd__free(a, l->opts);
+    pd__free(a, l->state);
+    pd__free(a, l);
+}
+
+static void pd__param_free(pd_net *net, pd_param *p) {
+    pd_device *d = net->device;
+    if (p->value) d->free(d, p->value);
+    if (p->grad) d->free(d, p->grad);
+    pd__free(&net->allocator, p->mask);
+    pd__free(&net->allocator, (void *)p->name);
+    pd__free(&net->allocator, p);
+}
+
+PD_DEF void pd_net_free(pd_net *net) {
+    pd_allocator a;
+    pd_param *p, *next;
+    if (!net) return;
+    a = net->allocator;
+    pd__evaluators_free(net);
+    pd_batch_free(net->predict_batch);
+    for (int64_t i = net->layer_count; i-- > 0;) pd__layer_free(net->layers[i]);
+    pd__free(&a, net->layers);
+    for (p = net->first_param; p; p = next) {
+        next = p->next;
+        pd__param_free(net, p);
+    }
+    if (net->cpu) pd__cpu_free(&a, net->cpu);
+    pd__free(&a, net);
+}
+
+PD_DEF pd_layer *pd_layer_at(pd_net *net, int index) {
+    return net && index >= 0 && index < net->layer_count ? net->layers[index] : NULL;
+}
+
+PD_DEF pd_layer *pd_layer_find(pd_net *net, const char *name) {
+    if (!net || !name) return NULL;
+    for (int64_t i = 0; i < net->layer_count; i++)
+        if (strcmp(net->layers[i]->name, name) == 0) return net->layers[i];
+    return NULL;
+}
+
+PD_DEF size_t pd_info(const pd_net *net, char *text, size_t size) {
+    size_t length = 0;
+    if (size) text[0] = 0;
+    pd__append(text, size, &length, "paddle.h " PD_VERSION ", %s", sizeof(pd_real) == 8 ? "double" : "float");
+    if (net) pd__append(text, size, &length, ", device %s", net->device->name);
+    if (net && net->cpu) pd__append(text, size, &length, ", %d threads", pd__cpu_threads(net->cpu));
+    return length;
+}
+
+/* ---- layers ---- */
+
+/* Names stand in files and messages: 1 to 200 printable characters, neither quotes nor backslashes. */
+static bool pd__name_ok(const char *name) {
+    size_t n = strlen(name);
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)name[i] < 32 || name[i] == '"' || name[i] == '\\' || name[i] == 127) return false;
+    return n >= 1 && n <= 200;
+}
+
+/* "fc1", "fc2", ..: the type's name and the first number that makes a name not used yet. */
+static char *pd__default_name(pd_net *net, const pd_layer_type *type) {
+    char name[256];
+    int number = 1;
+    for (int64_t i = 0; i < net->layer_count; i++) number += net->layers[i]->type == type;
+    do snprintf(name, sizeof name, "%.200s%d", type->name, number++);
+    while (pd_layer_find(net, name));
+    return pd__copy_text(&net->allocator, name);
+}
+
+static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                                 int count) {
+    const char *who = name ? name : type && type->name ? type->name : "layer";
+    if (!type || !type->name || !type->setup || !type->forward)
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: its type lacks a name, setup or forward", who);
+    if (type->api_version != PD_API_VERSION)
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: layer type \"%s\" has interface version %d, expected %d", who,
+                              type->name, type->api_version, PD_API_VERSION);
+    if (name && !pd__name_ok(name))
+        return pd__fail_build(net, PD_E_ARGUMENT,
+                              "%s: a name has 1 to 200 characters, no quotes, backslashes or control characters", who);
+    if (name && pd_layer_find(net, name))
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: the name is already used by a %s layer", who,
+                              pd_layer_find(net, name)->type->name);
+    if (count < type->min_inputs || (type->max_inputs >= 0 && count > type->max_inputs))
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: %d inputs, but %s takes %s%d", who, count, type->name,
+                              type->max_inputs == type->min_inputs ? "" : "at least ", type->min_inputs);
+    for (int i = 0; i < count; i++) {
+        if (!inputs || !inputs[i]) return pd__fail_build(net, PD_E_ARGUMENT, "%s: input %d is NULL", who, i);
+        if (inputs[i]->net != net)
+            return pd__fail_build(net, PD_E_ARGUMENT, "%s: input %d, \"%s\", belongs to another net", who, i,
+                                  inputs[i]->name);
+    }
+    return PD_OK;
+}
+
+/* Gives the net a layer that still has to be set up. NULL when out of memory. */
+static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                               int count, const void *opts) {
+    const pd_allocator *a = &net->allocator;
+    pd_layer *l;
+    if (!pd__grow(a, (void **)&net->layers, &net->layer_capacity, net->layer_count + 1, sizeof *net->layers)) return NULL;
+    l = (pd_layer *)pd__alloc(a, 1, sizeof *l);
+    if (!l) return NULL;
+    l->type = type;
+    l->net = net;
+    l->device = net->device;
+    l->name = name ? pd__copy_text(a, name) : pd__default_name(net, type);
+    l->own = (struct pd__layer *)pd__alloc(a, 1, sizeof *l->own);
+    l->inputs = (pd_layer **)pd__alloc(a, count, sizeof *l->inputs);
+    l->opts = pd__alloc(a, (int64_t)type->opts_size, 1);
+    if (l->name && l->own && l->inputs && l->opts) l->state = pd__alloc(a, (int64_t)type->state_size, 1);
+    if (!l->state) {
+        pd__layer_free(l);
+        return NULL;
+    }
+    l->own->index = (int)net->layer_count;
+    l->own->slot = -1;
+    if (opts && type->opts_size) memcpy(l->opts, opts, type->opts_size);
+    for (int i = 0; i < count; i++) l->inputs[i] = inputs[i];
+    l->input_count = count;
+    l->is_sequence = count > 0 && inputs[0]->is_sequence;
+    net->layers[net->layer_count++] = l;
+    return l;
+}
+
+/* Something that learns is at or below the layer, and it can pass the gradient on. */
+static bool pd__layer_learns(const pd_layer *l) {
+    if (l->own->wants_input_grad) return true;
+    if (!l->type->backward) return false;
+    for (int i = 0; i < l->input_count; i++)
+        if (l->inputs[i]->wants_grad) return true;
+    for (int i = 0; i < l->param_count; i++)
+        if (!l->params[i]->opts.is_static) return true;
+    return false;
+}
+
+/* What setup must have left behind. */
+static pd_status pd__check_setup(pd_layer *l) {
+    int64_t area, width;
+    if (l->shape.channels < 1 || l->shape.height < 1 || l->shape.width < 1)
+        return pd_layer_fail(l, PD_E_SHAPE, "output would have the empty shape %s", pd_shape_text(l, l->shape));
+    if (!pd__multiply_sizes(l->shape.channels, l->shape.height, &area) ||
+        !pd__multiply_sizes(area, l->shape.width, &width) || width > INT64_MAX / 64)
+        return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
+    if ((unsigned)l->act >= PD_ACT_COUNT) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown activation %d", (int)l->act);
+    if (l->act != PD_LINEAR && l->is_ids) return pd_layer_fail(l, PD_E_ARGUMENT, "ids take no activation");
+    l->out.width = width;
+    return PD_OK;
+}
+
+PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                              int count, const void *opts) {
+    pd_layer *l;
+    pd_status status;
+    if (!pd__check_net(net) || pd__check_layer(net, type, name, inputs, count) != PD_OK) return NULL;
+    l = pd__new_layer(net, type, name, inputs, count, opts);
+    if (!l) {
+        pd__fail_build(net, PD_E_MEMORY, "%s: out of memory for the layer", name ? name : type->name);
+        return NULL;
+    }
+    if (net->origin) l->own->origin = net->origin->layers[l->own->index];
+    net->failure.status = PD_OK;
+    status = type->setup(l);
+    if (status == PD_OK) status = pd__check_setup(l);
+    if (status != PD_OK) {
+        if (net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
+        net->broken = true;
+        return NULL;
+    }
+    l->wants_grad = pd__layer_learns(l);
+    return l;
+}
+
+PD_DEF pd_status pd_layer_fail(pd_layer *layer, pd_status status, const char *format, ...) {
+    char text[400];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return pd__fail(layer->net, status, "%.100s: %s", layer->name, text);
+}
+
+PD_DEF const char *pd_shape_text(pd_layer *layer, pd_shape shape) {
+    pd_net *net = layer->net;
+    char *text = net->texts[net->text_turn = (net->text_turn + 1) % PD__COUNT(net->texts)];
+    if (shape.height == 1 && shape.width == 1)
+        snprintf(text, sizeof net->texts[0], "%lld", (long long)shape.channels);
+    else
+        snprintf(text, sizeof net->texts[0], "%lldx%lldx%lld", (long long)shape.channels, (long long)shape.height,
+                 (long long)shape.width);
+    return text;
+}
+
+PD_DEF pd_mode pd_layer_mode(const pd_layer *layer) { return layer->net->mode; }
+
+PD_DEF uint64_t pd_layer_key(const pd_layer *layer) {
+    return pd__subkey(pd__subkey(layer->net->seed, (uint64_t)layer->own->index), layer->net->step);
+}
+
+/* Device memory of *capacity numbers, at least `count` of them. */
+static bool pd__device_grow(pd_net *net, pd_real **memory, int64_t *capacity, int64_t count) {
+    pd_device *d = net->device;
+    size_t bytes;
+    pd_real *bigger;
+    if (count <= *capacity && *memory) return true;
+    count = pd__max(count, 1);
+    if (!pd__bytes(count, sizeof(pd_real), &bytes)) return false;
+    bigger = (pd_real *)d->alloc(d, bytes);
+    if (!bigger) return false;
+    if (*memory) d->free(d, *memory);
+    *memory = bigger;
+    *capacity = count;
+    return true;
+}
+
+PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
+    struct pd__layer *own = layer->own;
+    if (slot < 0 || slot >= PD__COUNT(own->memory)) return NULL;
+    if (!pd__device_grow(layer->net, &own->memory[slot], &own->memory_capacity[slot], count)) {
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
+        return NULL;
+    }
+    return own->memory[slot];
+}
+
+PD_DEF int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count) {
+    struct pd__layer *own = layer->own;
+    if (slot < 0 || slot >= PD__COUNT(own->integers)) return NULL;
+    if (!pd__grow(&layer->net->allocator, (void **)&own->integers[slot], &own->integer_capacity[slot],
+                  pd__max(count, 1), sizeof(int64_t))) {
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld offsets", (long long)count);
+        return NULL;
+    }
+    return own->integers[slot];
+}
+
+PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
+    pd__copy *c = size <= INT64_MAX - sizeof(pd__copy)
+                      ? (pd__copy *)pd__alloc(&layer->net->allocator, (int64_t)(size + sizeof(pd__copy)), 1)
+                      : NULL;
+    if (!c) {
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory");
+        return NULL;
+    }
+    c->next = layer->own->copies;
+    layer->own->copies = c;
+    memcpy(c + 1, bytes, size);
+    return c + 1;
+}
+
+/* ---- shared nets ---- */
+
+PD_DEF pd_net *pd_net_share(pd_net *net) {
+    pd_net_opts opts = PD__ZERO;
+    pd_net *copy;
+    if (!pd__check_net(net)) return NULL;
+    if (net->origin) {
+        pd__fail(net, PD_E_STATE, "pd_net_share: this net is itself shared; share the one it came from");
+        return NULL;
+    }
+    opts.seed = net->seed;
+    opts.allocator = net->allocator;
+    opts.logger = net->logger;
+    opts.threads = net->cpu ? pd__cpu_threads(net->cpu) : 0;
+    opts.device = net->cpu ? NULL : net->device;
+    copy = pd_net_new(&opts);
+    if (copy) copy->origin = net;
+    for (int64_t i = 0; copy && !copy->broken && i < net->layer_count; i++) {
+        pd_layer *from = net->layers[i], *to;
+        pd_layer **inputs = (pd_layer **)pd__alloc(&net->allocator, from->input_count, sizeof *inputs);
+        for (int k = 0; inputs && k < from->input_count; k++)
+            inputs[k] = copy->layers[from->inputs[k]->own->index];
+        if (!inputs) pd__fail_build(copy, PD_E_MEMORY, "out of memory for the shared net");
+        to = inputs ? pd_layer_add(copy, from->type, from->name, inputs, from->input_count, from->opts) : NULL;
+        if (to) to->is_sequence = from->is_sequence;
+        pd__free(&net->allocator, inputs);
+    }
+    if (!copy || copy->broken) {
+        pd__fail(net, copy ? copy->failure.status : PD_E_MEMORY, "pd_net_share: %.400s",
+                 copy ? copy->failure.text : "out of memory");
+        pd_net_free(copy);
+        return NULL;
+    }
+    return copy;
+}
+
+/* ======================================================================================================== */
+/* >>parameters                                                                                             */
+
+static pd_init pd__init(pd_init_kind kind, double a, double b) {
+    pd_init init;
+    init.kind = kind;
+    init.a = a;
+    init.b = b;
+    return init;
+}
+PD_DEF pd_init pd_constant(double value) { return pd__init(PD_INIT_CONSTANT, value, 0); }
+PD_DEF pd_init pd_normal(double mean, double deviation) { return pd__init(PD_INIT_NORMAL, mean, deviation); }
+PD_DEF pd_init pd_uniform(double low, double high) { return pd__init(PD_INIT_UNIFORM, low, high); }
+PD_DEF pd_init pd_xavier(void) { return pd__init(PD_INIT_XAVIER, 0, 0); }
+PD_DEF pd_init pd_he(void) { return pd__init(PD_INIT_HE, 0, 0); }
+
+/* The net that owns the parameters: the origin of a shared one. */
+static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
+
+PD_DEF pd_param *pd_param_first(pd_net *net) { return net ? pd__owner(net)->first_param : NULL; }
+
+PD_DEF pd_param *pd_param_find(pd_net *net, const char *name) {
+    pd_param *p = name ? pd_param_first(net) : NULL;
+    while (p && strcmp(p->name, name) != 0) p = p->next;
+    return p;
+}
+
+static double pd__init_value(const pd_init *init, const pd_param *p, uint64_t key, int64_t i) {
+    double in = (double)pd__max(p->fan_in, 1), out = (double)pd__max(p->fan_out, 1), bound = sqrt(6 / (in + out));
+    switch (init->kind) {
+    case PD_INIT_CONSTANT: return init->a;
+    case PD_INIT_UNIFORM: return init->a + (init->b - init->a) * pd__uniform(key, (uint64_t)i);
+    case PD_INIT_NORMAL: return init->a + init->b * pd__normal(key, (uint64_t)i);
+    case PD_INIT_XAVIER: return bound * (2 * pd__uniform(key, (uint64_t)i) - 1);
+    case PD_INIT_HE: return sqrt(2 / in) * pd__normal(key, (uint64_t)i);
+    case PD_INIT_DEFAULT: break;
+    }
+    return pd__normal(key, (uint64_t)i) / sqrt(in);
+}
+
+static void pd__init_param(pd_param *p, const pd_init *init) {
+    pd_device *d = p->net->device;
+    uint64_t key = pd__subkey(pd__subkey(p->net->seed, 0x706172616d), (uint64_t)p->net->param_count);
+    pd_real chunk[512];
+    for (int64_t i = 0; i < p->size; i += PD__COUNT(chunk)) {
+        int64_t n = pd__min(p->size - i, PD__COUNT(chunk));
+        for (int64_t k = 0; k < n; k++) chunk[k] = (pd_real)pd__init_value(init, p, key, i + k);
+        d->upload(d, p->value + i, chunk, (size_t)n * sizeof(pd_real));
+    }
+}
+
+static pd_status pd__check_param_opts(pd_layer *l, const char *name, const pd_param_opts *o) {
+    if (!(o->rate >= 0 && o->l1 >= 0 && o->l2 >= 0 && o->clip >= 0))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": rate, l1, l2 and clip must not be negative", name);
+    if (!(o->prune >= 0 && o->prune < 1))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": prune is %g, expected 0 <= prune < 1", name,
+                             o->prune);
+    if ((unsigned)o->init.kind > PD_INIT_HE || !(o->init.b - o->init.b == 0) || !(o->init.a - o->init.a == 0))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": wrong initialiser", name);
+    if (!pd__name_ok(name))
+        return pd_layer_fail(l, PD_E_ARGUMENT,
+                             "a parameter's name has 1 to 200 characters, no quotes, backslashes or controls");
+    return PD_OK;
+}
+
+static bool pd__same_dims(const pd_param *p, int dim_count, const int64_t *dims) {
+    bool same = p->dim_count == dim_count;
+    for (int i = 0; same && i < dim_count; i++) same = p->dims[i] == dims[i];
+    return same;
+}
+
+/* "64x3x7x7", in one of the net's text buffers. */
+static const char *pd__dims_text(pd_net *net, int dim_count, const int64_t *dims) {
+    char *text = net->texts[net->text_turn = (net->text_turn + 1) % PD__COUNT(net->texts)];
+    size_t length = 0;
+    text[0] = 0;
+    for (int i = 0; i < dim_count; i++)
+        pd__append(text, sizeof net->texts[0], &length, i ? "x%lld" : "%lld", (long long)dims[i]);
+    return text;
+}
+
+static bool pd__layer_takes(pd_layer *l, pd_param *p) {
+    if (!pd__grow(&l->net->allocator, (void **)&l->params, &l->own->param_capacity, l->param_count + 1,
+                  sizeof *l->params)) {
+        pd_layer_fail(l, PD_E_MEMORY, "out of memory for parameters");
+        return false;
+    }
+    l->params[l->param_count++] = p;
+    return true;
+}
+
+/* A parameter with memory for its value, at the end of the net's list; NULL (message set) when out of memory. */
+static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, const int64_t *dims, int64_t size) {
+    pd_net *net = l->net;
+    pd_param *p = (pd_param *)pd__alloc(&net->allocator, 1, sizeof *p);
+    int64_t capacity = 0;
+    if (p) {
+        p->net = net;
+        p->size = size;
+        p->dim_count = dim_count;
+        memcpy(p->dims, dims, (size_t)dim_count * sizeof *dims);
+        p->name = pd__copy_text(&net->allocator, name);
+        if (p->name && pd__device_grow(net, &p->value, &capacity, size)) {
+            if (net->last_param) net->last_param->next = p;
+            else net->first_param = p;
+            net->last_param = p;
+            net->param_count++;
+            return p;
+        }
+        pd__param_free(net, p);
+    }
+    pd_layer_fail(l, PD_E_MEMORY, "out of memory for parameter \"%.100s\" (%s)", name, pd__dims_text(net, dim_count, dims));
+    return NULL;
+}
+
+PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_count, const int64_t *dims, int64_t fan_in,
+                                int64_t fan_out, pd_init init, const pd_param_opts *opts) {
+    static const pd_param_opts defaults = PD__ZERO;
+    const pd_param_opts *o = opts ? opts : &defaults;
+    pd_net *net = layer->net;
+    char own_name[416];
+    const char *name = o->name ? o->name : own_name;
+    int64_t size = 1;
+    pd_param *p;
+    if (layer->own->origin) { /* a shared net's layer takes its twin's */
+        p = layer->own->origin->params[layer->param_count];
+        return pd__layer_takes(layer, p) ? p : NULL;
+    }
+    snprintf(own_name, sizeof own_name, "%s.%s", layer->name, suffix);
+    if (pd__check_param_opts(layer, name, o) != PD_OK) return NULL;
+    for (int i = 0; i < dim_count; i++)
+        if (dim_count > PD_MAX_DIMS || dims[i] < 1 || !pd__multiply_sizes(size, dims[i], &size)) {
+            pd_layer_fail(layer, PD_E_SHAPE, "parameter \"%.100s\" would have impossible dimensions", name);
+            return NULL;
+        }
+    p = pd_param_find(net, name);
+    if (p && !pd__same_dims(p, dim_count, dims)) {
+        pd_layer_fail(layer, PD_E_SHAPE, "parameter \"%.100s\" is %s, but %s is needed here", name,
+                      pd__dims_text(net, p->dim_count, p->dims), pd__dims_text(net, dim_count, dims));
+        return NULL;
+    }
+    if (!p) {
+        p = pd__new_param(layer, name, dim_count, dims, size);
+        if (!p) return NULL;
+        p->opts = *o;
+        p->opts.name = p->name;
+        p->fan_in = fan_in;
+        p->fan_out = fan_out;
+        pd__init_param(p, o->init.kind == PD_INIT_DEFAULT ? &init : &o->init);
+    }
+    return pd__layer_takes(layer, p) ? p : NULL;
+}
+
+PD_DEF pd_param *pd_layer_buffer(pd_layer *layer, const char *suffix, int64_t size, double value) {
+    pd_param_opts opts = PD__ZERO;
+    pd_param *p;
+    opts.is_static = true;
+    p = pd_layer_param(layer, suffix, 1, &size, 1, 1, pd_constant(value), &opts);
+    if (p) p->is_buffer = true;
+    return p;
+}
+
+static pd_status pd__check_count(const pd_param *p, const void *values, int64_t count, const char *call) {
+    if (!p || !values) return PD_E_ARGUMENT;
+    if (count == p->size) return PD_OK;
+    return pd__fail(p->net, PD_E_SHAPE, "%s: parameter \"%.100s\" has %lld numbers, not %lld", call, p->name,
+                    (long long)p->size, (long long)count);
+}
+
+PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count) {
+    pd_status status = pd__check_count(param, values, count, "pd_param_set");
+    if (status == PD_OK)
+        param->net->device->upload(param->net->device, param->value, values, (size_t)count * sizeof *values);
+    return status;
+}
+
+PD_DEF pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count) {
+    pd_status status = pd__check_count(param, values, count, "pd_param_get");
+    if (status == PD_OK)
+        param->net->device->download(param->net->device, values, param->value, (size_t)count * sizeof *values);
+    return status;
+}
+
+PD_DEF pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64_t count) {
+    pd_status status = pd__check_count(param, values, count, "pd_param_get_grad");
+    if (status != PD_OK) return status;
+    if (!param->grad)
+        return pd__fail(param->net, PD_E_STATE, "pd_param_get_grad: parameter \"%.100s\" has no gradient", param->name);
+    param->net->device->download(param->net->device, values, param->grad, (size_t)count * sizeof *values);
+    return PD_OK;
+}
+
+/* Memory for the gradient of a parameter that learns. */
+static pd_status pd__need_grad(pd_param *p) {
+    int64_t capacity = 0;
+    if (p->opts.is_static || p->grad) return PD_OK;
+    if (!pd__device_grow(p->net, &p->grad, &capacity, p->size))
+        return pd__fail(p->net, PD_E_MEMORY, "out of memory for the gradient of \"%.100s\"", p->name);
+    p->net->device->fill(p->net->device, p->size, 0, p->grad);
+    return PD_OK;
+}
+
+PD_DEF pd_status pd_zero_grads(pd_net *net) {
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (net->origin) return pd__fail(net, PD_E_STATE, "pd_zero_grads: a shared net has no gradients");
+    for (pd_param *p = net->first_param; p; p = p->next) {
+        pd_status status = pd__need_grad(p);
+        if (status != PD_OK) return status;
+        if (p->grad) net->device->fill(net->device, p->size, 0, p->grad);
+    }
+    return PD_OK;
+}
+
+/* ======================================================================================================== */
+/* >>inputs                                                                                                 */
+
+typedef struct pd__input_opts {
+    pd_shape shape; /* ids: {count, 1, 1} */
+    bool is_ids;
+} pd__input_opts;
+
+static pd_status pd__input_setup(pd_layer *l) {
+    const pd__input_opts *o = (const pd__input_opts *)l->opts;
+    l->own->slot = l->net->slot_count++;
+    l->shape = o->shape;
+    l->is_ids = o->is_ids;
+    if (o->is_ids && o->shape.channels < 1)
+        return pd_layer_fail(l, PD_E_SHAPE, "number of ids is %lld, expected at least 1", (long long)o->shape.channels);
+    return PD_OK;
+}
+
+/* Inputs are bound to the batch's slots by pd__bind_input; nothing is computed. */
+static pd_status pd__input_forward(pd_layer *l) {
+    (void)l;
+    return PD_OK;
+}
+
+static const pd_layer_type pd__input_type = { PD_API_VERSION, "input",          0,    0,    sizeof(pd__input_opts), 0, PD_OP_BASIC,
+                                              pd__input_setup, NULL, pd__input_forward, NULL, NULL };
+
+static pd_layer *pd__add_input(pd_net *net, const char *name, int64_t c, int64_t h, int64_t w, bool is_ids) {
+    pd__input_opts o;
+    memset(&o, 0, sizeof o);
+    o.shape.channels = c;
+    o.shape.height = h;
+    o.shape.width = w;
+    o.is_ids = is_ids;
+    return pd_layer_add(net, &pd__input_type, name, NULL, 0, &o);
+}
+
+PD_DEF pd_layer *pd_image(pd_net *net, const char *name, int64_t channels, int64_t height, int64_t width) {
+    return pd__add_input(net, name, channels, height, width, false);
+}
+PD_DEF pd_layer *pd_vector(pd_net *net, const char *name, int64_t size) {
+    return pd__add_input(net, name, size, 1, 1, false);
+}
+PD_DEF pd_layer *pd_label(pd_net *net, const char *name, int64_t classes) {
+    return pd__add_input(net, name, classes, 1, 1, true);
+}
+PD_DEF pd_layer *pd_ids(pd_net *net, const char *name, int64_t count) {
+    return pd__add_input(net, name, count, 1, 1, true);
+}
+
+PD_DEF pd_layer *pd_sequence(pd_layer *input) {
+    if (!input || input->net->broken) return NULL;
+    if (input->own->slot < 0 || input->own->index + 1 != input->net->layer_count) {
+        pd__fail_build(input->net, PD_E_ARGUMENT, "%s: pd_sequence takes an input that has just been created", input->name);
+        return NULL;
+    }
+    input->is_sequence = true;
+    return input;
+}
+
+PD_DEF pd_status pd_want_gradient(pd_layer *input) {
+    pd_net *net;
+    if (!input) return PD_E_ARGUMENT;
+    net = input->net;
+    if (input->own->slot < 0 || input->is_ids)
+        return pd_layer_fail(input, PD_E_ARGUMENT, "pd_want_gradient takes a dense input");
+    input->own->wants_input_grad = true;
+    for (int64_t i = 0; i < net->layer_count; i++) net->layers[i]->wants_grad = pd__layer_learns(net->layers[i]);
+    return PD_OK;
+}
+
+/* ======================================================================================================== */
+/* >>running                                                                                                */
+
+/* Marks what `targets` depend on. Inputs come before their users, so one walk from the end is enough. */
+static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int count) {
+    for (int64_t i = 0; i < net->layer_count; i++) net->layers[i]->own->active = false;
+    for (int i = 0; i < count; i++) {
+        if (!targets[i] || targets[i]->net != net)
+            return pd__fail(net, PD_E_ARGUMENT, "pd_forward: target %d is %s", i,
+                            targets[i] ? "a layer of another net" : "NULL");
+        targets[i]->own->active = true;
+    }
+    for (int64_t i = net->layer_count; i-- > 0;)
+        if (net->layers[i]->own->active)
+            for (int k = 0; k < net->layers[i]->input_count; k++) net->layers[i]->inputs[k]->own->active = true;
+    return PD_OK;
+}
+
+/* Counts who will report gradients: for the updater's grad_final, and for costs that differentiate activations. */
+static pd_status pd__count_users(pd_net *net) {
+    for (int64_t i = 0; i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        l->own->uses = 0;
+        l->own->fused = false;
+        for (int k = 0; k < l->param_count; k++) l->params[k]->users = 0;
+    }
+    for (int64_t i = 0; i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        if (!l->own->active || !l->wants_grad) continue;
+        for (int k = 0; k < l->input_count; k++) l->inputs[k]->own->uses++;
+        for (int k = 0; k < l->param_count; k++) {
+            pd_status status = pd__need_grad(l->params[k]);
+            if (status != PD_OK) return status;
+            l->params[k]->users++;
+        }
+    }
+    return PD_OK;
+}
+
+static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
+    const pd_slot *s = &batch->slots[l->own->slot];
+    int64_t rows = s->sequence ? (s->starts ? s->starts[batch->samples] : 0) : batch->samples;
+    if (s->width != l->out.width || (s->kind == PD_SLOT_IDS) != l->is_ids || s->sequence != l->is_sequence)
+        return pd_layer_fail(l, PD_E_SHAPE, "the batch was made for a net with another input here");
+    if (s->rows < rows || (rows > 0 && s->rows == 0))
+        return pd_layer_fail(l, PD_E_SHAPE, "the batch has %lld samples, but %lld rows for this input",
+                             (long long)batch->samples, (long long)s->rows);
+    l->out.rows = rows;
+    l->out.data = l->is_ids ? NULL : s->data;
+    l->out.ids = l->is_ids ? s->ids : NULL;
+    l->out.sequences = s->sequence ? batch->samples : 0;
+    l->out.starts = s->sequence ? s->starts : NULL;
+    return PD_OK;
+}
+
+/* Rows and offsets of this batch, and memory for them. */
+static pd_status pd__size_output(pd_layer *l) {
+    int64_t numbers;
+    const pd_tensor *first = l->input_count ? &l->inputs[0]->out : NULL;
+    if (first) {
+        l->out.rows = first->rows;
+        l->out.sequences = l->is_sequence ? first->sequences : 0;
+        l->out.starts = l->is_sequence ? first->starts : NULL;
+    }
+    for (int k = 1; k < l->input_count && !l->type->resize; k++)
+        if (l->inputs[k]->out.rows != l->out.rows)
+            return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" has %lld rows, but \"%.100s\" has %lld",
+                                 l->inputs[k]->name, (long long)l->inputs[k]->out.rows, l->inputs[0]->name,
+                                 (long long)l->out.rows);
+    if (l->type->resize) {
+        pd_status status = l->type->resize(l);
+        if (status != PD_OK) return status;
+    }
+    if (!pd__multiply_sizes(l->out.rows, l->out.width, &numbers) ||
+        !pd__device_grow(l->net, &l->own->data, &l->own->data_capacity, numbers))
+        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)l->out.rows,
+                             (long long)l->out.width);
+    l->out.data = l->own->data;
+    return PD_OK;
+}
+
+static pd_status pd__ready_grad(pd_layer *l) {
+    int64_t numbers = l->out.rows * l->out.width;
+    l->out.grad = NULL;
+    if (l->net->mode == PD_PREDICT || !l->wants_grad) return PD_OK;
+    if (!pd__device_grow(l->net, &l->own->grad, &l->own->grad_capacity, numbers))
+        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for the gradient of %lld rows", (long long)l->out.rows);
+    l->device->fill(l->device, numbers, 0, l->own->grad);
+    l->out.grad = l->own->grad;
+    return PD_OK;
+}
+
+#define PD__FROM_Y false
+#define PD__FROM_X true
+static const bool pd__act_needs_x[PD_ACT_COUNT] = {
+#define PD__NEEDS(name, text, needs) needs,
+    PD_ACTIVATIONS(PD__NEEDS)
+#undef PD__NEEDS
+};
+static const char *const pd__act_names[PD_ACT_COUNT] = {
+#define PD__TEXT(name, text, needs) text,
+    PD_ACTIVATIONS(PD__TEXT)
+#undef PD__TEXT
+};
+
+/* The layer's own forward, then its activation: in place, or, if the derivative will need x, from a second buffer. */
+static pd_status pd__forward_layer(pd_layer *l) {
+    pd_device *d = l->device;
+    bool keep_x = pd__act_needs_x[l->act] && l->out.grad;
+    pd_real *y = l->out.data;
+    pd_status status;
+    if (keep_x) {
+        if (!pd__device_grow(l->net, &l->own->x, &l->own->x_capacity, l->out.rows * l->out.width))
+            return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows", (long long)l->out.rows);
+        l->out.data = l->own->x;
+    }
+    status = l->type->forward(l);
+    l->out.data = y;
+    if (status != PD_OK) {
+        if (l->net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
+        return status;
+    }
+    if (l->act != PD_LINEAR)
+        d->activate(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, keep_x ? l->own->x : y, y);
+    return PD_OK;
+}
+
+/* A call of the updater between two layers, if it has one to make. */
+static pd_status pd__poll(pd_net *net) {
+    return net->updater && net->updater->poll ? net->updater->poll(net->updater) : PD_OK;
+}
+
+static pd_status pd__need_params(pd_layer *l) {
+    pd_updater *u = l->net->updater;
+    if (!u || !u->param_needed) return PD_OK;
+    for (int k = 0; k < l->param_count; k++)
+        if (!l->params[k]->announced) {
+            pd_status status = u->param_needed(u, l->params[k]);
+            if (status != PD_OK) return status;
+            l->params[k]->announced = true;
+        }
+    return PD_OK;
+}
+
+static pd_status pd__run_layer(pd_layer *l, const pd_batch *batch) {
+    double start = pd_seconds();
+    pd_status status = pd__need_params(l);
+    if (status == PD_OK) status = l->own->slot >= 0 ? pd__bind_input(l, batch) : pd__size_output(l);
+    if (status == PD_OK) status = pd__ready_grad(l);
+    if (status == PD_OK && l->own->slot < 0) status = pd__forward_layer(l);
+    if (status == PD_OK) status = pd__poll(l->net);
+    l->own->forward_seconds += pd_seconds() - start;
+    l->own->runs++;
+    return status;
+}
+
+static pd_status pd__synchronize(pd_net *net) {
+    char message[256] = "";
+    pd_status status = net->device->synchronize(net->device, message, sizeof message);
+    if (status != PD_OK) pd__fail(net, status, "device %s: %s", net->device->name, message);
+    return status;
+}
+
+PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd_layer *const *targets, int count) {
+    pd_status status;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!batch || !targets) return pd__fail(net, PD_E_ARGUMENT, "pd_forward: the batch or the targets are NULL");
+    if (batch->slot_count != net->slot_count)
+        return pd__fail(net, PD_E_SHAPE, "pd_forward: the batch has %d slots, the net %d inputs", batch->slot_count,
+                        net->slot_count);
+    if (mode != PD_PREDICT && net->origin)
+        return pd__fail(net, PD_E_STATE, "pd_forward: a shared net only predicts; train the one it came from");
+    net->failure.status = PD_OK;
+    net->failure.text[0] = 0;
+    net->mode = mode;
+    net->ran = NULL;
+    status = pd__activate_layers(net, targets, count);
+    if (status == PD_OK && mode != PD_PREDICT) status = pd__count_users(net);
+    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
+        if (net->layers[i]->own->active) status = pd__run_layer(net->layers[i], batch);
+    if (status == PD_OK) status = pd__synchronize(net);
+    if (status == PD_OK && mode != PD_PREDICT && count == 1) net->ran = targets[0];
+    return status;
+}
+
+/* For costs: may `input`'s activation be differentiated together with the cost? If so, the cost adds the derivative by
+   the activation's input, and the net skips the activation in this backward. Only for a sole user: the others would
+   add derivatives by its output. */
+static bool pd__fuse_activation(pd_layer *cost, pd_layer *input) {
+    (void)cost;
+    input->own->fused = input->own->uses == 1;
+    return input->own->fused;
+}
+
+static pd_status pd__report_grads(pd_layer *l) {
+    pd_updater *u = l->net->updater;
+    for (int k = 0; k < l->param_count; k++)
+        if (--l->params[k]->users == 0 && u && l->params[k]->grad) {
+            pd_status status = u->grad_final(u, l->params[k]);
+            if (status != PD_OK) return status;
+        }
+    return PD_OK;
+}
+
+static pd_status pd__backward_layer(pd_layer *l) {
+    pd_device *d = l->device;
+    double start = pd_seconds();
+    pd_status status = PD_OK;
+    if (l->act != PD_LINEAR && !l->own->fused)
+        d->activate_backward(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, l->own->x, l->out.data,
+                             l->out.grad);
+    if (l->type->backward) status = l->type->backward(l);
+    if (status != PD_OK && l->net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
+    if (status == PD_OK) status = pd__report_grads(l);
+    if (status == PD_OK) status = pd__poll(l->net);
+    l->own->backward_seconds += pd_seconds() - start;
+    return status;
+}
+
+/* Backward from `layer`, whose gradient is `seed` (host memory, rows x width), or 1 everywhere if that is NULL. */
+static pd_status pd__backward_from(pd_net *net, pd_layer *layer, const pd_real *seed) {
+    pd_device *d = net->device;
+    int64_t numbers = layer->out.rows * layer->out.width;
+    pd_status status = PD_OK;
+    if (!layer->wants_grad) return pd_layer_fail(layer, PD_E_STATE, "nothing that it depends on learns");
+    net->ran = NULL;
+    if (seed) d->upload(d, layer->out.grad, seed, (size_t)numbers * sizeof *seed);
+    else d->fill(d, numbers, 1, layer->out.grad);
+    for (int64_t i = layer->own->index; status == PD_OK && i >= 0; i--)
+        if (net->layers[i]->own->active && net->layers[i]->wants_grad) status = pd__backward_layer(net->layers[i]);
+    return status == PD_OK ? pd__synchronize(net) : status;
+}
+
+PD_DEF pd_status pd_backward(pd_net *net, pd_layer *cost) {
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!cost || net->ran != cost)
+        return pd__fail(net, PD_E_STATE, "pd_backward: call pd_forward for just this layer, in PD_TRAIN or PD_CHECK, first");
+    return pd__backward_from(net, cost, NULL);
+}
+
+PD_DEF const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width) {
+    if (!layer || !layer->own->active || !layer->out.data || layer->is_ids) {
+        if (layer) pd_layer_fail(layer, PD_E_STATE, "pd_output: it put out no numbers in the last run");
+        return NULL;
+    }
+    if (rows) *rows = layer->out.rows;
+    if (width) *width = layer->out.width;
+    return layer->out.data;
+}
+
+PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input, int64_t rows) {
+    pd_net *net = output ? output->net : NULL;
+    pd_real *kept;
+    pd_slot *slot;
+    pd_status status;
+    if (!pd__check_net(net)) return NULL;
+    if (net->predict_batch && net->predict_batch->slot_count != net->slot_count) { /* inputs were added since */
+        pd_batch_free(net->predict_batch);
+        net->predict_batch = NULL;
+    }
+    if (!net->predict_batch) net->predict_batch = pd_batch_new(net);
+    if (!net->predict_batch) return NULL;
+    slot = net->predict_batch->slots;
+    if (net->slot_count < 1 || slot->kind != PD_SLOT_DENSE || slot->sequence || rows < 0 || (rows > 0 && !rows_of_input)) {
+        pd__fail(net, PD_E_ARGUMENT, "pd_predict: needs a net whose first input is a plain vector or image, and its rows");
+        return NULL;
+    }
+    kept = slot->data;
+    slot->data = (pd_real *)(uintptr_t)rows_of_input; /* only read */
+    slot->rows = net->predict_batch->samples = rows;
+    status = pd_forward(net, net->predict_batch, PD_PREDICT, &output, 1);
+    slot->data = kept;
+    slot->rows = net->predict_batch->samples = 0;
+    return status == PD_OK ? pd_output(output, NULL, NULL) : NULL;
+}
+/* ======================================================================================================== */
+/* >>layers                                                                                                 */
+
+/* Each layer: what its builder hands over, shape rule, forward, backward, type, builder. */
+
+#define PD__TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward)             \
+    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state, needs, \
+                                            setup,          resize, forward, backward, NULL }
+
+/* Declares a zeroed spec `s` whose first member `o` is the user's options. */
+#define PD__SPEC(type)                                                                                       \
+    type s;                                                                                                  \
+    memset(&s, 0, sizeof s);                                                                                 \
+    if (opts) s.o = *opts
+
+static pd_shape pd__shape(int64_t channels, int64_t height, int64_t width) {
+    pd_shape s;
+    s.channels = channels;
+    s.height = height;
+    s.width = width;
+    return s;
+}
+
+static bool pd__same_shape(pd_shape a, pd_shape b) {
+    return a.channels == b.channels && a.height == b.height && a.width == b.width;
+}
+
+static const pd_tensor *pd__in(const pd_layer *l, int k) { return &l->inputs[k]->out; }
+
+/* For setup: inputs must hold numbers, not ids. */
+static pd_status pd__want_numbers(pd_layer *l) {
+    for (int k = 0; k < l->input_count; k++)
+        if (l->inputs[k]->is_ids)
+            return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" holds ids, expected numbers", l->inputs[k]->name);
+    return PD_OK;
+}
+
+/* For setup: input k has this shape. */
+static pd_status pd__want_shape(pd_layer *l, int k, pd_shape shape) {
+    if (pd__same_shape(l->inputs[k]->shape, shape)) return PD_OK;
+    return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, expected %s", l->inputs[k]->name,
+                         pd_shape_text(l, l->inputs[k]->shape), pd_shape_text(l, shape));
+}
+
+/* For setup: the option must be at least `least`. */
+static pd_status pd__want_least(pd_layer *l, const char *what, int64_t value, int64_t least) {
+    if (value >= least) return PD_OK;
+    return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %lld, expected at least %lld", what, (long long)value,
+                         (long long)least);
+}
+
+/* y += alpha a [b] for a 2-D box rows x columns: the usual case of muladd. Each pointer with its two strides. */
+static void pd__muladd2(pd_layer *l, int64_t rows, int64_t columns, double alpha, const pd_real *a, int64_t ar,
+                        int64_t ac, const pd_real *b, int64_t br, int64_t bc, pd_real *y, int64_t yr, int64_t yc) {
+    int64_t size[4] = { 1, 1, 0, 0 }, as[4] = { 0, 0, 0, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4] = { 0, 0, 0, 0 };
+    size[2] = rows, size[3] = columns;
+    as[2] = ar, as[3] = ac;
+    bs[2] = br, bs[3] = bc;
+    ys[2] = yr, ys[3] = yc;
+    l->device->muladd(l->device, size, (pd_real)alpha, a, as, b, bs, y, ys);
+}
+
+/* y += alpha a [b] for n numbers in a line. */
+static void pd__muladd1(pd_layer *l, int64_t n, double alpha, const pd_real *a, const pd_real *b, pd_real *y) {
+    pd__muladd2(l, 1, n, alpha, a, 0, 1, b, 0, 1, y, 0, 1);
+}
+
+static int64_t pd__numbers(const pd_layer *l) { return l->out.rows * l->out.width; }
+
+static void pd__clear_output(pd_layer *l) { l->device->fill(l->device, pd__numbers(l), 0, l->out.data); }
+
+/* Adds the layer's bias (one per column) to its output, and its gradient to the bias'. */
+static void pd__add_bias(pd_layer *l, const pd_param *bias) {
+    pd__muladd2(l, l->out.rows, l->out.width, 1, bias->value, 0, 1, NULL, 0, 0, l->out.data, l->out.width, 1);
+}
+static void pd__add_bias_grad(pd_layer *l, pd_param *bias) {
+    if (bias->grad) pd__muladd2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
+}
+
+/* ---- fc ---- */
+
+typedef struct pd__fc_spec {
+    pd_fc_opts o;
+    int64_t size;
+} pd__fc_spec;
+
+static pd_status pd__fc_setup(pd_layer *l) {
+    const pd__fc_spec *s = (const pd__fc_spec *)l->opts;
+    pd_status status = pd__want_least(l, "size", s->size, 1);
+    if (status == PD_OK) status = pd__want_numbers(l);
+    if (status != PD_OK) return status;
+    for (int k = 0; k < l->input_count; k++) {
+        pd_param_opts o = s->o.weight;
+        int64_t dims[2] = { l->inputs[k]->out.width, 0 };
+        char suffix[32];
+        dims[1] = s->size;
+        snprintf(suffix, sizeof suffix, k ? "weight%d" : "weight", k);
+        if (k) o.name = NULL;
+        if (!pd_layer_param(l, suffix, 2, dims, dims[0], dims[1], pd_normal(0, 1 / sqrt((double)dims[0])), &o))
+            return pd_error_status(l->net);
+    }
+    if (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias))
+        return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    l->act = s->o.act;
+    return PD_OK;
+}
+
+static pd_status pd__fc_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    for (int k = 0; k < l->input_count; k++) {
+        const pd_tensor *x = pd__in(l, k);
+        d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
+                l->out.width, k > 0, l->out.data, l->out.width);
+    }
+    if (l->param_count > l->input_count) pd__add_bias(l, l->params[l->input_count]);
+    return PD_OK;
+}
+
+/* dx += dy W^T, dW += x^T dy, db += column sums of dy */
+static pd_status pd__fc_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    int64_t size = l->out.width;
+    for (int k = 0; k < l->input_count; k++) {
+        const pd_tensor *x = pd__in(l, k);
+        pd_param *w = l->params[k];
+        if (w->grad)
+            d->gemm(d, true, false, x->width, size, x->rows, 1, x->data, x->width, l->out.grad, size, 1, w->grad, size);
+        if (x->grad)
+            d->gemm(d, false, true, x->rows, x->width, size, 1, l->out.grad, size, w->value, size, 1, x->grad, x->width);
+    }
+    if (l->param_count > l->input_count) pd__add_bias_grad(l, l->params[l->input_count]);
+    return PD_OK;
+}
+
+PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP_BASIC, pd__fc_setup, NULL, pd__fc_forward, pd__fc_backward);
+
+PD_DEF pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts) {
+    PD__SPEC(pd__fc_spec);
+    s.size = size;
+    return pd_layer_add(net, &pd__fc_type, s.o.name, inputs, count, &s);
+}
+PD_DEF pd_layer *pd_fc(pd_net *net, pd_layer *input, int64_t size, const pd_fc_opts *opts) {
+    return pd_fc_sum(net, &input, 1, size, opts);
+}
+
+/* ---- conv, conv_transpose ---- */
+
+typedef struct pd__conv_spec {
+    pd_conv_opts o;
+    int64_t filters, filter;
+} pd__conv_spec;
+
+/* Defaults of the options, and what both kinds must satisfy. */
+static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
+    const pd__conv_spec *spec = (const pd__conv_spec *)l->opts;
+    const pd_conv_opts *o = &spec->o;
+    memset(s, 0, sizeof *s);
+    s->filter_w = spec->filter;
+    s->filter_h = o->filter_h ? o->filter_h : spec->filter;
+    s->stride_w = o->stride ? o->stride : 1;
+    s->stride_h = o->stride_h ? o->stride_h : s->stride_w;
+    s->pad_w = o->pad;
+    s->pad_h = o->pad_h == -1 ? 0 : o->pad_h ? o->pad_h : o->pad;
+    s->dilation_w = o->dilation ? o->dilation : 1;
+    s->dilation_h = o->dilation_h ? o->dilation_h : s->dilation_w;
+    s->groups = o->groups ? o->groups : 1;
+    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "number of filters", spec->filters, 1) != PD_OK ||
+        pd__want_least(l, "filter", pd__min(s->filter_w, s->filter_h), 1) != PD_OK ||
+        pd__want_least(l, "stride", pd__min(s->stride_w, s->stride_h), 1) != PD_OK ||
+        pd__want_least(l, "pad", pd__min(s->pad_w, s->pad_h), 0) != PD_OK ||
+        pd__want_least(l, "dilation", pd__min(s->dilation_w, s->dilation_h), 1) != PD_OK ||
+        pd__want_least(l, "groups", s->groups, 1) != PD_OK)
+        return pd_error_status(l->net);
+    if (pd__max(pd__max(s->filter_w, s->filter_h), pd__max(s->stride_w, s->stride_h)) > INT32_MAX ||
+        pd__max(pd__max(s->pad_w, s->pad_h), pd__max(s->dilation_w, s->dilation_h)) > INT32_MAX)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "filter, stride, pad and dilation must be below 2^31");
+    if (l->inputs[0]->shape.channels % s->groups || spec->filters % s->groups)
+        return pd_layer_fail(l, PD_E_SHAPE, "%lld groups do not divide the %lld channels of \"%.100s\" and the %lld filters",
+                             (long long)s->groups, (long long)l->inputs[0]->shape.channels, l->inputs[0]->name,
+                             (long long)spec->filters);
+    l->act = o->act;
+    return PD_OK;
+}
+
+/* The weight, out_c x in_c/groups x filter_h x filter_w of the convolution, and a bias per channel of the output. */
+static pd_status pd__conv_params(pd_layer *l, const pd_conv_shape *s) {
+    const pd_conv_opts *o = &((const pd__conv_spec *)l->opts)->o;
+    int64_t in = l->inputs[0]->shape.channels / s->groups * s->filter_h * s->filter_w, dims[4];
+    int64_t out = l->shape.channels / s->groups * s->filter_h * s->filter_w;
+    dims[0] = s->out_c, dims[1] = s->in_c / s->groups, dims[2] = s->filter_h, dims[3] = s->filter_w;
+    if (!pd_layer_param(l, "weight", 4, dims, in, out, pd_normal(0, 1 / sqrt((double)in)), &o->weight) ||
+        (!o->no_bias && !pd_layer_param(l, "bias", 1, &l->shape.channels, 1, 1, pd_constant(0), &o->bias)))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static pd_status pd__conv_setup(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    int64_t reach_h, reach_w, padded_h, padded_w;
+    if (pd__conv_options(l, s) != PD_OK) return pd_error_status(l->net);
+    reach_h = s->dilation_h * (s->filter_h - 1) + 1, reach_w = s->dilation_w * (s->filter_w - 1) + 1;
+    padded_h = in.height + 2 * s->pad_h, padded_w = in.width + 2 * s->pad_w;
+    if (reach_h > padded_h || reach_w > padded_w)
+        return pd_layer_fail(l, PD_E_SHAPE, "filter %lldx%lld does not fit the padded input %lldx%lld coming from "
+                             "\"%.100s\" (%s)", (long long)reach_h, (long long)reach_w, (long long)padded_h,
+                             (long long)padded_w, l->inputs[0]->name, pd_shape_text(l, in));
+    s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
+    s->out_c = ((const pd__conv_spec *)l->opts)->filters;
+    s->out_h = (padded_h - reach_h) / s->stride_h + 1;
+    s->out_w = (padded_w - reach_w) / s->stride_w + 1;
+    l->shape = pd__shape(s->out_c, s->out_h, s->out_w);
+    return pd__conv_params(l, s);
+}
+
+/* Sets each channel of the output to its bias, or to 0. */
+static void pd__channel_bias(pd_layer *l) {
+    int64_t c = l->shape.channels, area = l->shape.height * l->shape.width;
+    int64_t size[4], as[4] = { 0, 0, 1, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4];
+    size[0] = 1, size[1] = l->out.rows, size[2] = c, size[3] = area;
+    ys[0] = 0, ys[1] = c * area, ys[2] = area, ys[3] = 1;
+    pd__clear_output(l);
+    if (l->param_count > 1) l->device->muladd(l->device, size, 1, l->params[1]->value, as, NULL, bs, l->out.data, ys);
+}
+
+static void pd__channel_bias_grad(pd_layer *l) {
+    int64_t c = l->shape.channels, area = l->shape.height * l->shape.width;
+    int64_t size[4], as[4], bs[4] = { 0, 0, 0, 0 }, ys[4] = { 0, 1, 0, 0 };
+    size[0] = 1, size[1] = c, size[2] = l->out.rows, size[3] = area;
+    as[0] = 0, as[1] = area, as[2] = c * area, as[3] = 1;
+    if (l->param_count > 1 && l->params[1]->grad)
+        l->device->muladd(l->device, size, 1, l->out.grad, as, NULL, bs, l->params[1]->grad, ys);
+}
+
+static pd_status pd__conv_forward(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    s->rows = l->out.rows;
+    pd__channel_bias(l);
+    l->device->conv(l->device, s, pd__in(l, 0)->data, l->params[0]->value, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__conv_backward(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    if (l->params[0]->grad) d->conv_backward_filter(d, s, x->data, l->out.grad, l->params[0]->grad);
+    if (x->grad) d->conv_backward_data(d, s, l->params[0]->value, l->out.grad, x->grad);
+    pd__channel_bias_grad(l);
+    return PD_OK;
+}
+
+PD__TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape), PD_OP_BASIC | PD_OP_CONV, pd__conv_setup,
+         NULL, pd__conv_forward, pd__conv_backward);
+
+/* The state describes the convolution whose data gradient this is: its input is our output. */
+static pd_status pd__conv_transpose_setup(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    if (pd__conv_options(l, s) != PD_OK) return pd_error_status(l->net);
+    s->out_c = in.channels, s->out_h = in.height, s->out_w = in.width;
+    s->in_c = ((const pd__conv_spec *)l->opts)->filters;
+    s->in_h = (in.height - 1) * s->stride_h - 2 * s->pad_h + s->dilation_h * (s->filter_h - 1) + 1;
+    s->in_w = (in.width - 1) * s->stride_w - 2 * s->pad_w + s->dilation_w * (s->filter_w - 1) + 1;
+    l->shape = pd__shape(s->in_c, s->in_h, s->in_w);
+    if (s->in_h < 1 || s->in_w < 1)
+        return pd_layer_fail(l, PD_E_SHAPE, "padding %lldx%lld leaves nothing of the output %s", (long long)s->pad_h,
+                             (long long)s->pad_w, pd_shape_text(l, l->shape));
+    return pd__conv_params(l, s);
+}
+
+static pd_status pd__conv_transpose_forward(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    s->rows = l->out.rows;
+    pd__channel_bias(l);
+    l->device->conv_backward_data(l->device, s, l->params[0]->value, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__conv_transpose_backward(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    if (l->params[0]->grad) d->conv_backward_filter(d, s, l->out.grad, x->data, l->params[0]->grad);
+    if (x->grad) d->conv(d, s, l->out.grad, l->params[0]->value, x->grad);
+    pd__channel_bias_grad(l);
+    return PD_OK;
+}
+
+PD__TYPE(pd__conv_transpose_type, "conv_transpose", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
+         PD_OP_BASIC | PD_OP_CONV, pd__conv_transpose_setup, NULL, pd__conv_transpose_forward,
+         pd__conv_transpose_backward);
+
+static pd_layer *pd__add_conv(pd_net *net, const pd_layer_type *type, pd_layer *input, int64_t filters, int64_t filter,
+                              const pd_conv_opts *opts) {
+    PD__SPEC(pd__conv_spec);
+    s.filters = filters;
+    s.filter = filter;
+    return pd_layer_add(net, type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_conv(pd_net *net, pd_layer *input, int64_t filters, int64_t filter, const pd_conv_opts *opts) {
+    return pd__add_conv(net, &pd__conv_type, input, filters, filter, opts);
+}
+PD_DEF pd_layer *pd_conv_transpose(pd_net *net, pd_layer *input, int64_t filters, int64_t filter,
+                                   const pd_conv_opts *opts) {
+    return pd__add_conv(net, &pd__conv_transpose_type, input, filters, filter, opts);
+}
+
+/* ---- pool ---- */
+
+typedef struct pd__pool_spec {
+    pd_pool_opts o;
+    int64_t size;
+} pd__pool_spec;
+
+/* With `ceil` a last window that would begin beyond the image and its left padding is left out. */
+static int64_t pd__pooled(int64_t in, int64_t size, int64_t stride, int64_t pad, bool ceil_size) {
+    int64_t space = in + 2 * pad - size;
+    int64_t out = (ceil_size ? pd__ceil_div(space, stride) : space / stride) + 1;
+    return ceil_size && (out - 1) * stride >= in + pad ? out - 1 : out;
+}
+
+static pd_status pd__pool_setup(pd_layer *l) {
+    const pd__pool_spec *spec = (const pd__pool_spec *)l->opts;
+    const pd_pool_opts *o = &spec->o;
+    pd_pool_shape *s = (pd_pool_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    s->size_w = spec->size;
+    s->size_h = o->size_h ? o->size_h : spec->size;
+    s->stride_w = o->stride ? o->stride : s->size_w;
+    s->stride_h = o->stride_h ? o->stride_h : o->stride ? o->stride : s->size_h;
+    s->pad_w = o->pad;
+    s->pad_h = o->pad_h == -1 ? 0 : o->pad_h ? o->pad_h : o->pad;
+    s->method = o->method;
+    s->channels = in.channels, s->in_h = in.height, s->in_w = in.width;
+    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "size", pd__min(s->size_h, s->size_w), 1) != PD_OK ||
+        pd__want_least(l, "stride", pd__min(s->stride_h, s->stride_w), 1) != PD_OK ||
+        pd__want_least(l, "pad", pd__min(s->pad_h, s->pad_w), 0) != PD_OK)
+        return pd_error_status(l->net);
+    if ((unsigned)o->method > PD_SQRT_N) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)o->method);
+    if (s->pad_h >= s->size_h || s->pad_w >= s->size_w)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "padding %lldx%lld must be below the size %lldx%lld", (long long)s->pad_h,
+                             (long long)s->pad_w, (long long)s->size_h, (long long)s->size_w);
+    if (s->size_h > in.height + 2 * s->pad_h || s->size_w > in.width + 2 * s->pad_w)
+        return pd_layer_fail(l, PD_E_SHAPE, "window %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
+                             (long long)s->size_h, (long long)s->size_w, l->inputs[0]->name, pd_shape_text(l, in));
+    s->out_h = pd__pooled(in.height, s->size_h, s->stride_h, s->pad_h, o->ceil);
+    s->out_w = pd__pooled(in.width, s->size_w, s->stride_w, s->pad_w, o->ceil);
+    l->shape = pd__shape(in.channels, s->out_h, s->out_w);
+    l->act = o->act;
+    return PD_OK;
+}
+
+static pd_status pd__pool_forward(pd_layer *l) {
+    pd_pool_shape *s = (pd_pool_shape *)l->state;
+    s->rows = l->out.rows;
+    l->device->pool(l->device, s, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+/* A maximum is found again by comparing with the output; after an activation that is no longer the maximum itself, so
+   the outputs are pooled anew. */
+static pd_status pd__pool_backward(pd_layer *l) {
+    pd_pool_shape *s = (pd_pool_shape *)l->state;
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    const pd_real *y = l->out.data;
+    if (!x->grad) return PD_OK;
+    if (l->act != PD_LINEAR && s->method == PD_MAX) {
+        pd_real *again = pd_layer_memory(l, 0, pd__numbers(l));
+        if (!again) return PD_E_MEMORY;
+        d->pool(d, s, x->data, again);
+        y = again;
+    }
+    d->pool_backward(d, s, x->data, y, l->out.grad, x->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__pool_type, "pool", 1, 1, pd__pool_spec, sizeof(pd_pool_shape), PD_OP_POOL, pd__pool_setup, NULL,
+         pd__pool_forward, pd__pool_backward);
+
+PD_DEF pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_pool_opts *opts) {
+    PD__SPEC(pd__pool_spec);
+    s.size = size;
+    return pd_layer_add(net, &pd__pool_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- batch_norm ---- */
+
+/* weight and bias, if wanted, come first among the parameters. */
+static pd_status pd__scale_and_shift(pd_layer *l, int64_t size, bool wanted, const pd_param_opts *weight,
+                                     const pd_param_opts *bias) {
+    if (wanted && (!pd_layer_param(l, "weight", 1, &size, 1, 1, pd_constant(1), weight) ||
+                   !pd_layer_param(l, "bias", 1, &size, 1, 1, pd_constant(0), bias)))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static double pd__or(double value, double otherwise) { return value != 0 ? value : otherwise; }
+
+static pd_status pd__batch_norm_setup(pd_layer *l) {
+    const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
+    int64_t channels = l->inputs[0]->shape.channels;
+    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
+    if (!(o->epsilon >= 0) || !(o->keep >= 0 && o->keep <= 1))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon %g must not be negative, keep %g must lie in 0 .. 1", o->epsilon,
+                             o->keep);
+    l->shape = l->inputs[0]->shape;
+    l->act = o->act;
+    if (pd__scale_and_shift(l, channels, !o->no_affine, &o->weight, &o->bias) != PD_OK ||
+        !pd_layer_buffer(l, "running_mean", channels, 0) || !pd_layer_buffer(l, "running_var", channels, 1))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static bool pd__batch_norm_by_batch(const pd_layer *l) {
+    return !((const pd_batch_norm_opts *)l->opts)->use_running && pd_layer_mode(l) != PD_PREDICT;
+}
+
+/* running = keep running + (1 - keep) batch; the variance unbiased, as for a sample of n */
+static void pd__batch_norm_track(pd_layer *l, const pd_real *moments, double n) {
+    double rest = 1 - pd__or(((const pd_batch_norm_opts *)l->opts)->keep, 0.9);
+    int64_t channels = l->shape.channels;
+    pd_real *mean = l->params[l->param_count - 2]->value, *variance = l->params[l->param_count - 1]->value;
+    pd__muladd1(l, channels, -rest, mean, NULL, mean);
+    pd__muladd1(l, channels, rest, moments, NULL, mean);
+    pd__muladd1(l, channels, -rest, variance, NULL, variance);
+    pd__muladd1(l, channels, rest * (n > 1 ? n / (n - 1) : 1), moments + channels, NULL, variance);
+}
+
+/* What forward and backward hand to the device. */
+typedef struct pd__batch_norm_view {
+    const pd_real *mean, *variance;
+    pd_param *weight, *bias; /* NULL without */
+    double epsilon;
+    int64_t area;
+} pd__batch_norm_view;
+
+static pd__batch_norm_view pd__batch_norm_see(pd_layer *l, const pd_real *moments) {
+    const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
+    pd__batch_norm_view v;
+    v.mean = moments ? moments : l->params[l->param_count - 2]->value;
+    v.variance = moments ? moments + l->shape.channels : l->params[l->param_count - 1]->value;
+    v.weight = o->no_affine ? NULL : l->params[0];
+    v.bias = o->no_affine ? NULL : l->params[1];
+    v.epsilon = pd__or(o->epsilon, 1e-5);
+    v.area = l->shape.height * l->shape.width;
+    return v;
+}
+
+static pd_status pd__batch_norm_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    pd_real *moments = NULL;
+    pd__batch_norm_view v;
+    if (pd__batch_norm_by_batch(l)) {
+        moments = pd_layer_memory(l, 0, 2 * l->shape.channels);
+        if (!moments) return PD_E_MEMORY;
+    }
+    v = pd__batch_norm_see(l, moments);
+    if (moments)
+        d->channel_moments(d, x->rows, l->shape.channels, v.area, x->data, moments, moments + l->shape.channels);
+    d->batch_norm(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.variance, v.epsilon,
+                  v.weight ? v.weight->value : NULL, v.bias ? v.bias->value : NULL, l->out.data);
+    if (moments && x->rows > 0 && pd_layer_mode(l) == PD_TRAIN)
+        pd__batch_norm_track(l, moments, (double)(x->rows * v.area));
+    return PD_OK;
+}
+
+static pd_status pd__batch_norm_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    bool by_batch = pd__batch_norm_by_batch(l);
+    pd__batch_norm_view v = pd__batch_norm_see(l, by_batch ? pd_layer_memory(l, 0, 2 * l->shape.channels) : NULL);
+    d->batch_norm_backward(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.variance, v.epsilon, by_batch,
+                           v.weight ? v.weight->value : NULL, l->out.grad, x->grad, v.weight ? v.weight->grad : NULL,
+                           v.bias ? v.bias->grad : NULL);
+    return PD_OK;
+}
+
+PD__TYPE(pd__batch_norm_type, "batch_norm", 1, 1, pd_batch_norm_opts, 0, PD_OP_BASIC | PD_OP_BATCH_NORM,
+         pd__batch_norm_setup, NULL, pd__batch_norm_forward, pd__batch_norm_backward);
+
+PD_DEF pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm_opts *opts) {
+    return pd_layer_add(net, &pd__batch_norm_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- layer_norm ---- */
+
+static pd_status pd__layer_norm_setup(pd_layer *l) {
+    const pd_layer_norm_opts *o = (const pd_layer_norm_opts *)l->opts;
+    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
+    if (!(o->epsilon >= 0)) return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon %g must not be negative", o->epsilon);
+    l->shape = l->inputs[0]->shape;
+    l->act = o->act;
+    return pd__scale_and_shift(l, l->inputs[0]->out.width, !o->no_affine, &o->weight, &o->bias);
+}
+
+static pd_status pd__layer_norm_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    pd_real *moments = pd_layer_memory(l, 0, 2 * x->rows);
+    if (!moments) return PD_E_MEMORY;
+    d->layer_norm(d, x->rows, x->width, x->data, pd__or(((const pd_layer_norm_opts *)l->opts)->epsilon, 1e-5),
+                  l->param_count ? l->params[0]->value : NULL, l->param_count ? l->params[1]->value : NULL, moments,
+                  l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__layer_norm_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    d->layer_norm_backward(d, x->rows, x->width, x->data, pd_layer_memory(l, 0, 2 * x->rows),
+                           l->param_count ? l->params[0]->value : NULL, l->out.grad, x->grad,
+                           l->param_count ? l->params[0]->grad : NULL, l->param_count ? l->params[1]->grad : NULL);
+    return PD_OK;
+}
+
+PD__TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0, PD_OP_LAYER_NORM, pd__layer_norm_setup, NULL,
+         pd__layer_norm_forward, pd__layer_norm_backward);
+
+PD_DEF pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts) {
+    return pd_layer_add(net, &pd__layer_norm_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- response_norm ---- */
+
+static pd_status pd__response_norm_setup(pd_layer *l) {
+    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
+    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "size", o->size, 0) != PD_OK) return pd_error_status(l->net);
+    if (!(o->k >= 0 && o->alpha >= 0))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "k %g and alpha %g must not be negative", o->k, o->alpha);
+    l->shape = l->inputs[0]->shape;
+    l->act = o->act;
+    return PD_OK;
+}
+
+static pd_status pd__response_norm_forward(pd_layer *l) {
+    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
+    pd_real *scales = pd_layer_memory(l, 0, pd__numbers(l));
+    if (!scales) return PD_E_MEMORY;
+    l->device->response_norm(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
+                             o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), pd__or(o->k, 1),
+                             pd__in(l, 0)->data, scales, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__response_norm_backward(pd_layer *l) {
+    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
+    const pd_tensor *x = pd__in(l, 0);
+    if (x->grad)
+        l->device->response_norm_backward(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
+                                          o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75),
+                                          x->data, pd_layer_memory(l, 0, pd__numbers(l)), l->out.grad, x->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__response_norm_type, "response_norm", 1, 1, pd_response_norm_opts, 0, PD_OP_RESPONSE_NORM,
+         pd__response_norm_setup, NULL, pd__response_norm_forward, pd__response_norm_backward);
+
+PD_DEF pd_layer *pd_response_norm(pd_net *net, pd_layer *input, const pd_response_norm_opts *opts) {
+    return pd_layer_add(net, &pd__response_norm_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- dropout ---- */
+
+/* The spec of layers whose options are a pd_layer_opts and a few numbers. */
+typedef struct pd__spec {
+    pd_layer_opts o;
+    double a, b;
+    int64_t n[6];
+} pd__spec;
+
+static const pd__spec *pd__spec_of(const pd_layer *l) { return (const pd__spec *)l->opts; }
+
+/* Shape and activation of layers whose output looks like input k. */
+static pd_status pd__like_input(pd_layer *l, int k) {
+    l->shape = l->inputs[k]->shape;
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__dropout_setup(pd_layer *l) {
+    double rate = pd__spec_of(l)->a;
+    if (!(rate >= 0 && rate < 1)) return pd_layer_fail(l, PD_E_ARGUMENT, "rate is %g, expected 0 <= rate < 1", rate);
+    return pd__like_input(l, 0);
+}
+
+/* Outside training the rate is 0 and all is kept. */
+static void pd__dropout_apply(pd_layer *l, const pd_real *from, pd_real *to) {
+    double rate = pd_layer_mode(l) == PD_PREDICT ? 0 : pd__spec_of(l)->a;
+    if (rate > 0) l->device->dropout(l->device, pd__numbers(l), pd_layer_key(l), rate, from, to);
+    else pd__muladd1(l, pd__numbers(l), 1, from, NULL, to);
+}
+
+static pd_status pd__dropout_forward(pd_layer *l) {
+    pd__clear_output(l);
+    pd__dropout_apply(l, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__dropout_backward(pd_layer *l) {
+    if (pd__in(l, 0)->grad) pd__dropout_apply(l, l->out.grad, pd__in(l, 0)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP_BASIC | PD_OP_DROPOUT, pd__dropout_setup, NULL,
+         pd__dropout_forward, pd__dropout_backward);
+
+PD_DEF pd_layer *pd_dropout(pd_net *net, pd_layer *input, double rate, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.a = rate;
+    return pd_layer_add(net, &pd__dropout_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- add, multiply ---- */
+
+static pd_status pd__equal_inputs_setup(pd_layer *l) {
+    for (int k = 1; k < l->input_count; k++)
+        if (pd__want_shape(l, k, l->inputs[0]->shape) != PD_OK) return PD_E_SHAPE;
+    return pd__like_input(l, 0);
+}
+
+static pd_status pd__add_forward(pd_layer *l) {
+    pd__clear_output(l);
+    for (int k = 0; k < l->input_count; k++) pd__muladd1(l, pd__numbers(l), 1, pd__in(l, k)->data, NULL, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__add_backward(pd_layer *l) {
+    for (int k = 0; k < l->input_count; k++)
+        if (pd__in(l, k)->grad) pd__muladd1(l, pd__numbers(l), 1, l->out.grad, NULL, pd__in(l, k)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP_BASIC, pd__equal_inputs_setup, NULL, pd__add_forward,
+         pd__add_backward);
+
+PD_DEF pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    return pd_layer_add(net, &pd__add_type, s.o.name, inputs, count, &s);
+}
+
+static pd_status pd__multiply_forward(pd_layer *l) {
+    pd__clear_output(l);
+    pd__muladd1(l, pd__numbers(l), 1, pd__in(l, 0)->data, pd__in(l, 1)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__multiply_backward(pd_layer *l) {
+    for (int k = 0; k < 2; k++)
+        if (pd__in(l, k)->grad)
+            pd__muladd1(l, pd__numbers(l), 1, l->out.grad, pd__in(l, 1 - k)->data, pd__in(l, k)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__equal_inputs_setup, NULL,
+         pd__multiply_forward, pd__multiply_backward);
+
+PD_DEF pd_layer *pd_multiply(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__spec);
+    inputs[0] = a, inputs[1] = b;
+    return pd_layer_add(net, &pd__multiply_type, s.o.name, inputs, 2, &s);
+}
+
+/* ---- concat ---- */
+
+static pd_status pd__concat_setup(pd_layer *l) {
+    pd_shape shape = l->inputs[0]->shape;
+    for (int k = 1; k < l->input_count; k++) {
+        pd_shape other = l->inputs[k]->shape;
+        if (other.height != shape.height || other.width != shape.width)
+            return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, \"%.100s\" is %s: heights and widths must be equal",
+                                 l->inputs[k]->name, pd_shape_text(l, other), l->inputs[0]->name,
+                                 pd_shape_text(l, l->inputs[0]->shape));
+        shape.channels += other.channels;
+    }
+    l->act = pd__spec_of(l)->o.act;
+    l->shape = shape;
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__concat_forward(pd_layer *l) {
+    pd_real *to = l->out.data;
+    pd__clear_output(l);
+    for (int k = 0; k < l->input_count; to += pd__in(l, k)->width, k++) {
+        const pd_tensor *x = pd__in(l, k);
+        pd__muladd2(l, x->rows, x->width, 1, x->data, x->width, 1, NULL, 0, 0, to, l->out.width, 1);
+    }
+    return PD_OK;
+}
+
+static pd_status pd__concat_backward(pd_layer *l) {
+    const pd_real *from = l->out.grad;
+    for (int k = 0; k < l->input_count; from += pd__in(l, k)->width, k++) {
+        const pd_tensor *x = pd__in(l, k);
+        if (x->grad) pd__muladd2(l, x->rows, x->width, 1, from, l->out.width, 1, NULL, 0, 0, x->grad, x->width, 1);
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP_BASIC, pd__concat_setup, NULL, pd__concat_forward,
+         pd__concat_backward);
+
+PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    return pd_layer_add(net, &pd__concat_type, s.o.name, inputs, count, &s);
+}
+
+/* ---- slice, reshape, transpose, pad: a box of the input moves to a box of the output ---- */
+
+typedef struct pd__box {
+    int64_t size[4];         /* rows, then three axes; size[0] is set by forward */
+    int64_t x[4], y[4];      /* strides in input and output */
+    int64_t x_from, y_from;  /* where the box begins in a row */
+} pd__box;
+
+/* Strides of a row-major row of this shape, behind that of the rows. */
+static void pd__row_strides(pd_shape s, int64_t strides[4]) {
+    strides[0] = pd_shape_size(s);
+    strides[1] = s.height * s.width;
+    strides[2] = s.width;
+    strides[3] = 1;
+}
+
+/* Moves `box` channels x height x width with plain strides on both sides; setups then change what differs. */
+static void pd__plain_box(pd_layer *l, pd_shape box) {
+    pd__box *b = (pd__box *)l->state;
+    b->size[1] = box.channels, b->size[2] = box.height, b->size[3] = box.width;
+    pd__row_strides(l->inputs[0]->shape, b->x);
+    pd__row_strides(l->shape, b->y);
+    l->act = pd__spec_of(l)->o.act;
+}
+
+static pd_status pd__box_forward(pd_layer *l) {
+    pd__box *b = (pd__box *)l->state;
+    static const int64_t none[4] = { 0, 0, 0, 0 };
+    b->size[0] = l->out.rows;
+    pd__clear_output(l);
+    l->device->muladd(l->device, b->size, 1, pd__in(l, 0)->data + b->x_from, b->x, NULL, none, l->out.data + b->y_from,
+                      b->y);
+    return PD_OK;
+}
+
+static pd_status pd__box_backward(pd_layer *l) {
+    pd__box *b = (pd__box *)l->state;
+    static const int64_t none[4] = { 0, 0, 0, 0 };
+    if (pd__in(l, 0)->grad)
+        l->device->muladd(l->device, b->size, 1, l->out.grad + b->y_from, b->y, NULL, none,
+                          pd__in(l, 0)->grad + b->x_from, b->x);
+    return PD_OK;
+}
+
+static pd_status pd__slice_setup(pd_layer *l) {
+    const int64_t *n = pd__spec_of(l)->n; /* first, count */
+    pd_shape in = l->inputs[0]->shape;
+    if (n[0] < 0 || n[1] < 1 || n[0] > in.channels || n[1] > in.channels - n[0])
+        return pd_layer_fail(l, PD_E_SHAPE, "channels %lld .. %lld are not all in \"%.100s\" (%s)", (long long)n[0],
+                             (long long)(n[0] + n[1] - 1), l->inputs[0]->name, pd_shape_text(l, in));
+    l->shape = pd__shape(n[1], in.height, in.width);
+    pd__plain_box(l, l->shape);
+    ((pd__box *)l->state)->x_from = n[0] * in.height * in.width;
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__reshape_setup(pd_layer *l) {
+    const int64_t *n = pd__spec_of(l)->n;
+    int64_t size = 1;
+    l->shape = pd__shape(n[0], n[1], n[2]);
+    for (int i = 0; i < 3; i++)
+        if (n[i] < 1 || !pd__multiply_sizes(size, n[i], &size)) size = 0;
+    if (size != l->inputs[0]->out.width)
+        return pd_layer_fail(l, PD_E_SHAPE, "%s has other than the %lld numbers of \"%.100s\" (%s)",
+                             pd_shape_text(l, l->shape), (long long)l->inputs[0]->out.width, l->inputs[0]->name,
+                             pd_shape_text(l, l->inputs[0]->shape));
+    pd__plain_box(l, l->shape);
+    pd__row_strides(l->shape, ((pd__box *)l->state)->x);
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__transpose_setup(pd_layer *l) {
+    const int64_t *order = pd__spec_of(l)->n;
+    pd_shape in = l->inputs[0]->shape;
+    int64_t sizes[3], strides[4], *x = ((pd__box *)l->state)->x;
+    bool seen[3] = { false, false, false };
+    for (int i = 0; i < 3; i++) {
+        if (order[i] < 0 || order[i] > 2 || seen[order[i]])
+            return pd_layer_fail(l, PD_E_ARGUMENT, "order {%lld, %lld, %lld} is not a permutation of 0, 1, 2",
+                                 (long long)order[0], (long long)order[1], (long long)order[2]);
+        seen[order[i]] = true;
+    }
+    sizes[0] = in.channels, sizes[1] = in.height, sizes[2] = in.width;
+    pd__row_strides(in, strides);
+    l->shape = pd__shape(sizes[order[0]], sizes[order[1]], sizes[order[2]]);
+    pd__plain_box(l, l->shape);
+    for (int i = 0; i < 3; i++) x[i + 1] = strides[order[i] + 1];
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__pad_setup(pd_layer *l) {
+    const int64_t *pad = pd__spec_of(l)->n;
+    pd_shape in = l->inputs[0]->shape;
+    for (int i = 0; i < 6; i++)
+        if (pd__want_least(l, "pad", pad[i], 0) != PD_OK || pad[i] > INT32_MAX)
+            return pd_layer_fail(l, PD_E_ARGUMENT, "pad is %lld, expected 0 to 2^31 - 1", (long long)pad[i]);
+    l->shape = pd__shape(in.channels + pad[0] + pad[1], in.height + pad[2] + pad[3], in.width + pad[4] + pad[5]);
+    pd__plain_box(l, in);
+    ((pd__box *)l->state)->y_from = (pad[0] * l->shape.height + pad[2]) * l->shape.width + pad[4];
+    return pd__want_numbers(l);
+}
+
+PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__slice_setup, NULL, pd__box_forward,
+         pd__box_backward);
+PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__reshape_setup, NULL,
+         pd__box_forward, pd__box_backward);
+PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__transpose_setup, NULL,
+         pd__box_forward, pd__box_backward);
+PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__pad_setup, NULL, pd__box_forward,
+         pd__box_backward);
+
+PD_DEF pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t count, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = first, s.n[1] = count;
+    return pd_layer_add(net, &pd__slice_type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_reshape(pd_net *net, pd_layer *input, pd_shape shape, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = shape.channels, s.n[1] = shape.height, s.n[2] = shape.width;
+    return pd_layer_add(net, &pd__reshape_type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_transpose(pd_net *net, pd_layer *input, const int order[3], const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    for (int i = 0; i < 3; i++) s.n[i] = order ? order[i] : -1;
+    return pd_layer_add(net, &pd__transpose_type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_pad(pd_net *net, pd_layer *input, const int64_t pad[6], const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    for (int i = 0; i < 6; i++) s.n[i] = pad ? pad[i] : -1;
+    return pd_layer_add(net, &pd__pad_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- scale, interpolate: one number w per row; its "column stride" is 0 ---- */
+
+static pd_status pd__scale_setup(pd_layer *l) {
+    if (pd__want_shape(l, 0, pd__shape(1, 1, 1)) != PD_OK) return PD_E_SHAPE;
+    l->is_sequence = l->inputs[1]->is_sequence;
+    return pd__like_input(l, 1);
+}
+
+static pd_status pd__scale_forward(pd_layer *l) {
+    int64_t n = l->out.width;
+    pd__clear_output(l);
+    pd__muladd2(l, l->out.rows, n, 1, pd__in(l, 1)->data, n, 1, pd__in(l, 0)->data, 1, 0, l->out.data, n, 1);
+    return PD_OK;
+}
+
+static pd_status pd__scale_backward(pd_layer *l) {
+    int64_t n = l->out.width, rows = l->out.rows;
+    const pd_tensor *w = pd__in(l, 0), *x = pd__in(l, 1);
+    if (w->grad) pd__muladd2(l, rows, n, 1, l->out.grad, n, 1, x->data, n, 1, w->grad, 1, 0);
+    if (x->grad) pd__muladd2(l, rows, n, 1, l->out.grad, n, 1, w->data, 1, 0, x->grad, n, 1);
+    return PD_OK;
+}
+
+PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__scale_setup, NULL, pd__scale_forward,
+         pd__scale_backward);
+
+PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__spec);
+    inputs[0] = w, inputs[1] = x;
+    return pd_layer_add(net, &pd__scale_type, s.o.name, inputs, 2, &s);
+}
+
+static pd_status pd__interpolate_setup(pd_layer *l) {
+    if (pd__want_shape(l, 0, pd__shape(1, 1, 1)) != PD_OK || pd__want_shape(l, 2, l->inputs[1]->shape) != PD_OK)
+        return PD_E_SHAPE;
+    return pd__like_input(l, 1);
+}
+
+/* y = w a + b - w b */
+static pd_status pd__interpolate_forward(pd_layer *l) {
+    int64_t n = l->out.width, rows = l->out.rows;
+    const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
+    pd__clear_output(l);
+    pd__muladd2(l, rows, n, 1, a->data, n, 1, w->data, 1, 0, l->out.data, n, 1);
+    pd__muladd2(l, rows, n, 1, b->data, n, 1, NULL, 0, 0, l->out.data, n, 1);
+    pd__muladd2(l, rows, n, -1, b->data, n, 1, w->data, 1, 0, l->out.data, n, 1);
+    return PD_OK;
+}
+
+static pd_status pd__interpolate_backward(pd_layer *l) {
+    int64_t n = l->out.width, rows = l->out.rows;
+    const pd_real *dy = l->out.grad;
+    const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
+    if (w->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, a->data, n, 1, w->grad, 1, 0);
+    if (w->grad) pd__muladd2(l, rows, n, -1, dy, n, 1, b->data, n, 1, w->grad, 1, 0);
+    if (a->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, w->data, 1, 0, a->grad, n, 1);
+    if (b->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, NULL, 0, 0, b->grad, n, 1);
+    if (b->grad) pd__muladd2(l, rows, n, -1, dy, n, 1, w->data, 1, 0, b->grad, n, 1);
+    return PD_OK;
+}
+
+PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP_BASIC, pd__interpolate_setup, NULL,
+         pd__interpolate_forward, pd__interpolate_backward);
+
+PD_DEF pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+    pd_layer *inputs[3];
+    PD__SPEC(pd__spec);
+    inputs[0] = w, inputs[1] = a, inputs[2] = b;
+    return pd_layer_add(net, &pd__interpolate_type, s.o.name, inputs, 3, &s);
+}
+
+/* ---- affine ---- */
+
+static pd_status pd__affine_setup(pd_layer *l) { return pd__like_input(l, 0); }
+
+static pd_status pd__affine_forward(pd_layer *l) {
+    l->device->fill(l->device, pd__numbers(l), (pd_real)pd__spec_of(l)->b, l->out.data);
+    pd__muladd1(l, pd__numbers(l), pd__spec_of(l)->a, pd__in(l, 0)->data, NULL, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__affine_backward(pd_layer *l) {
+    if (pd__in(l, 0)->grad)
+        pd__muladd1(l, pd__numbers(l), pd__spec_of(l)->a, l->out.grad, NULL, pd__in(l, 0)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP_BASIC, pd__affine_setup, NULL, pd__affine_forward,
+         pd__affine_backward);
+
+PD_DEF pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double intercept, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.a = slope, s.b = intercept;
+    return pd_layer_add(net, &pd__affine_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- maxout ---- */
+
+static pd_status pd__maxout_setup(pd_layer *l) {
+    int64_t groups = pd__spec_of(l)->n[0];
+    pd_shape in = l->inputs[0]->shape;
+    if (groups < 1 || in.channels % groups)
+        return pd_layer_fail(l, PD_E_SHAPE, "%lld groups do not divide the %lld channels of \"%.100s\"",
+                             (long long)groups, (long long)in.channels, l->inputs[0]->name);
+    l->shape = pd__shape(in.channels / groups, in.height, in.width);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* Where in x the number stands that output i takes: the first largest of its group. */
+static int64_t pd__maxout_source(const pd_layer *l, int64_t i) {
+    int64_t area = l->shape.height * l->shape.width, groups = pd__spec_of(l)->n[0];
+    const pd_real *x = pd__in(l, 0)->data;
+    int64_t best = i / area * groups * area + i % area, first = best;
+    for (int64_t g = 1; g < groups; g++)
+        if (x[first + g * area] > x[best]) best = first + g * area;
+    return best;
+}
+
+static pd_status pd__maxout_forward(pd_layer *l) {
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < pd__numbers(l); i++) l->out.data[i] = pd__in(l, 0)->data[pd__maxout_source(l, i)];
+    return PD_OK;
+}
+
+static pd_status pd__maxout_backward(pd_layer *l) {
+    pd_real *dx = pd__in(l, 0)->grad;
+    if (!dx) return PD_OK;
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < pd__numbers(l); i++) dx[pd__maxout_source(l, i)] += l->out.grad[i];
+    return PD_OK;
+}
+
+PD__TYPE(pd__maxout_type, "maxout", 1, 1, pd__spec, 0, 0, pd__maxout_setup, NULL, pd__maxout_forward,
+         pd__maxout_backward);
+
+PD_DEF pd_layer *pd_maxout(pd_net *net, pd_layer *input, int64_t groups, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = groups;
+    return pd_layer_add(net, &pd__maxout_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- resize ---- */
+
+static pd_status pd__resize_setup(pd_layer *l) {
+    const int64_t *n = pd__spec_of(l)->n; /* height, width */
+    if (pd__want_least(l, "height", n[0], 1) != PD_OK || pd__want_least(l, "width", n[1], 1) != PD_OK)
+        return pd_error_status(l->net);
+    l->shape = pd__shape(l->inputs[0]->shape.channels, n[0], n[1]);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* The four cells that output (h, w) mixes, and their weights. */
+static void pd__resize_taps(const pd_layer *l, int64_t h, int64_t w, int64_t cell[4], pd_real weight[4]) {
+    pd_shape in = l->inputs[0]->shape, out = l->shape;
+    double y = out.height > 1 ? (double)h * (double)(in.height - 1) / (double)(out.height - 1) : 0;
+    double x = out.width > 1 ? (double)w * (double)(in.width - 1) / (double)(out.width - 1) : 0;
+    int64_t top = (int64_t)y, left = (int64_t)x;
+    int64_t bottom = pd__min(top + 1, in.height - 1), right = pd__min(left + 1, in.width - 1);
+    double b = y - (double)top, r = x - (double)left;
+    cell[0] = top * in.width + left, weight[0] = (pd_real)((1 - b) * (1 - r));
+    cell[1] = top * in.width + right, weight[1] = (pd_real)((1 - b) * r);
+    cell[2] = bottom * in.width + left, weight[2] = (pd_real)(b * (1 - r));
+    cell[3] = bottom * in.width + right, weight[3] = (pd_real)(b * r);
+}
+
+/* One map: from x to y, or, if dx isn't NULL, from dy into dx. */
+static void pd__resize_map(const pd_layer *l, const pd_real *x, pd_real *y, const pd_real *dy, pd_real *dx) {
+    int64_t cell[4];
+    pd_real weight[4];
+    for (int64_t i = 0; i < l->shape.height * l->shape.width; i++) {
+        pd__resize_taps(l, i / l->shape.width, i % l->shape.width, cell, weight);
+        if (!dx) y[i] = 0;
+        for (int k = 0; k < 4; k++) {
+            if (dx) dx[cell[k]] += weight[k] * dy[i];
+            else y[i] += weight[k] * x[cell[k]];
+        }
+    }
+}
+
+static pd_status pd__resize_forward(pd_layer *l) {
+    pd_shape in = l->inputs[0]->shape;
+    int64_t in_area = in.height * in.width, area = l->shape.height * l->shape.width;
+    PD__PARALLEL(l->device, pd__numbers(l) * 4)
+    for (int64_t m = 0; m < l->out.rows * in.channels; m++)
+        pd__resize_map(l, pd__in(l, 0)->data + m * in_area, l->out.data + m * area, NULL, NULL);
+    return PD_OK;
+}
+
+static pd_status pd__resize_backward(pd_layer *l) {
+    pd_shape in = l->inputs[0]->shape;
+    int64_t in_area = in.height * in.width, area = l->shape.height * l->shape.width;
+    if (!pd__in(l, 0)->grad) return PD_OK;
+    PD__PARALLEL(l->device, pd__numbers(l) * 4)
+    for (int64_t m = 0; m < l->out.rows * in.channels; m++)
+        pd__resize_map(l, NULL, NULL, l->out.grad + m * area, pd__in(l, 0)->grad + m * in_area);
+    return PD_OK;
+}
+
+PD__TYPE(pd__resize_type, "resize", 1, 1, pd__spec, 0, 0, pd__resize_setup, NULL, pd__resize_forward,
+         pd__resize_backward);
+
+PD_DEF pd_layer *pd_resize(pd_net *net, pd_layer *input, int64_t height, int64_t width, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = height, s.n[1] = width;
+    return pd_layer_add(net, &pd__resize_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- block_expand ---- */
+
+typedef struct pd__block_expand_spec {
+    pd_block_expand_opts o;
+    int64_t height, width;
+} pd__block_expand_spec;
+
+/* The state is the convolution whose patches the blocks are; their number per image is out_h * out_w. */
+static pd_status pd__block_expand_setup(pd_layer *l) {
+    const pd__block_expand_spec *spec = (const pd__block_expand_spec *)l->opts;
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    s->filter_h = spec->height, s->filter_w = spec->width;
+    s->stride_w = spec->o.stride ? spec->o.stride : spec->width;
+    s->stride_h = spec->o.stride_h ? spec->o.stride_h : spec->o.stride ? spec->o.stride : spec->height;
+    s->pad_w = spec->o.pad;
+    s->pad_h = spec->o.pad_h == -1 ? 0 : spec->o.pad_h ? spec->o.pad_h : spec->o.pad;
+    s->dilation_h = s->dilation_w = s->groups = 1;
+    s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
+    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "block", pd__min(s->filter_h, s->filter_w), 1) != PD_OK ||
+        pd__want_least(l, "stride", pd__min(s->stride_h, s->stride_w), 1) != PD_OK ||
+        pd__want_least(l, "pad", pd__min(s->pad_h, s->pad_w), 0) != PD_OK)
+        return pd_error_status(l->net);
+    if (l->inputs[0]->is_sequence)
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" already carries sequences", l->inputs[0]->name);
+    if (s->filter_h > in.height + 2 * s->pad_h || s->filter_w > in.width + 2 * s->pad_w)
+        return pd_layer_fail(l, PD_E_SHAPE, "block %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
+                             (long long)s->filter_h, (long long)s->filter_w, l->inputs[0]->name, pd_shape_text(l, in));
+    s->out_h = (in.height + 2 * s->pad_h - s->filter_h) / s->stride_h + 1;
+    s->out_w = (in.width + 2 * s->pad_w - s->filter_w) / s->stride_w + 1;
+    l->shape = pd__shape(in.channels * s->filter_h * s->filter_w, 1, 1);
+    l->is_sequence = true;
+    l->act = spec->o.act;
+    return PD_OK;
+}
+
+static pd_status pd__block_expand_resize(pd_layer *l) {
+    const pd_conv_shape *s = (const pd_conv_shape *)l->state;
+    int64_t images = pd__in(l, 0)->rows, blocks = s->out_h * s->out_w;
+    int64_t *starts = pd_layer_integers(l, 0, images + 1);
+    if (!starts) return PD_E_MEMORY;
+    for (int64_t i = 0; i <= images; i++) starts[i] = i * blocks;
+    l->out.rows = images * blocks;
+    l->out.sequences = images;
+    l->out.starts = starts;
+    return PD_OK;
+}
+
+/* Row `row` of the output from its image, or back into the image's gradient. */
+static void pd__block_expand_row(const pd_layer *l, int64_t row, bool back) {
+    const pd_conv_shape *s = (const pd_conv_shape *)l->state;
+    int64_t block = row % (s->out_h * s->out_w), image = row / (s->out_h * s->out_w);
+    int64_t top = block / s->out_w * s->stride_h - s->pad_h, left = block % s->out_w * s->stride_w - s->pad_w;
+    int64_t from = image * s->in_c * s->in_h * s->in_w, i = row * l->out.width;
+    for (int64_t c = 0; c < s->in_c; c++)
+        for (int64_t h = top; h < top + s->filter_h; h++)
+            for (int64_t w = left; w < left + s->filter_w; w++, i++) {
+                bool inside = h >= 0 && h < s->in_h && w >= 0 && w < s->in_w;
+                int64_t cell = from + (c * s->in_h + h) * s->in_w + w;
+                if (!back) l->out.data[i] = inside ? pd__in(l, 0)->data[cell] : 0;
+                else if (inside) pd__in(l, 0)->grad[cell] += l->out.grad[i];
+            }
+}
+
+static pd_status pd__block_expand_forward(pd_layer *l) {
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t r = 0; r < l->out.rows; r++) pd__block_expand_row(l, r, false);
+    return PD_OK;
+}
+
+/* Blocks of one image may overlap, so each image is one thread's. */
+static pd_status pd__block_expand_backward(pd_layer *l) {
+    int64_t images = l->out.sequences;
+    if (!pd__in(l, 0)->grad) return PD_OK;
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < images; i++)
+        for (int64_t r = l->out.starts[i]; r < l->out.starts[i + 1]; r++) pd__block_expand_row(l, r, true);
+    return PD_OK;
+}
+
+PD__TYPE(pd__block_expand_type, "block_expand", 1, 1, pd__block_expand_spec, sizeof(pd_conv_shape), 0,
+         pd__block_expand_setup, pd__block_expand_resize, pd__block_expand_forward, pd__block_expand_backward);
+
+PD_DEF pd_layer *pd_block_expand(pd_net *net, pd_layer *input, int64_t height, int64_t width,
+                                 const pd_block_expand_opts *opts) {
+    PD__SPEC(pd__block_expand_spec);
+    s.height = height, s.width = width;
+    return pd_layer_add(net, &pd__block_expand_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- cosine ---- */
+
+static pd_status pd__cosine_setup(pd_layer *l) {
+    int64_t a = l->inputs[0]->out.width, b = l->inputs[1]->out.width;
+    if (b % a)
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" (%s) does not hold whole vectors of \"%.100s\" (%s)",
+                             l->inputs[1]->name, pd_shape_text(l, l->inputs[1]->shape), l->inputs[0]->name,
+                             pd_shape_text(l, l->inputs[0]->shape));
+    l->shape = pd__shape(b / a, 1, 1);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* a.b, |a|^2 and |b|^2 */
+static void pd__cosine_sums(int64_t n, const pd_real *a, const pd_real *b, double *ab, double *aa, double *bb) {
+    *ab = *aa = *bb = 0;
+    for (int64_t i = 0; i < n; i++) {
+        *ab += (double)a[i] * (double)b[i];
+        *aa += (double)a[i] * (double)a[i];
+        *bb += (double)b[i] * (double)b[i];
+    }
+}
+
+static pd_status pd__cosine_forward(pd_layer *l) {
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t each = l->out.width;
+    PD__PARALLEL(l->device, b->rows * b->width)
+    for (int64_t i = 0; i < pd__numbers(l); i++) {
+        double ab, aa, bb;
+        pd__cosine_sums(a->width, a->data + i / each * a->width, b->data + i * a->width, &ab, &aa, &bb);
+        l->out.data[i] = aa > 0 && bb > 0 ? (pd_real)(pd__spec_of(l)->a * ab / sqrt(aa * bb)) : 0;
+    }
+    return PD_OK;
+}
+
+/* With c = s a.b / (|a||b|): dc/da = s b / (|a||b|) - c a / |a|^2, and the same for b. */
+static pd_status pd__cosine_backward(pd_layer *l) {
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t n = a->width, each = l->out.width;
+    PD__PARALLEL(l->device, b->rows * b->width)
+    for (int64_t r = 0; r < l->out.rows; r++)
+        for (int64_t i = r * each; i < (r + 1) * each; i++) {
+            double ab, aa, bb, cross, dy = (double)l->out.grad[i] * pd__spec_of(l)->a;
+            pd__cosine_sums(n, a->data + r * n, b->data + i * n, &ab, &aa, &bb);
+            if (!(aa > 0 && bb > 0)) continue;
+            cross = 1 / sqrt(aa * bb);
+            for (int64_t k = 0; k < n; k++) {
+                double x = (double)a->data[r * n + k], y = (double)b->data[i * n + k];
+                if (a->grad) a->grad[r * n + k] += (pd_real)(dy * cross * (y - ab / aa * x));
+                if (b->grad) b->grad[i * n + k] += (pd_real)(dy * cross * (x - ab / bb * y));
+            }
+        }
+    return PD_OK;
+}
+
+PD__TYPE(pd__cosine_type, "cosine", 2, 2, pd__spec, 0, 0, pd__cosine_setup, NULL, pd__cosine_forward,
+         pd__cosine_backward);
+
+PD_DEF pd_layer *pd_cosine(pd_net *net, pd_layer *a, pd_layer *b, double scale, const pd_layer_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__spec);
+    s.a = scale;
+    inputs[0] = a, inputs[1] = b;
+    return pd_layer_add(net, &pd__cosine_type, s.o.name, inputs, 2, &s);
+}
+
+/* ---- outer ---- */
+
+static pd_status pd__outer_setup(pd_layer *l) {
+    l->shape = pd__shape(1, l->inputs[0]->out.width, l->inputs[1]->out.width);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* The box rows x |a| x |b|, and the strides of a, b and y in it. */
+typedef struct pd__outer_box {
+    int64_t size[4], a[4], b[4], y[4];
+} pd__outer_box;
+
+static pd__outer_box pd__outer_box_of(const pd_layer *l) {
+    int64_t m = pd__in(l, 0)->width, n = pd__in(l, 1)->width;
+    pd__outer_box o;
+    memset(&o, 0, sizeof o);
+    o.size[0] = 1, o.size[1] = l->out.rows, o.size[2] = m, o.size[3] = n;
+    o.a[1] = m, o.a[2] = 1;
+    o.b[1] = n, o.b[3] = 1;
+    o.y[1] = m * n, o.y[2] = n, o.y[3] = 1;
+    return o;
+}
+
+static pd_status pd__outer_forward(pd_layer *l) {
+    pd__outer_box o = pd__outer_box_of(l);
+    pd__clear_output(l);
+    l->device->muladd(l->device, o.size, 1, pd__in(l, 1)->data, o.b, pd__in(l, 0)->data, o.a, l->out.data, o.y);
+    return PD_OK;
+}
+
+static pd_status pd__outer_backward(pd_layer *l) {
+    pd__outer_box o = pd__outer_box_of(l);
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    if (a->grad) l->device->muladd(l->device, o.size, 1, l->out.grad, o.y, b->data, o.b, a->grad, o.a);
+    if (b->grad) l->device->muladd(l->device, o.size, 1, l->out.grad, o.y, a->data, o.a, b->grad, o.b);
+    return PD_OK;
+}
+
+PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__outer_setup, NULL, pd__outer_forward,
+         pd__outer_backward);
+
+PD_DEF pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__spec);
+    inputs[0] = a, inputs[1] = b;
+    return pd_layer_add(net, &pd__outer_type, s.o.name, inputs, 2, &s);
+}
+
+/* ---- bilinear ---- */
+
+static pd_status pd__bilinear_setup(pd_layer *l) {
+    const pd__fc_spec *s = (const pd__fc_spec *)l->opts;
+    int64_t dims[3];
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK || pd__want_numbers(l) != PD_OK) return pd_error_status(l->net);
+    dims[0] = s->size, dims[1] = l->inputs[0]->out.width, dims[2] = l->inputs[1]->out.width;
+    if (!pd_layer_param(l, "weight", 3, dims, dims[1], s->size, pd_normal(0, 1 / sqrt((double)dims[1])), &s->o.weight) ||
+        (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias)))
+        return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    l->act = s->o.act;
+    return PD_OK;
+}
+
+/* For each k: t = a W_k (rows x |b|), then y_k = row sums of t b. */
+static pd_status pd__bilinear_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t rows = l->out.rows, m = a->width, n = b->width, size = l->out.width;
+    pd_real *t = pd_layer_memory(l, 0, rows * pd__max(m, n));
+    if (!t) return PD_E_MEMORY;
+    pd__clear_output(l);
+    for (int64_t k = 0; k < size; k++) {
+        d->gemm(d, false, false, rows, n, m, 1, a->data, m, l->params[0]->value + k * m * n, n, 0, t, n);
+        pd__muladd2(l, rows, n, 1, t, n, 1, b->data, n, 1, l->out.data + k, size, 0);
+    }
+    if (l->param_count > 1) pd__add_bias(l, l->params[1]);
+    return PD_OK;
+}
+
+/* t = dy_k x, row by row */
+static void pd__bilinear_weigh(pd_layer *l, int64_t k, const pd_tensor *x, pd_real *t) {
+    l->device->fill(l->device, x->rows * x->width, 0, t);
+    pd__muladd2(l, x->rows, x->width, 1, x->data, x->width, 1, l->out.grad + k, l->out.width, 0, t, x->width, 1);
+}
+
+/* With t = dy_k a: dW_k += t^T b and db += t W_k. With t = dy_k b: da += t W_k^T. */
+static pd_status pd__bilinear_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t rows = l->out.rows, m = a->width, n = b->width;
+    pd_real *t = pd_layer_memory(l, 0, rows * pd__max(m, n));
+    for (int64_t k = 0; k < l->out.width; k++) {
+        const pd_real *w = l->params[0]->value + k * m * n;
+        pd__bilinear_weigh(l, k, a, t);
+        if (l->params[0]->grad)
+            d->gemm(d, true, false, m, n, rows, 1, t, m, b->data, n, 1, l->params[0]->grad + k * m * n, n);
+        if (b->grad) d->gemm(d, false, false, rows, n, m, 1, t, m, w, n, 1, b->grad, n);
+        if (!a->grad) continue;
+        pd__bilinear_weigh(l, k, b, t);
+        d->gemm(d, false, true, rows, m, n, 1, t, n, w, n, 1, a->grad, m);
+    }
+    if (l->param_count > 1) pd__add_bias_grad(l, l->params[1]);
+    return PD_OK;
+}
+
+PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP_BASIC, pd__bilinear_setup, NULL,
+         pd__bilinear_forward, pd__bilinear_backward);
+
+PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__fc_spec);
+    s.size = size;
+    inputs[0] = a, inputs[1] = b;
+    return pd_layer_add(net, &pd__bilinear_type, s.o.name, inputs, 2, &s);
+}
+
+/* ---- activation, prelu ---- */
+
+/* The output starts as a copy of the input; the net applies the activation, as after any layer. */
+static pd_status pd__activation_setup(pd_layer *l) {
+    l->act_alpha = pd__spec_of(l)->a;
+    return pd__like_input(l, 0);
+}
+
+PD__TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0, PD_OP_BASIC | PD_OP_ACTIVATION, pd__activation_setup,
+         NULL, pd__add_forward, pd__add_backward);
+
+PD_DEF pd_layer *pd_activation(pd_net *net, pd_layer *input, pd_act act, const pd_activation_opts *opts) {
+    pd__spec s;
+    memset(&s, 0, sizeof s);
+    s.o.act = act;
+    s.a = opts ? opts->alpha : 0;
+    return pd_layer_add(net, &pd__activation_type, opts ? opts->name : NULL, &input, 1, &s);
+}
+
+static pd_status pd__prelu_setup(pd_layer *l) {
+    const pd_prelu_opts *o = (const pd_prelu_opts *)l->opts;
+    l->shape = l->inputs[0]->shape;
+    if (pd__want_numbers(l) != PD_OK ||
+        !pd_layer_param(l, "weight", 1, &l->shape.channels, 1, 1, pd_constant(0.25), &o->weight))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static pd_status pd__prelu_forward(pd_layer *l) {
+    int64_t area = l->shape.height * l->shape.width;
+    const pd_real *x = pd__in(l, 0)->data;
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < pd__numbers(l); i++)
+        l->out.data[i] = x[i] < 0 ? x[i] * l->params[0]->value[i / area % l->shape.channels] : x[i];
+    return PD_OK;
+}
+
+static pd_status pd__prelu_backward(pd_layer *l) {
+    int64_t area = l->shape.height * l->shape.width, channels = l->shape.channels;
+    const pd_tensor *x = pd__in(l, 0);
+    pd_param *slope = l->params[0];
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t c = 0; c < channels; c++) {
+        double sum = 0;
+        for (int64_t r = 0; r < l->out.rows; r++)
+            for (int64_t i = (r * channels + c) * area; i < (r * channels + c + 1) * area; i++) {
+                if (x->data[i] < 0) sum += (double)x->data[i] * (double)l->out.grad[i];
+                if (x->grad) x->grad[i] += l->out.grad[i] * (x->data[i] < 0 ? slope->value[c] : 1);
+            }
+        if (slope->grad) slope->grad[c] += (pd_real)sum;
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__prelu_type, "prelu", 1, 1, pd_prelu_opts, 0, 0, pd__prelu_setup, NULL, pd__prelu_forward,
+         pd__prelu_backward);
+
+PD_DEF pd_layer *pd_prelu(pd_net *net, pd_layer *input, const pd_prelu_opts *opts) {
+    return pd_layer_add(net, &pd__prelu_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+/* ======================================================================================================== */
+/* >>costs                                                                                                  */
+
+/* Inputs of a cost: the prediction, the target (if the cost has one; rank_cost has two), then the sample weights if
+   there are any. Forward writes plain costs to a scratch, and backward reads scales from it; sample weights come in at
+   that one place, pd__weigh. */
+
+enum { PD__COST_PROBABILITIES = 0, PD__COST_CLASS_WEIGHTS = 1, PD__COST_SCRATCH = 2 }; /* slots of pd_layer_memory */
+enum { PD__HAS_CLASS_WEIGHTS = 1, PD__HAS_PROBABILITIES = 2, PD__HAS_DELTA = 4, PD__HAS_TOP = 8 };
+
+/* A builder's one line: min_inputs of a, b, c and the sample weights if given. */
+static pd_layer *pd__add_cost(pd_net *net, const pd_layer_type *type, pd_layer *a, pd_layer *b, pd_layer *c,
+                              const pd_cost_opts *opts) {
+    pd_layer *inputs[4];
+    int count = type->min_inputs;
+    inputs[0] = a, inputs[1] = b, inputs[2] = c;
+    if (opts && opts->weight) inputs[count++] = opts->weight;
+    return pd_layer_add(net, type, opts ? opts->name : NULL, inputs, count, opts);
+}
+
+/* The layer of sample weights, or NULL. */
+static const pd_layer *pd__cost_weight(const pd_layer *layer) {
+    int index = layer->type->min_inputs;
+    return layer->input_count > index ? layer->inputs[index] : NULL;
+}
+
+/* to = from * sample weights, one number per row. */
+static void pd__weigh(pd_layer *layer, const pd_real *from, pd_real *to) {
+    const pd_layer *weight = pd__cost_weight(layer);
+    int64_t size[4] = { 1, 1, 1, 0 };
+    const int64_t steps[4] = { 0, 0, 0, 1 };
+    size[3] = layer->out.rows;
+    layer->device->fill(layer->device, layer->out.rows, 0, to);
+    layer->device->muladd(layer->device, size, 1, from, steps, weight ? weight->out.data : NULL, steps, to, steps);
+}
+
+/* Element i of a target of width 1 or of numbers, whichever it is. */
+static double pd__number(const pd_tensor *t, int64_t i) { return t->ids ? (double)t->ids[i] : (double)t->data[i]; }
+
+/* True if a layer holds ids (or numbers) as many as `size`; else fills `text` with what was expected and what came. */
+static bool pd__holds(pd_layer *input, bool ids, int64_t size, char text[256]) {
+    const char *kinds[] = { "numbers of shape", "ids below" };
+    if (input->is_ids == ids && pd_shape_size(input->shape) == size) return true;
+    snprintf(text, 256, "expected %s %lld, got \"%.100s\" with %s %s", kinds[ids], (long long)size, input->name,
+             kinds[input->is_ids], pd_shape_text(input, input->shape));
+    return false;
+}
+
+/* The first row whose id is out of range, or -1: a user's layer may have made them. */
+static int64_t pd__bad_id(const pd_layer *input) {
+    int64_t count = pd_shape_size(input->shape);
+    for (int64_t r = 0; input->is_ids && r < input->out.rows; r++)
+        if (input->out.ids[r] < 0 || input->out.ids[r] >= count) return r;
+    return -1;
+}
+
+static pd_status pd__cost_input(pd_layer *layer, int k, bool ids, int64_t size) {
+    char text[256];
+    if (pd__holds(layer->inputs[k], ids, size, text)) return PD_OK;
+    return pd_layer_fail(layer, PD_E_SHAPE, "input %d: %s", k, text);
+}
+
+/* What all costs check: a prediction of numbers, weights of width 1, and no option that this cost does not have. */
+static pd_status pd__cost_setup(pd_layer *layer, unsigned has) {
+    pd_cost_opts *o = (pd_cost_opts *)layer->opts;
+    const char *stray = o->class_weights && !(has & PD__HAS_CLASS_WEIGHTS) ? "class_weights"
+                        : o->probabilities && !(has & PD__HAS_PROBABILITIES) ? "probabilities"
+                        : o->delta != 0 && !(has & PD__HAS_DELTA) ? "delta"
+                        : o->top != 0 && !(has & PD__HAS_TOP) ? "top" : NULL;
+    pd_status status = pd__cost_input(layer, 0, false, pd_shape_size(layer->inputs[0]->shape));
+    layer->shape.channels = layer->shape.height = layer->shape.width = 1;
+    if (!status && pd__cost_weight(layer)) status = pd__cost_input(layer, layer->type->min_inputs, false, 1);
+    if (status) return status;
+    if (stray) return pd_layer_fail(layer, PD_E_ARGUMENT, "%s has no option %s", layer->type->name, stray);
+    if (!(o->delta >= 0 && o->delta <= DBL_MAX))
+        return pd_layer_fail(layer, PD_E_ARGUMENT, "expected delta > 0, got %g", o->delta);
+    if (o->top < 0) return pd_layer_fail(layer, PD_E_ARGUMENT, "expected top > 0, got %lld", (long long)o->top);
+    if (o->delta == 0 && (has & PD__HAS_DELTA)) o->delta = 1;
+    if (o->top == 0 && (has & PD__HAS_TOP)) o->top = 5;
+    return PD_OK;
+}
+
+/* The start of every forward: room for one plain cost per row, which pd__weigh will finish. The net has checked that
+   rows are equal. */
+static pd_status pd__cost_begin(pd_layer *layer, pd_real **costs) {
+    for (int k = 1; k < layer->input_count; k++) {
+        const pd_layer *input = layer->inputs[k];
+        int64_t r = pd__bad_id(input);
+        if (r >= 0)
+            return pd_layer_fail(layer, PD_E_FORMAT, "row %lld of \"%.100s\": expected an id below %lld, got %lld",
+                                 (long long)r, input->name, (long long)pd_shape_size(input->shape),
+                                 (long long)input->out.ids[r]);
+    }
+    *costs = pd_layer_memory(layer, PD__COST_SCRATCH, layer->out.rows);
+    return *costs ? PD_OK : PD_E_MEMORY;
+}
+
+/* The start of every backward: d(total)/d(plain cost) of each row. */
+static pd_status pd__cost_scales(pd_layer *layer, pd_real **scales) {
+    *scales = pd_layer_memory(layer, PD__COST_SCRATCH, layer->out.rows);
+    if (!*scales) return PD_E_MEMORY;
+    pd__weigh(layer, layer->out.grad, *scales);
+    return PD_OK;
+}
+
+/* ---- cross_entropy ---- */
+
+typedef struct pd__cross_entropy_state {
+    const pd_real *class_weights; /* in the device's memory; NULL without */
+} pd__cross_entropy_state;
+
+/* Copies the user's class weights twice: to the device, and, since pd_net_share builds the layer again from its
+   options, into these. */
+static pd_status pd__copy_class_weights(pd_layer *layer, int64_t classes) {
+    pd_cost_opts *o = (pd_cost_opts *)layer->opts;
+    pd_real *memory;
+    for (int64_t c = 0; c < classes; c++)
+        if (!(o->class_weights[c] > 0 && o->class_weights[c] <= DBL_MAX))
+            return pd_layer_fail(layer, PD_E_ARGUMENT, "expected class_weights > 0, got %g for class %lld",
+                                 o->class_weights[c], (long long)c);
+    memory = pd_layer_memory(layer, PD__COST_CLASS_WEIGHTS, classes);
+    o->class_weights = (double *)pd_layer_copy(layer, o->class_weights, (size_t)classes * sizeof(double));
+    if (!memory || !o->class_weights) return PD_E_MEMORY;
+    for (int64_t c = 0; c < classes; c++) {
+        pd_real weight = (pd_real)o->class_weights[c];
+        layer->device->upload(layer->device, memory + c, &weight, sizeof weight);
+    }
+    ((pd__cross_entropy_state *)layer->state)->class_weights = memory;
+    return PD_OK;
+}
+
+/* True if the input holds what a softmax is still to be taken of. */
+static bool pd__of_logits(const pd_layer *layer) {
+    return layer->inputs[0]->act != PD_SOFTMAX && !((const pd_cost_opts *)layer->opts)->probabilities;
+}
+
+static pd_status pd__cross_entropy_setup(pd_layer *layer) {
+    const pd_layer *label = layer->inputs[1];
+    int64_t classes = pd_shape_size(layer->inputs[0]->shape);
+    pd_status status = pd__cost_setup(layer, PD__HAS_CLASS_WEIGHTS | PD__HAS_PROBABILITIES);
+    if (!status) status = pd__cost_input(layer, 1, label->is_ids, classes);
+    if (status) return status;
+    if (label->wants_grad)
+        return pd_layer_fail(layer, PD_E_UNSUPPORTED, "no gradient can flow into the labels, but \"%.100s\" learns",
+                             label->name);
+    return ((pd_cost_opts *)layer->opts)->class_weights ? pd__copy_class_weights(layer, classes) : PD_OK;
+}
+
+static pd_status pd__cross_entropy_forward(pd_layer *layer) {
+    const pd_tensor *x = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
+    const pd_real *p = x->data, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
+    pd_device *d = layer->device;
+    pd_real *costs;
+    pd_status status = pd__cost_begin(layer, &costs);
+    if (status || x->rows == 0) return status;
+    if (pd__of_logits(layer)) {
+        pd_real *softmax = pd_layer_memory(layer, PD__COST_PROBABILITIES, x->rows * x->width);
+        if (!softmax) return PD_E_MEMORY;
+        d->activate(d, PD_SOFTMAX, 0, x->rows, x->width, x->data, softmax);
+        p = softmax;
+    }
+    d->cross_entropy(d, x->rows, x->width, p, t->ids, t->data, class_weights, costs);
+    pd__weigh(layer, costs, layer->out.data);
+    return PD_OK;
+}
+
+/* d/dx of softmax and cost as one, p - t for weights of 1, wherever the softmax is this cost's own or no other layer
+   needs its derivative; else d/dp. */
+static pd_status pd__cross_entropy_backward(pd_layer *layer) {
+    const pd_tensor *x = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
+    bool logits = pd__of_logits(layer), fused = logits;
+    const pd_real *p = x->data, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
+    pd_real *scales;
+    pd_status status;
+    if (!x->grad || x->rows == 0) return PD_OK;
+    status = pd__cost_scales(layer, &scales);
+    if (status) return status;
+    if (logits) p = pd_layer_memory(layer, PD__COST_PROBABILITIES, x->rows * x->width); /* as forward left it */
+    if (layer->inputs[0]->act == PD_SOFTMAX) fused = pd__fuse_activation(layer, layer->inputs[0]);
+    layer->device->cross_entropy_backward(layer->device, x->rows, x->width, p, t->ids, t->data, class_weights, scales,
+                                          fused, x->grad);
+    return PD_OK;
+}
+
+static const pd_layer_type pd__cross_entropy_type = {
+    PD_API_VERSION, "cross_entropy", 2, 3, sizeof(pd_cost_opts), sizeof(pd__cross_entropy_state),
+    PD_OP_BASIC | PD_OP_ACTIVATION | PD_OP_CROSS_ENTROPY, pd__cross_entropy_setup, NULL, pd__cross_entropy_forward,
+    pd__cross_entropy_backward, NULL
+};
+
+PD_DEF pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__cross_entropy_type, input, label, NULL, opts);
+}
+
+/* ---- costs that are a sum over the elements of the row ---- */
+
+/* The cost of one element x with target t, and its derivatives by x and by t. */
+typedef double (*pd__element_cost)(double x, double t, double delta, double slopes[2]);
+
+typedef struct pd__element_state {
+    pd__element_cost cost;
+} pd__element_state;
+
+/* Both directions in one text: stores costs, or adds the derivatives times `scales`; the other is NULL. */
+static void pd__element_rows(pd_layer *layer, pd__element_cost cost, pd_real *costs, const pd_real *scales) {
+    const pd_tensor *x = &layer->inputs[0]->out, *t = layer->type->min_inputs > 1 ? &layer->inputs[1]->out : NULL;
+    double delta = ((const pd_cost_opts *)layer->opts)->delta;
+    for (int64_t r = 0; r < x->rows; r++) {
+        double sum = 0, slopes[2] = { 0, 0 };
+        for (int64_t i = r * x->width; i < (r + 1) * x->width; i++) {
+            sum += cost((double)x->data[i], t ? pd__number(t, i) : 0, delta, slopes);
+            if (scales && x->grad) x->grad[i] += (pd_real)((double)scales[r] * slopes[0]);
+            if (scales && t && t->grad) t->grad[i] += (pd_real)((double)scales[r] * slopes[1]);
+        }
+        if (costs) costs[r] = (pd_real)sum;
+    }
+}
+
+static pd_status pd__element_forward(pd_layer *layer) {
+    pd_real *costs;
+    pd_status status = pd__cost_begin(layer, &costs);
+    if (status) return status;
+    pd__element_rows(layer, ((pd__element_state *)layer->state)->cost, costs, NULL);
+    pd__weigh(layer, costs, layer->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__element_backward(pd_layer *layer) {
+    pd_real *scales;
+    pd_status status = pd__cost_scales(layer, &scales);
+    if (!status) pd__element_rows(layer, ((pd__element_state *)layer->state)->cost, NULL, scales);
+    return status;
+}
+
+/* Shape rule of the costs that compare numbers with as many numbers. */
+static pd_status pd__element_setup(pd_layer *layer, unsigned has, pd__element_cost cost) {
+    pd_status status = pd__cost_setup(layer, has);
+    if (!status) status = pd__cost_input(layer, 1, false, pd_shape_size(layer->inputs[0]->shape));
+    ((pd__element_state *)layer->state)->cost = cost;
+    return status;
+}
+
+#define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                   \
+    {                                                                                                         \
+        PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, \
+            setup, NULL, pd__element_forward, backward, NULL                                                  \
+    }
+
+/* log(1 + e^x) - t x without overflow: binary cross-entropy of sigmoid(x). */
+static double pd__logistic_cost(double x, double t, double delta, double slopes[2]) {
+    double e = exp(-fabs(x));
+    (void)delta;
+    slopes[0] = (x >= 0 ? 1 : e) / (1 + e) - t;
+    slopes[1] = -x;
+    return (x > 0 ? x : 0) - x * t + log1p(e);
+}
+
+/* The same of p. The bounds keep logarithms finite: below them p, or 1 - p, has been rounded away. */
+static double pd__bernoulli_cost(double p, double t, double delta, double slopes[2]) {
+    double q = 1 - p < PD__REAL_EPSILON / 2 ? PD__REAL_EPSILON / 2 : 1 - p;
+    (void)delta;
+    if (p < PD__REAL_MIN) p = PD__REAL_MIN;
+    slopes[0] = (1 - t) / q - t / p;
+    slopes[1] = log(q) - log(p);
+    return -t * log(p) - (1 - t) * log(q);
+}
+
+/* The same, differentiated by the x of p = sigmoid(x). */
+static double pd__fused_bernoulli_cost(double p, double t, double delta, double slopes[2]) {
+    double cost = pd__bernoulli_cost(p, t, delta, slopes);
+    slopes[0] = p - t;
+    return cost;
+}
+
+static pd_status pd__binary_cross_entropy_setup(pd_layer *layer) {
+    return pd__element_setup(layer, 0, layer->inputs[0]->act == PD_SIGMOID ? pd__bernoulli_cost : pd__logistic_cost);
+}
+
+static pd_status pd__binary_cross_entropy_backward(pd_layer *layer) {
+    pd_layer *input = layer->inputs[0];
+    pd_real *scales;
+    pd_status status;
+    if (input->act != PD_SIGMOID || !input->out.grad || !pd__fuse_activation(layer, input))
+        return pd__element_backward(layer);
+    status = pd__cost_scales(layer, &scales);
+    if (!status) pd__element_rows(layer, pd__fused_bernoulli_cost, NULL, scales);
+    return status;
+}
+
+static const pd_layer_type pd__binary_cross_entropy_type = PD__ELEMENT_TYPE(
+    "binary_cross_entropy", 2, pd__binary_cross_entropy_setup, pd__binary_cross_entropy_backward);
+
+PD_DEF pd_layer *pd_binary_cross_entropy(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__binary_cross_entropy_type, input, target, NULL, opts);
+}
+
+static double pd__squared_cost(double x, double t, double delta, double slopes[2]) {
+    (void)delta;
+    slopes[0] = 2 * (x - t);
+    slopes[1] = -slopes[0];
+    return (x - t) * (x - t);
+}
+
+static pd_status pd__squared_error_setup(pd_layer *layer) { return pd__element_setup(layer, 0, pd__squared_cost); }
+
+static const pd_layer_type pd__squared_error_type =
+    PD__ELEMENT_TYPE("squared_error", 2, pd__squared_error_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_squared_error(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__squared_error_type, input, target, NULL, opts);
+}
+
+/* Huber 1964. */
+static double pd__huber_cost(double x, double t, double delta, double slopes[2]) {
+    double d = x - t;
+    slopes[0] = d > delta ? delta : d < -delta ? -delta : d;
+    slopes[1] = -slopes[0];
+    return fabs(d) <= delta ? d * d / 2 : delta * (fabs(d) - delta / 2);
+}
+
+static pd_status pd__huber_setup(pd_layer *layer) { return pd__element_setup(layer, PD__HAS_DELTA, pd__huber_cost); }
+
+static const pd_layer_type pd__huber_type = PD__ELEMENT_TYPE("huber", 2, pd__huber_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_huber(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__huber_type, input, target, NULL, opts);
+}
+
+/* Huber's cost divided by delta; Girshick 2015. */
+static double pd__smooth_l1_cost(double x, double t, double delta, double slopes[2]) {
+    double cost = pd__huber_cost(x, t, delta, slopes) / delta;
+    slopes[0] /= delta;
+    slopes[1] /= delta;
+    return cost;
+}
+
+static pd_status pd__smooth_l1_setup(pd_layer *layer) {
+    return pd__element_setup(layer, PD__HAS_DELTA, pd__smooth_l1_cost);
+}
+
+static const pd_layer_type pd__smooth_l1_type =
+    PD__ELEMENT_TYPE("smooth_l1", 2, pd__smooth_l1_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_smooth_l1(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__smooth_l1_type, input, target, NULL, opts);
+}
+
+static double pd__identity_cost(double x, double t, double delta, double slopes[2]) {
+    (void)t;
+    (void)delta;
+    slopes[0] = 1;
+    return x;
+}
+
+static pd_status pd__sum_cost_setup(pd_layer *layer) {
+    ((pd__element_state *)layer->state)->cost = pd__identity_cost;
+    return pd__cost_setup(layer, 0);
+}
+
+static const pd_layer_type pd__sum_cost_type =
+    PD__ELEMENT_TYPE("sum_cost", 1, pd__sum_cost_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_sum_cost(pd_net *net, pd_layer *input, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__sum_cost_type, input, NULL, NULL, opts);
+}
+
+/* ---- costs of a margin: x of width 1, t the label 0 or 1 ---- */
+
+static pd_status pd__two_class_setup(pd_layer *layer, pd__element_cost cost) {
+    pd_status status = pd__cost_setup(layer, 0);
+    if (!status) status = pd__cost_input(layer, 0, false, 1);
+    if (!status) status = pd__cost_input(layer, 1, true, 2);
+    ((pd__element_state *)layer->state)->cost = cost;
+    return status;
+}
+
+static double pd__huber_margin_cost(double x, double t, double delta, double slopes[2]) {
+    double y = 2 * t - 1, m = y * x;
+    (void)delta;
+    slopes[0] = m >= 1 ? 0 : m >= -1 ? -2 * y * (1 - m) : -4 * y;
+    return m >= 1 ? 0 : m >= -1 ? (1 - m) * (1 - m) : -4 * m;
+}
+
+static pd_status pd__huber_two_class_setup(pd_layer *layer) {
+    return pd__two_class_setup(layer, pd__huber_margin_cost);
+}
+
+static const pd_layer_type pd__huber_two_class_type =
+    PD__ELEMENT_TYPE("huber_two_class", 2, pd__huber_two_class_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_huber_two_class(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__huber_two_class_type, input, label, NULL, opts);
+}
+
+static double pd__hinge_margin_cost(double x, double t, double delta, double slopes[2]) {
+    double y = 2 * t - 1, m = y * x;
+    (void)delta;
+    slopes[0] = m < 1 ? -y : 0;
+    return m < 1 ? 1 - m : 0;
+}
+
+static pd_status pd__hinge_setup(pd_layer *layer) {
+    int64_t classes = pd_shape_size(layer->inputs[0]->shape);
+    pd_status status;
+    if (classes == 1) return pd__two_class_setup(layer, pd__hinge_margin_cost);
+    status = pd__cost_setup(layer, 0);
+    return status ? status : pd__cost_input(layer, 1, true, classes);
+}
+
+static pd_status pd__hinge_forward(pd_layer *layer) {
+    const pd_tensor *x = &layer->inputs[0]->out, *label = &layer->inputs[1]->out;
+    pd_real *costs;
+    pd_status status;
+    if (x->width == 1) return pd__element_forward(layer);
+    status = pd__cost_begin(layer, &costs);
+    if (status) return status;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const pd_real *row = x->data + r * x->width;
+        double sum = 0, base = 1 - (double)row[label->ids[r]];
+        for (int64_t j = 0; j < x->width; j++)
+            if (j != label->ids[r] && base + (double)row[j] > 0) sum += base + (double)row[j];
+        costs[r] = (pd_real)sum;
+    }
+    pd__weigh(layer, costs, layer->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__hinge_backward(pd_layer *layer) {
+    const pd_tensor *x = &layer->inputs[0]->out, *label = &layer->inputs[1]->out;
+    pd_real *scales;
+    pd_status status;
+    if (x->width == 1) return pd__element_backward(layer);
+    if (!x->grad) return PD_OK;
+    status = pd__cost_scales(layer, &scales);
+    for (int64_t r = 0; !status && r < x->rows; r++) {
+        const pd_real *row = x->data + r * x->width;
+        pd_real *grad = x->grad + r * x->width;
+        double base = 1 - (double)row[label->ids[r]];
+        for (int64_t j = 0; j < x->width; j++)
+            if (j != label->ids[r] && base + (double)row[j] > 0) {
+                grad[j] += scales[r];
+                grad[label->ids[r]] -= scales[r];
+            }
+    }
+    return status;
+}
+
+static const pd_layer_type pd__hinge_type = {
+    PD_API_VERSION, "hinge", 2, 3, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, pd__hinge_setup, NULL,
+    pd__hinge_forward, pd__hinge_backward, NULL
+};
+
+PD_DEF pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__hinge_type, input, label, NULL, opts);
+}
+
+/* ---- rank_cost ---- */
+
+static pd_status pd__rank_cost_setup(pd_layer *layer) {
+    pd_status status = pd__cost_setup(layer, 0);
+    for (int k = 0; !status && k < 3; k++) status = pd__cost_input(layer, k, false, 1);
+    return status;
+}
+
+static pd_status pd__rank_cost_forward(pd_layer *layer) {
+    const pd_tensor *left = &layer->inputs[0]->out, *right = &layer->inputs[1]->out, *p = &layer->inputs[2]->out;
+    double slopes[2];
+    pd_real *costs;
+    pd_status status = pd__cost_begin(layer, &costs);
+    if (status) return status;
+    for (int64_t r = 0; r < left->rows; r++)
+        costs[r] = (pd_real)pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0,
+                                              slopes);
+    pd__weigh(layer, costs, layer->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__rank_cost_backward(pd_layer *layer) {
+    const pd_tensor *left = &layer->inputs[0]->out, *right = &layer->inputs[1]->out, *p = &layer->inputs[2]->out;
+    double slopes[2];
+    pd_real *scales;
+    pd_status status = pd__cost_scales(layer, &scales);
+    for (int64_t r = 0; !status && r < left->rows; r++) {
+        pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes);
+        if (left->grad) left->grad[r] += (pd_real)((double)scales[r] * slopes[0]);
+        if (right->grad) right->grad[r] -= (pd_real)((double)scales[r] * slopes[0]);
+        if (p->grad) p->grad[r] += (pd_real)((double)scales[r] * slopes[1]);
+    }
+    return status;
+}
+
+static const pd_layer_type pd__rank_cost_type = {
+    PD_API_VERSION, "rank_cost", 3, 4, sizeof(pd_cost_opts), 0, 0, pd__rank_cost_setup, NULL, pd__rank_cost_forward,
+    pd__rank_cost_backward, NULL
+};
+
+PD_DEF pd_layer *pd_rank_cost(pd_net *net, pd_layer *left, pd_layer *right, pd_layer *p, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__rank_cost_type, left, right, p, opts);
+}
+
+/* ---- lambda_rank ---- */
+
+/* Fills order[0 .. n - 1] with the rows first .. first + n - 1 by falling key, equal ones by rising row: a bottom-up
+   merge sort, which is stable. `spare` is n more. */
+static void pd__sort_rows(const pd_tensor *keys, int64_t first, int64_t n, int64_t *order, int64_t *spare) {
+    int64_t *from = order, *to = spare, *swap;
+    for (int64_t i = 0; i < n; i++) order[i] = first + i;
+    for (int64_t length = 1; length < n; length *= 2) {
+        for (int64_t i = 0; i < n; i += 2 * length) {
+            int64_t a = i, b = pd__min(i + length, n), a_end = b, b_end = pd__min(i + 2 * length, n);
+            for (int64_t k = i; k < b_end; k++) {
+                bool second = a == a_end || (b < b_end && pd__number(keys, from[b]) > pd__number(keys, from[a]));
+                to[k] = from[second ? b++ : a++];
+            }
+        }
+        swap = from, from = to, to = swap;
+    }
+    if (from != order) memcpy(order, from, (size_t)n * sizeof *order);
+}
+
+/* Rows first .. first + n - 1 are query q. Rows without sequences are one query. */
+static int64_t pd__query(const pd_tensor *t, int64_t q, int64_t *first) {
+    *first = t->starts ? t->starts[q] : 0;
+    return t->starts ? t->starts[q + 1] - *first : t->rows;
+}
+
+static int64_t pd__query_count(const pd_tensor *t) { return t->starts ? t->sequences : 1; }
+
+static double pd__gain(double relevance) { return exp2(relevance) - 1; }
+
+static double pd__discount(int64_t rank, int64_t top) { return rank < top ? 1 / log2(2 + (double)rank) : 0; }
+
+/* The discounted gain of the best `top` rows of a query when sorted by `keys`; leaves that order in integers 0. */
+static double pd__dcg(pd_layer *layer, const pd_tensor *keys, int64_t first, int64_t n) {
+    int64_t top = ((const pd_cost_opts *)layer->opts)->top;
+    int64_t *order = pd_layer_integers(layer, 0, layer->out.rows);
+    double sum = 0;
+    pd__sort_rows(keys, first, n, order, pd_layer_integers(layer, 1, layer->out.rows));
+    for (int64_t k = 0; k < n && k < top; k++)
+        sum += pd__gain(pd__number(&layer->inputs[1]->out, order[k])) * pd__discount(k, top);
+    return sum;
+}
+
+static pd_status pd__lambda_rank_setup(pd_layer *layer) {
+    const pd_layer *relevance = layer->inputs[1];
+    pd_status status = pd__cost_setup(layer, PD__HAS_TOP);
+    if (!status) status = pd__cost_input(layer, 0, false, 1);
+    if (!status && !relevance->is_ids) status = pd__cost_input(layer, 1, false, 1);
+    return status;
+}
+
+/* Checks the relevances, and takes the memory that pd__dcg will use. */
+static pd_status pd__lambda_rank_begin(pd_layer *layer, pd_real **costs) {
+    const pd_tensor *relevance = &layer->inputs[1]->out;
+    pd_status status = pd__cost_begin(layer, costs);
+    for (int64_t r = 0; !status && r < relevance->rows; r++) {
+        double value = pd__number(relevance, r);
+        if (!(value >= 0 && value <= 1000)) /* 2^1000 is within a double's range */
+            return pd_layer_fail(layer, PD_E_FORMAT, "row %lld of \"%.100s\": expected relevance 0 to 1000, got %g",
+                                 (long long)r, layer->inputs[1]->name, value);
+    }
+    if (status || relevance->rows == 0) return status;
+    for (int slot = 0; slot < 2; slot++)
+        if (!pd_layer_integers(layer, slot, relevance->rows)) return PD_E_MEMORY;
+    return PD_OK;
+}
+
+static pd_status pd__lambda_rank_forward(pd_layer *layer) {
+    const pd_tensor *score = &layer->inputs[0]->out, *relevance = &layer->inputs[1]->out;
+    pd_real *costs;
+    int64_t first;
+    pd_status status = pd__lambda_rank_begin(layer, &costs);
+    if (status || score->rows == 0) return status;
+    for (int64_t q = 0; q < pd__query_count(score); q++) {
+        int64_t n = pd__query(score, q, &first);
+        double best = pd__dcg(layer, relevance, first, n), dcg = pd__dcg(layer, score, first, n);
+        for (int64_t r = first; r < first + n; r++)
+            costs[r] = (pd_real)(best > 0 ? (1 - dcg / best) / (double)n : 0);
+    }
+    pd__weigh(layer, costs, layer->out.data);
+    return PD_OK;
+}
+
+/* For each pair, with i more relevant than j, lambda = |change of NDCG if i and j traded places| / (1 + e^(s_i - s_j))
+   pushes i up and j down. Pairs beyond the first `top` ranks change nothing, which leaves top x n of them. */
+static pd_status pd__lambda_rank_backward(pd_layer *layer) {
+    const pd_tensor *score = &layer->inputs[0]->out, *relevance = &layer->inputs[1]->out;
+    int64_t top = ((const pd_cost_opts *)layer->opts)->top, first;
+    pd_real *scales;
+    pd_status status;
+    if (!score->grad || score->rows == 0) return PD_OK;
+    status = pd__cost_scales(layer, &scales);
+    for (int64_t q = 0; !status && q < pd__query_count(score); q++) {
+        int64_t n = pd__query(score, q, &first);
+        double best = pd__dcg(layer, relevance, first, n);
+        const int64_t *order = pd_layer_integers(layer, 0, score->rows);
+        pd__dcg(layer, score, first, n);
+        for (int64_t a = 0; best > 0 && a < n && a < top; a++)
+            for (int64_t b = a + 1; b < n; b++) {
+                double gain = pd__gain(pd__number(relevance, order[a])) - pd__gain(pd__number(relevance, order[b]));
+                int64_t i = order[gain > 0 ? a : b], j = order[gain > 0 ? b : a];
+                double change = fabs(gain) * (pd__discount(a, top) - pd__discount(b, top)) / best;
+                double lambda = change / (1 + exp((double)score->data[i] - (double)score->data[j]));
+                score->grad[i] -= (pd_real)((double)scales[i] * lambda);
+                score->grad[j] += (pd_real)((double)scales[j] * lambda);
+            }
+    }
+    return status;
+}
+
+static const pd_layer_type pd__lambda_rank_type = {
+    PD_API_VERSION, "lambda_rank", 2, 3, sizeof(pd_cost_opts), 0, 0, pd__lambda_rank_setup, NULL,
+    pd__lambda_rank_forward, pd__lambda_rank_backward, NULL
+};
+
+PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevance, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__lambda_rank_type, score, relevance, NULL, opts);
+}
+/* ======================================================================================================== */
+/* >>evaluators                                                                                             */
+
+enum { PD__MAX_VALUES = 16, PD__AUC_BINS = 65536 };
+
+/* ---- what all evaluators share ---- */
+
+/* Fails with a message that begins with the evaluator's name. Returns `status`. */
+PD_PRINTF(3, 4) static pd_status pd__eval_fail(const pd_evaluator *e, pd_status status, const char *format, ...) {
+    char text[400];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return pd__fail(e->net, status, "%.100s: %s", e->name, text);
+}
+
+static pd_status pd__eval_input(pd_evaluator *e, int k, bool ids, int64_t size) {
+    char text[256];
+    if (pd__holds(e->inputs[k], ids, size, text)) return PD_OK;
+    return pd__eval_fail(e, PD_E_SHAPE, "input %d: %s", k, text);
+}
+
+/* Refuses options that the evaluator would ignore. */
+static pd_status pd__eval_options(const pd_evaluator *e, bool top_k, bool threshold) {
+    const char *stray = e->opts.top_k != 1 && !top_k             ? "top_k"
+                        : e->opts.threshold != 0.5 && !threshold ? "threshold"
+                                                                 : NULL;
+    if (!stray) return PD_OK;
+    return pd__eval_fail(e, PD_E_ARGUMENT, "%s on an output of width %lld has no option %s", e->type->name,
+                         (long long)pd_shape_size(e->inputs[0]->shape), stray);
+}
+
+/* The label of a yes-or-no question: two classes, or a number that means yes from 1/2 on. */
+static pd_status pd__eval_binary_label(pd_evaluator *e) {
+    return pd__eval_input(e, 1, e->inputs[1]->is_ids, e->inputs[1]->is_ids ? 2 : 1);
+}
+
+static bool pd__is_positive(const pd_tensor *label, int64_t r) { return pd__number(label, r) >= 0.5; }
+
+static double pd__row_weight(const pd_tensor *weight, int64_t r) { return weight ? (double)weight->data[r] : 1; }
+
+static double pd__ratio(double part, double whole) { return whole > 0 ? part / whole : 0; }
+
+static double pd__mean(double sum, double count) { return count > 0 ? sum / count : (double)NAN; }
+
+/* ---- error ---- */
+
+static pd_status pd__error_setup(pd_evaluator *e) {
+    int64_t width = pd_shape_size(e->inputs[0]->shape);
+    pd_status status = pd__eval_options(e, width > 1, width == 1);
+    e->sum_count = 2; /* weight of wrong rows, of all rows */
+    if (!status && e->opts.top_k > width)
+        status = pd__eval_fail(e, PD_E_ARGUMENT, "expected top_k <= %lld, the output's width, got %lld",
+                               (long long)width, (long long)e->opts.top_k);
+    if (status) return status;
+    return width == 1 ? pd__eval_binary_label(e) : pd__eval_input(e, 1, true, width);
+}
+
+/* How many numbers of the row come before number `label`: larger ones, and equal ones further left. */
+static int64_t pd__rank_of(const pd_real *row, int64_t width, int64_t label) {
+    int64_t before = 0;
+    for (int64_t j = 0; j < width; j++) before += row[j] > row[label] || (row[j] == row[label] && j < label);
+    return before;
+}
+
+static pd_status pd__error_update(pd_evaluator *e, const pd_tensor *const *inputs) {
+    const pd_tensor *out = inputs[0], *label = inputs[1];
+    for (int64_t r = 0; r < out->rows; r++) {
+        bool wrong = out->width == 1
+                         ? ((double)out->data[r] > e->opts.threshold) != pd__is_positive(label, r)
+                         : pd__rank_of(out->data + r * out->width, out->width, label->ids[r]) >= e->opts.top_k;
+        if (wrong) e->sums[0] += pd__row_weight(inputs[2], r);
+        e->sums[1] += pd__row_weight(inputs[2], r);
+    }
+    return PD_OK;
+}
+
+static void pd__error_values(const pd_evaluator *e, double *values) { values[0] = pd__mean(e->sums[0], e->sums[1]); }
+
+static const char *const pd__error_names[] = { "error" };
+static const pd_evaluator_type pd__error_type = { PD_API_VERSION, "error", 3, 1, pd__error_names, pd__error_setup,
+                                                  pd__error_update, pd__error_values };
+
+PD_DEF pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts) {
+    return pd_evaluator_add(net, &pd__error_type, output, label, opts);
+}
+
+/* ---- precision_recall ---- */
+
+/* Sums: three per class, the weights of true positives, false positives and false negatives. An output of width 1
+   counts as two classes. */
+static pd_status pd__precision_recall_setup(pd_evaluator *e) {
+    int64_t width = pd_shape_size(e->inputs[0]->shape);
+    pd_status status = pd__eval_options(e, false, width == 1);
+    e->sum_count = 3 * pd__max(width, 2);
+    if (status) return status;
+    return width == 1 ? pd__eval_binary_label(e) : pd__eval_input(e, 1, true, width);
+}
+
+static int64_t pd__arg_max(const pd_real *row, int64_t width) {
+    int64_t best = 0;
+    for (int64_t j = 1; j < width; j++)
+        if (row[j] > row[best]) best = j;
+    return best;
+}
+
+static pd_status pd__precision_recall_update(pd_evaluator *e, const pd_tensor *const *inputs) {
+    const pd_tensor *out = inputs[0], *label = inputs[1];
+    for (int64_t r = 0; r < out->rows; r++) {
+        double weight = pd__row_weight(inputs[2], r);
+        int64_t said = (double)out->data[r * out->width] > e->opts.threshold, is = pd__is_positive(label, r);
+        if (out->width > 1) said = pd__arg_max(out->data + r * out->width, out->width), is = label->ids[r];
+        if (said == is) {
+            e->sums[3 * is] += weight;
+        } else {
+            e->sums[3 * said + 1] += weight;
+            e->sums[3 * is + 2] += weight;
+        }
+    }
+    return PD_OK;
+}
+
+static void pd__precision_recall_values(const pd_evaluator *e, double *values) {
+    bool binary = pd_shape_size(e->inputs[0]->shape) == 1;
+    double right = 0, all = 0, classes = 0, sums[3] = { 0, 0, 0 };
+    for (int64_t c = 0; c < e->sum_count / 3; c++) {
+        double hit = e->sums[3 * c], said = hit + e->sums[3 * c + 1], is = hit + e->sums[3 * c + 2];
+        right += hit;
+        all += is;
+        if (binary ? c != 1 : said + is == 0) continue;
+        sums[0] += pd__ratio(hit, said);
+        sums[1] += pd__ratio(hit, is);
+        sums[2] += pd__ratio(2 * hit, said + is);
+        classes++;
+    }
+    for (int k = 0; k < 3; k++) values[k] = all > 0 ? pd__mean(sums[k], classes) : (double)NAN;
+    values[3] = pd__mean(right, all);
+}
+
+static const char *const pd__precision_recall_names[] = { "precision", "recall", "f1", "accuracy" };
+static const pd_evaluator_type pd__precision_recall_type = {
+    PD_API_VERSION, "precision_recall", 3, 4, pd__precision_recall_names, pd__precision_recall_setup,
+    pd__precision_recall_update, pd__precision_recall_values
+};
+
+PD_DEF pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_layer *label,
+                                              const pd_evaluator_opts *opts) {
+    return pd_evaluator_add(net, &pd__precision_recall_type, output, label, opts);
+}
+
+/* ---- auc ---- */
+
+static pd_status pd__auc_setup(pd_evaluator *e) {
+    int64_t width = pd_shape_size(e->inputs[0]->shape);
+    pd_status status = pd__eval_options(e, false, false);
+    e->sum_count = 2 * PD__AUC_BINS; /* weights of negatives, then of positives, by score */
+    if (status) return status;
+    return width > 2 ? pd__eval_input(e, 0, false, 2) : pd__eval_binary_label(e);
+}
+
+static pd_status pd__auc_update(pd_evaluator *e, const pd_tensor *const *inputs) {
+    const pd_tensor *out = inputs[0];
+    const double rounding = 1e-5; /* what a softmax may stick out by */
+    for (int64_t r = 0; r < out->rows; r++) {
+        double score = (double)out->data[(r + 1) * out->width - 1];
+        if (score < -rounding || score > 1 + rounding)
+            return pd__eval_fail(e, PD_E_NUMERIC, "row %lld of \"%.100s\": expected a score from 0 to 1, got %g",
+                                 (long long)r, e->inputs[0]->name, score);
+    }
+    for (int64_t r = 0; r < out->rows; r++) {
+        double score = (double)out->data[(r + 1) * out->width - 1];
+        int64_t bin = pd__max(0, pd__min((int64_t)(score * (double)PD__AUC_BINS), PD__AUC_BINS - 1));
+        e->sums[bin + (pd__is_positive(inputs[1], r) ? PD__AUC_BINS : 0)] += pd__row_weight(inputs[2], r);
+    }
+    return PD_OK;
+}
+
+/* The share of pairs (positive, negative) with the positive one's score above; ties, in one bin, count half. */
+static void pd__auc_values(const pd_evaluator *e, double *values) {
+    const double *negative = e->sums, *positive = e->sums + PD__AUC_BINS;
+    double negatives = 0, positives = 0, area = 0;
+    for (int64_t bin = 0; bin < PD__AUC_BINS; bin++) {
+        area += positive[bin] * (negatives + negative[bin] / 2);
+        negatives += negative[bin];
+        positives += positive[bin];
+    }
+    values[0] = pd__mean(area, positives * negatives);
+}
+
+static const char *const pd__auc_names[] = { "auc" };
+static const pd_evaluator_type pd__auc_type = { PD_API_VERSION, "auc", 3, 1, pd__auc_names, pd__auc_setup,
+                                                pd__auc_update, pd__auc_values };
+
+PD_DEF pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts) {
+    return pd_evaluator_add(net, &pd__auc_type, output, label, opts);
+}
+
+/* ---- pnpair ---- */
+
+static pd_status pd__pnpair_setup(pd_evaluator *e) {
+    pd_status status = pd__eval_options(e, false, false);
+    e->sum_count = 3; /* weights of pairs in order, out of order, tied */
+    if (!status) status = pd__eval_input(e, 0, false, 1);
+    if (!status && !e->inputs[1]->is_ids) status = pd__eval_input(e, 1, false, 1);
+    if (!status && e->inputs[3]) status = pd__eval_input(e, 3, true, pd_shape_size(e->inputs[3]->shape));
+    return status;
+}
+
+/* Adds row i's pairs with the rows before it, from `first` on. */
+static void pd__pnpair_row(pd_evaluator *e, const pd_tensor *const *inputs, int64_t first, int64_t i) {
+    const pd_tensor *score = inputs[0], *label = inputs[1], *query = inputs[3];
+    for (int64_t j = first; j < i; j++) {
+        double by_label = pd__number(label, i) - pd__number(label, j);
+        double by_score = (double)score->data[i] - (double)score->data[j];
+        int kind = score->data[i] == score->data[j] ? 2 : (by_label > 0) == (by_score > 0) ? 0 : 1;
+        if (by_label != 0 && (!query || query->ids[i] == query->ids[j]))
+            e->sums[kind] += pd__row_weight(inputs[2], i) * pd__row_weight(inputs[2], j);
+    }
+}
+
+static pd_status pd__pnpair_update(pd_evaluator *e, const pd_tensor *const *inputs) {
+    const pd_tensor *score = inputs[0];
+    int64_t first = 0, count = inputs[3] ? 1 : pd__query_count(score);
+    for (int64_t q = 0; q < count && score->rows > 0; q++) {
+        int64_t n = inputs[3] ? score->rows : pd__query(score, q, &first);
+        for (int64_t i = first; i < first + n; i++) pd__pnpair_row(e, inputs, first, i);
+    }
+    return PD_OK;
+}
+
+static void pd__pnpair_values(const pd_evaluator *e, double *values) {
+    memcpy(values, e->sums, 3 * sizeof *values);
+    values[3] = pd__ratio(e->sums[0], e->sums[1]);
+}
+
+static const char *const pd__pnpair_names[] = { "in_order", "out_of_order", "ties", "ratio" };
+static const pd_evaluator_type pd__pnpair_type = { PD_API_VERSION, "pnpair", 4, 4, pd__pnpair_names, pd__pnpair_setup,
+                                                   pd__pnpair_update, pd__pnpair_values };
+
+PD_DEF pd_evaluator *pd_eval_pnpair(pd_net *net, pd_layer *score, pd_layer *label, const pd_evaluator_opts *opts) {
+    return pd_evaluator_add(net, &pd__pnpair_type, score, label, opts);
+}
+
+/* ---- mean_error ---- */
+
+static pd_status pd__mean_error_setup(pd_evaluator *e) {
+    pd_status status = pd__eval_options(e, false, false);
+    e->sum_count = 3; /* of |d|, of d^2, of weights */
+    return status ? status : pd__eval_input(e, 1, false, pd_shape_size(e->inputs[0]->shape));
+}
+
+static pd_status pd__mean_error_update(pd_evaluator *e, const pd_tensor *const *inputs) {
+    const pd_tensor *out = inputs[0], *target = inputs[1];
+    for (int64_t r = 0; r < out->rows; r++) {
+        double weight = pd__row_weight(inputs[2], r);
+        for (int64_t i = r * out->width; i < (r + 1) * out->width; i++) {
+            double d = (double)out->data[i] - (double)target->data[i];
+            e->sums[0] += weight * fabs(d);
+            e->sums[1] += weight * d * d;
+            e->sums[2] += weight;
+        }
+    }
+    return PD_OK;
+}
+
+static void pd__mean_error_values(const pd_evaluator *e, double *values) {
+    values[0] = pd__mean(e->sums[0], e->sums[2]);
+    values[1] = sqrt(pd__mean(e->sums[1], e->sums[2]));
+}
+
+static const char *const pd__mean_error_names[] = { "mean_absolute", "root_mean_squared" };
+static const pd_evaluator_type pd__mean_error_type = {
+    PD_API_VERSION, "mean_error", 3, 2, pd__mean_error_names, pd__mean_error_setup, pd__mean_error_update,
+    pd__mean_error_values
+};
+
+PD_DEF pd_evaluator *pd_eval_mean_error(pd_net *net, pd_layer *output, pd_layer *target,
+                                        const pd_evaluator_opts *opts) {
+    return pd_evaluator_add(net, &pd__mean_error_type, output, target, opts);
+}
+
+/* ---- adding, updating, reading ---- */
+
+static pd_status pd__check_evaluator_type(pd_net *net, const pd_evaluator_type *type) {
+    if (!type || !type->name || !type->setup || !type->update || !type->values)
+        return pd__fail_build(net, PD_E_ARGUMENT, "evaluator: its type lacks a name, setup, update or values");
+    if (type->api_version != PD_API_VERSION)
+        return pd__fail_build(net, PD_E_ARGUMENT, "%.100s: evaluator type has interface version %d, expected %d",
+                              type->name, type->api_version, PD_API_VERSION);
+    if (type->input_count < 1 || type->input_count > 4)
+        return pd__fail_build(net, PD_E_ARGUMENT, "%.100s: expected an evaluator type of 1 to 4 inputs, got %d",
+                              type->name, type->input_count);
+    if (type->value_count < 1 || type->value_count > PD__MAX_VALUES || !type->value_names)
+        return pd__fail_build(net, PD_E_ARGUMENT, "%.100s: expected an evaluator type of 1 to %d named values, got %d",
+                              type->name, (int)PD__MAX_VALUES, type->value_count);
+    return PD_OK;
+}
+
+/* Checks what the caller gave against the number of inputs the type takes. */
+static pd_status pd__check_evaluator(pd_evaluator *e) {
+    int count = e->type->input_count;
+    if (!pd__name_ok(e->name))
+        return pd__eval_fail(e, PD_E_ARGUMENT,
+                             "a name has 1 to 200 characters, no quotes, backslashes or control characters");
+    for (int k = 0; k < 4; k++) {
+        static const char *const roles[] = { "output", "label", "weight", "query" };
+        if (k < count && k < 2 && !e->inputs[k]) return pd__eval_fail(e, PD_E_ARGUMENT, "its %s is NULL", roles[k]);
+        if (k >= count && e->inputs[k])
+            return pd__eval_fail(e, PD_E_ARGUMENT, "%s takes no %s", e->type->name, roles[k]);
+        if (e->inputs[k] && e->inputs[k]->net != e->net)
+            return pd__eval_fail(e, PD_E_ARGUMENT, "its %s, \"%.100s\", belongs to another net", roles[k],
+                                 e->inputs[k]->name);
+    }
+    if (e->inputs[0]->is_ids)
+        return pd__eval_fail(e, PD_E_SHAPE, "expected numbers as output, got \"%.100s\" with ids", e->inputs[0]->name);
+    if (e->opts.top_k < 1)
+        return pd__eval_fail(e, PD_E_ARGUMENT, "expected top_k > 0, got %lld", (long long)e->opts.top_k);
+    if (!(fabs(e->opts.threshold) <= DBL_MAX))
+        return pd__eval_fail(e, PD_E_ARGUMENT, "expected a finite threshold, got %g", e->opts.threshold);
+    return e->inputs[2] ? pd__eval_input(e, 2, false, 1) : PD_OK;
+}
+
+static void pd__evaluator_free(pd_evaluator *e) {
+    const pd_allocator *a = &e->net->allocator;
+    pd__free(a, (void *)(uintptr_t)e->name);
+    pd__free(a, e->sums);
+    pd__free(a, e);
+}
+
+static void pd__evaluators_free(pd_net *net) {
+    while (net->evaluators) {
+        pd_evaluator *next = net->evaluators->next;
+        pd__evaluator_free(net->evaluators);
+        net->evaluators = next;
+    }
+}
+
+static pd_evaluator *pd__find_evaluator(pd_net *net, const char *name) {
+    pd_evaluator *e = net->evaluators;
+    while (e && strcmp(e->name, name) != 0) e = e->next;
+    return e;
+}
+
+/* A copy of the options' name, or "error1" and so on. */
+static char *pd__evaluator_name(pd_net *net, const pd_evaluator_type *type, const char *given) {
+    char name[128];
+    int number = 1;
+    if (given) return pd__copy_text(&net->allocator, given);
+    do snprintf(name, sizeof name, "%.100s%d", type->name, number++);
+    while (pd__find_evaluator(net, name));
+    return pd__copy_text(&net->allocator, name);
+}
+
+/* With the defaults filled in, but neither checked nor in the net's list. NULL when out of memory. */
+static pd_evaluator *pd__new_evaluator(pd_net *net, const pd_evaluator_type *type, pd_layer *output, pd_layer *label,
+                                       const pd_evaluator_opts *opts) {
+    pd_evaluator *e = (pd_evaluator *)pd__alloc(&net->allocator, 1, sizeof *e);
+    if (!e) return NULL;
+    e->net = net;
+    e->type = type;
+    if (opts) e->opts = *opts;
+    if (e->opts.top_k == 0) e->opts.top_k = 1;
+    if (e->opts.threshold == 0) e->opts.threshold = 0.5;
+    e->inputs[0] = output;
+    e->inputs[1] = label;
+    e->inputs[2] = e->opts.weight;
+    e->inputs[3] = e->opts.query;
+    e->name = e->opts.name = pd__evaluator_name(net, type, e->opts.name);
+    if (e->name) return e;
+    pd__evaluator_free(e);
+    return NULL;
+}
+
+/* Checks, the type's setup, and memory for the sums. */
+static pd_status pd__setup_evaluator(pd_evaluator *e) {
+    pd_status status = pd__check_evaluator(e);
+    if (status == PD_OK && pd__find_evaluator(e->net, e->name))
+        status = pd__eval_fail(e, PD_E_ARGUMENT, "the name is already used by another evaluator");
+    if (status == PD_OK) status = e->type->setup(e);
+    if (status == PD_OK && e->sum_count < 1)
+        status = pd__eval_fail(e, PD_E_ARGUMENT, "expected setup to leave sum_count > 0, got %lld",
+                               (long long)e->sum_count);
+    if (status != PD_OK) return status;
+    e->sums = (double *)pd__alloc(&e->net->allocator, e->sum_count, sizeof *e->sums);
+    return e->sums ? PD_OK : PD_E_MEMORY;
+}
+
+PD_DEF pd_evaluator *pd_evaluator_add(pd_net *net, const pd_evaluator_type *type, pd_layer *output, pd_layer *label,
+                                      const pd_evaluator_opts *opts) {
+    pd_evaluator *e, **end;
+    pd_status status;
+    if (!pd__check_net(net) || pd__check_evaluator_type(net, type) != PD_OK) return NULL;
+    e = pd__new_evaluator(net, type, output, label, opts);
+    if (!e) {
+        pd__fail_build(net, PD_E_MEMORY, "%.100s: out of memory for the evaluator", type->name);
+        return NULL;
+    }
+    net->failure.status = PD_OK;
+    status = pd__setup_evaluator(e);
+    if (status != PD_OK) {
+        if (net->failure.status == PD_OK) pd__eval_fail(e, status, "%s", pd_status_text(status));
+        net->broken = true;
+        pd__evaluator_free(e);
+        return NULL;
+    }
+    for (end = &net->evaluators; *end;) end = &(*end)->next;
+    return *end = e;
+}
+
+/* Checks an input's values so that no type has to: ids in range, numbers, weights that are not negative. */
+static pd_status pd__check_evaluated(pd_evaluator *e, int k) {
+    const pd_layer *input = e->inputs[k];
+    const pd_tensor *t = &input->out;
+    int64_t count = pd_shape_size(input->shape), rows = e->inputs[0]->out.rows, bad = pd__bad_id(input);
+    if (t->rows != rows)
+        return pd__eval_fail(e, PD_E_SHAPE, "expected %lld rows as in \"%.100s\", got %lld in \"%.100s\"",
+                             (long long)rows, e->inputs[0]->name, (long long)t->rows, input->name);
+    if (bad >= 0)
+        return pd__eval_fail(e, PD_E_FORMAT, "row %lld of \"%.100s\": expected an id below %lld, got %lld",
+                             (long long)bad, input->name, (long long)count, (long long)t->ids[bad]);
+    for (int64_t i = 0; !input->is_ids && i < rows * count; i++)
+        if (k == 2 ? !(t->data[i] >= 0 && (double)t->data[i] <= DBL_MAX) : t->data[i] != t->data[i])
+            return pd__eval_fail(e, PD_E_NUMERIC, "row %lld of \"%.100s\": expected %s, got %g", (long long)(i / count),
+                                 input->name, k == 2 ? "a weight >= 0" : "numbers", (double)t->data[i]);
+    return PD_OK;
+}
+
+/* Adds the last run's outputs to the sums of all evaluators. Those whose inputs hold something wrong add nothing. */
+static pd_status pd__evaluators_update(pd_net *net) {
+    for (pd_evaluator *e = net->evaluators; e; e = e->next) {
+        const pd_tensor *inputs[4] = { NULL, NULL, NULL, NULL };
+        pd_status status = PD_OK;
+        for (int k = 0; status == PD_OK && k < 4; k++)
+            if (e->inputs[k]) {
+                status = pd__check_evaluated(e, k);
+                inputs[k] = &e->inputs[k]->out;
+            }
+        if (status == PD_OK) status = e->type->update(e, inputs);
+        if (status != PD_OK && net->failure.status == PD_OK)
+            pd__eval_fail(e, status, "%s", pd_status_text(status));
+        if (status != PD_OK) return status;
+    }
+    return PD_OK;
+}
+
+PD_DEF void pd_evaluator_reset(pd_evaluator *evaluator) {
+    if (evaluator) memset(evaluator->sums, 0, (size_t)evaluator->sum_count * sizeof *evaluator->sums);
+}
+
+PD_DEF pd_status pd_evaluator_merge(pd_evaluator *evaluator, const pd_evaluator *other) {
+    if (!evaluator || !other) return PD_E_ARGUMENT;
+    if (evaluator->type != other->type || evaluator->sum_count != other->sum_count)
+        return pd__fail(evaluator->net, PD_E_ARGUMENT, "%.100s: expected %s with %lld sums to merge, got %s with %lld",
+                        evaluator->name, evaluator->type->name, (long long)evaluator->sum_count, other->type->name,
+                        (long long)other->sum_count);
+    for (int64_t i = 0; i < evaluator->sum_count; i++) evaluator->sums[i] += other->sums[i];
+    return PD_OK;
+}
+
+PD_DEF double pd_evaluator_value(const pd_evaluator *evaluator, int k) {
+    double values[PD__MAX_VALUES];
+    if (!evaluator || k < 0 || k >= evaluator->type->value_count) return (double)NAN;
+    evaluator->type->values(evaluator, values);
+    return values[k];
+}
+
+PD_DEF pd_evaluator *pd_evaluator_first(pd_net *net) { return net ? net->evaluators : NULL; }
+/* ======================================================================================================== */
+/* >>optimizers                                                                                             */
+
+/* What a trainer keeps for one trained parameter. */
+typedef struct pd__trained {
+    pd_param *param;
+    pd_real *states[PD_MAX_STATES]; /* device memory, as many as pd_optimizer_states says, else NULL */
+    int64_t step;                   /* updates so far */
+    pd_real *sums[3];               /* of model averaging, device memory; NULL without */
+    pd_real *saved;                 /* the current value while the averaged one is swapped in; NULL without averaging */
+} pd__trained;
+
+struct pd_trainer {
+    pd_net *net;
+    pd_layer *cost;
+    pd_optimizer optimizer;
+    pd_trainer_opts opts;
+    pd_updater local; /* self = the trainer */
+    pd_updater *updater;
+    pd__trained *trained; /* one per parameter that is trained, in order of creation */
+    int trained_count;
+    int64_t samples;       /* seen in all */
+    int64_t steps;         /* batches trained */
+    int64_t pass;          /* passes finished */
+    int64_t pass_samples;  /* of the current pass, taken from the reader */
+    int64_t pass_batches;
+    double pass_cost;      /* summed over pass_samples */
+    int64_t batch_samples; /* of the step in progress */
+    /* model averaging: numbers of updates in sums[0] + sums[1], in sums[2], and in all */
+    int64_t average_count, average_old, average_updates;
+    bool averaged; /* the averaged values are swapped in */
+    double best_cost; /* lowest test cost so far; with patience */
+    int bad_tests;    /* tests since then */
+    pd_real **best;   /* values at that test, one per parameter of the net in order; NULL before; device memory */
+    double wait_seconds, step_seconds; /* spent waiting for data, and in steps */
+    pd_batch *batch; /* reused by pd_train and pd_test */
+    pd_layer **targets; /* reused by pd_test */
+    int64_t target_capacity;
+};
+
+static pd_optimizer pd__optimizer(pd_optimizer_kind kind, double rate, double epsilon) {
+    pd_optimizer o;
+    memset(&o, 0, sizeof o);
+    o.kind = kind;
+    o.rate = rate;
+    o.epsilon = epsilon;
+    o.beta1 = kind >= PD_OPT_ADAM ? 0.9 : 0;
+    o.beta2 = kind >= PD_OPT_ADAM ? 0.999 : 0;
+    return o;
+}
+
+PD_DEF pd_optimizer pd_sgd(double rate) { return pd__optimizer(PD_OPT_SGD, rate, 0); }
+PD_DEF pd_optimizer pd_momentum(double rate, double momentum) {
+    pd_optimizer o = pd__optimizer(PD_OPT_MOMENTUM, rate, 0);
+    o.momentum = momentum;
+    return o;
+}
+PD_DEF pd_optimizer pd_nesterov(double rate, double momentum) {
+    pd_optimizer o = pd_momentum(rate, momentum);
+    o.nesterov = true;
+    return o;
+}
+PD_DEF pd_optimizer pd_adagrad(double rate) { return pd__optimizer(PD_OPT_ADAGRAD, rate, 1e-10); }
+PD_DEF pd_optimizer pd_adadelta(double rate) {
+    pd_optimizer o = pd__optimizer(PD_OPT_ADADELTA, rate, 1e-6);
+    o.rho = 0.9;
+    return o;
+}
+PD_DEF pd_optimizer pd_rmsprop(double rate) {
+    pd_optimizer o = pd__optimizer(PD_OPT_RMSPROP, rate, 1e-8);
+    o.rho = 0.99;
+    return o;
+}
+PD_DEF pd_optimizer pd_decayed_adagrad(double rate) {
+    pd_optimizer o = pd__optimizer(PD_OPT_DECAYED_ADAGRAD, rate, 1e-6);
+    o.rho = 0.95;
+    return o;
+}
+PD_DEF pd_optimizer pd_adam(double rate) { return pd__optimizer(PD_OPT_ADAM, rate, 1e-8); }
+PD_DEF pd_optimizer pd_adamw(double rate) { return pd__optimizer(PD_OPT_ADAMW, rate, 1e-8); }
+PD_DEF pd_optimizer pd_adamax(double rate) { return pd__optimizer(PD_OPT_ADAMAX, rate, 1e-8); }
+
+PD_DEF int pd_optimizer_states(const pd_optimizer *o) {
+    switch (o->kind) {
+    case PD_OPT_SGD: return 0;
+    case PD_OPT_MOMENTUM:
+    case PD_OPT_ADAGRAD:
+    case PD_OPT_DECAYED_ADAGRAD: return 1;
+    case PD_OPT_ADADELTA:
+    case PD_OPT_ADAM:
+    case PD_OPT_ADAMW:
+    case PD_OPT_ADAMAX: return 2;
+    case PD_OPT_RMSPROP: return o->centered ? 3 : o->momentum != 0 ? 2 : 1;
+    case PD_OPT_COUNT: break;
+    }
+    return 0;
+}
+
+/* What is wrong with an optimizer, or NULL. Fields that its method has no use for must be 0. */
+static const char *pd__optimizer_fault(const pd_optimizer *o) {
+    bool uses_momentum = o->kind == PD_OPT_MOMENTUM || o->kind == PD_OPT_RMSPROP;
+    bool uses_rho = o->kind == PD_OPT_ADADELTA || o->kind == PD_OPT_RMSPROP || o->kind == PD_OPT_DECAYED_ADAGRAD;
+    bool uses_beta = o->kind >= PD_OPT_ADAM, divides = o->kind != PD_OPT_SGD && o->kind != PD_OPT_MOMENTUM;
+    if ((unsigned)o->kind >= PD_OPT_COUNT) return "unknown optimizer";
+    if (!(o->rate > 0 && o->rate <= DBL_MAX)) return "the learning rate must be a positive number";
+    if (!(o->momentum >= 0 && o->momentum < 1)) return "momentum must lie in 0 <= momentum < 1";
+    if (o->momentum != 0 && !uses_momentum) return "this optimizer has no momentum";
+    if (o->nesterov && o->kind != PD_OPT_MOMENTUM) return "nesterov goes with momentum only";
+    if (o->centered && o->kind != PD_OPT_RMSPROP) return "centered goes with rmsprop only";
+    if (!(o->rho >= 0 && o->rho < 1)) return "rho must lie in 0 <= rho < 1";
+    if (o->rho != 0 && !uses_rho) return "this optimizer has no rho";
+    if (!(o->beta1 >= 0 && o->beta1 < 1 && o->beta2 >= 0 && o->beta2 < 1)) return "beta must lie in 0 <= beta < 1";
+    if ((o->beta1 != 0 || o->beta2 != 0) && !uses_beta) return "this optimizer has no beta1 and beta2";
+    if (divides && !(o->epsilon > 0 && o->epsilon <= DBL_MAX)) return "epsilon must be a positive number";
+    if (!divides && o->epsilon != 0) return "this optimizer has no epsilon";
+    return NULL;
+}
+
+/* ---- schedules ---- */
+
+static bool pd__finite(double x) { return x - x == 0; }
+
+static const char *pd__table_fault(const pd_schedule *s) {
+    if (s->count < 1 || !s->samples || !s->factors) return "schedule: the table is empty";
+    for (int i = 0; i < s->count; i++) {
+        if (i > 0 && !(s->samples[i] > s->samples[i - 1])) return "schedule: the table's samples must rise";
+        if (!(s->factors[i] >= 0 && pd__finite(s->factors[i]))) return "schedule: the table's factors must not be negative";
+    }
+    return NULL;
+}
+
+/* What is wrong with a schedule, or NULL. Fields that its kind has no use for must be 0. */
+static const char *pd__schedule_fault(const pd_schedule *s) {
+    bool table = s->kind == PD_SCHEDULE_TABLE, curve = !table && s->kind != PD_SCHEDULE_CONSTANT;
+    if ((unsigned)s->kind > PD_SCHEDULE_TABLE) return "unknown schedule";
+    if (!(s->warm_up >= 0 && pd__finite(s->warm_up))) return "schedule: warm_up must not be negative";
+    if (!curve && (s->a != 0 || s->b != 0)) return "schedule: this kind has no a and b";
+    if (!table && (s->samples || s->factors || s->count)) return "schedule: this kind has no table";
+    if (!pd__finite(s->a) || !pd__finite(s->b)) return "schedule: a and b must be finite";
+    if ((s->kind == PD_SCHEDULE_POLY || s->kind == PD_SCHEDULE_LINEAR) && s->a < 0)
+        return "schedule: a must not be negative";
+    if ((s->kind == PD_SCHEDULE_EXP || s->kind == PD_SCHEDULE_STEP) && !(s->a > 0 && s->b > 0))
+        return "schedule: a and b must be positive";
+    if (s->kind == PD_SCHEDULE_COSINE && !(s->a > 0)) return "schedule: a must be positive";
+    if ((s->kind == PD_SCHEDULE_LINEAR || s->kind == PD_SCHEDULE_COSINE) && s->b < 0)
+        return "schedule: b must not be negative";
+    return table ? pd__table_fault(s) : NULL;
+}
+
+static double pd__table_factor(const pd_schedule *s, double samples) {
+    int i = 0;
+    while (i + 1 < s->count && samples >= s->samples[i]) i++;
+    return s->factors[i];
+}
+
+PD_DEF double pd_schedule_factor(const pd_schedule *schedule, double samples_seen) {
+    double s = samples_seen, a = schedule->a, b = schedule->b, factor = 1;
+    switch (schedule->kind) {
+    case PD_SCHEDULE_CONSTANT: break;
+    case PD_SCHEDULE_POLY: factor = pow(1 + a * s, -b); break;
+    case PD_SCHEDULE_EXP: factor = pow(a, s / b); break;
+    case PD_SCHEDULE_STEP: factor = pow(a, floor(s / b)); break;
+    case PD_SCHEDULE_LINEAR: factor = 1 - a * s > b ? 1 - a * s : b; break;
+    case PD_SCHEDULE_COSINE: factor = s < a ? b + (1 - b) * (1 + cos(3.141592653589793 * s / a)) / 2 : b; break;
+    case PD_SCHEDULE_TABLE: factor = pd__table_factor(schedule, s); break;
+    }
+    return s < schedule->warm_up ? factor * s / schedule->warm_up : factor;
+}
+
+/* ---- one step on one parameter ---- */
+
+/* NULL when it isn't trained here. With several trainers of one net p->trained is the place in the newest one. */
+static pd__trained *pd__trained_of(pd_trainer *t, const pd_param *p) {
+    if (p->trained > 0 && p->trained <= t->trained_count && t->trained[p->trained - 1].param == p)
+        return &t->trained[p->trained - 1];
+    for (int i = 0; i < t->trained_count; i++)
+        if (t->trained[i].param == p) return &t->trained[i];
+    return NULL;
+}
+
+static double pd__rate(const pd_trainer *t) {
+    return t->optimizer.rate * pd_schedule_factor(&t->opts.schedule, (double)t->samples);
+}
+
+/* What the summed gradient is multiplied with; 0 for an empty batch. */
+static double pd__gradient_scale(const pd_trainer *t, int64_t samples) {
+    return t->opts.sum_gradients ? 1 : samples > 0 ? 1 / (double)samples : 0;
+}
+
+static pd_update pd__update_of(const pd_trainer *t, const pd__trained *tr, double scale) {
+    const pd_param_opts *o = &tr->param->opts;
+    pd_update u;
+    u.optimizer = t->optimizer;
+    u.rate = pd__rate(t) * pd__or(o->rate, 1);
+    u.scale = scale;
+    u.clip = pd__or(o->clip, t->opts.clip_value);
+    u.l1 = o->l1 > 0 ? o->l1 : o->no_decay ? 0 : t->opts.l1;
+    u.l2 = o->l2 > 0 ? o->l2 : o->no_decay ? 0 : t->opts.l2;
+    u.step = tr->step;
+    return u;
+}
+
+/* The layer that a parameter is first used by, for messages. */
+static const char *pd__layer_of(const pd_param *p) {
+    for (int64_t i = 0; i < p->net->layer_count; i++)
+        for (int k = 0; k < p->net->layers[i]->param_count; k++)
+            if (p->net->layers[i]->params[k] == p) return p->net->layers[i]->name;
+    return "?";
+}
+
+PD_DEF pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t samples, double clip_scale) {
+    pd_device *d = trainer->net->device;
+    pd__trained *tr = pd__trained_of(trainer, param);
+    pd_update u;
+    if (!tr || !param->grad) return PD_OK; /* part of the net, but not of this training */
+    if (!pd__finite(d->sum_squares(d, param->size, param->grad)))
+        return pd_trainer_fail(trainer, PD_E_NUMERIC,
+                               "%.100s: the gradient of parameter \"%.100s\" is not finite in batch %lld of pass %lld",
+                               pd__layer_of(param), param->name, (long long)trainer->pass_batches,
+                               (long long)trainer->pass);
+    tr->step++;
+    u = pd__update_of(trainer, tr, pd__gradient_scale(trainer, samples) * clip_scale);
+    d->update(d, &u, param->size, param->value, param->grad, param->mask, tr->states);
+    d->fill(d, param->size, 0, param->grad);
+    return PD_OK;
+}
+
+PD_DEF bool pd_trainer_clips_norm(const pd_trainer *trainer) { return trainer->opts.clip_norm > 0; }
+
+PD_DEF double pd_trainer_clip_scale(const pd_trainer *trainer, double sum_squares, int64_t samples) {
+    double norm = sqrt(sum_squares) * pd__gradient_scale(trainer, samples);
+    return trainer->opts.clip_norm > 0 && norm > trainer->opts.clip_norm ? trainer->opts.clip_norm / norm : 1;
+}
+
+/* ---- the local updater: steps as soon as a gradient is final, or at the end if the norm of all must be known ---- */
+
+static pd_status pd__local_start(pd_updater *u, pd_trainer *trainer) {
+    u->self = trainer;
+    return PD_OK;
+}
+
+static pd_status pd__local_begin(pd_updater *u, int64_t samples) {
+    ((pd_trainer *)u->self)->batch_samples = samples;
+    return PD_OK;
+}
+
+static pd_status pd__local_grad_final(pd_updater *u, pd_param *param) {
+    pd_trainer *t = (pd_trainer *)u->self;
+    return pd_trainer_clips_norm(t) ? PD_OK : pd_trainer_apply(t, param, t->batch_samples, 1);
+}
+
+static pd_status pd__local_end(pd_updater *u) {
+    pd_trainer *t = (pd_trainer *)u->self;
+    pd_device *d = t->net->device;
+    double squares = 0, scale;
+    pd_status status = PD_OK;
+    if (!pd_trainer_clips_norm(t)) return PD_OK;
+    for (int i = 0; i < t->trained_count; i++)
+        squares += d->sum_squares(d, t->trained[i].param->size, t->trained[i].param->grad);
+    scale = pd_trainer_clip_scale(t, squares, t->batch_samples);
+    for (int i = 0; status == PD_OK && i < t->trained_count; i++)
+        status = pd_trainer_apply(t, t->trained[i].param, t->batch_samples, scale);
+    return status;
+}
+
+static const pd_updater pd__local_updater = { PD_API_VERSION, "local", NULL, pd__local_start, pd__local_begin, NULL,
+                                              pd__local_grad_final, NULL, pd__local_end, NULL, NULL };
+
+/* ---- model averaging ----
+   The average of the last updates with three sums: new values go to sums[0]; now and then sums[0] moves to sums[1], so
+   that a small number is never added to a very large one; and once the wanted window is full both become sums[2] and
+   start anew, so that the average runs over between one and two windows. Memory does not depend on the window. */
+
+enum { PD__AVERAGE_MOVE = 16384 };
+
+static void pd__add_to(pd_device *d, int64_t n, double factor, const pd_real *from, pd_real *to) {
+    int64_t size[4] = { 1, 1, 1, 0 }, line[4] = { 0, 0, 0, 1 };
+    size[3] = n;
+    d->muladd(d, size, (pd_real)factor, from, line, NULL, line, to, line);
+}
+
+/* to = from */
+static void pd__replace(pd_device *d, int64_t n, const pd_real *from, pd_real *to) {
+    d->fill(d, n, 0, to);
+    pd__add_to(d, n, 1, from, to);
+}
+
+static void pd__average_step(pd_trainer *t) {
+    pd_device *d = t->net->device;
+    double window;
+    bool move, full;
+    if (!(t->opts.average_window > 0)) return;
+    t->average_count++;
+    t->average_updates++;
+    window = (double)t->average_updates * t->opts.average_window;
+    if (t->opts.average_max > 0 && window > (double)t->opts.average_max) window = (double)t->opts.average_max;
+    full = (double)t->average_count >= window;
+    move = t->average_count % PD__AVERAGE_MOVE == 0;
+    for (int i = 0; i < t->trained_count; i++) {
+        pd__trained *tr = &t->trained[i];
+        int64_t n = tr->param->size;
+        pd__add_to(d, n, 1, tr->param->value, tr->sums[0]);
+        if (!move && !full) continue;
+        pd__add_to(d, n, 1, tr->sums[0], tr->sums[1]);
+        d->fill(d, n, 0, tr->sums[0]);
+        if (!full) continue;
+        pd__replace(d, n, tr->sums[1], tr->sums[2]);
+        d->fill(d, n, 0, tr->sums[1]);
+    }
+    if (full) {
+        t->average_old = t->average_count;
+        t->average_count = 0;
+    }
+}
+
+PD_DEF pd_status pd_use_average(pd_trainer *trainer, bool on) {
+    pd_device *d = trainer ? trainer->net->device : NULL;
+    double count = trainer ? (double)(trainer->average_count + trainer->average_old) : 0;
+    if (!trainer) return PD_E_ARGUMENT;
+    if (on == trainer->averaged || !(trainer->opts.average_window > 0) || (on && count == 0)) return PD_OK;
+    for (int i = 0; i < trainer->trained_count; i++) {
+        pd__trained *tr = &trainer->trained[i];
+        int64_t n = tr->param->size;
+        if (on) {
+            pd__replace(d, n, tr->param->value, tr->saved);
+            d->fill(d, n, 0, tr->param->value);
+            for (int k = 0; k < 3; k++) pd__add_to(d, n, 1 / count, tr->sums[k], tr->param->value);
+        } else {
+            pd__replace(d, n, tr->saved, tr->param->value);
+        }
+    }
+    trainer->averaged = on;
+    return PD_OK;
+}
+
+/* ======================================================================================================== */
+/* >>batches                                                                                                */
+
+/* Rows of the samples that have ended are 0 .. pd__ended_rows - 1 of each slot; what comes after belongs to the
+   unfinished one. A slot without sequences has as many of them as there are samples, or none: then the input was
+   left out, which pd_batch_add_row and pd_batch_add_id hold it to until the batch is cleared. */
+
+PD_PRINTF(3, 4) static pd_status pd__batch_fail(pd_batch *batch, pd_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    pd__set_failure(&batch->error, status, format, args);
+    va_end(args);
+    return status;
+}
+
+static bool pd__slot_init(const pd_allocator *a, pd_slot *slot, const pd_layer *input) {
+    slot->kind = input->is_ids ? PD_SLOT_IDS : PD_SLOT_DENSE;
+    slot->sequence = input->is_sequence;
+    slot->width = input->out.width;
+    slot->name = input->name;
+    return !slot->sequence || pd__grow(a, (void **)&slot->starts, &slot->start_capacity, 1, sizeof *slot->starts);
+}
+
+PD_DEF pd_batch *pd_batch_new(pd_net *net) {
+    pd_batch *batch;
+    bool ok;
+    if (!pd__check_net(net)) return NULL;
+    batch = (pd_batch *)pd__alloc(&net->allocator, 1, sizeof *batch);
+    if (batch) {
+        batch->net = net;
+        batch->slots = (pd_slot *)pd__alloc(&net->allocator, net->slot_count, sizeof *batch->slots);
+    }
+    ok = batch && batch->slots;
+    if (ok) batch->slot_count = net->slot_count;
+    for (int64_t i = 0; ok && i < net->layer_count; i++)
+        if (net->layers[i]->own->slot >= 0)
+            ok = pd__slot_init(&net->allocator, &batch->slots[net->layers[i]->own->slot], net->layers[i]);
+    if (ok) return batch;
+    pd__no_memory(net, "a batch");
+    pd_batch_free(batch);
+    return NULL;
+}
+
+PD_DEF void pd_batch_free(pd_batch *batch) {
+    const pd_allocator *a;
+    if (!batch) return;
+    a = &batch->net->allocator;
+    for (int i = 0; i < batch->slot_count; i++) {
+        pd__free(a, batch->slots[i].data);
+        pd__free(a, batch->slots[i].ids);
+        pd__free(a, batch->slots[i].starts);
+    }
+    pd__free(a, batch->slots);
+    pd__free(a, batch);
+}
+
+PD_DEF void pd_batch_clear(pd_batch *batch) {
+    if (!batch) return;
+    batch->samples = 0;
+    for (int i = 0; i < batch->slot_count; i++) batch->slots[i].rows = 0;
+}
+
+static int64_t pd__ended_rows(const pd_batch *batch, const pd_slot *slot) {
+    return slot->sequence ? slot->starts[batch->samples] : pd__min(slot->rows, batch->samples);
+}
+
+/* Number of rows of sample `index`, an ended one, and the first of them. */
+static int64_t pd__sample_rows(const pd_slot *slot, int64_t index, int64_t *first) {
+    *first = slot->sequence ? slot->starts[index] : index;
+    return slot->sequence ? slot->starts[index + 1] - *first : slot->rows > 0;
+}
+
+/* The slot, of this kind and with room for `more` rows; NULL (batch->error) when it can't be had. */
+static pd_slot *pd__slot_open(pd_batch *batch, int index, pd_slot_kind kind, int64_t more) {
+    pd_slot *slot = batch && index >= 0 && index < batch->slot_count ? &batch->slots[index] : NULL;
+    void **memory;
+    size_t size = sizeof(int64_t);
+    if (!batch) return NULL;
+    if (!slot || slot->kind != kind) {
+        pd__batch_fail(batch, PD_E_ARGUMENT, "slot %d is not an input of %s; the batch has %d slots", index,
+                       kind == PD_SLOT_IDS ? "ids" : "numbers", batch->slot_count);
+        return NULL;
+    }
+    if (!slot->sequence && slot->rows < batch->samples) {
+        pd__batch_fail(batch, PD_E_SHAPE, "input \"%.100s\" was left out of the samples before this one", slot->name);
+        return NULL;
+    }
+    memory = kind == PD_SLOT_IDS ? (void **)&slot->ids : (void **)&slot->data;
+    if ((kind == PD_SLOT_DENSE && !pd__bytes(slot->width, sizeof(pd_real), &size)) || more > INT64_MAX - slot->rows ||
+        !pd__grow(&batch->net->allocator, memory, &slot->row_capacity, slot->rows + more, size)) {
+        pd__batch_fail(batch, PD_E_MEMORY, "out of memory for row %lld of input \"%.100s\"",
+                       (long long)slot->rows + 1, slot->name);
+        return NULL;
+    }
+    return slot;
+}
+
+PD_DEF pd_real *pd_batch_add_row(pd_batch *batch, int slot) {
+    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_DENSE, 1);
+    return s ? s->data + s->rows++ * s->width : NULL;
+}
+
+PD_DEF pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id) {
+    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_IDS, 1);
+    if (!s) return batch ? batch->error.status : PD_E_ARGUMENT;
+    if (id < 0 || id >= s->width)
+        return pd__batch_fail(batch, PD_E_FORMAT, "input \"%.100s\": id %lld, expected 0 to %lld", s->name,
+                              (long long)id, (long long)s->width - 1);
+    s->ids[s->rows++] = id;
+    return PD_OK;
+}
+
+PD_DEF void pd_batch_drop_sample(pd_batch *batch) {
+    for (int i = 0; batch && i < batch->slot_count; i++)
+        batch->slots[i].rows = pd__ended_rows(batch, &batch->slots[i]);
+}
+
+/* Has every input its rows? An input that got none is left out if no sample before had it. */
+static pd_status pd__check_sample(pd_batch *batch) {
+    bool any = false;
+    for (int i = 0; i < batch->slot_count; i++) {
+        const pd_slot *slot = &batch->slots[i];
+        int64_t rows = slot->rows - pd__ended_rows(batch, slot);
+        any = any || slot->sequence || rows > 0;
+        if (!slot->sequence && rows != 1 && slot->rows > 0)
+            return pd__batch_fail(batch, PD_E_SHAPE, "sample %lld of the batch: input \"%.100s\" got %lld rows, expected 1",
+                                  (long long)batch->samples + 1, slot->name, (long long)rows);
+    }
+    if (!any)
+        return pd__batch_fail(batch, PD_E_SHAPE, "sample %lld of the batch: no input got a row",
+                              (long long)batch->samples + 1);
+    return PD_OK;
+}
+
+static pd_status pd__reserve_starts(pd_batch *batch) {
+    for (int i = 0; i < batch->slot_count; i++) {
+        pd_slot *slot = &batch->slots[i];
+        if (slot->sequence && !pd__grow(&batch->net->allocator, (void **)&slot->starts, &slot->start_capacity,
+                                        batch->samples + 2, sizeof *slot->starts))
+            return pd__batch_fail(batch, PD_E_MEMORY, "out of memory for sample %lld of the batch",
+                                  (long long)batch->samples + 1);
+    }
+    return PD_OK;
+}
+
+PD_DEF pd_status pd_batch_end_sample(pd_batch *batch) {
+    pd_status status;
+    if (!batch) return PD_E_ARGUMENT;
+    status = pd__check_sample(batch);
+    if (status == PD_OK) status = pd__reserve_starts(batch);
+    if (status != PD_OK) {
+        pd_batch_drop_sample(batch);
+        return status;
+    }
+    batch->samples++;
+    for (int i = 0; i < batch->slot_count; i++)
+        if (batch->slots[i].sequence) batch->slots[i].starts[batch->samples] = batch->slots[i].rows;
+    return PD_OK;
+}
+
+/* Were both made for the same inputs? */
+static bool pd__batches_alike(const pd_batch *a, const pd_batch *b) {
+    bool alike = a->slot_count == b->slot_count;
+    for (int i = 0; alike && i < a->slot_count; i++) {
+        const pd_slot *s = &a->slots[i], *t = &b->slots[i];
+        alike = s->kind == t->kind && s->sequence == t->sequence && s->width == t->width;
+    }
+    return alike;
+}
+
+/* Copies rows within one kind of slot, also onto themselves. */
+static void pd__copy_rows(pd_slot *to, int64_t to_row, const pd_slot *from, int64_t from_row, int64_t rows) {
+    if (rows == 0) return;
+    if (to->kind == PD_SLOT_IDS)
+        memmove(to->ids + to_row, from->ids + from_row, (size_t)rows * sizeof *to->ids);
+    else
+        memmove(to->data + to_row * to->width, from->data + from_row * to->width,
+                (size_t)(rows * to->width) * sizeof *to->data);
+}
+
+PD_DEF pd_status pd_batch_copy_sample(pd_batch *batch, const pd_batch *from, int64_t index) {
+    if (!batch || !from) return PD_E_ARGUMENT;
+    if (!pd__batches_alike(batch, from))
+        return pd__batch_fail(batch, PD_E_SHAPE, "the batches are of nets with different inputs");
+    if (index < 0 || index >= from->samples)
+        return pd__batch_fail(batch, PD_E_ARGUMENT, "sample %lld does not exist: the batch copied from has %lld",
+                              (long long)index, (long long)from->samples);
+    for (int i = 0; i < batch->slot_count; i++) {
+        int64_t first, rows = pd__sample_rows(&from->slots[i], index, &first);
+        pd_slot *slot = rows == 0 ? NULL : pd__slot_open(batch, i, from->slots[i].kind, rows);
+        if (rows > 0 && !slot) {
+            pd_batch_drop_sample(batch);
+            return batch->error.status;
+        }
+        if (slot) {
+            pd__copy_rows(slot, slot->rows, &from->slots[i], first, rows);
+            slot->rows += rows;
+        }
+    }
+    return pd_batch_end_sample(batch);
+}
+
+/* Takes the samples with a mark out of the batch; the others close up in their order. */
+static void pd__remove_samples(pd_batch *batch, const unsigned char *marks) {
+    int64_t kept = 0;
+    for (int i = 0; i < batch->slot_count; i++) {
+        pd_slot *slot = &batch->slots[i];
+        int64_t to = 0;
+        kept = 0;
+        for (int64_t k = 0; k < batch->samples; k++) {
+            int64_t first, rows = pd__sample_rows(slot, k, &first);
+            if (marks[k]) continue;
+            pd__copy_rows(slot, to, slot, first, rows);
+            to += rows;
+            kept++;
+            if (slot->sequence) slot->starts[kept] = to; /* kept <= k + 1: starts not yet read stay as they are */
+        }
+        slot->rows = to;
+    }
+    batch->samples = kept;
+}
+
+/* ======================================================================================================== */
+/* >>readers                                                                                                */
+
+/* A built-in reader of data is a pd__source: it knows how to read the sample it stands at, or to step over it. Which
+   samples of a pass are wanted (options, shard) is decided for all of them in pd__source_find. Text comes through
+   pd__lines. pd_shuffle and pd_prefetch are readers around a reader. */
+
+/* Defined with >>files. */
+static bool pd__seek(FILE *file, int64_t offset);
+static int64_t pd__file_size(FILE *file);
+static uint64_t pd__load_le(const unsigned char *from, int size);
+static double pd__double_from_bits(uint64_t bits);
+static float pd__float_from_bits(uint32_t bits);
+static float pd__half_from_bits(uint32_t bits);
+
+/* ---- failures ---- */
+
+/* Texts from files end up in messages: keeps them on one line. */
+static void pd__one_line(char *text) {
+    for (; *text; text++)
+        if ((unsigned char)*text < 32 || *text == 127) *text = '?';
+}
+
+PD_DEF pd_status pd_reader_fail(pd_reader *reader, pd_status status, const char *format, ...) {
+    va_list args;
+    if (!reader) return status;
+    va_start(args, format);
+    pd__set_failure(&reader->error, status, format, args);
+    va_end(args);
+    pd__one_line(reader->error.text);
+    return status;
+}
+
+/* Puts a place, such as file:line, in front of the reader's message. Returns the message's status. */
+PD_PRINTF(2, 3) static pd_status pd__locate(pd_reader *reader, const char *format, ...) {
+    char place[256], text[sizeof reader->error.text];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(place, sizeof place, format, args);
+    va_end(args);
+    memcpy(text, reader->error.text, sizeof text);
+    return pd_reader_fail(reader, reader->error.status, "%.220s: %.280s", place, text);
+}
+
+static pd_status pd__reader_no_memory(pd_reader *reader, const char *what) {
+    return pd_reader_fail(reader, PD_E_MEMORY, "out of memory for %s", what);
+}
+
+static pd_status pd__reader_batch_failed(pd_reader *reader, const pd_batch *batch) {
+    return pd_reader_fail(reader, batch->error.status, "%s", batch->error.text);
+}
+
+/* For constructors: the reader, or NULL with its message in the net and the reader freed. */
+static pd_reader *pd__reader_made(pd_net *net, pd_reader *reader, pd_status status) {
+    if (status == PD_OK) return reader;
+    pd__fail(net, status, "%s", reader->error.text);
+    pd_reader_free(reader);
+    return NULL;
+}
+
+PD_DEF void pd_reader_free(pd_reader *reader) {
+    if (reader) reader->free(reader);
+}
+
+PD_DEF pd_status pd_reader_shard(pd_reader *reader, int rank, int count) {
+    if (!reader) return PD_E_ARGUMENT;
+    if (count < 1 || rank < 0 || rank >= count)
+        return pd_reader_fail(reader, PD_E_ARGUMENT, "%s reader: shard %d of %d does not exist", reader->name, rank, count);
+    if (!reader->shard)
+        return pd_reader_fail(reader, PD_E_UNSUPPORTED, "%s reader: it can't be split into shards", reader->name);
+    return reader->shard(reader, rank, count);
+}
+
+/* What every `next` expects of its caller. */
+static pd_status pd__check_next(pd_reader *r, const pd_batch *batch, int64_t count) {
+    if (batch && count >= 0) return PD_OK;
+    return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: next needs a batch and a count of 0 or more", r->name);
+}
+
+/* ---- sources ---- */
+
+typedef struct pd__source pd__source;
+struct pd__source {
+    pd_reader reader; /* self = the source */
+    pd_net *net;
+    pd_batch *model;  /* an empty one: batches must be like it */
+    pd_reader_opts opts;
+    int64_t total;    /* samples in the data; -1 when unknown */
+    int64_t at;       /* the sample to be read next, counted from the start of the data */
+    int64_t chosen;   /* samples before `at` that the options leave: the shards share these out */
+    int rank, ranks;
+    bool ended;
+    pd_status (*read)(pd__source *s, pd_batch *batch); /* adds the rows of sample `at`; PD_END: there is none */
+    pd_status (*step)(pd__source *s);   /* (optional) over sample `at`; without it, read goes by `at` alone */
+    pd_status (*rewind)(pd__source *s); /* (optional) */
+    void (*close)(pd__source *s);       /* (optional) frees what is its own */
+};
+
+/* Do the options leave sample `at`? */
+static bool pd__source_chosen(const pd__source *s) {
+    return s->at >= s->opts.first && (!s->opts.folds || (s->at % s->opts.folds == s->opts.fold) != s->opts.not_fold);
+}
+
+/* Sample `at`, which the options leave or not, has been read or stepped over with this status. */
+static void pd__source_advance(pd__source *s, pd_status status, bool chosen) {
+    if (status == PD_END) {
+        s->ended = true;
+    } else {
+        s->at++;
+        s->chosen += chosen;
+    }
+}
+
+/* Goes on to the next sample that the options and the shard leave. */
+static pd_status pd__source_find(pd__source *s) {
+    for (;;) {
+        bool chosen = pd__source_chosen(s);
+        pd_status status = PD_OK;
+        if (s->opts.count && s->at >= s->opts.first && s->at - s->opts.first >= s->opts.count) s->ended = true;
+        if (s->total >= 0 && s->at >= s->total) s->ended = true;
+        if (s->ended) return PD_END;
+        if (chosen && s->chosen % s->ranks == s->rank) return PD_OK;
+        if (s->step) status = s->step(s);
+        pd__source_advance(s, status, chosen);
+        if (status != PD_OK) return status;
+    }
+}
+
+/* Reads the sample it stands at, and is behind it then, whether it was good or not. */
+static pd_status pd__source_take(pd__source *s, pd_batch *batch) {
+    pd_status status = s->read(s, batch);
+    if (status == PD_OK) {
+        status = pd_batch_end_sample(batch);
+        if (status != PD_OK) pd__reader_batch_failed(&s->reader, batch);
+    } else {
+        pd_batch_drop_sample(batch);
+    }
+    pd__source_advance(s, status, true);
+    return status;
+}
+
+static pd_status pd__source_next(pd_reader *r, pd_batch *batch, int64_t count) {
+    pd__source *s = (pd__source *)r->self;
+    pd_status status = pd__check_next(r, batch, count);
+    if (status == PD_OK && !pd__batches_alike(batch, s->model))
+        status = pd_reader_fail(r, PD_E_SHAPE, "%s reader: the batch is of a net with other inputs", r->name);
+    for (int64_t i = 0; status == PD_OK && i < count; i++) {
+        status = pd__source_find(s);
+        if (status == PD_OK) status = pd__source_take(s, batch);
+    }
+    return status;
+}
+
+static pd_status pd__source_reset(pd_reader *r, int64_t pass) {
+    pd__source *s = (pd__source *)r->self;
+    pd_status status = s->rewind ? s->rewind(s) : PD_OK;
+    (void)pass; /* the order is that of the data */
+    s->at = s->chosen = 0;
+    s->ended = status != PD_OK;
+    return status;
+}
+
+static pd_status pd__source_shard(pd_reader *r, int rank, int count) {
+    pd__source *s = (pd__source *)r->self;
+    s->rank = rank;
+    s->ranks = count;
+    return pd__source_reset(r, 0);
+}
+
+/* Samples passed over are not looked into: bad ones count too. */
+static pd_status pd__source_skip(pd_reader *r, int64_t samples) {
+    pd__source *s = (pd__source *)r->self;
+    pd_status status = PD_OK;
+    for (int64_t i = 0; status == PD_OK && i < samples; i++) {
+        status = pd__source_find(s);
+        if (status != PD_OK) break;
+        if (s->step) status = s->step(s);
+        pd__source_advance(s, status, true);
+    }
+    return status;
+}
+
+/* Numbers below `n` that the fold leaves. */
+static int64_t pd__fold_size(const pd_reader_opts *o, int64_t n) {
+    int64_t in_fold;
+    if (!o->folds) return n;
+    in_fold = n / o->folds + (n % o->folds > o->fold);
+    return o->not_fold ? n - in_fold : in_fold;
+}
+
+static int64_t pd__source_size(pd_reader *r) {
+    const pd__source *s = (const pd__source *)r->self;
+    int64_t first = s->opts.first, end = s->total, n;
+    if (s->total < 0) return -1;
+    if (first > end) first = end;
+    if (s->opts.count && s->opts.count < end - first) end = first + s->opts.count;
+    n = pd__fold_size(&s->opts, end) - pd__fold_size(&s->opts, first);
+    return n / s->ranks + (n % s->ranks > s->rank);
+}
+
+static void pd__source_free(pd_reader *r) {
+    pd__source *s = (pd__source *)r->self;
+    pd_net *net = s->net;
+    if (s->close) s->close(s);
+    pd_batch_free(s->model);
+    pd__free(&net->allocator, s);
+}
+
+/* A source of `size` bytes, which begin with a pd__source; NULL, with the message in the net, on failure. */
+static pd__source *pd__source_new(pd_net *net, const char *name, size_t size, const pd_reader_opts *opts) {
+    pd__source *s;
+    if (!pd__check_net(net)) return NULL;
+    s = (pd__source *)pd__alloc(&net->allocator, 1, size);
+    if (!s) {
+        pd__no_memory(net, "a reader");
+        return NULL;
+    }
+    s->net = net;
+    s->model = pd_batch_new(net);
+    s->total = -1;
+    s->ranks = 1;
+    if (opts) s->opts = *opts;
+    if (s->opts.scale == 0) s->opts.scale = 1;
+    s->reader.api_version = PD_API_VERSION;
+    s->reader.name = name;
+    s->reader.self = s;
+    s->reader.next = pd__source_next;
+    s->reader.reset = pd__source_reset;
+    s->reader.shard = pd__source_shard;
+    s->reader.skip = pd__source_skip;
+    s->reader.size = pd__source_size;
+    s->reader.free = pd__source_free;
+    if (s->model && s->model->slot_count > 0) return s;
+    if (s->model) pd__fail(net, PD_E_STATE, "%s reader: the net has no inputs yet", name);
+    pd__source_free(&s->reader);
+    return NULL;
+}
+
+/* Options that all file readers share; those of the CSV reader alone must not be set for others. */
+static pd_status pd__check_reader_opts(pd__source *s, bool csv) {
+    const pd_reader_opts *o = &s->opts;
+    pd_reader *r = &s->reader;
+    if (!csv && (o->order || o->delimiter || o->skip_lines))
+        return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: order, delimiter and skip_lines are options for CSV", r->name);
+    if (o->first < 0 || o->count < 0 || o->skip_lines < 0)
+        return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: first, count and skip_lines must be 0 or more", r->name);
+    if (o->folds < 0 || o->fold < 0 || (o->folds ? o->fold >= o->folds : o->fold > 0 || o->not_fold))
+        return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: fold %d of %d does not exist", r->name, o->fold, o->folds);
+    if (!(fabs(o->scale) <= DBL_MAX) || !(fabs(o->shift) <= DBL_MAX))
+        return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: scale and shift must be finite", r->name);
+    return PD_OK;
+}
+
+/* For files that hold one row per sample. */
+static pd_status pd__check_no_sequences(pd__source *s) {
+    for (int i = 0; i < s->model->slot_count; i++)
+        if (s->model->slots[i].sequence)
+            return pd_reader_fail(&s->reader, PD_E_UNSUPPORTED,
+                                  "%s reader: input \"%.100s\" carries sequences, which such files can't hold",
+                                  s->reader.name, s->model->slots[i].name);
+    return PD_OK;
+}
+
+/* ---- numbers ---- */
+
+#define PD__DIGITS_MAX 800 /* more than a double ever needs to be rounded right */
+
+/* strtod for a decimal number with many digits: `digits`, of which `fraction` stand behind the point, times
+   10^exponent. strtod takes the decimal point of the program's locale, so it gets none: all digits, then the exponent.
+   Digits beyond the buffer only matter as being more than nothing: one 1 stands for them. */
+static double pd__slow_number(const char *digits, const char *end, int64_t exponent) {
+    char text[PD__DIGITS_MAX + 32];
+    int n = 0;
+    bool more = false, point = false;
+    for (; digits < end; digits++) {
+        if (*digits == '.') {
+            point = true;
+            continue;
+        }
+        if (point) exponent--;
+        if (n == 0 && *digits == '0') continue;
+        if (n < PD__DIGITS_MAX) {
+            text[n++] = *digits;
+        } else {
+            exponent++;
+            more = more || *digits != '0';
+        }
+    }
+    if (more) {
+        text[n++] = '1';
+        exponent--;
+    }
+    exponent = pd__max(-100000, pd__min(exponent, 100000)); /* infinite or 0 beyond that */
+    snprintf(text + n, sizeof text - (size_t)n, "e%d", (int)exponent);
+    return strtod(text, NULL);
+}
+
+/* The exponent's value behind the 'e', or false when there are no digits. Held where it can be added to. */
+static bool pd__exponent(const char *text, const char *end, int64_t *value) {
+    bool negative = text < end && *text == '-';
+    int64_t x = 0;
+    if (text < end && (*text == '-' || *text == '+')) text++;
+    if (text == end) return false;
+    for (; text < end; text++) {
+        if (*text < '0' || *text > '9') return false;
+        if (x < INT64_MAX / 100) x = 10 * x + (*text - '0');
+    }
+    *value = negative ? -x : x;
+    return true;
+}
+
+/* Does the text spell infinity or not-a-number, in any case? */
+static bool pd__is_not_finite(const char *text, const char *end) {
+    static const char *const words[] = { "nan", "inf", "infinity" };
+    for (int i = 0; i < PD__COUNT(words); i++) {
+        size_t n = strlen(words[i]), k = 0;
+        if ((size_t)(end - text) != n) continue;
+        while (k < n && (text[k] | 32) == words[i][k]) k++;
+        if (k == n) return true;
+    }
+    return false;
+}
+
+/* Reads the decimal number that fills the text: [+-] digits [. digits] [e [+-] digits]. PD_E_FORMAT: it isn't one;
+   PD_E_NUMERIC: nan or infinity. A number of up to 15 digits or so is one exact product or quotient of doubles, hence
+   rounded right (Clinger 1990); the others go through strtod. */
+static pd_status pd__parse_number(const char *text, const char *end, double *value) {
+    static const double powers[] = { 1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
+                                     1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22 };
+    bool negative = text < end && *text == '-', point = false;
+    const char *first, *at;
+    uint64_t mantissa = 0;
+    int64_t exponent = 0, fraction = 0, digits = 0;
+    if (text < end && (*text == '-' || *text == '+')) text++;
+    for (first = at = text; at < end; at++) {
+        if (*at == '.' && !point) {
+            point = true;
+            continue;
+        }
+        if (*at < '0' || *at > '9') break;
+        if (mantissa < UINT64_C(1) << 60) mantissa = 10 * mantissa + (uint64_t)(*at - '0');
+        fraction += point;
+        digits++;
+    }
+    if (digits == 0) return pd__is_not_finite(text, end) ? PD_E_NUMERIC : PD_E_FORMAT;
+    if (at < end && ((*at | 32) != 'e' || !pd__exponent(at + 1, end, &exponent))) return PD_E_FORMAT;
+    fraction -= exponent;
+    if (mantissa == 0)
+        *value = 0;
+    else if (mantissa <= UINT64_C(1) << 53 && fraction >= 0 && fraction <= 22)
+        *value = (double)mantissa / powers[fraction];
+    else if (mantissa <= UINT64_C(1) << 53 && fraction < 0 && fraction >= -22)
+        *value = (double)mantissa * powers[-fraction];
+    else
+        *value = pd__slow_number(first, at, exponent);
+    if (negative) *value = -*value;
+    return *value >= -DBL_MAX && *value <= DBL_MAX ? PD_OK : PD_E_NUMERIC;
+}
+
+/* The same with a message. */
+static pd_status pd__read_number(pd_reader *r, const char *text, const char *end, double *value) {
+    int shown = (int)pd__min(end - text, 60);
+    pd_status status = pd__parse_number(text, end, value);
+    if (text == end) return pd_reader_fail(r, PD_E_FORMAT, "empty, expected a number");
+    if (status == PD_E_FORMAT) return pd_reader_fail(r, status, "\"%.*s\" is not a number", shown, text);
+    if (status == PD_E_NUMERIC) return pd_reader_fail(r, status, "\"%.*s\" is not a finite number", shown, text);
+    return PD_OK;
+}
+
+/* What an input gets for the number x of the data. */
+static pd_status pd__scale_number(pd__source *s, double x, pd_real *to) {
+    const double largest = sizeof(pd_real) == sizeof(double) ? DBL_MAX : (double)FLT_MAX;
+    double y = x * s->opts.scale + s->opts.shift;
+    if (!(fabs(y) <= largest)) return pd_reader_fail(&s->reader, PD_E_NUMERIC, "%g is not a finite number of this build", y);
+    *to = (pd_real)y;
+    return PD_OK;
+}
+
+static pd_status pd__add_id(pd__source *s, pd_batch *batch, int slot, double x) {
+    int64_t ids = s->model->slots[slot].width;
+    if (!(x >= 0 && x < (double)ids) || x != floor(x))
+        return pd_reader_fail(&s->reader, PD_E_FORMAT, "%.15g is not an id of 0 to %lld", x, (long long)ids - 1);
+    if (pd_batch_add_id(batch, slot, (int64_t)x) != PD_OK) return pd__reader_batch_failed(&s->reader, batch);
+    return PD_OK;
+}
+
+static pd_real *pd__add_row(pd__source *s, pd_batch *batch, int slot) {
+    pd_real *row = pd_batch_add_row(batch, slot);
+    if (!row) pd__reader_batch_failed(&s->reader, batch);
+    return row;
+}
+
+/* ---- arrays ---- */
+
+typedef struct pd__array_source {
+    pd__source source;
+    pd_array *arrays;
+} pd__array_source;
+
+static pd_status pd__array_read_rows(pd__source *s, pd_batch *batch, int slot, int64_t first, int64_t rows) {
+    const pd_array *array = &((pd__array_source *)s)->arrays[slot];
+    pd_slot *to = pd__slot_open(batch, slot, s->model->slots[slot].kind, rows);
+    if (!to) return pd__reader_batch_failed(&s->reader, batch);
+    if (to->kind == PD_SLOT_DENSE && rows > 0) {
+        memcpy(to->data + to->rows * to->width, array->data + first * to->width,
+               (size_t)(rows * to->width) * sizeof *to->data);
+        to->rows += rows;
+    }
+    for (int64_t i = 0; to->kind == PD_SLOT_IDS && i < rows; i++)
+        if (pd_batch_add_id(batch, slot, array->ids[first + i]) != PD_OK) return pd__reader_batch_failed(&s->reader, batch);
+    return PD_OK;
+}
+
+static pd_status pd__array_read(pd__source *s, pd_batch *batch) {
+    const pd_array *arrays = ((pd__array_source *)s)->arrays;
+    for (int i = 0; i < s->model->slot_count; i++) {
+        const int64_t *starts = arrays[i].starts;
+        int64_t first = starts ? starts[s->at] : s->at, rows = starts ? starts[s->at + 1] - first : 1;
+        if (pd__array_read_rows(s, batch, i, first, rows) != PD_OK)
+            return pd__locate(&s->reader, "array reader: sample %lld", (long long)s->at);
+    }
+    return PD_OK;
+}
+
+static void pd__array_close(pd__source *s) { pd__free(&s->net->allocator, ((pd__array_source *)s)->arrays); }
+
+static pd_status pd__check_array(pd__source *s, int64_t samples, const pd_array *array, const pd_slot *slot) {
+    pd_reader *r = &s->reader;
+    const void *wanted = slot->kind == PD_SLOT_IDS ? (const void *)array->ids : (const void *)array->data;
+    const void *other = slot->kind == PD_SLOT_IDS ? (const void *)array->data : (const void *)array->ids;
+    if (other || (samples > 0 && !wanted && !(array->starts && array->starts[samples] == 0)))
+        return pd_reader_fail(r, PD_E_ARGUMENT, "array reader: input \"%.100s\" takes %s, and nothing else", slot->name,
+                              slot->kind == PD_SLOT_IDS ? "ids" : "data");
+    if (slot->sequence != (array->starts != NULL))
+        return pd_reader_fail(r, PD_E_ARGUMENT, "array reader: input \"%.100s\" %s", slot->name,
+                              slot->sequence ? "carries sequences and needs starts" : "has starts but no sequences");
+    for (int64_t i = 0; array->starts && i <= samples; i++)
+        if (i == 0 ? array->starts[0] != 0 : array->starts[i] < array->starts[i - 1])
+            return pd_reader_fail(r, PD_E_ARGUMENT, "array reader: input \"%.100s\": starts[%lld] is %lld; they must rise from 0",
+                                  slot->name, (long long)i, (long long)array->starts[i]);
+    return PD_OK;
+}
+
+static pd_status pd__array_init(pd__array_source *s, int64_t samples, const pd_array *arrays, int count) {
+    pd__source *source = &s->source;
+    if (samples < 0 || !arrays || count != source->model->slot_count)
+        return pd_reader_fail(&source->reader, PD_E_ARGUMENT,
+                              "array reader: %lld samples of %d arrays, expected 0 or more of %d, one per input",
+                              (long long)samples, arrays ? count : 0, source->model->slot_count);
+    for (int i = 0; i < count; i++) {
+        pd_status status = pd__check_array(source, samples, &arrays[i], &source->model->slots[i]);
+        if (status != PD_OK) return status;
+    }
+    s->arrays = (pd_array *)pd__alloc(&source->net->allocator, count, sizeof *arrays);
+    if (!s->arrays) return pd__reader_no_memory(&source->reader, "a reader");
+    memcpy(s->arrays, arrays, (size_t)count * sizeof *arrays);
+    return PD_OK;
+}
+
+PD_DEF pd_reader *pd_array_reader(pd_net *net, int64_t samples, const pd_array *arrays, int count) {
+    pd__array_source *s = (pd__array_source *)pd__source_new(net, "array", sizeof *s, NULL);
+    if (!s) return NULL;
+    s->source.total = pd__max(samples, 0);
+    s->source.read = pd__array_read;
+    s->source.close = pd__array_close;
+    return pd__reader_made(net, &s->source.reader, pd__array_init(s, samples, arrays, count));
+}
+
+/* ---- lines of text ---- */
+
+#define PD__LINES_CAPACITY 65536 /* bytes to begin with; it grows for longer lines */
+
+typedef struct pd__paths {
+    char **list;
+    int64_t count, capacity;
+} pd__paths;
+
+/* The lines of some text files, one after the other. */
+typedef struct pd__lines {
+    pd_reader *reader; /* gets the messages */
+    const pd_allocator *allocator;
+    pd__paths paths;
+    int64_t path;       /* the open file, or the one to be opened next */
+    int64_t skip_lines; /* at the top of each file */
+    FILE *file;
+    bool stdin_begun;
+    int64_t number;     /* of the line read last, from 1 */
+    char *buffer;
+    int64_t capacity, start, end; /* bytes start .. end - 1 are still to come */
+    char *line;         /* in the buffer, until the next one is read */
+    int64_t length;
+} pd__lines;
+
+static bool pd__lines_init(pd__lines *l, pd_reader *reader, const pd_allocator *allocator) {
+    l->reader = reader;
+    l->allocator = allocator;
+    return pd__grow(allocator, (void **)&l->buffer, &l->capacity, PD__LINES_CAPACITY, 1);
+}
+
+/* Closes the file; the next line is the first of the file after it. */
+static void pd__lines_close_file(pd__lines *l) {
+    if (l->file && l->file != stdin) fclose(l->file);
+    l->file = NULL;
+    l->path++;
+    l->start = l->end = l->number = 0;
+}
+
+static void pd__paths_free(const pd_allocator *a, pd__paths *paths) {
+    for (int64_t i = 0; i < paths->count; i++) pd__free(a, paths->list[i]);
+    pd__free(a, paths->list);
+}
+
+/* Adds a path of `length` characters. */
+static pd_status pd__paths_add(pd__paths *paths, pd_reader *r, const pd_allocator *a, const char *path, int64_t length) {
+    char *copy = NULL;
+    if (pd__grow(a, (void **)&paths->list, &paths->capacity, paths->count + 1, sizeof *paths->list))
+        copy = (char *)pd__alloc(a, length + 1, 1);
+    if (!copy) return pd__reader_no_memory(r, "a path");
+    memcpy(copy, path, (size_t)length);
+    paths->list[paths->count++] = copy;
+    return PD_OK;
+}
+
+static void pd__lines_free(pd__lines *l) {
+    pd__lines_close_file(l);
+    pd__paths_free(l->allocator, &l->paths);
+    pd__free(l->allocator, l->buffer);
+}
+
+static FILE *pd__open_data(pd_reader *r, const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (!file) pd_reader_fail(r, PD_E_IO, "%.200s: %s", path, strerror(errno));
+    return file;
+}
+
+/* Opens the file that comes next; PD_END when there is none. A file that can't be opened is passed over next time. */
+static pd_status pd__lines_open(pd__lines *l) {
+    const char *path;
+    if (l->path >= l->paths.count) return PD_END;
+    path = l->paths.list[l->path];
+    if (strcmp(path, "-") == 0) {
+        l->file = stdin;
+        return PD_OK;
+    }
+    l->file = pd__open_data(l->reader, path);
+    if (l->file) return PD_OK;
+    pd__lines_close_file(l);
+    return l->reader->error.status;
+}
+
+/* Back to the first line of the first file. One that nothing was read of stays as it is: it may be a pipe. */
+static pd_status pd__lines_rewind(pd__lines *l) {
+    if (l->stdin_begun) return pd_reader_fail(l->reader, PD_E_UNSUPPORTED, "stdin: it can be read only once");
+    if (l->file && l->path == 0 && ((l->number == 0 && l->end == 0) || pd__seek(l->file, 0))) {
+        clearerr(l->file);
+        l->start = l->end = l->number = 0;
+        return PD_OK;
+    }
+    pd__lines_close_file(l);
+    l->path = 0;
+    return PD_OK;
+}
+
+/* Reads more bytes into the buffer. PD_END: there are none. */
+static pd_status pd__lines_fill(pd__lines *l) {
+    size_t n = feof(l->file) ? 0 : fread(l->buffer + l->end, 1, (size_t)(l->capacity - l->end), l->file);
+    l->stdin_begun = l->stdin_begun || l->file == stdin;
+    l->end += (int64_t)n;
+    if (n > 0) return PD_OK;
+    if (!ferror(l->file)) return PD_END;
+    return pd_reader_fail(l->reader, PD_E_IO, "%.200s:%lld: %s", l->paths.list[l->path], (long long)l->number + 1, strerror(errno));
+}
+
+/* The line at the start of the buffer has `length` bytes, and `past` bytes with its end: takes it, without the \r and
+   without the byte order mark that some programs put in front of a file. */
+static void pd__lines_take(pd__lines *l, int64_t length, int64_t past) {
+    l->line = l->buffer + l->start;
+    l->length = length;
+    l->start += past;
+    l->number++;
+    if (l->length > 0 && l->line[l->length - 1] == '\r') l->length--;
+    if (l->number == 1 && l->length >= 3 && memcmp(l->line, "\xEF\xBB\xBF", 3) == 0) {
+        l->line += 3;
+        l->length -= 3;
+    }
+}
+
+/* Makes room in the buffer, which holds no end of line. Without memory for more, its bytes are given up: false. */
+static bool pd__lines_make_room(pd__lines *l) {
+    int64_t length = l->end - l->start;
+    if (l->start > 0) memmove(l->buffer, l->buffer + l->start, (size_t)length);
+    l->start = 0;
+    l->end = length;
+    if (length < l->capacity || pd__grow(l->allocator, (void **)&l->buffer, &l->capacity, length + 1, 1)) return true;
+    l->end = 0;
+    return false;
+}
+
+/* The next line of the open file; PD_END at its end. A line that there is no memory for is passed over. */
+static pd_status pd__lines_read(pd__lines *l) {
+    int64_t scanned = l->start; /* bytes before this hold no end of line */
+    bool begun = false, too_long = false;
+    for (;;) {
+        const char *newline = (const char *)memchr(l->buffer + scanned, '\n', (size_t)(l->end - scanned));
+        if (!newline) {
+            pd_status status;
+            begun = begun || l->end > l->start;
+            too_long = !pd__lines_make_room(l) || too_long;
+            scanned = l->end;
+            status = pd__lines_fill(l);
+            if (status == PD_OK) continue;
+            if (status != PD_END || !begun) return status;
+        }
+        scanned = newline ? newline - (l->buffer + l->start) : l->end - l->start;
+        pd__lines_take(l, scanned, newline ? scanned + 1 : scanned);
+        if (!too_long) return PD_OK;
+        return pd_reader_fail(l->reader, PD_E_MEMORY, "%.200s:%lld: out of memory for a line", l->paths.list[l->path],
+                              (long long)l->number);
+    }
+}
+
+static bool pd__is_blank(char c) { return c == ' ' || c == '\t'; }
+
+static bool pd__lines_is_blank(const pd__lines *l) {
+    int64_t i = 0;
+    while (i < l->length && pd__is_blank(l->line[i])) i++;
+    return i == l->length;
+}
+
+/* The next line that isn't blank, of whichever file; PD_END after the last one. After an I/O error the next file goes
+   on. */
+static pd_status pd__lines_next(pd__lines *l) {
+    for (;;) {
+        pd_status status = l->file ? PD_OK : pd__lines_open(l);
+        if (status != PD_OK) return status;
+        status = pd__lines_read(l);
+        if (status == PD_OK && (l->number <= l->skip_lines || pd__lines_is_blank(l))) continue;
+        if (status == PD_OK || status == PD_E_MEMORY) return status;
+        pd__lines_close_file(l);
+        if (status != PD_END) return status;
+    }
+}
+
+/* Puts the line's place in front of the message. */
+static pd_status pd__lines_locate(pd__lines *l) {
+    return pd__locate(l->reader, "%.200s:%lld", l->paths.list[l->path], (long long)l->number);
+}
+
+/* What is left of a line; `at` is NULL behind the last field. */
+typedef struct pd__fields {
+    const char *at, *end;
+    char delimiter;
+} pd__fields;
+
+static pd__fields pd__lines_fields(const pd__lines *l, char delimiter) {
+    pd__fields f;
+    f.at = l->line;
+    f.end = l->line + l->length;
+    f.delimiter = delimiter;
+    return f;
+}
+
+/* Adds one file, or all those that an "@list" names, one per line. */
+static pd_status pd__paths_expand(pd__paths *paths, pd_reader *r, const pd_allocator *a, const char *path) {
+    pd__lines list = PD__ZERO;
+    pd_status status;
+    if (!path || !path[0]) return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: no path", r->name);
+    if (path[0] != '@') return pd__paths_add(paths, r, a, path, (int64_t)strlen(path));
+    if (!pd__lines_init(&list, r, a)) return pd__reader_no_memory(r, "a list of paths");
+    status = pd__paths_add(&list.paths, r, a, path + 1, (int64_t)strlen(path + 1));
+    while (status == PD_OK) {
+        status = pd__lines_next(&list);
+        if (status == PD_OK) status = pd__paths_add(paths, r, a, list.line, list.length);
+    }
+    pd__lines_free(&list);
+    if (status == PD_END && paths->count > 0) return PD_OK;
+    return status == PD_END ? pd_reader_fail(r, PD_E_FORMAT, "%.200s: no paths in it", path + 1) : status;
+}
+
+/* Names the files and opens the first, to fail early. */
+static pd_status pd__lines_start(pd__lines *l, pd__source *s, const char *path) {
+    pd_status status;
+    if (!pd__lines_init(l, &s->reader, &s->net->allocator)) return pd__reader_no_memory(&s->reader, "a line");
+    l->skip_lines = s->opts.skip_lines;
+    status = pd__paths_expand(&l->paths, l->reader, l->allocator, path);
+    return status == PD_OK ? pd__lines_open(l) : status;
+}
+
+/* ---- CSV ---- */
+
+/* Columns that stand together: those of one input, or one that is left out. */
+typedef struct pd__csv_group {
+    int slot; /* -1: left out */
+    int64_t columns;
+} pd__csv_group;
+
+typedef struct pd__csv {
+    pd__source source;
+    pd__lines lines;
+    pd__csv_group *groups;
+    int64_t group_count, group_capacity;
+    int64_t columns;
+} pd__csv;
+
+/* The quote that closes the one at `text` (RFC 4180: two quotes stand for one), or `end`. */
+static const char *pd__closing_quote(const char *text, const char *end) {
+    for (text++; text < end; text++) {
+        if (*text != '"') continue;
+        if (text + 1 == end || text[1] != '"') return text;
+        text++;
+    }
+    return end;
+}
+
+/* Takes a field off the line: what stands in it, without blanks and quotes around it. False when there is none. A
+   quote that isn't closed belongs to the text, as does what stands behind a closed one. */
+static bool pd__next_field(pd__fields *f, const char **text, const char **text_end) {
+    const char *first = f->at, *close, *last;
+    if (!first) return false;
+    while (first < f->end && pd__is_blank(*first) && *first != f->delimiter) first++;
+    close = first < f->end && *first == '"' ? pd__closing_quote(first, f->end) : f->end;
+    last = close < f->end ? close : first;
+    last = (const char *)memchr(last, f->delimiter, (size_t)(f->end - last));
+    f->at = last ? last + 1 : NULL;
+    if (!last) last = f->end;
+    while (last > first && pd__is_blank(last[-1])) last--;
+    if (last - 1 == close) {
+        first++;
+        last--;
+    }
+    *text = first;
+    *text_end = last;
+    return true;
+}
+
+static int64_t pd__csv_count(const pd__csv *c) {
+    pd__fields f = pd__lines_fields(&c->lines, c->source.opts.delimiter);
+    const char *text, *end;
+    int64_t n = 0;
+    while (pd__next_field(&f, &text, &end)) n++;
+    return n;
+}
+
+/* Says what is wrong with the line: column `column`, whose message is there, or rather the number of columns. */
+static pd_status pd__csv_fail(pd__csv *c, int64_t column, const char *name) {
+    pd_reader *r = &c->source.reader;
+    int64_t count = pd__csv_count(c);
+    bool heading = c->lines.number == 1 && r->error.status == PD_E_FORMAT;
+    if (count != c->columns)
+        pd_reader_fail(r, PD_E_FORMAT, "%lld columns, expected %lld", (long long)count, (long long)c->columns);
+    else
+        pd__locate(r, "column %lld (%.100s%s)", (long long)column, name, heading ? "; for headings see skip_lines" : "");
+    return pd__lines_locate(&c->lines);
+}
+
+/* Takes one number off the line, into *row or, if that is NULL, as an id. */
+static pd_status pd__csv_value(pd__csv *c, pd__fields *f, pd_batch *batch, int slot, pd_real *row) {
+    const char *text, *end;
+    double x = 0;
+    pd_status status = PD_E_FORMAT;
+    if (pd__next_field(f, &text, &end)) status = pd__read_number(&c->source.reader, text, end, &x);
+    if (status != PD_OK) return status;
+    return row ? pd__scale_number(&c->source, x, row) : pd__add_id(&c->source, batch, slot, x);
+}
+
+static pd_status pd__csv_read(pd__source *s, pd_batch *batch) {
+    pd__csv *c = (pd__csv *)s;
+    pd__fields f;
+    int64_t column = 0;
+    pd_status status = pd__lines_next(&c->lines);
+    if (status != PD_OK) return status;
+    f = pd__lines_fields(&c->lines, c->source.opts.delimiter);
+    for (int64_t g = 0; g < c->group_count; g++) {
+        int slot = c->groups[g].slot;
+        const pd_slot *input = slot < 0 ? NULL : &s->model->slots[slot];
+        bool dense = input && input->kind == PD_SLOT_DENSE;
+        pd_real *row = dense ? pd__add_row(s, batch, slot) : NULL;
+        if (dense && !row) return pd__lines_locate(&c->lines);
+        for (int64_t k = 0; k < c->groups[g].columns; k++) {
+            const char *text, *end;
+            column++;
+            if (!input) {
+                if (!pd__next_field(&f, &text, &end)) return pd__csv_fail(c, column, "-");
+                continue;
+            }
+            status = pd__csv_value(c, &f, batch, slot, row ? row + k : NULL);
+            if (status != PD_OK) return pd__csv_fail(c, column, input->name);
+        }
+    }
+    return f.at ? pd__csv_fail(c, column, "-") : PD_OK;
+}
+
+static pd_status pd__csv_step(pd__source *s) { return pd__lines_next(&((pd__csv *)s)->lines); }
+static pd_status pd__csv_rewind(pd__source *s) { return pd__lines_rewind(&((pd__csv *)s)->lines); }
+
+static void pd__csv_close(pd__source *s) {
+    pd__lines_free(&((pd__csv *)s)->lines);
+    pd__free(&s->net->allocator, ((pd__csv *)s)->groups);
+}
+
+/* Adds the columns of a slot, or one to be left out. */
+static pd_status pd__csv_add_group(pd__csv *c, int slot) {
+    const pd_slot *input = slot < 0 ? NULL : &c->source.model->slots[slot];
+    pd_reader *r = &c->source.reader;
+    int64_t columns = input && input->kind == PD_SLOT_DENSE ? input->width : 1;
+    for (int64_t g = 0; input && g < c->group_count; g++)
+        if (c->groups[g].slot == slot)
+            return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: order names \"%.100s\" twice", input->name);
+    if (columns > INT64_MAX - c->columns)
+        return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: the inputs are too wide for one line");
+    if (!pd__grow(&c->source.net->allocator, (void **)&c->groups, &c->group_capacity, c->group_count + 1,
+                  sizeof *c->groups))
+        return pd__reader_no_memory(r, "a reader");
+    c->groups[c->group_count].slot = slot;
+    c->groups[c->group_count++].columns = columns;
+    c->columns += columns;
+    return PD_OK;
+}
+
+/* The slot with this name, -1 for a "-", or -2 when there is none. */
+static int pd__csv_slot(const pd__csv *c, const char *name, size_t length) {
+    const pd_batch *model = c->source.model;
+    if (length == 1 && name[0] == '-') return -1;
+    for (int i = 0; i < model->slot_count; i++)
+        if (strlen(model->slots[i].name) == length && memcmp(model->slots[i].name, name, length) == 0) return i;
+    return -2;
+}
+
+/* Finds the inputs that `order` names; every one must be there once. */
+static pd_status pd__csv_order(pd__csv *c, const char *order) {
+    pd_reader *r = &c->source.reader;
+    pd__fields f;
+    const char *name, *end;
+    int named = 0;
+    pd_status status = PD_OK;
+    f.at = order;
+    f.end = order + strlen(order);
+    f.delimiter = ',';
+    while (status == PD_OK && pd__next_field(&f, &name, &end)) {
+        int slot = pd__csv_slot(c, name, (size_t)(end - name));
+        if (slot == -2)
+            return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: order names \"%.*s\", but no input of the net has this name",
+                                  (int)pd__min(end - name, 100), name);
+        status = pd__csv_add_group(c, slot);
+        named += slot >= 0;
+    }
+    for (int i = 0; status == PD_OK && named < c->source.model->slot_count; i++) {
+        int64_t g = 0;
+        while (g < c->group_count && c->groups[g].slot != i) g++;
+        if (g == c->group_count)
+            return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: order leaves out input \"%.100s\"",
+                                  c->source.model->slots[i].name);
+    }
+    return status;
+}
+
+static pd_status pd__csv_init(pd__csv *c, const char *path) {
+    pd__source *s = &c->source;
+    char *delimiter = &s->opts.delimiter;
+    pd_status status = pd__check_reader_opts(s, true);
+    if (status == PD_OK) status = pd__check_no_sequences(s);
+    if (*delimiter == 0) *delimiter = ',';
+    if (status == PD_OK && (isalnum((unsigned char)*delimiter) || strchr("+-.\"\r\n", *delimiter)))
+        status = pd_reader_fail(&s->reader, PD_E_ARGUMENT, "csv reader: '%c' can't be the delimiter", *delimiter);
+    if (status == PD_OK && s->opts.order) status = pd__csv_order(c, s->opts.order);
+    for (int i = 0; status == PD_OK && !s->opts.order && i < s->model->slot_count; i++) status = pd__csv_add_group(c, i);
+    s->opts.order = NULL; /* the caller's */
+    return status == PD_OK ? pd__lines_start(&c->lines, s, path) : status;
+}
+
+PD_DEF pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_opts *opts) {
+    pd__csv *c = (pd__csv *)pd__source_new(net, "csv", sizeof *c, opts);
+    if (!c) return NULL;
+    c->source.read = pd__csv_read;
+    c->source.step = pd__csv_step;
+    c->source.rewind = pd__csv_rewind;
+    c->source.close = pd__csv_close;
+    return pd__reader_made(net, &c->source.reader, pd__csv_init(c, path));
+}
+
+/* ---- LibSVM ---- */
+
+typedef struct pd__libsvm {
+    pd__source source;
+    pd__lines lines;
+    int x, y;       /* slots of the vector and of the label */
+    bool queries;   /* the inputs carry sequences: lines of one query are a sample */
+    double query;   /* of the sample read last */
+    bool bad_query; /* .. of which lines may still have to be passed over */
+    bool pending;   /* lines.line has been read, but not used */
+} pd__libsvm;
+
+/* Takes what stands up to the next blank; false when the line is over. */
+static bool pd__next_token(pd__fields *f, const char **text, const char **text_end) {
+    while (f->at < f->end && pd__is_blank(*f->at)) f->at++;
+    *text = f->at;
+    while (f->at < f->end && !pd__is_blank(*f->at)) f->at++;
+    *text_end = f->at;
+    return *text < *text_end;
+}
+
+/* The next line that has something in front of its comment. */
+static pd_status pd__libsvm_line(pd__libsvm *c) {
+    pd_status status = PD_OK;
+    if (c->pending) {
+        c->pending = false;
+        return PD_OK;
+    }
+    do {
+        const char *comment;
+        status = pd__lines_next(&c->lines);
+        if (status != PD_OK) return status;
+        comment = (const char *)memchr(c->lines.line, '#', (size_t)c->lines.length);
+        if (comment) c->lines.length = comment - c->lines.line;
+    } while (pd__lines_is_blank(&c->lines));
+    return PD_OK;
+}
+
+/* What stands behind "qid:", the line's second word; PD_END when it is another. */
+static pd_status pd__libsvm_query(pd__libsvm *c, double *query) {
+    pd__fields f = pd__lines_fields(&c->lines, ' ');
+    const char *text, *end;
+    pd_status status;
+    pd__next_token(&f, &text, &end);
+    if (!pd__next_token(&f, &text, &end) || end - text < 4 || memcmp(text, "qid:", 4) != 0) return PD_END;
+    status = pd__read_number(&c->source.reader, text + 4, end, query);
+    return status == PD_OK ? PD_OK : pd__locate(&c->source.reader, "qid");
+}
+
+static pd_status pd__libsvm_label(pd__libsvm *c, pd_batch *batch, const char *text, const char *end) {
+    pd__source *s = &c->source;
+    const pd_slot *slot = &s->model->slots[c->y];
+    double y;
+    pd_status status = pd__read_number(&s->reader, text, end, &y);
+    if (status == PD_OK && slot->kind == PD_SLOT_IDS) {
+        status = pd__add_id(s, batch, c->y, y == -1 && slot->width == 2 ? 0 : y);
+    } else if (status == PD_OK) {
+        pd_real *row = pd__add_row(s, batch, c->y);
+        status = row ? pd__scale_number(s, y, row) : PD_E_MEMORY;
+    }
+    return status == PD_OK ? PD_OK : pd__locate(&s->reader, "label");
+}
+
+/* Puts one "index:value" into the row; *last is the index before it. */
+static pd_status pd__libsvm_pair(pd__libsvm *c, const char *text, const char *end, int64_t *last, pd_real *row) {
+    pd_reader *r = &c->source.reader;
+    int64_t width = c->source.model->slots[c->x].width;
+    const char *colon = (const char *)memchr(text, ':', (size_t)(end - text));
+    double index, value;
+    pd_status status;
+    if (!colon)
+        return pd_reader_fail(r, PD_E_FORMAT, "\"%.*s\", expected index:value", (int)pd__min(end - text, 60), text);
+    status = pd__read_number(r, text, colon, &index);
+    if (status != PD_OK) return pd__locate(r, "index");
+    if (!(index > (double)*last && index <= (double)width) || index != floor(index))
+        return pd_reader_fail(r, PD_E_FORMAT, "index %.15g, expected %lld to %lld: they rise, and the input has that width",
+                              index, (long long)*last + 1, (long long)width);
+    *last = (int64_t)index;
+    status = pd__read_number(r, colon + 1, end, &value);
+    if (status == PD_OK) status = pd__scale_number(&c->source, value, &row[*last - 1]);
+    return status == PD_OK ? PD_OK : pd__locate(r, "value of index %lld", (long long)*last);
+}
+
+/* Adds the line's row to both inputs. */
+static pd_status pd__libsvm_parse(pd__libsvm *c, pd_batch *batch) {
+    pd__source *s = &c->source;
+    pd__fields f = pd__lines_fields(&c->lines, ' ');
+    const char *text, *end;
+    double query;
+    int64_t last = 0;
+    pd_real *row;
+    pd_status status = pd__libsvm_query(c, &query);
+    bool has_query = status == PD_OK;
+    if (status != PD_OK && status != PD_END) return status;
+    pd__next_token(&f, &text, &end);
+    status = pd__libsvm_label(c, batch, text, end);
+    if (has_query) pd__next_token(&f, &text, &end);
+    row = status == PD_OK ? pd__add_row(s, batch, c->x) : NULL;
+    if (!row) return s->reader.error.status;
+    for (int64_t i = 0; i < s->model->slots[c->x].width; i++) row[i] = (pd_real)s->opts.shift; /* of absent zeros */
+    while (status == PD_OK && pd__next_token(&f, &text, &end)) status = pd__libsvm_pair(c, text, end, &last, row);
+    return status;
+}
+
+/* Goes to the first line of the next sample, past what is left of a bad query. */
+static pd_status pd__libsvm_begin(pd__libsvm *c) {
+    for (;;) {
+        double query;
+        pd_status status = pd__libsvm_line(c);
+        if (status != PD_OK || !c->queries) return status;
+        status = pd__libsvm_query(c, &query);
+        if (status == PD_END) status = pd_reader_fail(&c->source.reader, PD_E_FORMAT, "no qid behind the label");
+        if (status != PD_OK) return pd__lines_locate(&c->lines);
+        if (c->bad_query && query == c->query) continue;
+        c->bad_query = false;
+        c->query = query;
+        return PD_OK;
+    }
+}
+
+/* Goes to the next line of the same query; PD_END when there is none. */
+static pd_status pd__libsvm_more(pd__libsvm *c) {
+    double query;
+    pd_status status = c->queries ? pd__libsvm_line(c) : PD_END;
+    if (status != PD_OK) return status;
+    status = pd__libsvm_query(c, &query);
+    if (status == PD_OK && query == c->query) return PD_OK;
+    c->pending = true;
+    return PD_END;
+}
+
+/* Reads one sample, or, without a batch, passes over it. When one line of a query is bad, so is all of it. */
+static pd_status pd__libsvm_sample(pd__libsvm *c, pd_batch *batch) {
+    pd_status status = pd__libsvm_begin(c);
+    if (status != PD_OK) return status;
+    do {
+        status = batch ? pd__libsvm_parse(c, batch) : PD_OK;
+        if (status != PD_OK) {
+            c->bad_query = c->queries;
+            return pd__lines_locate(&c->lines);
+        }
+        status = pd__libsvm_more(c);
+    } while (status == PD_OK);
+    if (status == PD_END) return PD_OK;
+    c->bad_query = c->queries;
+    return status;
+}
+
+static pd_status pd__libsvm_read(pd__source *s, pd_batch *batch) { return pd__libsvm_sample((pd__libsvm *)s, batch); }
+static pd_status pd__libsvm_step(pd__source *s) { return pd__libsvm_sample((pd__libsvm *)s, NULL); }
+
+static pd_status pd__libsvm_rewind(pd__source *s) {
+    pd__libsvm *c = (pd__libsvm *)s;
+    c->pending = c->bad_query = false;
+    return pd__lines_rewind(&c->lines);
+}
+
+static void pd__libsvm_close(pd__source *s) { pd__lines_free(&((pd__libsvm *)s)->lines); }
+
+/* The label is the input of ids, else the second one of width 1, else the first one. */
+static pd_status pd__libsvm_inputs(pd__libsvm *c) {
+    const pd_slot *slots = c->source.model->slots;
+    bool ok = c->source.model->slot_count == 2;
+    if (ok) c->y = slots[1].kind == PD_SLOT_IDS || (slots[0].kind == PD_SLOT_DENSE && slots[1].width == 1) ? 1 : 0;
+    c->x = 1 - c->y;
+    ok = ok && slots[c->x].kind == PD_SLOT_DENSE && (slots[c->y].kind == PD_SLOT_IDS || slots[c->y].width == 1);
+    ok = ok && slots[0].sequence == slots[1].sequence;
+    if (!ok)
+        return pd_reader_fail(&c->source.reader, PD_E_SHAPE,
+                              "libsvm reader: the net must have two inputs, a vector, and a label or a vector of width 1; "
+                              "both or none carry sequences");
+    c->queries = slots[0].sequence;
+    return PD_OK;
+}
+
+static pd_status pd__libsvm_init(pd__libsvm *c, const char *path) {
+    pd_status status = pd__check_reader_opts(&c->source, false);
+    if (status == PD_OK) status = pd__libsvm_inputs(c);
+    return status == PD_OK ? pd__lines_start(&c->lines, &c->source, path) : status;
+}
+
+PD_DEF pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reader_opts *opts) {
+    pd__libsvm *c = (pd__libsvm *)pd__source_new(net, "libsvm", sizeof *c, opts);
+    if (!c) return NULL;
+    c->source.read = pd__libsvm_read;
+    c->source.step = pd__libsvm_step;
+    c->source.rewind = pd__libsvm_rewind;
+    c->source.close = pd__libsvm_close;
+    return pd__reader_made(net, &c->source.reader, pd__libsvm_init(c, path));
+}
+
+/* ---- IDX and npy: arrays in binary files ---- */
+
+/* How a file holds one number. */
+typedef struct pd__layout {
+    char kind; /* f float, i integer, u unsigned, b bool, as npy names them; 0: a kind that can't be read */
+    int size;  /* bytes */
+    bool big;  /* highest byte first */
+} pd__layout;
+
+/* A file: samples first .. first + samples - 1 of an input. */
+typedef struct pd__block {
+    int64_t first, samples;
+    int64_t offset; /* bytes in front of the numbers */
+    pd__layout layout;
+} pd__block;
+
+/* All files of one input. */
+typedef struct pd__column {
+    pd__paths paths;
+    pd__block *blocks;  /* one per path */
+    int64_t row;        /* numbers per sample */
+    int64_t block;      /* the open one, if `file` */
+    FILE *file;
+    int64_t position;   /* the sample that the file stands at; -1 when unknown */
+} pd__column;
+
+typedef struct pd__blocks {
+    pd__source source;
+    pd__column *columns; /* one per slot */
+    /* Reads the header at the start of a file into `block`, and the product of the dims behind the first into *row. */
+    pd_status (*header)(pd_reader *r, FILE *file, const char *path, pd__block *block, int64_t *row);
+} pd__blocks;
+
+/* One number at `from`, as double. */
+static double pd__load_number(pd__layout layout, const unsigned char *from) {
+    uint64_t bits = 0, sign = (uint64_t)1 << (8 * layout.size - 1);
+    if (layout.big)
+        for (int i = 0; i < layout.size; i++) bits = bits << 8 | from[i];
+    else
+        bits = pd__load_le(from, layout.size);
+    switch (layout.kind) {
+    case 'f':
+        if (layout.size == 8) return pd__double_from_bits(bits);
+        return layout.size == 4 ? pd__float_from_bits((uint32_t)bits) : pd__half_from_bits((uint32_t)bits);
+    case 'i': return bits & sign ? -(double)((~bits & (sign - 1)) + 1) : (double)bits;
+    case 'b': return bits != 0;
+    default: return (double)bits;
+    }
+}
+
+static const char *pd__column_path(const pd__column *c) { return c->paths.list[c->block]; }
+
+static void pd__column_close(pd__column *c) {
+    if (c->file) fclose(c->file);
+    c->file = NULL;
+}
+
+/* Opens the file that holds sample `at`, and goes there. */
+static pd_status pd__column_seek(pd_reader *r, pd__column *c, int64_t at) {
+    const pd__block *b = &c->blocks[c->block];
+    if (at < b->first || at - b->first >= b->samples) {
+        pd__column_close(c);
+        while (at < c->blocks[c->block].first) c->block--;
+        while (at - c->blocks[c->block].first >= c->blocks[c->block].samples) c->block++;
+        b = &c->blocks[c->block];
+    }
+    if (!c->file) {
+        c->file = pd__open_data(r, pd__column_path(c));
+        c->position = -1;
+    }
+    if (!c->file) return PD_E_IO;
+    if (c->position == at || pd__seek(c->file, b->offset + (at - b->first) * c->row * b->layout.size)) return PD_OK;
+    return pd_reader_fail(r, PD_E_IO, "%.200s: %s", pd__column_path(c), strerror(errno));
+}
+
+/* Fails for number `index` of sample `at`, whose message is there. */
+static pd_status pd__column_locate(pd_reader *r, const pd__column *c, int64_t at, int64_t index) {
+    const pd__block *b = &c->blocks[c->block];
+    int64_t offset = b->offset + ((at - b->first) * c->row + index) * b->layout.size;
+    return pd__locate(r, "%.200s: offset %lld (sample %lld)", pd__column_path(c), (long long)offset,
+                      (long long)(at - b->first));
+}
+
+/* Reads the sample that the file stands at into `row`, or, if that is NULL, as an id. */
+static pd_status pd__column_read(pd__source *s, pd__column *c, pd_batch *batch, int slot, pd_real *row) {
+    pd_reader *r = &s->reader;
+    pd__layout layout = c->blocks[c->block].layout;
+    unsigned char bytes[8192];
+    int64_t most = (int64_t)sizeof bytes / layout.size;
+    for (int64_t i = 0; i < c->row; i += most) {
+        size_t n = (size_t)pd__min(most, c->row - i);
+        if (fread(bytes, (size_t)layout.size, n, c->file) != n) {
+            pd_reader_fail(r, PD_E_IO, "%s", ferror(c->file) ? strerror(errno) : "the file has become shorter");
+            return pd__column_locate(r, c, s->at, i);
+        }
+        for (size_t k = 0; k < n; k++) {
+            double x = pd__load_number(layout, bytes + k * (size_t)layout.size);
+            pd_status status = row ? pd__scale_number(s, x, &row[i + (int64_t)k]) : pd__add_id(s, batch, slot, x);
+            if (status != PD_OK) return pd__column_locate(r, c, s->at, i + (int64_t)k);
+        }
+    }
+    return PD_OK;
+}
+
+static pd_status pd__blocks_read(pd__source *s, pd_batch *batch) {
+    for (int i = 0; i < s->model->slot_count; i++) {
+        pd__column *c = &((pd__blocks *)s)->columns[i];
+        bool dense = s->model->slots[i].kind == PD_SLOT_DENSE;
+        pd_real *row = dense ? pd__add_row(s, batch, i) : NULL;
+        pd_status status = dense && !row ? PD_E_MEMORY : pd__column_seek(&s->reader, c, s->at);
+        if (status == PD_OK) status = pd__column_read(s, c, batch, i, row);
+        c->position = status == PD_OK ? s->at + 1 : -1;
+        if (status != PD_OK) return status;
+    }
+    return PD_OK;
+}
+
+static void pd__blocks_close(pd__source *s) {
+    const pd_allocator *a = &s->net->allocator;
+    pd__column *columns = ((pd__blocks *)s)->columns;
+    for (int i = 0; columns && i < s->model->slot_count; i++) {
+        pd__column_close(&columns[i]);
+        pd__paths_free(a, &columns[i].paths);
+        pd__free(a, columns[i].blocks);
+    }
+    pd__free(a, columns);
+}
+
+/* The file must be as long as its header says. */
+static pd_status pd__check_block_size(pd_reader *r, FILE *file, const char *path, const pd__block *b, int64_t row) {
+    int64_t bytes = 0, expected = 0, actual = pd__file_size(file);
+    bool fits = pd__multiply_sizes(row, b->layout.size, &bytes) && pd__multiply_sizes(bytes, b->samples, &expected);
+    if (actual < 0) return pd_reader_fail(r, PD_E_IO, "%.200s: %s", path, strerror(errno));
+    if (fits && actual >= b->offset && actual - b->offset == expected) return PD_OK;
+    return pd_reader_fail(r, PD_E_FORMAT, "%.200s: %lld bytes behind offset %lld, expected %lld samples of %lld numbers of %d bytes",
+                          path, (long long)(actual - b->offset), (long long)b->offset, (long long)b->samples, (long long)row,
+                          b->layout.size);
+}
+
+/* Reads the header of one file and checks it against the input. */
+static pd_status pd__block_open(pd__blocks *s, pd__block *b, const char *path, const pd_slot *slot) {
+    pd_reader *r = &s->source.reader;
+    int64_t row, expected = slot->kind == PD_SLOT_IDS ? 1 : slot->width;
+    FILE *file = pd__open_data(r, path);
+    pd_status status = PD_E_IO;
+    if (file) status = s->header(r, file, path, b, &row);
+    if (status == PD_OK && row != expected)
+        status = pd_reader_fail(r, PD_E_SHAPE, "%.200s: %lld numbers per sample, but input \"%.100s\" takes %lld", path,
+                                (long long)row, slot->name, (long long)expected);
+    if (status == PD_OK) status = pd__check_block_size(r, file, path, b, row);
+    if (file) fclose(file);
+    return status;
+}
+
+/* Reads the headers of all files of one input; what they hold together is added to *samples. */
+static pd_status pd__column_init(pd__blocks *s, pd__column *c, const char *path, const pd_slot *slot, int64_t *samples) {
+    const pd_allocator *a = &s->source.net->allocator;
+    pd_status status = pd__paths_expand(&c->paths, &s->source.reader, a, path);
+    if (status != PD_OK) return status;
+    c->row = slot->kind == PD_SLOT_IDS ? 1 : slot->width;
+    c->blocks = (pd__block *)pd__alloc(a, c->paths.count, sizeof *c->blocks);
+    if (!c->blocks) return pd__reader_no_memory(&s->source.reader, "a reader");
+    for (int64_t i = 0; status == PD_OK && i < c->paths.count; i++) {
+        pd__block *b = &c->blocks[i];
+        status = pd__block_open(s, b, c->paths.list[i], slot);
+        b->first = *samples;
+        if (status == PD_OK && b->samples > INT64_MAX - *samples)
+            status = pd_reader_fail(&s->source.reader, PD_E_FORMAT, "%.200s: too many samples", c->paths.list[i]);
+        if (status == PD_OK) *samples += b->samples;
+    }
+    return status;
+}
+
+static pd_status pd__blocks_init(pd__blocks *s, const char *const *paths, int count) {
+    pd__source *source = &s->source;
+    const pd_slot *slots = source->model->slots;
+    pd_reader *r = &source->reader;
+    pd_status status = pd__check_reader_opts(source, false);
+    if (status == PD_OK) status = pd__check_no_sequences(source);
+    if (status == PD_OK && (!paths || count != source->model->slot_count))
+        status = pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: %d paths, expected %d, one per input", r->name,
+                                paths ? count : 0, source->model->slot_count);
+    if (status != PD_OK) return status;
+    s->columns = (pd__column *)pd__alloc(&source->net->allocator, count, sizeof *s->columns);
+    if (!s->columns) return pd__reader_no_memory(r, "a reader");
+    for (int i = 0; i < count; i++) {
+        int64_t samples = 0;
+        status = pd__column_init(s, &s->columns[i], paths[i], &slots[i], &samples);
+        if (status != PD_OK) return status;
+        if (i == 0) source->total = samples;
+        if (samples != source->total)
+            return pd_reader_fail(r, PD_E_SHAPE, "%.150s: %lld samples for input \"%.100s\", but input \"%.100s\" has %lld",
+                                  paths[i], (long long)samples, slots[i].name, slots[0].name, (long long)source->total);
+    }
+    return PD_OK;
+}
+
+static pd_reader *pd__blocks_new(pd_net *net, const char *name, const char *const *paths, int count,
+                                 const pd_reader_opts *opts,
+                                 pd_status (*header)(pd_reader *, FILE *, const char *, pd__block *, int64_t *)) {
+    pd__blocks *s = (pd__blocks *)pd__source_new(net, name, sizeof *s, opts);
+    if (!s) return NULL;
+    s->header = header;
+    s->source.read = pd__blocks_read;
+    s->source.close = pd__blocks_close;
+    return pd__reader_made(net, &s->source.reader, pd__blocks_init(s, paths, count));
+}
+
+/* Reads `n` bytes of a header, at *offset, which moves on. */
+static pd_status pd__header_bytes(pd_reader *r, FILE *file, const char *path, void *to, size_t n, int64_t *offset) {
+    if (fread(to, 1, n, file) == n) {
+        *offset += (int64_t)n;
+        return PD_OK;
+    }
+    if (ferror(file)) return pd_reader_fail(r, PD_E_IO, "%.200s: %s", path, strerror(errno));
+    return pd_reader_fail(r, PD_E_FORMAT, "%.200s: it ends within the %lld bytes of the header at offset %lld", path,
+                          (long long)n, (long long)*offset);
+}
+
+/* Appends a dim: the first is the number of samples. False when the product does not fit. */
+static bool pd__add_dim(pd__block *b, int index, int64_t dim, int64_t *row) {
+    if (index == 0) b->samples = dim;
+    return index == 0 || pd__multiply_sizes(*row, dim, row);
+}
+
+/* IDX: 0, 0, the type, the number of dims, then the dims as 32-bit integers, highest byte first. */
+static pd_status pd__idx_header(pd_reader *r, FILE *file, const char *path, pd__block *b, int64_t *row) {
+    static const pd__layout layouts[] = { { 'u', 1, true }, { 'i', 1, true }, { 0, 0, true },   { 'i', 2, true },
+                                          { 'i', 4, true }, { 'f', 4, true }, { 'f', 8, true } }; /* types 8 to 14 */
+    static const pd__layout dim_layout = { 'u', 4, true };
+    unsigned char magic[4], dim[4];
+    pd_status status = pd__header_bytes(r, file, path, magic, 4, &b->offset);
+    if (status != PD_OK) return status;
+    if (magic[0] != 0 || magic[1] != 0 || magic[2] < 8 || magic[2] > 14 || !layouts[magic[2] - 8].kind || magic[3] == 0)
+        return pd_reader_fail(r, PD_E_FORMAT, "%.200s: it begins with %02x %02x %02x %02x, which is not an IDX file", path,
+                              magic[0], magic[1], magic[2], magic[3]);
+    b->layout = layouts[magic[2] - 8];
+    *row = 1;
+    for (int i = 0; i < magic[3]; i++) {
+        status = pd__header_bytes(r, file, path, dim, 4, &b->offset);
+        if (status != PD_OK) return status;
+        if (!pd__add_dim(b, i, (int64_t)pd__load_number(dim_layout, dim), row))
+            return pd_reader_fail(r, PD_E_FORMAT, "%.200s: offset 4: the product of the dims is too large", path);
+    }
+    return PD_OK;
+}
+
+PD_DEF pd_reader *pd_idx_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts) {
+    return pd__blocks_new(net, "idx", paths, count, opts, pd__idx_header);
+}
+
+#define PD__NPY_HEADER_MAX 10000 /* bytes; NumPy itself reads no more unless told to */
+
+/* The text of an npy header, a Python dict, read up to `at`. */
+typedef struct pd__npy {
+    const char *text, *at, *end;
+} pd__npy;
+
+/* Passes over white space, then over the character `c`, if it is there. */
+static bool pd__npy_take(pd__npy *p, char c) {
+    while (p->at < p->end && (*p->at == ' ' || (*p->at >= '\t' && *p->at <= '\r'))) p->at++;
+    if (p->at == p->end || *p->at != c) return false;
+    p->at++;
+    return true;
+}
+
+static bool pd__npy_take_word(pd__npy *p, const char *word) {
+    size_t n = strlen(word);
+    if (!pd__npy_take(p, word[0])) return false;
+    p->at--;
+    if ((size_t)(p->end - p->at) < n || memcmp(p->at, word, n) != 0) return false;
+    p->at += n;
+    return true;
+}
+
+/* A string in either quotes, without escapes, into `text`; false when there is none or it is longer. */
+static bool pd__npy_string(pd__npy *p, char *text, size_t size) {
+    size_t n = 0;
+    char quote = '\'';
+    if (!pd__npy_take(p, quote) && !pd__npy_take(p, quote = '"')) return false;
+    while (p->at < p->end && *p->at != quote && *p->at != '\\' && n + 1 < size) text[n++] = *p->at++;
+    text[n] = 0;
+    return pd__npy_take(p, quote);
+}
+
+/* '<f4': byte order, kind, size. */
+static bool pd__npy_layout(const char *text, pd__layout *layout) {
+    static const uint16_t one = 1;
+    unsigned char lowest;
+    const char *order = strchr("<>|=", text[0]);
+    if (!order || strlen(text) != 3 || !strchr("fiub", text[1]) || !strchr("1248", text[2])) return false;
+    memcpy(&lowest, &one, 1);
+    layout->kind = text[1];
+    layout->size = text[2] - '0';
+    layout->big = *order == '>' || (*order == '=' && lowest == 0);
+    if (*order == '|' && layout->size > 1) return false;
+    return text[1] == 'f' ? layout->size > 1 : text[1] != 'b' || layout->size == 1;
+}
+
+/* "(3, 4)", "(3,)": at least one dim. *count gets their number. */
+static bool pd__npy_shape(pd__npy *p, pd__block *b, int64_t *row, int *count) {
+    if (!pd__npy_take(p, '(')) return false;
+    for (*count = 0, *row = 1; !pd__npy_take(p, ')'); ++*count) {
+        int64_t dim = 0;
+        const char *digits;
+        if (*count == 64 || (*count > 0 && !pd__npy_take(p, ','))) return false;
+        if (pd__npy_take(p, ')')) break;
+        for (digits = p->at; p->at < p->end && *p->at >= '0' && *p->at <= '9'; p->at++) {
+            if (dim > (INT64_MAX - 9) / 10) return false;
+            dim = 10 * dim + (*p->at - '0');
+        }
+        if (p->at == digits || !pd__add_dim(b, *count, dim, row)) return false;
+    }
+    return *count > 0;
+}
+
+/* {'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }: these three keys, in any order. */
+static pd_status pd__npy_dict(pd_reader *r, pd__npy *p, const char *path, pd__block *b, int64_t *row) {
+    static const char *const keys[] = { "descr", "fortran_order", "shape" };
+    char key[16], descr[64] = "";
+    bool fortran = false, ok = pd__npy_take(p, '{');
+    int found = 0, axes = 0;
+    while (ok && !pd__npy_take(p, '}')) {
+        int k = 0;
+        ok = pd__npy_string(p, key, sizeof key) && pd__npy_take(p, ':');
+        while (ok && k < 3 && strcmp(key, keys[k]) != 0) k++;
+        ok = ok && k < 3 && !(found & 1 << k);
+        found |= 1 << k;
+        if (ok && k == 0 && !pd__npy_string(p, descr, sizeof descr))
+            return pd_reader_fail(r, PD_E_UNSUPPORTED, "%.200s: structured elements can't be read", path);
+        if (ok && k == 1) ok = (fortran = pd__npy_take_word(p, "True")) || pd__npy_take_word(p, "False");
+        if (ok && k == 2) ok = pd__npy_shape(p, b, row, &axes);
+        if (ok && !pd__npy_take(p, ',')) {
+            ok = pd__npy_take(p, '}');
+            break;
+        }
+    }
+    if (!ok || found != 7)
+        return pd_reader_fail(r, PD_E_FORMAT, "%.200s: malformed near byte %lld of the header, which must have descr, "
+                                              "fortran_order and shape, of one axis or more",
+                              path, (long long)(p->at - p->text));
+    if (!pd__npy_layout(descr, &b->layout))
+        return pd_reader_fail(r, PD_E_UNSUPPORTED, "%.200s: elements of type \"%s\" can't be read; float, integer and bool can",
+                              path, descr);
+    if (fortran && axes > 1)
+        return pd_reader_fail(r, PD_E_UNSUPPORTED, "%.200s: it is in Fortran order; save numpy.ascontiguousarray of it", path);
+    return PD_OK;
+}
+
+/* npy: "\x93NUMPY", version, length of the header, little-endian in 2 bytes (from version 2 on: 4), the header. */
+static pd_status pd__npy_header(pd_reader *r, FILE *file, const char *path, pd__block *b, int64_t *row) {
+    unsigned char magic[8], bytes[4];
+    char text[PD__NPY_HEADER_MAX];
+    size_t length;
+    pd__npy p;
+    pd_status status = pd__header_bytes(r, file, path, magic, 8, &b->offset);
+    if (status != PD_OK) return status;
+    if (memcmp(magic, "\x93NUMPY", 6) != 0 || magic[6] < 1 || magic[6] > 3)
+        return pd_reader_fail(r, PD_E_FORMAT, "%.200s: it is not an .npy file of version 1, 2 or 3", path);
+    status = pd__header_bytes(r, file, path, bytes, magic[6] == 1 ? 2 : 4, &b->offset);
+    if (status != PD_OK) return status;
+    length = (size_t)pd__load_le(bytes, magic[6] == 1 ? 2 : 4);
+    if (length > sizeof text)
+        return pd_reader_fail(r, PD_E_FORMAT, "%.200s: offset 8: the header has %lld bytes, expected %d at most", path,
+                              (long long)length, PD__NPY_HEADER_MAX);
+    status = pd__header_bytes(r, file, path, text, length, &b->offset);
+    p.text = p.at = text;
+    p.end = text + length;
+    return status == PD_OK ? pd__npy_dict(r, &p, path, b, row) : status;
+}
+
+PD_DEF pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts) {
+    return pd__blocks_new(net, "npy", paths, count, opts, pd__npy_header);
+}
+
+/* ---- streams ---- */
+
+typedef struct pd__stream {
+    pd__source source;
+    pd_status (*next)(void *user, pd_batch *batch);
+    void *user;
+} pd__stream;
+
+static pd_status pd__stream_read(pd__source *s, pd_batch *batch) {
+    pd__stream *stream = (pd__stream *)s;
+    int64_t samples = batch->samples;
+    pd_status status;
+    batch->error.status = PD_OK;
+    status = stream->next(stream->user, batch);
+    if (batch->samples != samples) {
+        batch->samples = pd__min(batch->samples, samples);
+        return pd_reader_fail(&s->reader, PD_E_STATE, "stream reader: sample %lld: the function ended the sample itself",
+                              (long long)s->at);
+    }
+    if (status == PD_OK || status == PD_END) return status;
+    if (batch->error.status == status) pd__reader_batch_failed(&s->reader, batch);
+    else pd_reader_fail(&s->reader, status, "%s", pd_status_text(status));
+    return pd__locate(&s->reader, "stream reader: sample %lld", (long long)s->at);
+}
+
+static pd_status pd__stream_step(pd__source *s) {
+    pd_status status = pd__stream_read(s, s->model);
+    pd_batch_clear(s->model);
+    return status;
+}
+
+PD_DEF pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user) {
+    pd__stream *s = (pd__stream *)pd__source_new(net, "stream", sizeof *s, NULL);
+    pd_status status = PD_OK;
+    if (!s) return NULL;
+    s->next = next;
+    s->user = user;
+    s->source.read = pd__stream_read;
+    s->source.step = pd__stream_step;
+    if (!next) status = pd_reader_fail(&s->source.reader, PD_E_ARGUMENT, "stream reader: no function given");
+    return pd__reader_made(net, &s->source.reader, status);
+}
+
+/* ---- readers around a reader ---- */
+
+/* What the inner reader failed with; it may have left no message. */
+static void pd__copy_failure(pd_failure *to, const pd_reader *inner, pd_status status) {
+    *to = inner->error;
+    if (to->status == status) return;
+    to->status = status;
+    snprintf(to->text, sizeof to->text, "%.100s reader: %s", inner->name, pd_status_text(status));
+}
+
+static pd_status pd__reader_take_failure(pd_reader *r, const pd_reader *inner, pd_status status) {
+    pd__copy_failure(&r->error, inner, status);
+    return status;
+}
+
+/* One call of the inner reader's `next`. */
+static pd_status pd__inner_next(pd_reader *r, pd_reader *inner, pd_batch *batch, int64_t count) {
+    pd_status status = inner->next(inner, batch, count);
+    return status == PD_OK || status == PD_END ? status : pd__reader_take_failure(r, inner, status);
+}
+
+static pd_status pd__inner_reset(pd_reader *r, pd_reader *inner, int64_t pass) {
+    pd_status status = inner->reset(inner, pass);
+    return status == PD_OK ? status : pd__reader_take_failure(r, inner, status);
+}
+
+static pd_status pd__inner_shard(pd_reader *r, pd_reader *inner, int rank, int count) {
+    pd_status status = pd_reader_shard(inner, rank, count);
+    return status == PD_OK ? status : pd__reader_take_failure(r, inner, status);
+}
+
+static int64_t pd__inner_size(pd_reader *inner) { return inner->size ? inner->size(inner) : -1; }
+
+/* A reader of `size` bytes, which begin with the pd_reader, around `inner`. NULL on failure: then `inner` has been freed
+   and the message is in the net. */
+static void *pd__around(pd_net *net, pd_reader *inner, size_t size, const pd_reader *functions) {
+    pd_reader *r = net ? (pd_reader *)pd__alloc(&net->allocator, 1, size) : NULL;
+    if (!r) {
+        pd__no_memory(net, "a reader");
+        pd_reader_free(inner);
+        return NULL;
+    }
+    *r = *functions;
+    r->self = r;
+    return r;
+}
+
+/* ---- shuffling ---- */
+
+/* A pool of samples to draw from. What was drawn stays in its batch until that is half as large again as the pool. */
+typedef struct pd__shuffle {
+    pd_reader reader;
+    pd_reader *inner;
+    pd_net *net;
+    int64_t pool;
+    uint64_t seed, key; /* the key is that of the pass */
+    uint64_t draws;     /* in this pass */
+    pd_batch *batch;
+    int64_t known;      /* samples of the batch that `left` or `drawn` know of */
+    int64_t *left;      /* the samples of the batch not yet drawn, in any order */
+    int64_t left_count, left_capacity;
+    unsigned char *drawn; /* per sample of the batch */
+    int64_t drawn_capacity;
+    bool ended;         /* the inner reader's pass */
+} pd__shuffle;
+
+static void pd__shuffle_begin(pd__shuffle *s, int64_t pass) {
+    s->key = pd__subkey(s->seed, (uint64_t)pass);
+    s->draws = 0;
+    s->known = s->left_count = 0;
+    s->ended = false;
+    pd_batch_clear(s->batch);
+}
+
+/* Takes what was drawn out of the batch. */
+static void pd__shuffle_tidy(pd__shuffle *s) {
+    if (s->batch->samples - s->pool < s->pool / 2 || s->left_count == s->batch->samples) return;
+    pd__remove_samples(s->batch, s->drawn);
+    s->known = s->left_count = s->batch->samples;
+    memset(s->drawn, 0, (size_t)s->known);
+    for (int64_t i = 0; i < s->known; i++) s->left[i] = i;
+}
+
+/* Makes the samples that the batch has got lately ones that can be drawn. */
+static pd_status pd__shuffle_note(pd__shuffle *s) {
+    const pd_allocator *a = &s->net->allocator;
+    if (!pd__grow(a, (void **)&s->left, &s->left_capacity, s->batch->samples, sizeof *s->left) ||
+        !pd__grow(a, (void **)&s->drawn, &s->drawn_capacity, s->batch->samples, 1))
+        return pd__reader_no_memory(&s->reader, "the pool of samples");
+    for (; s->known < s->batch->samples; s->known++) {
+        s->left[s->left_count++] = s->known;
+        s->drawn[s->known] = 0;
+    }
+    return PD_OK;
+}
+
+/* Fills the pool up. */
+static pd_status pd__shuffle_fill(pd__shuffle *s) {
+    pd_status status = pd__shuffle_note(s);
+    while (status == PD_OK && !s->ended && s->left_count < s->pool) {
+        pd_status noted;
+        pd__shuffle_tidy(s);
+        status = pd__inner_next(&s->reader, s->inner, s->batch, s->pool - s->left_count);
+        noted = pd__shuffle_note(s);
+        s->ended = status == PD_END;
+        if (status == PD_END) status = PD_OK;
+        if (status == PD_OK) status = noted;
+    }
+    return status;
+}
+
+/* Hands out one sample, or, without a batch, forgets it. */
+static pd_status pd__shuffle_draw(pd__shuffle *s, pd_batch *batch) {
+    int64_t k, sample;
+    pd_status status = pd__shuffle_fill(s);
+    if (status != PD_OK) return status;
+    if (s->left_count == 0) return PD_END;
+    k = pd__below(s->key, s->draws, s->left_count);
+    sample = s->left[k];
+    if (batch && pd_batch_copy_sample(batch, s->batch, sample) != PD_OK)
+        return pd__reader_batch_failed(&s->reader, batch);
+    s->draws++;
+    s->drawn[sample] = 1;
+    s->left[k] = s->left[--s->left_count];
+    return PD_OK;
+}
+
+static pd_status pd__shuffle_next(pd_reader *r, pd_batch *batch, int64_t count) {
+    pd_status status = pd__check_next(r, batch, count);
+    for (int64_t i = 0; status == PD_OK && i < count; i++) status = pd__shuffle_draw((pd__shuffle *)r->self, batch);
+    return status;
+}
+
+/* Draws them all the same, so that the order is as if they had been handed out. */
+static pd_status pd__shuffle_skip(pd_reader *r, int64_t samples) {
+    pd_status status = PD_OK;
+    for (int64_t i = 0; status == PD_OK && i < samples; i++) status = pd__shuffle_draw((pd__shuffle *)r->self, NULL);
+    return status;
+}
+
+static pd_status pd__shuffle_reset(pd_reader *r, int64_t pass) {
+    pd__shuffle *s = (pd__shuffle *)r->self;
+    pd__shuffle_begin(s, pass);
+    return pd__inner_reset(r, s->inner, pass);
+}
+
+static pd_status pd__shuffle_shard(pd_reader *r, int rank, int count) {
+    pd__shuffle *s = (pd__shuffle *)r->self;
+    pd__shuffle_begin(s, 0);
+    return pd__inner_shard(r, s->inner, rank, count);
+}
+
+static int64_t pd__shuffle_size(pd_reader *r) { return pd__inner_size(((pd__shuffle *)r->self)->inner); }
+
+static void pd__shuffle_free(pd_reader *r) {
+    pd__shuffle *s = (pd__shuffle *)r->self;
+    const pd_allocator *a = &s->net->allocator;
+    pd_reader_free(s->inner);
+    pd_batch_free(s->batch);
+    pd__free(a, s->left);
+    pd__free(a, s->drawn);
+    pd__free(a, s);
+}
+
+PD_DEF pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint64_t seed) {
+    static const pd_reader functions = { PD_API_VERSION,    "shuffle",         NULL, { PD_OK, "" }, pd__shuffle_next, pd__shuffle_reset,
+                                         pd__shuffle_shard, pd__shuffle_skip, pd__shuffle_size, pd__shuffle_free };
+    pd__shuffle *s = reader ? (pd__shuffle *)pd__around(net, reader, sizeof *s, &functions) : NULL;
+    pd_status status = PD_OK;
+    if (!s) return NULL;
+    s->inner = reader;
+    s->net = net;
+    s->pool = pool;
+    s->seed = seed;
+    s->batch = pd_batch_new(net);
+    if (!s->batch) status = pd__reader_no_memory(&s->reader, "the pool of samples");
+    else pd__shuffle_begin(s, 0);
+    if (pool < 1)
+        status = pd_reader_fail(&s->reader, PD_E_ARGUMENT, "pd_shuffle: the pool is %lld, expected 1 or more", (long long)pool);
+    return pd__reader_made(net, &s->reader, status);
+}
+
+/* ---- reading ahead ---- */
+
+/* One batch read ahead, and what `next` returned with it. */
+typedef struct pd__ready {
+    pd_batch *batch;
+    pd_status status;
+    pd_failure error;
+} pd__ready;
+
+/* A ring of batches: the thread fills them at its end, the caller takes them from its start. The thread owns the inner
+   reader while it runs, and the batch behind the last filled one; all else is the caller's, but for what is marked. */
+typedef struct pd__prefetch {
+    pd_reader reader;
+    pd_reader *inner;
+    pd_net *net;
+    int64_t size;    /* of the inner reader, asked while no thread runs */
+    int64_t count;   /* samples in each batch: as many as the first call in a pass wanted */
+    int64_t taken;   /* samples of the first filled batch that have been handed out */
+    bool ended;      /* PD_END has been handed out */
+    bool running;    /* the thread has been started and not joined */
+    pd__ready *ring;
+    int depth;
+    int first, filled;  /* shared, under the mutex */
+    bool stop;          /* shared */
+    bool over;          /* shared: PD_END is in the ring, or was */
+#ifdef PD__THREADS
+    bool has_mutex, has_condition;
+    pd__mutex mutex;
+    pd__condition changed;
+    pd__thread thread;
+#endif
+} pd__prefetch;
+
+#ifdef PD__THREADS
+
+/* Reads the next batch into the ring; called without the mutex. */
+static void pd__prefetch_fill(pd__prefetch *p, pd__ready *ready) {
+    pd_batch_clear(ready->batch);
+    ready->status = p->inner->next(p->inner, ready->batch, p->count);
+    if (ready->status != PD_OK) pd__copy_failure(&ready->error, p->inner, ready->status);
+}
+
+static pd__thread_result PD__THREAD_CALL pd__prefetch_run(void *argument) {
+    pd__prefetch *p = (pd__prefetch *)argument;
+    pd__lock(&p->mutex);
+    while (!p->stop && !p->over) {
+        pd__ready *ready = &p->ring[(p->first + p->filled) % p->depth];
+        if (p->filled == p->depth) {
+            pd__wait(&p->changed, &p->mutex);
+            continue;
+        }
+        pd__unlock(&p->mutex);
+        pd__prefetch_fill(p, ready);
+        pd__lock(&p->mutex);
+        p->filled++;
+        p->over = ready->status == PD_END;
+        pd__wake(&p->changed);
+    }
+    pd__unlock(&p->mutex);
+    return (pd__thread_result)0;
+}
+
+static bool pd__prefetch_init_thread(pd__prefetch *p) {
+    p->has_mutex = pd__mutex_init(&p->mutex);
+    p->has_condition = p->has_mutex && pd__condition_init(&p->changed);
+    return p->has_condition;
+}
+
+static void pd__prefetch_free_thread(pd__prefetch *p) {
+    if (p->has_condition) pd__condition_free(&p->changed);
+    if (p->has_mutex) pd__mutex_free(&p->mutex);
+}
+
+/* Starts the thread unless it runs or has nothing left to do. Should that fail, samples are read when asked for. */
+static void pd__prefetch_start(pd__prefetch *p, int64_t count) {
+    if (p->running || p->over || p->ended) return;
+    p->count = count;
+    p->stop = false;
+    p->running = pd__thread_start(&p->thread, pd__prefetch_run, p);
+}
+
+/* Waits until the thread is through with the batch that it reads, and has ended. */
+static void pd__prefetch_stop(pd__prefetch *p) {
+    if (!p->running) return;
+    pd__lock(&p->mutex);
+    p->stop = true;
+    pd__wake(&p->changed);
+    pd__unlock(&p->mutex);
+    pd__thread_join(p->thread);
+    p->running = false;
+}
+
+/* The first filled batch; waits for it while the thread runs. NULL when there is none. */
+static pd__ready *pd__prefetch_front(pd__prefetch *p) {
+    bool filled;
+    pd__lock(&p->mutex);
+    while (p->running && p->filled == 0 && !p->over) pd__wait(&p->changed, &p->mutex);
+    filled = p->filled > 0;
+    pd__unlock(&p->mutex);
+    return filled ? &p->ring[p->first] : NULL;
+}
+
+/* Gives the first batch back to the thread. Returns the status that came with it. */
+static pd_status pd__prefetch_release(pd__prefetch *p) {
+    const pd__ready *ready = &p->ring[p->first];
+    pd_status status = ready->status;
+    p->ended = status == PD_END;
+    if (status != PD_OK) p->reader.error = ready->error;
+    p->taken = 0;
+    pd__lock(&p->mutex);
+    p->first = (p->first + 1) % p->depth;
+    p->filled--;
+    pd__wake(&p->changed);
+    pd__unlock(&p->mutex);
+    return status;
+}
+
+#else /* Nothing is ever read ahead. */
+
+static bool pd__prefetch_init_thread(pd__prefetch *p) { return p != NULL; }
+static void pd__prefetch_free_thread(pd__prefetch *p) { (void)p; }
+static void pd__prefetch_start(pd__prefetch *p, int64_t count) { p->count = count; }
+static void pd__prefetch_stop(pd__prefetch *p) { (void)p; }
+static pd__ready *pd__prefetch_front(pd__prefetch *p) { return p->filled > 0 ? p->ring : NULL; }
+static pd_status pd__prefetch_release(pd__prefetch *p) { return p->ring->status; }
+
+#endif
+
+/* Gives an empty batch all samples of another by exchanging their memory. */
+static void pd__swap_batches(pd_batch *batch, pd_batch *from) {
+    for (int i = 0; i < batch->slot_count; i++) {
+        pd_slot kept = batch->slots[i];
+        batch->slots[i] = from->slots[i];
+        from->slots[i] = kept;
+    }
+    batch->samples = from->samples;
+    pd_batch_clear(from);
+}
+
+/* Hands out `count` samples of the first batch, or, without `batch`, forgets them. */
+static pd_status pd__prefetch_move(pd__prefetch *p, pd_batch *from, pd_batch *batch, int64_t count) {
+    if (!batch) {
+        p->taken += count;
+    } else if (count == from->samples && batch->samples == 0 && batch->net == p->net && pd__batches_alike(batch, from)) {
+        pd__swap_batches(batch, from);
+    } else {
+        for (int64_t i = 0; i < count; i++, p->taken++)
+            if (pd_batch_copy_sample(batch, from, p->taken) != PD_OK) return pd__reader_batch_failed(&p->reader, batch);
+    }
+    return PD_OK;
+}
+
+/* Hands out samples that have been read ahead, up to *count, which goes down. A status that came with them is told once
+   the samples before it are gone and more are wanted. */
+static pd_status pd__prefetch_take(pd__prefetch *p, pd_batch *batch, int64_t *count) {
+    pd_status status = p->ended ? PD_END : PD_OK;
+    while (status == PD_OK && *count > 0) {
+        pd__ready *ready = pd__prefetch_front(p);
+        int64_t n = ready ? pd__min(ready->batch->samples - p->taken, *count) : 0;
+        if (!ready) break;
+        status = pd__prefetch_move(p, ready->batch, batch, n);
+        if (status != PD_OK) return status;
+        *count -= n;
+        if (p->taken == ready->batch->samples && (ready->status == PD_OK || *count > 0)) status = pd__prefetch_release(p);
+    }
+    return status;
+}
+
+static pd_status pd__prefetch_next(pd_reader *r, pd_batch *batch, int64_t count) {
+    pd__prefetch *p = (pd__prefetch *)r->self;
+    pd_status status = pd__check_next(r, batch, count);
+    if (status != PD_OK || count == 0) return status;
+    pd__prefetch_start(p, count);
+    status = pd__prefetch_take(p, batch, &count);
+    if (status == PD_OK && count > 0) status = pd__inner_next(r, p->inner, batch, count);
+    if (status == PD_END) p->ended = true;
+    return status;
+}
+
+static pd_status pd__inner_skip(pd_reader *r, pd_reader *inner, int64_t samples, pd_batch *scratch) {
+    pd_status status = PD_OK;
+    if (inner->skip) {
+        status = inner->skip(inner, samples);
+        return status == PD_OK || status == PD_END ? status : pd__reader_take_failure(r, inner, status);
+    }
+    for (int64_t n; status == PD_OK && samples > 0; samples -= n) {
+        n = pd__min(samples, 256);
+        pd_batch_clear(scratch);
+        status = pd__inner_next(r, inner, scratch, n);
+    }
+    return status;
+}
+
+static pd_status pd__prefetch_skip(pd_reader *r, int64_t samples) {
+    pd__prefetch *p = (pd__prefetch *)r->self;
+    pd_status status;
+    pd__prefetch_stop(p);
+    status = pd__prefetch_take(p, NULL, &samples);
+    if (status == PD_OK && samples > 0) status = pd__inner_skip(r, p->inner, samples, p->ring[0].batch);
+    if (status == PD_END) p->ended = true;
+    return status;
+}
+
+/* Forgets all that was read ahead. */
+static void pd__prefetch_begin(pd__prefetch *p) {
+    pd__prefetch_stop(p);
+    p->first = p->filled = 0;
+    p->taken = 0;
+    p->over = p->ended = false;
+}
+
+static pd_status pd__prefetch_reset(pd_reader *r, int64_t pass) {
+    pd__prefetch *p = (pd__prefetch *)r->self;
+    pd__prefetch_begin(p);
+    return pd__inner_reset(r, p->inner, pass);
+}
+
+static pd_status pd__prefetch_shard(pd_reader *r, int rank, int count) {
+    pd__prefetch *p = (pd__prefetch *)r->self;
+    pd_status status;
+    pd__prefetch_begin(p);
+    status = pd__inner_shard(r, p->inner, rank, count);
+    p->size = pd__inner_size(p->inner);
+    return status;
+}
+
+static int64_t pd__prefetch_size(pd_reader *r) { return ((pd__prefetch *)r->self)->size; }
+
+static void pd__prefetch_free(pd_reader *r) {
+    pd__prefetch *p = (pd__prefetch *)r->self;
+    pd_net *net = p->net;
+    pd__prefetch_stop(p);
+    pd__prefetch_free_thread(p);
+    for (int i = 0; p->ring && i < p->depth; i++) pd_batch_free(p->ring[i].batch);
+    pd_reader_free(p->inner);
+    pd__free(&net->allocator, p->ring);
+    pd__free(&net->allocator, p);
+}
+
+static pd_status pd__prefetch_init(pd__prefetch *p, int depth) {
+    if (depth < 1) return pd_reader_fail(&p->reader, PD_E_ARGUMENT, "pd_prefetch: depth is %d, expected 1 or more", depth);
+    if (!pd__prefetch_init_thread(p)) return pd_reader_fail(&p->reader, PD_E_MEMORY, "pd_prefetch: no mutex to be had");
+    p->ring = (pd__ready *)pd__alloc(&p->net->allocator, depth, sizeof *p->ring);
+    p->depth = p->ring ? depth : 0;
+    for (int i = 0; i < p->depth; i++) {
+        p->ring[i].batch = pd_batch_new(p->net);
+        if (!p->ring[i].batch) return pd__reader_no_memory(&p->reader, "batches to read ahead");
+    }
+    return p->ring ? PD_OK : pd__reader_no_memory(&p->reader, "batches to read ahead");
+}
+
+PD_DEF pd_reader *pd_prefetch(pd_net *net, pd_reader *reader, int depth) {
+    static const pd_reader functions = { PD_API_VERSION,     "prefetch",        NULL, { PD_OK, "" }, pd__prefetch_next, pd__prefetch_reset,
+                                         pd__prefetch_shard, pd__prefetch_skip, pd__prefetch_size, pd__prefetch_free };
+    pd__prefetch *p = reader ? (pd__prefetch *)pd__around(net, reader, sizeof *p, &functions) : NULL;
+    if (!p) return NULL;
+    p->inner = reader;
+    p->net = net;
+    p->size = pd__inner_size(reader);
+    return pd__reader_made(net, &p->reader, pd__prefetch_init(p, depth));
+}
+
+/* ======================================================================================================== */
+/* >>tensorboard                                                                                            */
+
+/* A TensorBoard event file is a row of TFRecords:
+       8 bytes length, 4 bytes masked CRC of the length, the record, 4 bytes masked CRC of the record
+   all little-endian. Each record is a protobuf message Event:
+       1 wall_time double; 2 step varint; 3 file_version string;
+       5 summary { 1 value { 1 tag string; 2 simple_value float } } */
+
+struct pd__events {
+    pd_net *net; /* gets the messages, gives the memory */
+    FILE *file;
+    char *path;
+};
+
+/* The lowest `size` bytes of `bits`, lowest first, whatever the host's own order. */
+static void pd__store_le(unsigned char *to, uint64_t bits, int size) {
+    for (int i = 0; i < size; i++) to[i] = (unsigned char)((bits >> (8 * i)) & 255);
+}
+
+/* CRC-32C (Castagnoli), rotated and shifted as TFRecords want it. Bit by bit: records have some fifty bytes. */
+static uint32_t pd__masked_crc(const unsigned char *bytes, size_t n) {
+    uint32_t crc = 0xffffffffu;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= bytes[i];
+        for (int k = 0; k < 8; k++) crc = (crc >> 1) ^ (0x82f63b78u & (0u - (crc & 1u)));
+    }
+    crc = ~crc;
+    return ((crc >> 15) | (crc << 17)) + 0xa282ead8u;
+}
+
+/* A protobuf message under construction; callers see to it that everything fits. */
+typedef struct pd__message {
+    unsigned char bytes[480];
+    int size;
+} pd__message;
+
+static void pd__put_varint(pd__message *m, uint64_t value) {
+    for (; value > 127; value >>= 7) m->bytes[m->size++] = (unsigned char)((value & 127u) | 128u);
+    m->bytes[m->size++] = (unsigned char)value;
+}
+
+static void pd__put_bytes_field(pd__message *m, int field, const void *bytes, int size) {
+    pd__put_varint(m, (uint64_t)field << 3 | 2);
+    pd__put_varint(m, (uint64_t)size);
+    memcpy(m->bytes + m->size, bytes, (size_t)size);
+    m->size += size;
+}
+
+static void pd__put_double_field(pd__message *m, int field, double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    pd__put_varint(m, (uint64_t)field << 3 | 1);
+    pd__store_le(m->bytes + m->size, bits, 8);
+    m->size += 8;
+}
+
+static void pd__put_float_field(pd__message *m, int field, float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    pd__put_varint(m, (uint64_t)field << 3 | 5);
+    pd__store_le(m->bytes + m->size, bits, 4);
+    m->size += 4;
+}
+
+/* Seconds since 1970, for people: it may jump. */
+static double pd__wall_time(void) {
+#if defined(PD__POSIX)
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#else
+    return (double)time(NULL);
+#endif
+}
+
+static long pd__process_id(void) {
+#if defined(_WIN32)
+    return (long)GetCurrentProcessId();
+#elif defined(PD__POSIX)
+    return (long)getpid();
+#else
+    return 0;
+#endif
+}
+
+/* Writes one record, through to the file: TensorBoard reads it while training goes on. */
+static pd_status pd__events_write(struct pd__events *e, const pd__message *m) {
+    unsigned char head[12], tail[4];
+    pd__store_le(head, (uint64_t)m->size, 8);
+    pd__store_le(head + 8, pd__masked_crc(head, 8), 4);
+    pd__store_le(tail, pd__masked_crc(m->bytes, (size_t)m->size), 4);
+    if (fwrite(head, sizeof head, 1, e->file) != 1 || fwrite(m->bytes, (size_t)m->size, 1, e->file) != 1 ||
+        fwrite(tail, sizeof tail, 1, e->file) != 1 || fflush(e->file) != 0)
+        return pd__fail(e->net, PD_E_IO, "%.300s: could not be written: %s", e->path, strerror(errno));
+    return PD_OK;
+}
+
+static bool pd__is_separator(char c) {
+#if defined(_WIN32)
+    return c == '/' || c == '\\';
+#else
+    return c == '/';
+#endif
+}
+
+/* Makes the directory and those above it. Only the last one must work out: some above may exist and be closed to us. */
+static pd_status pd__make_directory(pd_net *net, const char *directory) {
+    char *path = pd__copy_text(&net->allocator, directory);
+    int error = *directory ? 0 : ENOENT;
+    if (!path) return pd__no_memory(net, "a path");
+    for (char *end = path; *end;) {
+        char next;
+        while (pd__is_separator(*end)) end++;
+        while (*end && !pd__is_separator(*end)) end++;
+        next = *end;
+        *end = '\0';
+#if defined(_WIN32)
+        error = _mkdir(path) == 0 || errno == EEXIST ? 0 : errno;
+#elif defined(PD__POSIX)
+        error = mkdir(path, 0777) == 0 || errno == EEXIST ? 0 : errno;
+#endif
+        *end = next;
+    }
+    pd__free(&net->allocator, path);
+    if (error) return pd__fail(net, PD_E_IO, "%.300s: the directory could not be made: %s", directory, strerror(error));
+    return PD_OK;
+}
+
+static void pd__events_close(struct pd__events *e) {
+    if (!e) return;
+    if (e->file) fclose(e->file); /* every record has been flushed, and checked, when it was written */
+    pd__free(&e->net->allocator, e->path);
+    pd__free(&e->net->allocator, e);
+}
+
+/* A new event file in `directory`, which is made when absent. NULL, with the message in the net, on failure. The name
+   holds time, process and a hash of the clock, so that runs at the same time do not meet. */
+static struct pd__events *pd__events_open(pd_net *net, const char *directory) {
+    static const char version[] = "brain.Event:2";
+    pd__message m = PD__ZERO;
+    double now = pd__wall_time(), clock_now = pd_seconds();
+    struct pd__events *e = NULL;
+    size_t size = strlen(directory) + 100;
+    uint64_t bits;
+    if (pd__make_directory(net, directory) != PD_OK) return NULL;
+    e = (struct pd__events *)pd__alloc(&net->allocator, 1, sizeof *e);
+    if (e) e->net = net;
+    if (e) e->path = (char *)pd__alloc(&net->allocator, (int64_t)size, 1);
+    if (!e || !e->path) {
+        pd__no_memory(net, "an event file");
+        pd__events_close(e);
+        return NULL;
+    }
+    memcpy(&bits, &clock_now, sizeof bits);
+    snprintf(e->path, size, "%s/events.out.tfevents.%lld.%ld.%08lx", directory, (long long)now, pd__process_id(),
+             (unsigned long)(pd_random(bits, (uint64_t)(uintptr_t)e) >> 32));
+    e->file = fopen(e->path, "wb");
+    if (!e->file) pd__fail(net, PD_E_IO, "%.300s: could not be opened: %s", e->path, strerror(errno));
+    pd__put_double_field(&m, 1, now);
+    pd__put_bytes_field(&m, 3, version, (int)sizeof version - 1);
+    if (!e->file || pd__events_write(e, &m) != PD_OK) {
+        pd__events_close(e);
+        return NULL;
+    }
+    return e;
+}
+
+/* Adds one number of one curve. Tags are UTF-8; what goes beyond 250 bytes is cut off. */
+static pd_status pd__events_scalar(struct pd__events *e, const char *tag, int64_t step, double value) {
+    pd__message point = PD__ZERO, summary = PD__ZERO, event = PD__ZERO;
+    size_t n = strlen(tag);
+    if (n > 250)
+        for (n = 250; n > 0 && ((unsigned char)tag[n] & 0xc0) == 0x80;) n--; /* not inside a character */
+    pd__put_bytes_field(&point, 1, tag, (int)n);
+    pd__put_float_field(&point, 2, (float)value);
+    pd__put_bytes_field(&summary, 1, point.bytes, point.size);
+    pd__put_double_field(&event, 1, pd__wall_time());
+    pd__put_varint(&event, 2 << 3);
+    pd__put_varint(&event, (uint64_t)step);
+    pd__put_bytes_field(&event, 5, summary.bytes, summary.size);
+    return pd__events_write(e, &event);
+}
+/* ======================================================================================================== */
+/* >>trainer                                                                                                */
+
+PD_DEF pd_net *pd_trainer_net(pd_trainer *trainer) { return trainer ? trainer->net : NULL; }
+PD_DEF int64_t pd_trainer_samples(const pd_trainer *trainer) { return trainer ? trainer->samples : 0; }
+
+PD_DEF pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    pd__fail_list(trainer->net, status, format, args);
+    va_end(args);
+    return status;
+}
+
+/* ---- what updaters return ---- */
+
+static void pd__clear_failure(pd_net *net) {
+    net->failure.status = PD_OK;
+    net->failure.text[0] = 0;
+}
+
+/* Gives the status a message, if there has come none since pd__clear_failure. */
+static pd_status pd__updater_returned(pd_trainer *t, pd_status status) {
+    if (status != PD_OK && t->net->failure.status == PD_OK)
+        pd__fail(t->net, status, "updater %.100s: %s", t->updater->name ? t->updater->name : "", pd_status_text(status));
+    return status;
+}
+
+static pd_status pd__sync(pd_trainer *t) {
+    if (!t->updater->sync) return PD_OK;
+    pd__clear_failure(t->net);
+    return pd__updater_returned(t, t->updater->sync(t->updater));
+}
+
+/* ---- making one ---- */
+
+/* What is wrong with the options, or NULL. */
+static const char *pd__trainer_fault(const pd_trainer_opts *o) {
+    const pd_updater *u = o->updater;
+    if (!(o->l1 >= 0 && o->l2 >= 0)) return "l1 and l2 must not be negative";
+    if (!pd__finite(o->l1) || !pd__finite(o->l2)) return "l1 and l2 must be finite";
+    if (!(o->clip_value >= 0 && o->clip_norm >= 0)) return "clip_value and clip_norm must not be negative";
+    if (!(o->average_window >= 0 && o->average_window <= 1)) return "average_window must lie in 0 .. 1";
+    if (o->average_max < 0) return "average_max must not be negative";
+    if (o->average_max > 0 && o->average_window == 0) return "average_max needs an average_window";
+    if (u && u->api_version != PD_API_VERSION) return "the updater has another interface version";
+    if (u && !(u->start && u->begin_batch && u->grad_final && u->end_batch))
+        return "the updater lacks start, begin_batch, grad_final or end_batch";
+    return pd__schedule_fault(&o->schedule);
+}
+
+static int pd__compare_reals(const void *a, const void *b) {
+    pd_real x = *(const pd_real *)a, y = *(const pd_real *)b;
+    return (x > y) - (x < y);
+}
+
+/* Makes the pruning mask: the smallest magnitudes, ties by position, are held at zero. */
+static pd_status pd__prune(pd_param *p) {
+    const pd_allocator *a = &p->net->allocator;
+    int64_t n = p->size, drop = (int64_t)((double)n * p->opts.prune), below = 0;
+    pd_real *values, *sorted;
+    if (drop == 0 || p->mask) return PD_OK;
+    p->mask = (unsigned char *)pd__alloc(a, n, 1);
+    values = (pd_real *)pd__alloc(a, n, 2 * sizeof *values);
+    if (!p->mask || !values) {
+        pd__free(a, values);
+        pd__free(a, p->mask);
+        p->mask = NULL;
+        return pd__no_memory(p->net, "a pruning mask");
+    }
+    sorted = values + n;
+    pd_param_get(p, values, n);
+    for (int64_t i = 0; i < n; i++) sorted[i] = PD__M(fabs)(values[i]);
+    qsort(sorted, (size_t)n, sizeof *sorted, pd__compare_reals);
+    while (below < drop && sorted[below] < sorted[drop - 1]) below++;
+    for (int64_t i = 0, ties = drop - below; i < n; i++) {
+        pd_real size = PD__M(fabs)(values[i]);
+        bool dropped = size < sorted[drop - 1] || (size == sorted[drop - 1] && ties-- > 0);
+        p->mask[i] = !dropped;
+        if (dropped) values[i] = 0;
+    }
+    pd_param_set(p, values, n);
+    pd__free(a, values);
+    return PD_OK;
+}
+
+/* Memory for all that is kept about one parameter. */
+static pd_status pd__start_training(pd_trainer *t, pd__trained *tr, pd_param *p) {
+    pd_net *net = t->net;
+    int states = pd_optimizer_states(&t->optimizer), averages = t->opts.average_window > 0 ? 3 : 0;
+    pd_status status = pd__need_grad(p);
+    if (status == PD_OK) status = pd__prune(p);
+    if (status != PD_OK) return status;
+    tr->param = p;
+    p->trained = (int)(tr - t->trained) + 1;
+    for (int k = 0; k < states + averages + (averages > 0); k++) {
+        pd_real **memory = k < states ? &tr->states[k] : k < states + averages ? &tr->sums[k - states] : &tr->saved;
+        int64_t capacity = 0;
+        if (!pd__device_grow(net, memory, &capacity, p->size))
+            return pd__fail(net, PD_E_MEMORY, "out of memory for training \"%.100s\"", p->name);
+        net->device->fill(net->device, p->size, 0, *memory);
+    }
+    return PD_OK;
+}
+
+/* Everything `cost` depends on that learns. */
+static pd_status pd__collect_trained(pd_trainer *t) {
+    pd_net *net = t->net;
+    pd_status status = pd__activate_layers(net, &t->cost, 1);
+    if (status == PD_OK) status = pd__count_users(net);
+    if (status != PD_OK) return status;
+    t->trained = (pd__trained *)pd__alloc(&net->allocator, net->param_count, sizeof *t->trained);
+    if (!t->trained) return pd__no_memory(net, "the trainer");
+    for (pd_param *p = net->first_param; status == PD_OK && p; p = p->next)
+        if (p->users > 0 && !p->opts.is_static) status = pd__start_training(t, &t->trained[t->trained_count++], p);
+    return status;
+}
+
+static pd_status pd__check_trainer(pd_net *net, pd_layer *cost, const pd_optimizer *optimizer,
+                                   const pd_trainer_opts *o) {
+    const char *fault = pd__optimizer_fault(optimizer);
+    if (!fault) fault = pd__trainer_fault(o);
+    if (fault) return pd__fail_build(net, PD_E_ARGUMENT, "pd_trainer_new: %s", fault);
+    if (!cost || cost->net != net)
+        return pd__fail_build(net, PD_E_ARGUMENT, "pd_trainer_new: the cost is %s", cost ? "another net's" : "NULL");
+    if (net->origin) return pd__fail_build(net, PD_E_STATE, "pd_trainer_new: a shared net can't be trained");
+    if (cost->is_ids || cost->out.width != 1)
+        return pd__fail_build(net, PD_E_SHAPE, "%.100s: a cost has one number per row, this is %s", cost->name,
+                              pd_shape_text(cost, cost->shape));
+    if (!cost->wants_grad)
+        return pd__fail_build(net, PD_E_STATE, "%.100s: nothing that it depends on learns", cost->name);
+    return PD_OK;
+}
+
+PD_DEF pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer optimizer, const pd_trainer_opts *opts) {
+    static const pd_trainer_opts defaults = PD__ZERO;
+    pd_trainer *t;
+    pd_status status;
+    if (!pd__check_net(net)) return NULL;
+    if (pd__check_trainer(net, cost, &optimizer, opts ? opts : &defaults) != PD_OK) return NULL;
+    t = (pd_trainer *)pd__alloc(&net->allocator, 1, sizeof *t);
+    if (!t) {
+        pd__no_memory(net, "the trainer");
+        return NULL;
+    }
+    t->net = net;
+    t->cost = cost;
+    t->optimizer = optimizer;
+    t->opts = opts ? *opts : defaults;
+    t->local = pd__local_updater;
+    t->updater = t->opts.updater ? t->opts.updater : &t->local;
+    t->best_cost = HUGE_VAL;
+    status = pd__collect_trained(t);
+    if (status == PD_OK) t->batch = pd_batch_new(net);
+    if (status == PD_OK && t->batch) status = pd__updater_returned(t, t->updater->start(t->updater, t));
+    if (status != PD_OK || !t->batch) {
+        t->updater = &t->local; /* there is nothing to stop */
+        pd_trainer_free(t);
+        return NULL;
+    }
+    return t;
+}
+
+PD_DEF void pd_trainer_free(pd_trainer *trainer) {
+    pd_device *d;
+    const pd_allocator *a;
+    if (!trainer) return;
+    d = trainer->net->device;
+    a = &trainer->net->allocator;
+    if (trainer->updater->stop) trainer->updater->stop(trainer->updater);
+    pd_use_average(trainer, false);
+    for (int i = 0; i < trainer->trained_count; i++) {
+        pd__trained *tr = &trainer->trained[i];
+        for (int k = 0; k < PD_MAX_STATES; k++)
+            if (tr->states[k]) d->free(d, tr->states[k]);
+        for (int k = 0; k < 3; k++)
+            if (tr->sums[k]) d->free(d, tr->sums[k]);
+        if (tr->saved) d->free(d, tr->saved);
+    }
+    for (int i = 0; trainer->best && i < trainer->net->param_count; i++)
+        if (trainer->best[i]) d->free(d, trainer->best[i]);
+    pd__free(a, trainer->best);
+    pd__free(a, trainer->trained);
+    pd__free(a, trainer->targets);
+    pd_batch_free(trainer->batch);
+    pd__free(a, trainer);
+}
+
+/* ---- one step ---- */
+
+/* Sum of a cost's rows; NaN when there is no output. */
+static double pd__cost_sum(pd_layer *cost) {
+    int64_t rows = 0, width = 0;
+    const pd_real *c = pd_output(cost, &rows, &width);
+    double sum = 0;
+    for (int64_t i = 0; c && i < rows; i++) sum += (double)c[i];
+    return c ? sum : (double)NAN;
+}
+
+/* The first row of a layer's output that holds a number that isn't finite. */
+static int64_t pd__bad_row(pd_layer *l) {
+    int64_t rows = 0, width = 0;
+    const pd_real *x = pd_output(l, &rows, &width);
+    for (int64_t i = 0; x && i < rows * width; i++)
+        if (!pd__finite((double)x[i])) return i / width;
+    return 0;
+}
+
+/* Looks for the first layer of the last forward whose numbers, or parameters, aren't finite. PD_OK: there is none. */
+static pd_status pd__blame(pd_trainer *t) {
+    pd_net *net = t->net;
+    pd_device *d = net->device;
+    long long batch = (long long)t->pass_batches, pass = (long long)t->pass;
+    for (int64_t i = 0; i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        if (!l->own->active) continue;
+        for (int k = 0; k < l->param_count; k++)
+            if (!pd__finite(d->sum_squares(d, l->params[k]->size, l->params[k]->value)))
+                return pd__fail(net, PD_E_NUMERIC, "%.100s: parameter \"%.100s\" is not finite before batch %lld of pass %lld",
+                                l->name, l->params[k]->name, batch, pass);
+        if (l->out.data && !pd__finite(d->sum_squares(d, l->out.rows * l->out.width, l->out.data)))
+            return pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in row %lld of batch %lld of pass %lld",
+                            l->name, l->own->slot >= 0 ? "input" : "output", (long long)pd__bad_row(l), batch, pass);
+    }
+    return PD_OK;
+}
+
+/* Forward, backward and updates; *sum gets the summed cost. */
+static pd_status pd__step(pd_trainer *t, const pd_batch *batch, double *sum) {
+    pd_net *net = t->net;
+    pd_updater *u = t->updater;
+    pd_status status;
+    pd__clear_failure(net);
+    status = u->begin_batch(u, batch->samples);
+    for (pd_param *p = net->first_param; p; p = p->next) p->announced = false;
+    if (status == PD_OK) status = pd_forward(net, batch, PD_TRAIN, &t->cost, 1);
+    if (status != PD_OK) return status;
+    *sum = pd__cost_sum(t->cost);
+    if (!pd__finite(*sum)) {
+        status = pd__blame(t);
+        return status != PD_OK ? status
+                               : pd__fail(net, PD_E_NUMERIC, "%.100s: the cost of batch %lld of pass %lld is too large to be "
+                                          "summed", t->cost->name, (long long)t->pass_batches, (long long)t->pass);
+    }
+    status = pd_backward(net, t->cost);
+    if (status == PD_OK) status = u->end_batch(u);
+    if (status == PD_E_NUMERIC) pd__blame(t); /* a bounded activation may have hidden where it began */
+    return status;
+}
+
+PD_DEF pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, double *cost) {
+    pd_net *net = trainer ? trainer->net : NULL;
+    double sum = 0, start = pd_seconds();
+    pd_status status;
+    if (cost) *cost = 0;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!batch) return pd__fail(net, PD_E_ARGUMENT, "pd_train_batch: the batch is NULL");
+    if (batch->samples == 0 && trainer->updater == &trainer->local) return PD_OK;
+    if (trainer->averaged) pd_use_average(trainer, false);
+    net->updater = trainer->updater;
+    status = pd__step(trainer, batch, &sum);
+    net->updater = NULL;
+    trainer->step_seconds += pd_seconds() - start;
+    pd__updater_returned(trainer, status);
+    if (status != PD_OK) { /* leave no half-summed gradients behind */
+        for (int i = 0; i < trainer->trained_count; i++)
+            net->device->fill(net->device, trainer->trained[i].param->size, 0, trainer->trained[i].param->grad);
+        return status;
+    }
+    pd__average_step(trainer);
+    net->step++;
+    trainer->steps++;
+    trainer->samples += batch->samples;
+    trainer->pass_batches++;
+    if (cost) *cost = sum / (double)pd__max(batch->samples, 1);
+    return PD_OK;
+}
+
+/* ---- testing ---- */
+
+/* A reader's message becomes the net's. */
+static pd_status pd__reader_failed(pd_trainer *t, const pd_reader *r, pd_status status) {
+    return pd__fail(t->net, status, "%.400s", r->error.text[0] ? r->error.text : pd_status_text(status));
+}
+
+/* Takes the next samples. */
+static pd_status pd__next(pd_trainer *t, pd_reader *r, int64_t count) {
+    double start = pd_seconds();
+    pd_status status;
+    pd_batch_clear(t->batch);
+    status = r->next(r, t->batch, count);
+    t->wait_seconds += pd_seconds() - start;
+    if (status != PD_OK && status != PD_END) pd__reader_failed(t, r, status);
+    return status;
+}
+
+static pd_status pd__reset(pd_trainer *t, pd_reader *r, int64_t pass) {
+    pd_status status = r->reset(r, pass);
+    if (status != PD_OK) pd__reader_failed(t, r, status);
+    return status;
+}
+
+/* Makes t->targets the cost and all that evaluators look at. */
+static pd_status pd__test_targets(pd_trainer *t, int *count) {
+    int64_t n = 1;
+    for (pd_evaluator *e = t->net->evaluators; e; e = e->next) n += PD__COUNT(e->inputs);
+    *count = 0;
+    if (!pd__grow(&t->net->allocator, (void **)&t->targets, &t->target_capacity, n, sizeof *t->targets))
+        return pd__no_memory(t->net, "testing");
+    t->targets[(*count)++] = t->cost;
+    for (pd_evaluator *e = t->net->evaluators; e; e = e->next)
+        for (int k = 0; k < PD__COUNT(e->inputs); k++)
+            if (e->inputs[k]) t->targets[(*count)++] = e->inputs[k];
+    return PD_OK;
+}
+
+static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, double *cost) {
+    pd_net *net = t->net;
+    int count;
+    double sum = 0;
+    int64_t samples = 0;
+    pd_status status = pd__test_targets(t, &count), end = PD_OK;
+    if (status == PD_OK) status = pd__reset(t, r, 0);
+    for (pd_evaluator *e = net->evaluators; e; e = e->next) pd_evaluator_reset(e);
+    while (status == PD_OK && end == PD_OK) {
+        end = pd__next(t, r, batch_size);
+        if (t->batch->samples == 0 || (end != PD_OK && end != PD_END)) continue;
+        status = pd_forward(net, t->batch, PD_PREDICT, t->targets, count);
+        if (status != PD_OK) break;
+        samples += t->batch->samples;
+        sum += pd__cost_sum(t->cost);
+        status = pd__evaluators_update(net);
+    }
+    *cost = samples > 0 ? sum / (double)samples : (double)NAN;
+    return status != PD_OK ? status : end == PD_END ? PD_OK : end;
+}
+
+/* A reader that could not be made has left its message in the net. */
+static pd_status pd__check_reader(pd_net *net, const char *call, const pd_reader *reader) {
+    pd_failure last = net->failure;
+    if (!reader)
+        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader is NULL%s%.400s", call, last.text[0] ? ": " : "", last.text);
+    if (reader->api_version != PD_API_VERSION || !reader->next || !reader->reset)
+        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader lacks next or reset, or has another interface version", call);
+    return PD_OK;
+}
+
+PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost) {
+    pd_net *net = trainer ? trainer->net : NULL;
+    bool averaged = trainer && trainer->averaged;
+    double mean = (double)NAN;
+    pd_status status = PD_OK;
+    if (cost) *cost = mean;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (pd__check_reader(net, "pd_test", reader) != PD_OK) return PD_E_ARGUMENT;
+    if (batch_size < 0) return pd__fail(net, PD_E_ARGUMENT, "pd_test: batch size %lld", (long long)batch_size);
+    status = pd__sync(trainer);
+    if (status != PD_OK) return status;
+    pd_use_average(trainer, true);
+    status = pd__test(trainer, reader, batch_size ? batch_size : 32, &mean);
+    if (!averaged) pd_use_average(trainer, false);
+    if (cost) *cost = mean;
+    return status;
+}
+
+/* ---- early stopping ---- */
+
+/* Copies the values of all parameters and statistics to t->best, or back from there. */
+static pd_status pd__copy_best(pd_trainer *t, bool back) {
+    pd_net *net = t->net;
+    int i = 0;
+    if (!t->best) t->best = (pd_real **)pd__alloc(&net->allocator, net->param_count, sizeof *t->best);
+    if (!t->best) return pd__no_memory(net, "the best values");
+    for (pd_param *p = net->first_param; p; p = p->next, i++) {
+        int64_t capacity = 0;
+        if (back && !t->best[i]) continue;
+        if (!t->best[i] && !pd__device_grow(net, &t->best[i], &capacity, p->size))
+            return pd__no_memory(net, "the best values");
+        if (back) pd__replace(net->device, p->size, t->best[i], p->value);
+        else pd__replace(net->device, p->size, p->value, t->best[i]);
+    }
+    return PD_OK;
+}
+
+/* After a test. With averaging on it is the averaged values that were tested and are kept. */
+static pd_status pd__judge(pd_trainer *t, double test_cost) {
+    pd_status status;
+    if (!(test_cost < t->best_cost)) {
+        t->bad_tests++;
+        return PD_OK;
+    }
+    t->best_cost = test_cost;
+    t->bad_tests = 0;
+    pd_use_average(t, true);
+    status = pd__copy_best(t, false);
+    pd_use_average(t, false);
+    return status;
+}
+
+/* ---- what a run shows and writes ---- */
+
+typedef struct pd__run {
+    pd_trainer *t;
+    const pd_train_opts *o;
+    pd_reader *reader;
+    int64_t size; /* samples per pass, -1 when unknown */
+    int64_t passes;
+    double start, shown; /* seconds */
+    int64_t first_samples; /* of this run */
+    bool terminal;
+    FILE *csv;
+    struct pd__events *events;
+} pd__run;
+
+static bool pd__is_terminal(void) {
+#if defined(_WIN32)
+    return _isatty(_fileno(stderr)) != 0;
+#elif defined(PD__POSIX)
+    return isatty(fileno(stderr)) != 0;
+#else
+    return false;
+#endif
+}
+
+/* "75", "3:20" or "2:03:20" */
+static void pd__time_text(double seconds, char *text, size_t size) {
+    long long s = seconds > 0 && seconds < 1e12 ? (long long)(seconds + 0.5) : 0;
+    if (s < 100) snprintf(text, size, "%lld s", s);
+    else if (s < 3600) snprintf(text, size, "%lld:%02lld", s / 60, s % 60);
+    else snprintf(text, size, "%lld:%02lld:%02lld", s / 3600, s / 60 % 60, s % 60);
+}
+
+/* The bar is redrawn at most ten times a second. */
+static void pd__show_progress(pd__run *run) {
+    enum { CELLS = 24 };
+    pd_trainer *t = run->t;
+    double now = pd_seconds(), per_second;
+    char bar[CELLS + 1], left[32] = "";
+    if (!run->terminal || now - run->shown < 0.1) return;
+    run->shown = now;
+    per_second = (double)(t->samples - run->first_samples) / (now - run->start + 1e-9);
+    memset(bar, '.', CELLS);
+    bar[CELLS] = 0;
+    if (run->size > 0) {
+        double all = (double)run->size * (double)run->passes;
+        double done = (double)run->size * (double)t->pass + (double)t->pass_samples;
+        memset(bar, '#', (size_t)pd__min(CELLS, CELLS * t->pass_samples / run->size));
+        pd__time_text((all - done) / per_second, left, sizeof left);
+    }
+    fprintf(stderr, "\rpass %lld/%lld [%s] cost %.4g, %.0f samples/s, %s left \033[K", (long long)t->pass + 1,
+            (long long)run->passes, bar, t->pass_cost / (double)pd__max(t->pass_samples, 1), per_second,
+            left[0] ? left : "?");
+    fflush(stderr);
+}
+
+static void pd__show_pass(pd__run *run, double cost, double test_cost) {
+    pd_trainer *t = run->t;
+    char spent[32];
+    if (!run->o->progress) return;
+    pd__time_text(pd_seconds() - run->start, spent, sizeof spent);
+    fprintf(stderr, "%spass %lld/%lld: cost %.4g", run->terminal ? "\r\033[K" : "", (long long)t->pass,
+            (long long)run->passes, cost);
+    if (run->o->test) fprintf(stderr, ", test cost %.4g", test_cost);
+    for (pd_evaluator *e = run->o->test ? t->net->evaluators : NULL; e; e = e->next)
+        fprintf(stderr, ", %s %.4g", e->type->value_names[0], pd_evaluator_value(e, 0));
+    fprintf(stderr, ", %s\n", spent);
+    fflush(stderr);
+}
+
+static pd_status pd__open_logs(pd__run *run) {
+    pd_net *net = run->t->net;
+    if (run->o->csv_log) {
+        run->csv = fopen(run->o->csv_log, "a");
+        if (!run->csv)
+            return pd__fail(net, PD_E_IO, "%.300s: can't be opened for writing: %s", run->o->csv_log, strerror(errno));
+        fseek(run->csv, 0, SEEK_END);
+        if (ftell(run->csv) == 0) {
+            fprintf(run->csv, "pass,samples,seconds,rate,cost,test_cost");
+            for (pd_evaluator *e = net->evaluators; e; e = e->next)
+                for (int k = 0; k < e->type->value_count; k++)
+                    fprintf(run->csv, ",%s.%s", e->name, e->type->value_names[k]);
+            fprintf(run->csv, "\n");
+        }
+    }
+    if (run->o->tensorboard) {
+        run->events = pd__events_open(net, run->o->tensorboard);
+        if (!run->events) return net->failure.status;
+    }
+    return PD_OK;
+}
+
+/* A field of the CSV log: the number, with a point in any locale, or nothing when it is NaN. */
+static void pd__csv_number(FILE *f, double value) {
+    char text[40] = "", *point;
+    if (value == value) snprintf(text, sizeof text, "%.9g", value);
+    point = strchr(text, ',');
+    if (point) *point = '.';
+    fprintf(f, ",%s", text);
+}
+
+/* A point in both logs. test_cost NaN: no test was made, so evaluators have no values either. */
+static pd_status pd__log_point(pd__run *run, double cost, double test_cost) {
+    pd_trainer *t = run->t;
+    pd_status status = PD_OK;
+    bool tested = test_cost == test_cost;
+    if (run->csv) {
+        fprintf(run->csv, "%lld,%lld", (long long)t->pass, (long long)t->samples);
+        pd__csv_number(run->csv, floor(1e3 * (pd_seconds() - run->start)) / 1e3);
+        pd__csv_number(run->csv, pd__rate(t));
+        pd__csv_number(run->csv, cost);
+        pd__csv_number(run->csv, test_cost);
+    }
+    if (run->events) {
+        status = pd__events_scalar(run->events, "cost", t->samples, cost);
+        if (status == PD_OK) status = pd__events_scalar(run->events, "rate", t->samples, pd__rate(t));
+        if (status == PD_OK && tested) status = pd__events_scalar(run->events, "test_cost", t->samples, test_cost);
+    }
+    for (pd_evaluator *e = t->net->evaluators; e; e = e->next)
+        for (int k = 0; k < e->type->value_count; k++) {
+            double value = tested ? pd_evaluator_value(e, k) : (double)NAN;
+            char tag[512];
+            snprintf(tag, sizeof tag, "%.200s.%.200s", e->name, e->type->value_names[k]);
+            if (run->csv) pd__csv_number(run->csv, value);
+            if (run->events && status == PD_OK && tested)
+                status = pd__events_scalar(run->events, tag, t->samples, value);
+        }
+    if (run->csv && (fputc('\n', run->csv) == EOF || fflush(run->csv) != 0 || ferror(run->csv)))
+        status = pd__fail(t->net, PD_E_IO, "%.300s: can't be written: %s", run->o->csv_log, strerror(errno));
+    return status;
+}
+
+/* Tells the callback; PD_STOPPED if it wants to stop. */
+static pd_status pd__tell(pd__run *run, pd_event_kind kind, double cost, double test_cost) {
+    pd_trainer *t = run->t;
+    pd_event e;
+    if (!run->o->on_event) return PD_OK;
+    e.kind = kind;
+    e.trainer = t;
+    e.pass = kind == PD_END_PASS ? t->pass - 1 : t->pass;
+    e.batch = kind == PD_END_BATCH ? t->pass_batches - 1 : t->pass_batches;
+    e.samples = t->samples;
+    e.cost = cost;
+    e.test_cost = test_cost;
+    e.rate = pd__rate(t);
+    return run->o->on_event(run->o->user, &e) ? PD_STOPPED : PD_OK;
+}
+
+/* ---- passes ---- */
+
+/* Skips what a stopped pass has already seen. */
+static pd_status pd__begin_pass(pd__run *run) {
+    pd_trainer *t = run->t;
+    pd_reader *r = run->reader;
+    int64_t left = t->pass_samples;
+    pd_status status = pd__reset(t, r, t->pass);
+    if (left == 0) t->pass_batches = 0; /* pd_train_batch has counted them too */
+    if (status == PD_OK && left > 0 && r->skip) {
+        status = r->skip(r, left);
+        left = 0;
+        if (status != PD_OK) pd__reader_failed(t, r, status);
+    }
+    while (status == PD_OK && left > 0) {
+        status = pd__next(t, r, pd__min(left, 256));
+        left -= t->batch->samples;
+    }
+    if (status == PD_END) status = PD_OK;
+    return status == PD_OK ? pd__tell(run, PD_BEGIN_PASS, 0, (double)NAN) : status;
+}
+
+static pd_status pd__after_batch(pd__run *run, double cost) {
+    pd_trainer *t = run->t;
+    const pd_train_opts *o = run->o;
+    pd_status status = PD_OK;
+    if (o->progress) pd__show_progress(run);
+    if (o->log_every > 0 && t->steps % o->log_every == 0) status = pd__log_point(run, cost, (double)NAN);
+    if (status == PD_OK && o->checkpoint && o->checkpoint_every > 0 && t->steps % o->checkpoint_every == 0)
+        status = pd_checkpoint_save(t, o->checkpoint);
+    return status == PD_OK ? pd__tell(run, PD_END_BATCH, cost, (double)NAN) : status;
+}
+
+static pd_status pd__end_pass(pd__run *run) {
+    pd_trainer *t = run->t;
+    double cost = t->pass_cost / (double)pd__max(t->pass_samples, 1), test_cost = (double)NAN;
+    pd_status status = PD_OK;
+    if (t->pass_samples == 0)
+        return pd__fail(t->net, PD_E_FORMAT, "reader %s: pass %lld has no samples", run->reader->name, (long long)t->pass);
+    t->pass++;
+    t->pass_samples = t->pass_batches = 0;
+    t->pass_cost = 0;
+    if (run->o->test) status = pd_test(t, run->o->test, run->o->batch_size, &test_cost);
+    if (status == PD_OK && run->o->patience > 0) status = pd__judge(t, test_cost);
+    if (status == PD_OK) status = pd__log_point(run, cost, test_cost);
+    if (status == PD_OK) pd__show_pass(run, cost, test_cost);
+    if (status == PD_OK && run->o->checkpoint) status = pd_checkpoint_save(t, run->o->checkpoint);
+    return status == PD_OK ? pd__tell(run, PD_END_PASS, cost, test_cost) : status;
+}
+
+static pd_status pd__run_pass(pd__run *run) {
+    pd_trainer *t = run->t;
+    int64_t batch_size = run->o->batch_size ? run->o->batch_size : 32;
+    pd_status status = pd__begin_pass(run), end = PD_OK;
+    while (status == PD_OK && end == PD_OK) {
+        double cost = 0;
+        end = pd__next(t, run->reader, batch_size);
+        if (end != PD_OK && end != PD_END && t->batch->samples == 0) return end;
+        if (t->batch->samples == 0 && end == PD_END) break;
+        status = pd_train_batch(t, t->batch, &cost);
+        if (status != PD_OK) break;
+        t->pass_samples += t->batch->samples;
+        t->pass_cost += cost * (double)t->batch->samples;
+        status = pd__after_batch(run, cost);
+    }
+    if (status == PD_OK && end != PD_OK && end != PD_END) /* the samples before the bad one have been used */
+        return pd__reader_failed(t, run->reader, end);
+    return status == PD_OK ? pd__end_pass(run) : status;
+}
+
+static pd_status pd__check_train(pd_trainer *t, pd_reader *reader, int64_t passes, const pd_train_opts *o) {
+    pd_net *net = t->net;
+    if (pd__check_reader(net, "pd_train", reader) != PD_OK) return PD_E_ARGUMENT;
+    if (o->test && pd__check_reader(net, "pd_train: test", o->test) != PD_OK) return PD_E_ARGUMENT;
+    if (passes < 0 || o->batch_size < 0 || o->patience < 0 || o->log_every < 0 || o->checkpoint_every < 0)
+        return pd__fail(net, PD_E_ARGUMENT, "pd_train: passes, batch_size, patience, log_every and checkpoint_every "
+                        "must not be negative");
+    if (o->patience > 0 && !o->test)
+        return pd__fail(net, PD_E_ARGUMENT, "pd_train: patience needs a test reader");
+    if (o->checkpoint_every > 0 && !o->checkpoint)
+        return pd__fail(net, PD_E_ARGUMENT, "pd_train: checkpoint_every needs a checkpoint file");
+    if (o->log_every > 0 && !o->csv_log && !o->tensorboard)
+        return pd__fail(net, PD_E_ARGUMENT, "pd_train: log_every needs csv_log or tensorboard");
+    return PD_OK;
+}
+
+PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes, const pd_train_opts *opts) {
+    static const pd_train_opts defaults = PD__ZERO;
+    pd_net *net = trainer ? trainer->net : NULL;
+    pd__run run;
+    pd_status status;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    memset(&run, 0, sizeof run);
+    run.t = trainer;
+    run.o = opts ? opts : &defaults;
+    run.reader = reader;
+    status = pd__check_train(trainer, reader, passes, run.o);
+    if (status != PD_OK) return status;
+    pd_use_average(trainer, false);
+    run.size = reader->size ? reader->size(reader) : -1;
+    run.passes = passes;
+    run.start = pd_seconds();
+    run.first_samples = trainer->samples;
+    run.terminal = run.o->progress && pd__is_terminal();
+    status = pd__open_logs(&run);
+    while (status == PD_OK && trainer->pass < passes) {
+        status = pd__run_pass(&run);
+        if (run.o->patience > 0 && trainer->bad_tests >= run.o->patience) break;
+    }
+    if (run.terminal && status != PD_OK) fputc('\n', stderr);
+    if (status == PD_OK && run.o->patience > 0 && trainer->best) status = pd__copy_best(trainer, true);
+    if (status == PD_OK) status = pd__sync(trainer);
+    if (run.csv) fclose(run.csv);
+    if (run.events) pd__events_close(run.events);
+    return status;
+}
+
+/* ======================================================================================================== */
+/* >>profile                                                                                                */
+
+/* Bytes that a layer's outputs, gradients and working memory take. */
+static double pd__layer_bytes(const pd_layer *l) {
+    double numbers = (double)(l->own->data_capacity + l->own->grad_capacity + l->own->x_capacity);
+    for (int i = 0; i < PD__COUNT(l->own->memory); i++) numbers += (double)l->own->memory_capacity[i];
+    return numbers * sizeof(pd_real);
+}
+
+PD_DEF size_t pd_profile(const pd_trainer *trainer, char *text, size_t size) {
+    const pd_net *net = trainer ? trainer->net : NULL;
+    size_t length = 0;
+    double total = 0, all;
+    if (size) text[0] = 0;
+    if (!net) return 0;
+    for (int64_t i = 0; i < net->layer_count; i++)
+        total += net->layers[i]->own->forward_seconds + net->layers[i]->own->backward_seconds;
+    pd__append(text, size, &length, "%-20s %-14s %14s %12s %12s %7s %10s\n", "layer", "type", "shape", "forward ms",
+               "backward ms", "share", "MiB");
+    for (int64_t i = 0; i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        double runs = (double)pd__max(l->own->runs, 1), spent = l->own->forward_seconds + l->own->backward_seconds;
+        pd__append(text, size, &length, "%-20.20s %-14.14s %14s %12.3f %12.3f %6.1f%% %10.2f\n", l->name, l->type->name,
+                   pd_shape_text(l, l->shape), 1e3 * l->own->forward_seconds / runs,
+                   1e3 * l->own->backward_seconds / runs, total > 0 ? 100 * spent / total : 0,
+                   pd__layer_bytes(l) / 1048576);
+    }
+    all = trainer->step_seconds + trainer->wait_seconds;
+    pd__append(text, size, &length, "waiting for data: %.1f%% of %.2f s\n", all > 0 ? 100 * trainer->wait_seconds / all : 0,
+               all);
+    return length;
+}
+
+PD_DEF pd_status pd_graphviz(pd_net *net, const char *path) {
+    FILE *f;
+    bool bad;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    f = path ? fopen(path, "w") : NULL;
+    if (!f) return pd__fail(net, PD_E_IO, "%.300s: can't be opened for writing: %s", path ? path : "(NULL)", strerror(errno));
+    fprintf(f, "digraph net {\n    rankdir=BT;\n    node [shape=box, fontname=\"sans-serif\"];\n");
+    for (int64_t i = 0; i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        fprintf(f, "    n%lld [label=\"%s\\n%s%s%s\\n%s\"];\n", (long long)i, l->name, l->type->name,
+                l->act != PD_LINEAR ? " " : "", l->act != PD_LINEAR ? pd__act_names[l->act] : "",
+                pd_shape_text(l, l->shape));
+        for (int k = 0; k < l->input_count; k++) fprintf(f, "    n%d -> n%lld;\n", l->inputs[k]->own->index, (long long)i);
+    }
+    fprintf(f, "}\n");
+    bad = ferror(f) != 0;
+    if (fclose(f) != 0 || bad) return pd__fail(net, PD_E_IO, "%.300s: can't be written: %s", path, strerror(errno));
+    return PD_OK;
+}
+
+/* ======================================================================================================== */
+/* >>files                                                                                                  */
+
+/* A .safetensors file is
+       8 bytes: length of the header, little-endian
+       the header, JSON in UTF-8, padded with spaces:
+           {"NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ..,
+            "__metadata__": {"KEY": "TEXT"}}
+       the data, little-endian, row-major; each byte belongs to exactly one tensor
+   Reading goes open and check everything (pd__tensors_open), look up (pd__tensors_find), stage all numbers in host
+   memory (pd__items_stage), and only then change values (pd__items_commit). */
+
+#define PD__HEADER_MAX 100000000 /* bytes; the reference implementation's limit too */
+#define PD__FILE_DIMS 8          /* further dims of a tensor are counted, but not kept: no parameter has them */
+#define PD__NESTING_MAX 32
+#define PD__CHUNK 65536 /* bytes read or written at a time; a multiple of every element's size */
+
+typedef enum pd__element { PD__F64, PD__F32, PD__F16, PD__BF16, PD__U8, PD__OTHER } pd__element;
+
+/* The first ones in the order of pd__element; the rest are known for their size alone. */
+static const struct {
+    const char *name;
+    int bits;
+} pd__dtypes[] = { { "F64", 64 },    { "F32", 32 },    { "F16", 16 },    { "BF16", 16 },   { "U8", 8 },
+                   { "I8", 8 },      { "BOOL", 8 },    { "I16", 16 },    { "U16", 16 },    { "I32", 32 },
+                   { "U32", 32 },    { "I64", 64 },    { "U64", 64 },    { "C64", 64 },    { "F8_E4M3", 8 },
+                   { "F8_E5M2", 8 }, { "F8_E8M0", 8 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "F4", 4 } };
+
+static const pd__element pd__real_element = sizeof(pd_real) == 8 ? PD__F64 : PD__F32;
+
+/* One tensor of a file. `name` must stay in front: see pd__find_named. */
+typedef struct pd__tensor {
+    const char *name; /* in the header's memory, as `dtype` */
+    const char *dtype;
+    pd__element element;
+    int dim_count; /* may be larger than PD__FILE_DIMS */
+    int64_t dims[PD__FILE_DIMS];
+    int64_t size;       /* product of all dims */
+    int64_t begin, end; /* bytes in the data */
+    bool used;
+} pd__tensor;
+
+typedef struct pd__text_pair {
+    const char *name, *text;
+} pd__text_pair;
+
+/* What an open file holds. */
+typedef struct pd__tensors {
+    pd_net *net;
+    FILE *file;
+    const char *path; /* for messages */
+    char *header;     /* names and texts are decoded in place */
+    pd__tensor *list; /* by name */
+    int64_t count, capacity;
+    pd__text_pair *texts; /* the metadata, by name */
+    int64_t text_count, text_capacity;
+    int64_t data_start, data_size; /* bytes */
+} pd__tensors;
+
+/* A name from a file as messages show it, on one line and not endless; in one of the net's text buffers. */
+static const char *pd__show(pd_net *net, const char *name) {
+    char *text = net->texts[net->text_turn = (net->text_turn + 1) % PD__COUNT(net->texts)];
+    snprintf(text, sizeof net->texts[0], "%s", name);
+    pd__one_line(text);
+    return text;
+}
+
+/* ---- bytes of a file ---- */
+
+static bool pd__seek(FILE *file, int64_t offset) {
+#if defined(_WIN32)
+    return _fseeki64(file, offset, SEEK_SET) == 0;
+#elif defined(PD__POSIX)
+    return (off_t)offset == offset && fseeko(file, (off_t)offset, SEEK_SET) == 0;
+#else
+    return offset <= LONG_MAX && fseek(file, (long)offset, SEEK_SET) == 0;
+#endif
+}
+
+/* Bytes in the file, or -1 with errno set. */
+static int64_t pd__file_size(FILE *file) {
+#if defined(_WIN32)
+    return _fseeki64(file, 0, SEEK_END) == 0 ? _ftelli64(file) : -1;
+#elif defined(PD__POSIX)
+    return fseeko(file, 0, SEEK_END) == 0 ? (int64_t)ftello(file) : -1;
+#else
+    return fseek(file, 0, SEEK_END) == 0 ? ftell(file) : -1;
+#endif
+}
+
+static uint64_t pd__load_le(const unsigned char *from, int size) {
+    uint64_t bits = 0;
+    for (int i = 0; i < size; i++) bits |= (uint64_t)from[i] << (8 * i);
+    return bits;
+}
+
+static double pd__double_from_bits(uint64_t bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static float pd__float_from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* IEEE 754 binary16: 1 sign, 5 exponent, 10 fraction bits. */
+static float pd__half_from_bits(uint32_t bits) {
+    uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, fraction = bits & 0x3ffu;
+    float size;
+    if (exponent == 31) return pd__float_from_bits(sign | 0x7f800000u | (fraction << 13));
+    if (exponent > 0) return pd__float_from_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
+    size = (float)fraction * (1.0f / 16777216.0f); /* subnormal: a multiple of 2^-24 */
+    return sign ? -size : size;
+}
+
+/* `n` numbers of a file as pd_real: exact, or, from F64 to float, correctly rounded. */
+static void pd__load_reals(pd__element element, const unsigned char *from, int64_t n, pd_real *to) {
+    switch (element) {
+    case PD__F64:
+        for (int64_t i = 0; i < n; i++) to[i] = (pd_real)pd__double_from_bits(pd__load_le(from + 8 * i, 8));
+        break;
+    case PD__F32:
+        for (int64_t i = 0; i < n; i++) to[i] = pd__float_from_bits((uint32_t)pd__load_le(from + 4 * i, 4));
+        break;
+    case PD__F16:
+        for (int64_t i = 0; i < n; i++) to[i] = pd__half_from_bits((uint32_t)pd__load_le(from + 2 * i, 2));
+        break;
+    case PD__BF16: /* the upper half of a float */
+        for (int64_t i = 0; i < n; i++) to[i] = pd__float_from_bits((uint32_t)pd__load_le(from + 2 * i, 2) << 16);
+        break;
+    case PD__U8:
+    case PD__OTHER: break;
+    }
+}
+
+/* Turns `n` numbers into the file's bytes, in place. */
+static void pd__store_reals(void *numbers, int64_t n) {
+    unsigned char *bytes = (unsigned char *)numbers;
+    for (int64_t i = 0; i < n; i++, bytes += sizeof(pd_real)) {
+#ifdef PADDLE_DOUBLE
+        uint64_t bits;
+#else
+        uint32_t bits;
+#endif
+        memcpy(&bits, bytes, sizeof bits);
+        pd__store_le(bytes, bits, (int)sizeof bits);
+    }
+}
+
+/* ---- UTF-8 ---- */
+
+/* Bytes of the character at `s`, which has `n` more bytes; 0 when it isn't proper UTF-8 (RFC 3629). */
+static int pd__utf8_length(const unsigned char *s, size_t n) {
+    int length = s[0] < 0x80 ? 1 : s[0] < 0xc2 ? 0 : s[0] < 0xe0 ? 2 : s[0] < 0xf0 ? 3 : s[0] < 0xf5 ? 4 : 0;
+    if ((size_t)length > n) return 0;
+    for (int i = 1; i < length; i++)
+        if ((s[i] & 0xc0) != 0x80) return 0;
+    if (s[0] == 0xe0 && s[1] < 0xa0) return 0; /* could be shorter */
+    if (s[0] == 0xed && s[1] > 0x9f) return 0; /* half of a UTF-16 pair */
+    if (s[0] == 0xf0 && s[1] < 0x90) return 0;
+    if (s[0] == 0xf4 && s[1] > 0x8f) return 0; /* beyond U+10FFFF */
+    return length;
+}
+
+/* Offset of the first byte that isn't proper UTF-8; `n` when all is well. */
+static size_t pd__utf8_prefix(const char *text, size_t n) {
+    size_t at = 0;
+    while (at < n) {
+        int length = pd__utf8_length((const unsigned char *)text + at, n - at);
+        if (length == 0) break;
+        at += (size_t)length;
+    }
+    return at;
+}
+
+static char *pd__utf8_put(char *to, uint32_t code) {
+    if (code < 0x80) {
+        *to++ = (char)code;
+    } else if (code < 0x800) {
+        *to++ = (char)(0xc0u | (code >> 6));
+        *to++ = (char)(0x80u | (code & 63u));
+    } else if (code < 0x10000) {
+        *to++ = (char)(0xe0u | (code >> 12));
+        *to++ = (char)(0x80u | ((code >> 6) & 63u));
+        *to++ = (char)(0x80u | (code & 63u));
+    } else {
+        *to++ = (char)(0xf0u | (code >> 18));
+        *to++ = (char)(0x80u | ((code >> 12) & 63u));
+        *to++ = (char)(0x80u | ((code >> 6) & 63u));
+        *to++ = (char)(0x80u | (code & 63u));
+    }
+    return to;
+}
+
+/* ---- JSON (RFC 8259), only as much as a header needs ---- */
+
+/* A text being read. The first failure sticks in `status`; then nothing moves any more. */
+typedef struct pd__json {
+    pd_net *net;
+    const char *path;
+    char *text;
+    int64_t length, at;
+    pd_status status;
+} pd__json;
+
+static void pd__json_fail(pd__json *j, const char *expected) {
+    unsigned char c = j->at < j->length ? (unsigned char)j->text[j->at] : 0;
+    char found[16];
+    if (j->status != PD_OK) return;
+    if (j->at >= j->length) snprintf(found, sizeof found, "its end");
+    else snprintf(found, sizeof found, c > 32 && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    j->status = pd__fail(j->net, PD_E_FORMAT, "%.300s: header, byte %lld: expected %s, found %s", j->path,
+                         (long long)j->at, expected, found);
+}
+
+static void pd__json_space(pd__json *j) {
+    while (j->at < j->length && j->text[j->at] && strchr(" \t\n\r", j->text[j->at])) j->at++;
+}
+
+static bool pd__json_is(const pd__json *j, char c) {
+    return j->status == PD_OK && j->at < j->length && j->text[j->at] == c;
+}
+
+static bool pd__json_take(pd__json *j, char c) {
+    bool is = pd__json_is(j, c);
+    j->at += is;
+    return is;
+}
+
+/* Takes `c`, after white space, or fails saying that `what` was expected. */
+static bool pd__json_expect(pd__json *j, char c, const char *what) {
+    pd__json_space(j);
+    if (pd__json_take(j, c)) return true;
+    pd__json_fail(j, what);
+    return false;
+}
+
+/* Goes to element `n` of an object or array that was entered; false at its closing bracket, which is taken. */
+static bool pd__json_more(pd__json *j, char close, int64_t n) {
+    pd__json_space(j);
+    if (pd__json_take(j, close)) return false;
+    if (n > 0) return pd__json_expect(j, ',', close == '}' ? "',' or '}'" : "',' or ']'");
+    return j->status == PD_OK;
+}
+
+static uint32_t pd__json_hex4(pd__json *j) {
+    uint32_t code = 0;
+    for (int i = 0; i < 4; i++, j->at++) {
+        int c = j->at < j->length ? (unsigned char)j->text[j->at] : 0;
+        if (!isxdigit(c)) {
+            pd__json_fail(j, "four hexadecimal digits");
+            return 0;
+        }
+        code = code * 16 + (uint32_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+    }
+    return code;
+}
+
+/* An escape sequence whose backslash was taken, decoded to `to`, which never overtakes what is still to be read. */
+static char *pd__json_escape(pd__json *j, char *to) {
+    static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    const char *found = j->at < j->length && j->text[j->at] ? strchr(escapes, j->text[j->at]) : NULL;
+    uint32_t code, low;
+    if (found) {
+        j->at++;
+        *to = meanings[found - escapes];
+        return to + 1;
+    }
+    if (!pd__json_take(j, 'u')) {
+        pd__json_fail(j, "an escape sequence");
+        return to;
+    }
+    code = pd__json_hex4(j);
+    if (code >= 0xd800 && code < 0xdc00) { /* UTF-16: the upper half of a pair */
+        if (!pd__json_take(j, '\\') || !pd__json_take(j, 'u')) {
+            pd__json_fail(j, "the second half of a UTF-16 pair");
+            return to;
+        }
+        low = pd__json_hex4(j);
+        code = low >= 0xdc00 && low < 0xe000 ? 0x10000u + ((code - 0xd800u) << 10) + (low - 0xdc00u) : 0;
+    }
+    if (code == 0 || (code >= 0xdc00 && code < 0xe000)) { /* zero would end our texts */
+        pd__json_fail(j, "before it the code of a character other than zero");
+        return to;
+    }
+    return pd__utf8_put(to, code);
+}
+
+/* A string, decoded in place and ended by a zero; NULL on failure. */
+static const char *pd__json_string(pd__json *j) {
+    char *start, *to;
+    if (!pd__json_expect(j, '"', "a string")) return NULL;
+    start = to = j->text + j->at;
+    while (j->status == PD_OK && !pd__json_is(j, '"')) {
+        if (j->at >= j->length || (unsigned char)j->text[j->at] < 32) pd__json_fail(j, "the end of the string");
+        else if (pd__json_take(j, '\\')) to = pd__json_escape(j, to);
+        else *to++ = j->text[j->at++];
+    }
+    if (j->status != PD_OK) return NULL;
+    j->at++;
+    *to = '\0';
+    return start;
+}
+
+/* The name of an object's member, and the colon; NULL on failure. */
+static const char *pd__json_name(pd__json *j) {
+    const char *name;
+    pd__json_space(j);
+    name = pd__json_string(j);
+    return name && pd__json_expect(j, ':', "':'") ? name : NULL;
+}
+
+static void pd__json_digits(pd__json *j) {
+    if (j->at >= j->length || !isdigit((unsigned char)j->text[j->at])) pd__json_fail(j, "a digit");
+    while (j->at < j->length && isdigit((unsigned char)j->text[j->at])) j->at++;
+}
+
+/* A size: a whole number from 0 to INT64_MAX. */
+static int64_t pd__json_size(pd__json *j) {
+    int64_t value = 0, start;
+    pd__json_space(j);
+    start = j->at;
+    for (; j->at < j->length && isdigit((unsigned char)j->text[j->at]); j->at++) {
+        int digit = j->text[j->at] - '0';
+        if (value > (INT64_MAX - digit) / 10) {
+            j->at = start;
+            pd__json_fail(j, "a number below 2^63");
+            return 0;
+        }
+        value = value * 10 + digit;
+    }
+    if (j->at == start || (j->at > start + 1 && j->text[start] == '0') || pd__json_is(j, '.') || pd__json_is(j, 'e') ||
+        pd__json_is(j, 'E')) {
+        j->at = start;
+        pd__json_fail(j, "a whole number without sign and leading zeros");
+    }
+    return value;
+}
+
+/* Any value, not looked at: what later versions of the format may say about a tensor. */
+static void pd__json_skip(pd__json *j, int depth) {
+    static const char *const words[] = { "true", "false", "null" };
+    pd__json_space(j);
+    if (depth > PD__NESTING_MAX) pd__json_fail(j, "less nesting");
+    if (pd__json_is(j, '"')) {
+        pd__json_string(j);
+    } else if (pd__json_take(j, '{')) {
+        for (int64_t n = 0; pd__json_more(j, '}', n); n++)
+            if (pd__json_name(j)) pd__json_skip(j, depth + 1);
+    } else if (pd__json_take(j, '[')) {
+        for (int64_t n = 0; pd__json_more(j, ']', n); n++) pd__json_skip(j, depth + 1);
+    } else {
+        for (int i = 0; i < PD__COUNT(words); i++) {
+            int64_t n = (int64_t)strlen(words[i]);
+            if (j->status == PD_OK && n <= j->length - j->at && memcmp(j->text + j->at, words[i], (size_t)n) == 0) {
+                j->at += n;
+                return;
+            }
+        }
+        if (j->at >= j->length || !j->text[j->at] || !strchr("-0123456789", j->text[j->at]))
+            pd__json_fail(j, "a value");
+        pd__json_take(j, '-');
+        if (!pd__json_take(j, '0')) pd__json_digits(j);
+        if (pd__json_take(j, '.')) pd__json_digits(j);
+        if (pd__json_take(j, 'e') || pd__json_take(j, 'E')) {
+            if (!pd__json_take(j, '+')) pd__json_take(j, '-');
+            pd__json_digits(j);
+        }
+    }
+}
+
+/* ---- the header ---- */
+
+static void pd__parse_shape(pd__json *j, pd__tensor *t) {
+    if (!pd__json_expect(j, '[', "'['")) return;
+    t->size = 1;
+    for (t->dim_count = 0; pd__json_more(j, ']', t->dim_count); t->dim_count++) {
+        int64_t start = j->at, dim = pd__json_size(j);
+        if (t->dim_count < PD__FILE_DIMS) t->dims[t->dim_count] = dim;
+        if (!pd__multiply_sizes(t->size, dim, &t->size)) {
+            j->at = start;
+            pd__json_fail(j, "fewer than 2^63 numbers in all");
+            return;
+        }
+    }
+}
+
+static void pd__parse_offsets(pd__json *j, pd__tensor *t) {
+    if (!pd__json_expect(j, '[', "'['")) return;
+    t->begin = pd__json_size(j);
+    pd__json_expect(j, ',', "','");
+    t->end = pd__json_size(j);
+    pd__json_expect(j, ']', "']'");
+}
+
+static void pd__parse_dtype(pd__json *j, pd__tensor *t) {
+    t->dtype = pd__json_string(j);
+    t->element = PD__OTHER;
+    for (int i = 0; t->dtype && i < PD__OTHER; i++)
+        if (strcmp(t->dtype, pd__dtypes[i].name) == 0) t->element = (pd__element)i;
+}
+
+static void pd__parse_tensor(pd__json *j, pd__tensor *t) {
+    static const char *const names[] = { "dtype", "shape", "data_offsets" };
+    static void (*const parse[])(pd__json *, pd__tensor *) = { pd__parse_dtype, pd__parse_shape, pd__parse_offsets };
+    bool seen[] = { false, false, false };
+    if (!pd__json_expect(j, '{', "'{'")) return;
+    for (int64_t n = 0; pd__json_more(j, '}', n); n++) {
+        const char *name = pd__json_name(j);
+        int k = 0;
+        while (name && k < PD__COUNT(names) && strcmp(name, names[k]) != 0) k++;
+        if (!name) return;
+        if (k == PD__COUNT(names)) {
+            pd__json_skip(j, 0);
+            continue;
+        }
+        if (seen[k]) pd__json_fail(j, "no second value of the same name");
+        seen[k] = true;
+        parse[k](j, t);
+    }
+    for (int k = 0; k < PD__COUNT(names) && j->status == PD_OK; k++)
+        if (!seen[k])
+            j->status = pd__fail(j->net, PD_E_FORMAT, "%.300s: tensor \"%s\" has no \"%s\"", j->path,
+                                 pd__show(j->net, t->name), names[k]);
+}
+
+static void pd__parse_texts(pd__json *j, pd__tensors *t) {
+    if (!pd__json_expect(j, '{', "'{'")) return;
+    for (int64_t n = 0; pd__json_more(j, '}', n); n++) {
+        pd__text_pair pair;
+        pair.name = pd__json_name(j);
+        if (!pair.name) return;
+        pair.text = pd__json_string(j);
+        if (!pair.text) return;
+        if (!pd__grow(&t->net->allocator, (void **)&t->texts, &t->text_capacity, t->text_count + 1, sizeof pair)) {
+            j->status = pd__no_memory(t->net, "a file's metadata");
+            return;
+        }
+        t->texts[t->text_count++] = pair;
+    }
+}
+
+static void pd__parse_header(pd__json *j, pd__tensors *t) {
+    bool have_texts = false;
+    if (!pd__json_take(j, '{')) pd__json_fail(j, "'{'");
+    for (int64_t n = 0; pd__json_more(j, '}', n); n++) {
+        pd__tensor tensor = PD__ZERO;
+        tensor.name = pd__json_name(j);
+        if (!tensor.name) return;
+        if (strcmp(tensor.name, "__metadata__") == 0) {
+            if (have_texts) pd__json_fail(j, "no second value of the same name");
+            have_texts = true;
+            pd__parse_texts(j, t);
+            continue;
+        }
+        pd__parse_tensor(j, &tensor);
+        if (j->status != PD_OK) return;
+        if (!pd__grow(&t->net->allocator, (void **)&t->list, &t->capacity, t->count + 1, sizeof tensor)) {
+            j->status = pd__no_memory(t->net, "a file's list of tensors");
+            return;
+        }
+        t->list[t->count++] = tensor;
+    }
+    pd__json_space(j);
+    if (j->status == PD_OK && j->at < j->length) pd__json_fail(j, "nothing but spaces after the last '}'");
+}
+
+/* Both begin with a name: pd__tensor and pd__text_pair. */
+static int pd__compare_names(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+static int pd__compare_offsets(const void *a, const void *b) {
+    const pd__tensor *x = (const pd__tensor *)a, *y = (const pd__tensor *)b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return x->end < y->end ? -1 : x->end > y->end;
+}
+
+/* The element of a list sorted by name whose name is `prefix` followed by `name`; NULL when there is none. */
+static void *pd__find_named(void *list, int64_t count, size_t size, const char *prefix, const char *name) {
+    size_t length = strlen(prefix);
+    int64_t low = 0, high = count;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        char *element = (char *)list + (size_t)middle * size;
+        const char *here = *(const char *const *)(void *)element;
+        int order = strncmp(here, prefix, length);
+        if (order == 0) order = strcmp(here + length, name);
+        if (order == 0) return element;
+        if (order < 0) low = middle + 1;
+        else high = middle;
+    }
+    return NULL;
+}
+
+/* Sorts by name; two of the same name are an error. */
+static pd_status pd__sort_names(pd__tensors *t, void *list, int64_t count, size_t size, const char *what) {
+    if (count > 1) qsort(list, (size_t)count, size, pd__compare_names);
+    for (int64_t i = 1; i < count; i++) {
+        const char *name = *(const char *const *)(void *)((char *)list + (size_t)i * size);
+        if (strcmp(*(const char *const *)(void *)((char *)list + (size_t)(i - 1) * size), name) == 0)
+            return pd__fail(t->net, PD_E_FORMAT, "%.300s: two %s \"%s\"", t->path, what, pd__show(t->net, name));
+    }
+    return PD_OK;
+}
+
+/* Is the space in the data what dtype and shape call for? A dtype that we have never heard of has any size. */
+static pd_status pd__check_bytes(const pd__tensors *t, const pd__tensor *tensor) {
+    int known = 0;
+    int64_t bits;
+    while (known < PD__COUNT(pd__dtypes) && strcmp(tensor->dtype, pd__dtypes[known].name) != 0) known++;
+    if (known == PD__COUNT(pd__dtypes)) return PD_OK;
+    if (!pd__multiply_sizes(tensor->size, pd__dtypes[known].bits, &bits) || bits % 8 != 0 ||
+        bits / 8 != tensor->end - tensor->begin)
+        return pd__fail(t->net, PD_E_FORMAT,
+                        "%.300s: tensor \"%s\" has %lld bytes, which do not make %lld numbers of %s", t->path,
+                        pd__show(t->net, tensor->name), (long long)(tensor->end - tensor->begin),
+                        (long long)tensor->size, pd__dtypes[known].name);
+    return PD_OK;
+}
+
+/* The data must be covered by the tensors, without holes and overlaps. Leaves the list sorted by offset. */
+static pd_status pd__check_layout(pd__tensors *t) {
+    int64_t covered = 0;
+    if (t->count > 1) qsort(t->list, (size_t)t->count, sizeof *t->list, pd__compare_offsets);
+    for (int64_t i = 0; i < t->count; i++) {
+        const pd__tensor *tensor = &t->list[i];
+        pd_status status;
+        if (tensor->begin != covered || tensor->end < tensor->begin)
+            return pd__fail(t->net, PD_E_FORMAT,
+                            "%.300s: tensor \"%s\" has data_offsets %lld, %lld, but the next free byte is %lld",
+                            t->path, pd__show(t->net, tensor->name), (long long)tensor->begin, (long long)tensor->end,
+                            (long long)covered);
+        status = pd__check_bytes(t, tensor);
+        if (status != PD_OK) return status;
+        covered = tensor->end;
+    }
+    if (covered != t->data_size)
+        return pd__fail(t->net, PD_E_FORMAT, "%.300s: the file has %lld bytes of data, but its tensors have %lld%s",
+                        t->path, (long long)t->data_size, (long long)covered,
+                        covered > t->data_size ? ": it is cut off" : "");
+    return PD_OK;
+}
+
+static pd_status pd__read_failed(const pd__tensors *t, int error) {
+    return pd__fail(t->net, PD_E_IO, "%.300s: could not be read: %s", t->path,
+                    error ? strerror(error) : "it became shorter");
+}
+
+/* Reads exactly n bytes, or fails. */
+static pd_status pd__read_bytes(const pd__tensors *t, void *to, int64_t n) {
+    errno = 0;
+    if (n == 0 || fread(to, (size_t)n, 1, t->file) == 1) return PD_OK;
+    return pd__read_failed(t, errno);
+}
+
+/* Reads the header as it is; sets data_start and data_size. *length: its bytes. */
+static pd_status pd__read_header(pd__tensors *t, int64_t *length) {
+    unsigned char bytes[8];
+    int64_t size;
+    uint64_t claimed;
+    pd_status status;
+    errno = 0;
+    size = pd__file_size(t->file);
+    if (size < 0 || !pd__seek(t->file, 0)) return pd__read_failed(t, errno);
+    if (size < 8)
+        return pd__fail(t->net, PD_E_FORMAT, "%.300s: %lld bytes are too few for a safetensors file", t->path,
+                        (long long)size);
+    status = pd__read_bytes(t, bytes, 8);
+    if (status != PD_OK) return status;
+    claimed = pd__load_le(bytes, 8);
+    if (claimed > PD__HEADER_MAX)
+        return pd__fail(t->net, PD_E_FORMAT,
+                        "%.300s: a header of %llu bytes; at most %d are allowed (not a safetensors file?)", t->path,
+                        (unsigned long long)claimed, PD__HEADER_MAX);
+    if ((int64_t)claimed > size - 8)
+        return pd__fail(t->net, PD_E_FORMAT, "%.300s: a header of %llu bytes does not fit into a file of %lld", t->path,
+                        (unsigned long long)claimed, (long long)size);
+    t->header = (char *)pd__alloc(&t->net->allocator, (int64_t)claimed, 1);
+    if (!t->header) return pd__no_memory(t->net, "a file's header");
+    *length = (int64_t)claimed;
+    t->data_start = 8 + *length;
+    t->data_size = size - t->data_start;
+    return pd__read_bytes(t, t->header, *length);
+}
+
+/* Frees the index; the file stays open. */
+static void pd__tensors_close(pd__tensors *t) {
+    const pd_allocator *a = &t->net->allocator;
+    pd__free(a, t->header);
+    pd__free(a, t->list);
+    pd__free(a, t->texts);
+    memset(t, 0, sizeof *t);
+}
+
+/* The one way in: reads a file's header and checks everything in it, also against the file's size. `path` is for
+   messages. To be ended with pd__tensors_close; after a failure, which leaves a message in the net, all is freed. */
+static pd_status pd__tensors_open(pd_net *net, FILE *file, const char *path, pd__tensors *t) {
+    pd__json j = PD__ZERO;
+    pd_status status;
+    memset(t, 0, sizeof *t);
+    t->net = j.net = net;
+    t->path = j.path = path;
+    t->file = file;
+    status = pd__read_header(t, &j.length);
+    j.text = t->header;
+    if (status == PD_OK) {
+        j.at = (int64_t)pd__utf8_prefix(j.text, (size_t)j.length);
+        if (j.at < j.length) pd__json_fail(&j, "UTF-8");
+        else j.at = 0;
+        if (j.status == PD_OK) pd__parse_header(&j, t);
+        status = j.status;
+    }
+    if (status == PD_OK) status = pd__check_layout(t);
+    if (status == PD_OK) status = pd__sort_names(t, t->list, t->count, sizeof *t->list, "tensors");
+    if (status == PD_OK) status = pd__sort_names(t, t->texts, t->text_count, sizeof *t->texts, "metadata entries");
+    if (status != PD_OK) pd__tensors_close(t);
+    return status;
+}
+
+/* The tensor named `prefix` and `name`, or NULL. */
+static pd__tensor *pd__tensors_find(const pd__tensors *t, const char *prefix, const char *name) {
+    return (pd__tensor *)pd__find_named(t->list, t->count, sizeof *t->list, prefix, name);
+}
+
+/* The same for the metadata. */
+static const char *pd__tensors_text(const pd__tensors *t, const char *prefix, const char *name) {
+    const pd__text_pair *pair =
+        (const pd__text_pair *)pd__find_named(t->texts, t->text_count, sizeof *t->texts, prefix, name);
+    return pair ? pair->text : NULL;
+}
+
+/* ---- items: what of a net or trainer is in a file ---- */
+
+/* One array to be written or read: a parameter's value, or something else of its size. */
+typedef struct pd__item {
+    pd_param *param;
+    char prefix[16];  /* it is called prefix and the parameter's name */
+    pd_real *numbers; /* device memory; NULL: the parameter's mask is meant */
+    pd__tensor *from; /* reading: where it comes from; NULL: it stays as it is */
+    bool transpose;   /* reading: `from` is the other way round */
+    void *staged;     /* reading: the new contents, host memory */
+} pd__item;
+
+typedef struct pd__items {
+    pd_net *net;
+    pd_device *device; /* where the numbers are */
+    pd__item *list;
+    int64_t count, capacity;
+} pd__items;
+
+static void pd__items_free(pd__items *items) {
+    const pd_allocator *a = &items->net->allocator;
+    for (int64_t i = 0; i < items->count; i++) pd__free(a, items->list[i].staged);
+    pd__free(a, items->list);
+}
+
+/* The prefix is KIND/NUMBER/, or KIND as it is if the number is negative. */
+static pd_status pd__items_add(pd__items *items, pd_param *param, const char *kind, int number, pd_real *numbers) {
+    pd__item *item;
+    if (!pd__grow(&items->net->allocator, (void **)&items->list, &items->capacity, items->count + 1,
+                  sizeof *items->list))
+        return pd__no_memory(items->net, "the list of a file's tensors");
+    item = &items->list[items->count++];
+    memset(item, 0, sizeof *item);
+    item->param = param;
+    item->numbers = numbers;
+    if (number >= 0) snprintf(item->prefix, sizeof item->prefix, "%s/%d/", kind, number);
+    else snprintf(item->prefix, sizeof item->prefix, "%s", kind);
+    return PD_OK;
+}
+
+/* All parameters and buffers of the net, in order of creation. */
+static pd_status pd__items_of_net(pd__items *items, pd_net *net) {
+    pd_status status = PD_OK;
+    items->net = net;
+    items->device = pd__owner(net)->device;
+    for (pd_param *p = pd_param_first(net); p && status == PD_OK; p = p->next)
+        status = pd__items_add(items, p, "", -1, p->value);
+    return status;
+}
+
+/* ---- reading values ---- */
+
+/* Is `item->from` fit for the item? `elements`: bits of the pd__element that will do. */
+static pd_status pd__check_item(const pd__items *items, const pd__item *item, const pd__tensors *t, unsigned elements) {
+    const pd__tensor *from = item->from;
+    const pd_param *p = item->param;
+    bool fits = from->dim_count == p->dim_count, turned = p->dim_count == 2 && from->dim_count == 2;
+    int kept = from->dim_count < PD__FILE_DIMS ? from->dim_count : PD__FILE_DIMS;
+    if (!((elements >> from->element) & 1u))
+        return pd__fail(items->net, PD_E_UNSUPPORTED, "%.300s: tensor \"%s\" holds %s, which can't be loaded here",
+                        t->path, pd__show(items->net, from->name), pd__show(items->net, from->dtype));
+    turned = turned && from->dims[0] == p->dims[1] && from->dims[1] == p->dims[0];
+    for (int i = 0; i < p->dim_count && fits; i++) fits = from->dims[i] == p->dims[i];
+    if (item->transpose ? turned : fits) return PD_OK;
+    return pd__fail(items->net, PD_E_SHAPE, "%.300s: tensor \"%s\": expected %s%s for parameter \"%.100s\", found %s%s",
+                    t->path, pd__show(items->net, from->name), pd__dims_text(items->net, p->dim_count, p->dims),
+                    item->transpose ? " transposed" : "", p->name,
+                    from->dim_count ? pd__dims_text(items->net, kept, from->dims) : "a single number",
+                    turned ? " (pd_load_map has a `transpose` for this)" : "");
+}
+
+/* Reads one tensor's numbers into new host memory, item->staged. */
+static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigned char *chunk, pd_real *converted) {
+    const pd__tensor *from = item->from;
+    int64_t bytes = pd__dtypes[from->element].bits / 8, per_chunk = PD__CHUNK / (int64_t)sizeof(double);
+    int64_t rows = item->param->dims[0], columns = item->param->dim_count > 1 ? item->param->dims[1] : 1;
+    pd_real *to = (pd_real *)item->staged;
+    for (int64_t at = 0; at < from->size; at += per_chunk) {
+        int64_t n = pd__min(per_chunk, from->size - at);
+        pd_status status = pd__read_bytes(t, chunk, n * bytes);
+        if (status != PD_OK) return status;
+        pd__load_reals(from->element, chunk, n, item->transpose ? converted : to + at);
+        for (int64_t i = 0; item->transpose && i < n; i++) /* the file's columns x rows */
+            to[((at + i) % rows) * columns + (at + i) / rows] = converted[i];
+    }
+    return PD_OK;
+}
+
+static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned char *chunk, pd_real *converted) {
+    errno = 0;
+    if (!pd__seek(t->file, t->data_start + item->from->begin)) return pd__read_failed(t, errno);
+    item->staged = pd__alloc(&t->net->allocator, item->param->size, item->numbers ? sizeof(pd_real) : 1);
+    if (!item->staged) return pd__no_memory(t->net, "a file's numbers");
+    if (item->numbers) return pd__stage_numbers(item, t, chunk, converted);
+    return pd__read_bytes(t, item->staged, item->param->size);
+}
+
+/* Reads everything that has a `from`; changes nothing but the items. */
+static pd_status pd__items_stage(pd__items *items, const pd__tensors *t) {
+    const pd_allocator *a = &items->net->allocator;
+    unsigned char *chunk = (unsigned char *)pd__alloc(a, PD__CHUNK, 1);
+    pd_real *converted = (pd_real *)pd__alloc(a, PD__CHUNK / (int64_t)sizeof(double), sizeof *converted);
+    pd_status status = chunk && converted ? PD_OK : pd__no_memory(items->net, "a file's numbers");
+    for (int64_t i = 0; i < items->count && status == PD_OK; i++)
+        if (items->list[i].from) status = pd__stage_item(&items->list[i], t, chunk, converted);
+    pd__free(a, converted);
+    pd__free(a, chunk);
+    return status;
+}
+
+/* Puts what was staged in place. Only a device that breaks down can fail here. */
+static pd_status pd__items_commit(pd__items *items) {
+    pd_device *d = items->device;
+    for (int64_t i = 0; i < items->count; i++) {
+        pd__item *item = &items->list[i];
+        size_t n = (size_t)item->param->size;
+        if (!item->staged) continue;
+        if (item->numbers) {
+            d->upload(d, item->numbers, item->staged, n * sizeof(pd_real));
+        } else {
+            pd__free(&items->net->allocator, item->param->mask);
+            item->param->mask = (unsigned char *)item->staged;
+            item->staged = NULL;
+        }
+    }
+    return pd__synchronize(items->net);
+}
+
+static pd_status pd__check_map(pd_net *net, const pd_load_opts *opts) {
+    if (opts->map_count < 0 || (opts->map_count > 0 && !opts->map))
+        return pd__fail(net, PD_E_ARGUMENT, "pd_load: %d map entries, but no map", opts->map_count);
+    for (int i = 0; i < opts->map_count; i++) {
+        const pd_load_map *m = &opts->map[i];
+        const pd_param *p = m->from ? pd_param_find(net, m->to) : NULL;
+        if (!m->from || !m->to) return pd__fail(net, PD_E_ARGUMENT, "pd_load: map entry %d lacks a name", i);
+        if (!p)
+            return pd__fail(net, PD_E_ARGUMENT, "pd_load: map entry %d: the net has no parameter \"%.100s\"", i, m->to);
+        if (m->transpose && p->dim_count != 2)
+            return pd__fail(net, PD_E_ARGUMENT,
+                            "pd_load: map entry %d: parameter \"%.100s\" is %s; only two dimensions can be transposed",
+                            i, m->to, pd__dims_text(net, p->dim_count, p->dims));
+        for (int k = 0; k < i; k++)
+            if (strcmp(opts->map[k].to, m->to) == 0)
+                return pd__fail(net, PD_E_ARGUMENT, "pd_load: map entries %d and %d both load parameter \"%.100s\"", k,
+                                i, m->to);
+    }
+    return PD_OK;
+}
+
+/* Finds each parameter's tensor, by the map or by its name, and checks it. */
+static pd_status pd__match_tensors(pd__items *items, const pd__tensors *t, const pd_load_opts *opts) {
+    const unsigned loadable = 1u << PD__F64 | 1u << PD__F32 | 1u << PD__F16 | 1u << PD__BF16;
+    for (int64_t i = 0; i < items->count; i++) {
+        pd__item *item = &items->list[i];
+        const char *name = item->param->name;
+        pd_status status;
+        for (int k = 0; k < opts->map_count; k++)
+            if (strcmp(opts->map[k].to, item->param->name) == 0) {
+                name = opts->map[k].from;
+                item->transpose = opts->map[k].transpose;
+            }
+        item->from = pd__tensors_find(t, "", name);
+        if (!item->from && opts->partial) continue;
+        if (!item->from)
+            return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\" for parameter \"%.100s\" (%s)",
+                            t->path, name, item->param->name,
+                            pd__dims_text(items->net, item->param->dim_count, item->param->dims));
+        status = pd__check_item(items, item, t, loadable);
+        if (status != PD_OK) return status;
+    }
+    return PD_OK;
+}
+
+/* pd_load from an open file. */
+static pd_status pd__load_file(pd_net *net, FILE *file, const char *path, const pd_load_opts *opts) {
+    static const pd_load_opts defaults = PD__ZERO;
+    const pd_load_opts *o = opts ? opts : &defaults;
+    pd__items items = PD__ZERO;
+    pd__tensors t;
+    pd_status status = pd__check_map(net, o);
+    if (status == PD_OK) status = pd__tensors_open(net, file, path, &t);
+    if (status != PD_OK) return status;
+    status = pd__items_of_net(&items, net);
+    if (status == PD_OK) status = pd__match_tensors(&items, &t, o);
+    if (status == PD_OK) status = pd__items_stage(&items, &t);
+    if (status == PD_OK) status = pd__items_commit(&items);
+    pd__items_free(&items);
+    pd__tensors_close(&t);
+    return status;
+}
+
+/* Opens for reading, with a message on failure. */
+static FILE *pd__open_to_read(pd_net *net, const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (!file) pd__fail(net, PD_E_IO, "%.300s: could not be opened: %s", path, strerror(errno));
+    return file;
+}
+
+PD_DEF pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts) {
+    FILE *file;
+    pd_status status;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!path) return pd__fail(net, PD_E_ARGUMENT, "pd_load: no path");
+    if (net->origin)
+        return pd__fail(net, PD_E_STATE, "pd_load: a shared net reads another's parameters; load into that one");
+    file = pd__open_to_read(net, path);
+    if (!file) return PD_E_IO;
+    status = pd__load_file(net, file, path, opts);
+    fclose(file);
+    return status;
+}
+
+/* ---- writing ---- */
+
+/* A file being written. The header is gone through twice: first only to count its bytes. */
+typedef struct pd__writer {
+    FILE *file; /* NULL: count */
+    int64_t length;
+    int error; /* the first errno */
+} pd__writer;
+
+static void pd__put(pd__writer *w, const void *bytes, size_t n) {
+    w->length += (int64_t)n;
+    if (!w->file || w->error || n == 0) return;
+    errno = 0;
+    if (fwrite(bytes, n, 1, w->file) != 1) w->error = errno ? errno : EIO;
+}
+
+/* Formatted text, of at most 100 bytes. */
+PD_PRINTF(2, 3) static void pd__put_text(pd__writer *w, const char *format, ...) {
+    char text[101];
+    size_t length = 0;
+    va_list args;
+    va_start(args, format);
+    length = (size_t)vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    pd__put(w, text, length);
+}
+
+/* "PREFIXNAME": for a comma before all but the first. Names hold nothing that JSON wants escaped: see pd__name_ok. */
+static void pd__put_name(pd__writer *w, const char *prefix, const char *name) {
+    pd__put_text(w, "%s\"%s", w->length > 1 ? "," : "", prefix);
+    pd__put(w, name, strlen(name));
+    pd__put(w, "\":", 2);
+}
+
+/* Doubles as hexadecimal floats with a whole mantissa: exact, and without a decimal point that locales change. */
+static void pd__put_double(pd__writer *w, const char *name, double value) {
+    int exponent = 0;
+    double mantissa = ldexp(frexp(fabs(value), &exponent), 53);
+    const char *sign = copysign(1, value) < 0 ? "-" : "";
+    if (value - value == 0)
+        pd__put_text(w, ",\"%s\":\"%s0x%llxp%d\"", name, sign, (unsigned long long)mantissa, exponent - 53);
+    else pd__put_text(w, ",\"%s\":\"%s%s\"", name, sign, value == value ? "inf" : "nan");
+}
+
+/* What checkpoints say about a trainer in their metadata, beside a few named below. X(field, type, greatest): counts
+   from 0; those from hostile files must not overflow soon. */
+#define PD__COUNT_MAX (INT64_MAX / 4)
+#define PD__COUNTERS(X)                                                                                                \
+    X(samples, int64_t, PD__COUNT_MAX)                                                                                 \
+    X(steps, int64_t, PD__COUNT_MAX)                                                                                   \
+    X(pass, int64_t, PD__COUNT_MAX)                                                                                    \
+    X(pass_samples, int64_t, PD__COUNT_MAX)                                                                            \
+    X(pass_batches, int64_t, PD__COUNT_MAX)                                                                            \
+    X(average_count, int64_t, PD__COUNT_MAX)                                                                           \
+    X(average_old, int64_t, PD__COUNT_MAX)                                                                             \
+    X(average_updates, int64_t, PD__COUNT_MAX)                                                                         \
+    X(bad_tests, int, INT_MAX / 4)
+
+static const char *const pd__optimizer_names[PD_OPT_COUNT] = { "sgd",      "momentum", "adagrad",
+                                                               "adadelta", "rmsprop",  "decayed_adagrad",
+                                                               "adam",     "adamw",    "adamax" };
+
+/* The metadata of a checkpoint: with the tensors all that continuing needs. */
+static void pd__put_progress(pd__writer *w, const pd_trainer *trainer) {
+    pd__put_text(w, "\"__metadata__\":{\"checkpoint\":\"1\",\"optimizer\":\"%s\"",
+                 pd__optimizer_names[trainer->optimizer.kind]);
+    pd__put_text(w, ",\"seed\":\"%llu\",\"step\":\"%llu\"", (unsigned long long)trainer->net->seed,
+                 (unsigned long long)trainer->net->step);
+#define PD__PUT(field, type, greatest) pd__put_text(w, ",\"" #field "\":\"%llu\"", (unsigned long long)trainer->field);
+    PD__COUNTERS(PD__PUT)
+#undef PD__PUT
+    pd__put_double(w, "pass_cost", trainer->pass_cost);
+    pd__put_double(w, "best_cost", trainer->best_cost);
+    for (int i = 0; i < trainer->trained_count; i++) {
+        pd__put_name(w, "updates/", trainer->trained[i].param->name);
+        pd__put_text(w, "\"%llu\"", (unsigned long long)trainer->trained[i].step);
+    }
+    pd__put(w, "}", 1);
+}
+
+/* The whole header; `trainer`, for checkpoints, or NULL gives the metadata. Keeps the data aligned to 8 bytes. */
+static void pd__put_header(pd__writer *w, const pd__items *items, const pd_trainer *trainer) {
+    int64_t begin = 0;
+    pd__put(w, "{", 1);
+    if (trainer) pd__put_progress(w, trainer);
+    for (int64_t i = 0; i < items->count; i++) {
+        const pd__item *item = &items->list[i];
+        int64_t end = begin + item->param->size * (item->numbers ? (int64_t)sizeof(pd_real) : 1);
+        pd__put_name(w, item->prefix, item->param->name);
+        pd__put_text(w, "{\"dtype\":\"%s\",\"shape\":[", pd__dtypes[item->numbers ? pd__real_element : PD__U8].name);
+        for (int k = 0; k < item->param->dim_count; k++)
+            pd__put_text(w, k ? ",%lld" : "%lld", (long long)item->param->dims[k]);
+        pd__put_text(w, "],\"data_offsets\":[%lld,%lld]}", (long long)begin, (long long)end);
+        begin = end;
+    }
+    pd__put(w, "}", 1);
+    while (w->length % 8) pd__put(w, " ", 1);
+}
+
+/* One item's data, by way of `chunk`, PD__CHUNK bytes of host memory. */
+static void pd__put_item(pd__writer *w, const pd__item *item, pd_device *d, unsigned char *chunk) {
+    int64_t per_chunk = PD__CHUNK / (int64_t)sizeof(pd_real);
+    if (!item->numbers) pd__put(w, item->param->mask, (size_t)item->param->size);
+    for (int64_t at = 0; item->numbers && at < item->param->size && !w->error; at += per_chunk) {
+        int64_t n = pd__min(per_chunk, item->param->size - at);
+        d->download(d, chunk, item->numbers + at, (size_t)n * sizeof(pd_real));
+        pd__store_reals(chunk, n);
+        pd__put(w, chunk, (size_t)n * sizeof(pd_real));
+    }
+}
+
+/* Writes a whole file. Returns 0 or an errno. */
+static int pd__write_tensors(FILE *file, const pd__items *items, const pd_trainer *trainer, unsigned char *chunk) {
+    pd__writer w = PD__ZERO;
+    unsigned char bytes[8];
+    pd__put_header(&w, items, trainer);
+    if (w.length > PD__HEADER_MAX) return EFBIG;
+    pd__store_le(bytes, (uint64_t)w.length, 8);
+    w.file = file;
+    pd__put(&w, bytes, 8);
+    w.length = 0;
+    pd__put_header(&w, items, trainer);
+    for (int64_t i = 0; i < items->count; i++) pd__put_item(&w, &items->list[i], items->device, chunk);
+    return w.error;
+}
+
+/* Brings what was written to the disk itself. 0 or an errno. */
+static int pd__sync_file(FILE *file) {
+    if (fflush(file) != 0) return errno;
+#if defined(_WIN32)
+    if (_commit(_fileno(file)) != 0) return errno;
+#elif defined(PD__POSIX)
+    if (fsync(fileno(file)) != 0) return errno;
+#endif
+    return 0;
+}
+
+/* Puts `temporary` in the place of `path`, in one step. 0 or an errno. */
+static int pd__replace_file(const char *temporary, const char *path) {
+#if defined(_WIN32)
+    if (!MoveFileExA(temporary, path, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH)) return EACCES;
+#else
+    if (rename(temporary, path) != 0) return errno;
+#endif
+    return 0;
+}
+
+/* Brings the new name to the disk; `path` is cut to its directory. Where directories can't be opened or synced the
+   file system does as it likes. 0 or an errno. */
+static int pd__sync_directory(char *path) {
+    int error = 0;
+#if defined(PD__POSIX)
+    char *slash = strrchr(path, '/');
+    int directory;
+    if (!slash) strcpy(path, ".");
+    else slash[slash == path] = '\0';
+    directory = open(path, O_RDONLY);
+    if (directory < 0) return 0;
+    if (fsync(directory) != 0 && errno == EIO) error = EIO;
+    close(directory);
+#else
+    (void)path;
+#endif
+    return error;
+}
+
+/* rename would put a file in the place of /dev/null, too. */
+static bool pd__is_special_file(const char *path) {
+#if defined(PD__POSIX)
+    struct stat s;
+    return stat(path, &s) == 0 && !S_ISREG(s.st_mode);
+#else
+    (void)path;
+    return false;
+#endif
+}
+
+/* Writes to `temporary`, then puts it in the place of `path`. 0 or an errno; then `path` is what it was, unless it was
+   only the directory that could not be brought to the disk. */
+static int pd__write_and_replace(const char *path, char *temporary, const pd__items *items, const pd_trainer *trainer,
+                                 unsigned char *chunk) {
+    FILE *file = fopen(temporary, "wb");
+    int error;
+    if (!file) return errno;
+    error = pd__write_tensors(file, items, trainer, chunk);
+    if (!error) error = pd__sync_file(file);
+    if (fclose(file) != 0 && !error) error = errno;
+    if (!error) error = pd__replace_file(temporary, path);
+    if (error) remove(temporary);
+    return error ? error : pd__sync_directory(temporary);
+}
+
+/* What names from the net may not be in a file. */
+static pd_status pd__check_names(const pd__items *items, bool checkpoint) {
+    static const char *const prefixes[] = { "optimizer/", "average/", "best/", "mask/" };
+    for (int64_t i = 0; i < items->count; i++) {
+        const char *name = items->list[i].param->name;
+        bool bad = strcmp(name, "__metadata__") == 0 || pd__utf8_prefix(name, strlen(name)) < strlen(name);
+        for (int k = 0; checkpoint && k < PD__COUNT(prefixes); k++)
+            bad = bad || strncmp(name, prefixes[k], strlen(prefixes[k])) == 0;
+        if (bad)
+            return pd__fail(items->net, PD_E_ARGUMENT, "parameter \"%.200s\" can't be saved under this name", name);
+    }
+    return PD_OK;
+}
+
+static pd_status pd__save_items(const pd__items *items, const char *path, const pd_trainer *trainer) {
+    pd_net *net = items->net;
+    const pd_allocator *a = &net->allocator;
+    size_t size = strlen(path) + 32;
+    char *temporary;
+    unsigned char *chunk;
+    int error;
+    pd_status status = pd__check_names(items, trainer != NULL);
+    if (status != PD_OK) return status;
+    if (pd__is_special_file(path)) return pd__fail(net, PD_E_IO, "%.300s: is not a regular file", path);
+    temporary = (char *)pd__alloc(a, (int64_t)size, 1);
+    chunk = (unsigned char *)pd__alloc(a, PD__CHUNK, 1);
+    if (temporary && chunk) {
+        snprintf(temporary, size, "%s.tmp-%ld", path, pd__process_id());
+        error = pd__write_and_replace(path, temporary, items, trainer, chunk);
+        if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
+    } else {
+        status = pd__no_memory(net, "writing a file");
+    }
+    pd__free(a, chunk);
+    pd__free(a, temporary);
+    if (status == PD_OK && net->logger.log) {
+        char text[512];
+        snprintf(text, sizeof text, "saved %.500s", path);
+        net->logger.log(net->logger.user, PD_OK, text);
+    }
+    return status;
+}
+
+PD_DEF pd_status pd_save(pd_net *net, const char *path) {
+    pd__items items = PD__ZERO;
+    pd_status status;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!path) return pd__fail(net, PD_E_ARGUMENT, "pd_save: no path");
+    status = pd__items_of_net(&items, net);
+    if (status == PD_OK) status = pd__save_items(&items, path, NULL);
+    pd__items_free(&items);
+    return status;
+}
+
+/* ---- checkpoints ---- */
+
+typedef struct pd__progress {
+    uint64_t seed, step;
+#define PD__FIELD(field, type, greatest) type field;
+    PD__COUNTERS(PD__FIELD)
+#undef PD__FIELD
+    double pass_cost, best_cost;
+} pd__progress;
+
+/* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "average/K/NAME", "best/NAME", and
+   "mask/NAME", which, being bytes, come last. The same list serves for writing and reading. `best`: one array per
+   parameter of the net, or NULL. While averaged values are swapped in, the true ones are written. */
+static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_real *const *best, bool writing) {
+    pd_status status = pd__items_of_net(items, trainer->net);
+    int64_t params = items->count;
+    for (int64_t i = 0, k = 0; i < params && k < trainer->trained_count && status == PD_OK; i++)
+        if (items->list[i].param == trainer->trained[k].param) {
+            if (writing && trainer->averaged) items->list[i].numbers = trainer->trained[k].saved;
+            k++;
+        }
+    for (int i = 0; i < trainer->trained_count; i++) {
+        const pd__trained *t = &trainer->trained[i];
+        for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++)
+            if (t->states[k]) status = pd__items_add(items, t->param, "optimizer", k, t->states[k]);
+        for (int k = 0; k < PD__COUNT(t->sums) && status == PD_OK; k++)
+            if (t->sums[k]) status = pd__items_add(items, t->param, "average", k, t->sums[k]);
+    }
+    for (int64_t i = 0; best && i < params && status == PD_OK; i++)
+        status = pd__items_add(items, items->list[i].param, "best/", -1, best[i]);
+    for (int i = 0; i < trainer->trained_count && status == PD_OK; i++)
+        if (trainer->trained[i].param->mask)
+            status = pd__items_add(items, trainer->trained[i].param, "mask/", -1, NULL);
+    return status;
+}
+
+PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
+    pd__items items = PD__ZERO;
+    pd_status status = PD_OK;
+    if (!trainer) return PD_E_ARGUMENT;
+    if (!pd__check_net(trainer->net)) return pd_error_status(trainer->net);
+    if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_save: no path");
+    if (trainer->updater->sync) status = trainer->updater->sync(trainer->updater);
+    if (status != PD_OK) return status;
+    status = pd__items_of_trainer(&items, trainer, trainer->best, true);
+    if (status == PD_OK) status = pd__save_items(&items, path, trainer);
+    pd__items_free(&items);
+    return status;
+}
+
+/* A metadata entry, or a message. */
+static pd_status pd__need_text(const pd__tensors *t, const char *prefix, const char *name, const char **text) {
+    *text = pd__tensors_text(t, prefix, name);
+    if (*text) return PD_OK;
+    return pd__fail(t->net, PD_E_FORMAT, "%.300s: the metadata lacks \"%s%.100s\"", t->path, prefix, name);
+}
+
+static pd_status pd__read_count(const pd__tensors *t, const char *prefix, const char *name, uint64_t greatest,
+                                uint64_t *value) {
+    const char *text;
+    char *end;
+    pd_status status = pd__need_text(t, prefix, name, &text);
+    if (status != PD_OK) return status;
+    errno = 0;
+    *value = strtoull(text, &end, 10);
+    if (isdigit((unsigned char)*text) && !*end && !errno && *value <= greatest) return PD_OK;
+    return pd__fail(t->net, PD_E_FORMAT,
+                    "%.300s: metadata \"%s%.100s\": expected a whole number up to %llu, found \"%s\"", t->path, prefix,
+                    name, (unsigned long long)greatest, pd__show(t->net, text));
+}
+
+static pd_status pd__read_double(const pd__tensors *t, const char *name, double *value) {
+    const char *text;
+    char *end;
+    pd_status status = pd__need_text(t, "", name, &text);
+    if (status != PD_OK) return status;
+    *value = strtod(text, &end);
+    if (end != text && !*end) return PD_OK;
+    return pd__fail(t->net, PD_E_FORMAT, "%.300s: metadata \"%s\": expected a number, found \"%s\"", t->path, name,
+                    pd__show(t->net, text));
+}
+
+/* Is it a checkpoint, and of this optimizer? */
+static pd_status pd__check_kind(const pd__tensors *t, const pd_trainer *trainer) {
+    const char *version = pd__tensors_text(t, "", "checkpoint"), *own = pd__optimizer_names[trainer->optimizer.kind];
+    const char *optimizer;
+    pd_status status;
+    if (!version)
+        return pd__fail(t->net, PD_E_FORMAT, "%.300s: not a checkpoint; pd_load takes plain parameters", t->path);
+    if (strcmp(version, "1") != 0)
+        return pd__fail(t->net, PD_E_UNSUPPORTED, "%.300s: a checkpoint of version \"%s\", expected \"1\"", t->path,
+                        pd__show(t->net, version));
+    status = pd__need_text(t, "", "optimizer", &optimizer);
+    if (status == PD_OK && strcmp(optimizer, own) != 0)
+        status = pd__fail(t->net, PD_E_ARGUMENT, "%.300s: a checkpoint of %s, but this trainer uses %s", t->path,
+                          pd__show(t->net, optimizer), own);
+    return status;
+}
+
+static pd_status pd__read_progress(const pd__tensors *t, pd__progress *p) {
+    uint64_t count = 0;
+    pd_status status = pd__read_count(t, "", "seed", UINT64_MAX, &p->seed);
+    if (status == PD_OK) status = pd__read_count(t, "", "step", UINT64_MAX, &p->step);
+#define PD__READ(field, type, greatest)                                                                                \
+    if (status == PD_OK) status = pd__read_count(t, "", #field, (uint64_t)(greatest), &count);                         \
+    p->field = (type)count;
+    PD__COUNTERS(PD__READ)
+#undef PD__READ
+    if (status == PD_OK) status = pd__read_double(t, "pass_cost", &p->pass_cost);
+    if (status == PD_OK) status = pd__read_double(t, "best_cost", &p->best_cost);
+    return status;
+}
+
+/* Each parameter's number of updates: checked, and, if `set`, taken over. */
+static pd_status pd__read_updates(const pd__tensors *t, pd_trainer *trainer, bool set) {
+    pd_status status = PD_OK;
+    for (int i = 0; i < trainer->trained_count && status == PD_OK; i++) {
+        pd__trained *trained = &trainer->trained[i];
+        uint64_t count;
+        status = pd__read_count(t, "updates/", trained->param->name, PD__COUNT_MAX, &count);
+        if (status == PD_OK && set) trained->step = (int64_t)count;
+    }
+    return status;
+}
+
+/* Every item must be in the file, in the very type of the program's numbers, and every tensor must be an item. */
+static pd_status pd__match_checkpoint(pd__items *items, const pd__tensors *t) {
+    for (int64_t i = 0; i < items->count; i++) {
+        pd__item *item = &items->list[i];
+        pd_status status;
+        item->from = pd__tensors_find(t, item->prefix, item->param->name);
+        if (!item->from)
+            return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%s%.100s\", which this trainer needs",
+                            t->path, item->prefix, item->param->name);
+        status = pd__check_item(items, item, t, 1u << (item->numbers ? pd__real_element : PD__U8));
+        if (status != PD_OK) return status;
+        item->from->used = true;
+    }
+    for (int64_t i = 0; i < t->count; i++)
+        if (!t->list[i].used)
+            return pd__fail(items->net, PD_E_FORMAT, "%.300s: this trainer has no place for tensor \"%s\"", t->path,
+                            pd__show(items->net, t->list[i].name));
+    return PD_OK;
+}
+
+static void pd__free_best(pd_net *net, pd_real **best) {
+    for (int i = 0; best && i < net->param_count; i++)
+        if (best[i]) net->device->free(net->device, best[i]);
+    pd__free(&net->allocator, best);
+}
+
+/* Memory for the best values, one array per parameter; NULL, with a message, when out of memory. */
+static pd_real **pd__new_best(pd_net *net) {
+    pd_real **best = (pd_real **)pd__alloc(&net->allocator, net->param_count, sizeof *best);
+    int i = 0;
+    for (pd_param *p = net->first_param; best && p; p = p->next, i++) {
+        int64_t capacity = 0;
+        if (!pd__device_grow(net, &best[i], &capacity, p->size)) {
+            pd__free_best(net, best);
+            best = NULL;
+        }
+    }
+    if (!best) pd__no_memory(net, "the best values");
+    return best;
+}
+
+/* Takes everything over, `best` as well; all has been checked. */
+static pd_status pd__resume(pd_trainer *trainer, pd__items *items, const pd__tensors *t, const pd__progress *p,
+                            pd_real **best) {
+    pd_status status = pd__items_commit(items);
+#define PD__SET(field, type, greatest) trainer->field = p->field;
+    PD__COUNTERS(PD__SET)
+#undef PD__SET
+    trainer->pass_cost = p->pass_cost;
+    trainer->best_cost = p->best_cost;
+    trainer->averaged = false; /* the true values have been loaded */
+    trainer->net->seed = p->seed;
+    trainer->net->step = p->step;
+    pd__read_updates(t, trainer, true);
+    pd__free_best(trainer->net, trainer->best);
+    trainer->best = best;
+    return status;
+}
+
+/* pd_checkpoint_load from an open file. */
+static pd_status pd__checkpoint_load_file(pd_trainer *trainer, FILE *file, const char *path) {
+    pd_net *net = trainer->net;
+    pd__items items = PD__ZERO;
+    pd__progress progress = PD__ZERO;
+    pd__tensors t;
+    pd_real **best = NULL;
+    pd_status status = pd__tensors_open(net, file, path, &t);
+    if (status != PD_OK) return status;
+    items.net = net;
+    status = pd__check_kind(&t, trainer);
+    if (status == PD_OK && pd__tensors_find(&t, "best/", net->first_param->name)) {
+        best = pd__new_best(net);
+        if (!best) status = PD_E_MEMORY;
+    }
+    if (status == PD_OK) status = pd__items_of_trainer(&items, trainer, best, false);
+    if (status == PD_OK) status = pd__match_checkpoint(&items, &t);
+    if (status == PD_OK) status = pd__read_progress(&t, &progress);
+    if (status == PD_OK) status = pd__read_updates(&t, trainer, false);
+    if (status == PD_OK) status = pd__items_stage(&items, &t);
+    if (status == PD_OK) status = pd__resume(trainer, &items, &t, &progress, best);
+    else pd__free_best(net, best);
+    pd__items_free(&items);
+    pd__tensors_close(&t);
+    return status;
+}
+
+PD_DEF pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path) {
+    FILE *file;
+    pd_status status;
+    if (!trainer) return PD_E_ARGUMENT;
+    if (!pd__check_net(trainer->net)) return pd_error_status(trainer->net);
+    if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_load: no path");
+    file = pd__open_to_read(trainer->net, path);
+    if (!file) return PD_E_IO;
+    status = pd__checkpoint_load_file(trainer, file, path);
+    fclose(file);
+    return status;
+}
+/* ======================================================================================================== */
+/* >>gradient check                                                                                         */
+
+/* The scalar J = sum of w_i y_i over all outputs of a layer, with fixed random w, is differentiated numerically. */
+typedef struct pd__check {
+    pd_net *net;
+    pd_layer *layer;
+    pd_batch *batch; /* a copy, whose dense numbers may be moved */
+    pd_real *weights; /* rows x width of the layer */
+    int64_t outputs;
+    double step, scale; /* scale: sum of |w_i y_i|, below whose thousandth differences mean nothing */
+    uint64_t key;
+    int64_t elements;
+    pd_gradcheck *result;
+} pd__check;
+
+/* A tensor under check: a parameter, or an input of the batch. */
+typedef struct pd__subject {
+    const char *name;
+    pd_param *param; /* or */
+    pd_slot *slot;
+    int64_t size;
+    pd_real *value, *gradient, *direction; /* host copies, one allocation */
+} pd__subject;
+
+static pd_status pd__check_forward(pd__check *c) {
+    return pd_forward(c->net, c->batch, PD_CHECK, &c->layer, 1);
+}
+
+static pd_status pd__objective(pd__check *c, double *j) {
+    pd_status status = pd__check_forward(c);
+    const pd_real *y = status == PD_OK ? pd_output(c->layer, NULL, NULL) : NULL;
+    *j = 0;
+    for (int64_t i = 0; y && i < c->outputs; i++) *j += (double)c->weights[i] * (double)y[i];
+    return status;
+}
+
+/* value + t * (element < 0 ? direction : unit vector) becomes the subject's value. */
+static void pd__check_move(const pd__subject *s, int64_t element, double t) {
+    for (int64_t first = 0; first < s->size; first += 512) {
+        pd_real moved[512];
+        int64_t n = pd__min(512, s->size - first);
+        for (int64_t i = 0; i < n; i++) {
+            double by = element < 0 ? t * (double)s->direction[first + i] : first + i == element ? t : 0;
+            moved[i] = (pd_real)((double)s->value[first + i] + by);
+        }
+        if (s->slot) memcpy(s->slot->data + first, moved, (size_t)n * sizeof *moved);
+        else s->param->net->device->upload(s->param->net->device, s->param->value + first, moved, (size_t)n * sizeof *moved);
+    }
+}
+
+/* Central difference along the direction or one element. */
+static pd_status pd__check_difference(pd__check *c, const pd__subject *s, int64_t element, double t, double *slope) {
+    double up = 0, down = 0;
+    pd_status status;
+    pd__check_move(s, element, t);
+    status = pd__objective(c, &up);
+    pd__check_move(s, element, -t);
+    if (status == PD_OK) status = pd__objective(c, &down);
+    pd__check_move(s, element, 0);
+    *slope = (up - down) / (2 * t);
+    return status;
+}
+
+static void pd__check_note(pd__check *c, const pd__subject *s, int64_t element, double analytic, double numeric,
+                           double typical) {
+    pd_gradcheck *r = c->result;
+    double size = fabs(analytic) > fabs(numeric) ? fabs(analytic) : fabs(numeric), error;
+    if (typical > size) size = typical;
+    if (1e-3 * c->scale > size) size = 1e-3 * c->scale;
+    error = size > 0 ? fabs(analytic - numeric) / size : 0;
+    if (element < 0 && !(error <= r->directional)) r->directional = error;
+    if (error <= r->error) return;
+    r->error = error;
+    r->worst = s->name;
+    r->worst_index = element;
+    r->analytic = analytic;
+    r->numeric = numeric;
+}
+
+/* Direction: the gradient plus a random vector half as long, so that it has something of every element. */
+static pd_status pd__check_subject(pd__check *c, pd__subject *s) {
+    double squares = 0, random_squares = 0, largest = 0, along = 0, slope = 0, typical;
+    pd_status status;
+    for (int64_t i = 0; i < s->size; i++) {
+        s->direction[i] = (pd_real)(2 * pd__uniform(c->key, (uint64_t)i) - 1);
+        squares += (double)s->gradient[i] * (double)s->gradient[i];
+        random_squares += (double)s->direction[i] * (double)s->direction[i];
+    }
+    for (int64_t i = 0; i < s->size; i++) {
+        double factor = squares > 0 ? 0.5 * sqrt(squares / random_squares) : 1;
+        s->direction[i] = (pd_real)((double)s->gradient[i] + factor * (double)s->direction[i]);
+        along += (double)s->gradient[i] * (double)s->direction[i];
+        if (fabs((double)s->direction[i]) > largest) largest = fabs((double)s->direction[i]);
+    }
+    if (squares > 0) c->result->all_zero = false;
+    if (!(largest > 0)) return PD_OK;
+    typical = sqrt(squares / (double)s->size);
+    status = pd__check_difference(c, s, -1, c->step / largest, &slope);
+    if (status == PD_OK) pd__check_note(c, s, -1, along / largest, slope / largest, typical);
+    for (int64_t k = 0; status == PD_OK && k < pd__min(c->elements, s->size); k++) {
+        int64_t i = s->size <= c->elements ? k : pd__below(c->key + 1, (uint64_t)k, s->size);
+        status = pd__check_difference(c, s, i, c->step, &slope);
+        if (status == PD_OK) pd__check_note(c, s, i, (double)s->gradient[i], slope, typical);
+        c->result->checked++;
+    }
+    return status;
+}
+
+/* One backward run, from zeroed gradients unless `again`. */
+static pd_status pd__check_backward(pd__check *c, bool again) {
+    pd_status status = again ? PD_OK : pd_zero_grads(c->net);
+    if (status == PD_OK) status = pd__check_forward(c);
+    return status == PD_OK ? pd__backward_from(c->net, c->layer, c->weights) : status;
+}
+
+/* Gradients must be added to, not overwritten: after a second run each is twice the first. */
+static void pd__check_accumulation(pd__check *c, pd__subject *s) {
+    double most = 0, size = 0;
+    if (!s->param) return;
+    pd_param_get_grad(s->param, s->direction, s->size);
+    for (int64_t i = 0; i < s->size; i++) {
+        double off = fabs((double)s->direction[i] - 2 * (double)s->gradient[i]);
+        if (off > most) most = off;
+        if (2 * fabs((double)s->gradient[i]) > size) size = 2 * fabs((double)s->gradient[i]);
+    }
+    if (size > 0 && most / size > c->result->accumulation) c->result->accumulation = most / size;
+}
+
+/* Checks one tensor: takes its value and gradient, then the second run's, then the differences. */
+static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_layer *input) {
+    const pd_allocator *a = &c->net->allocator;
+    pd__subject s;
+    pd_status status;
+    memset(&s, 0, sizeof s);
+    s.param = p;
+    s.slot = slot;
+    s.name = p ? p->name : slot->name;
+    s.size = p ? p->size : slot->rows * slot->width;
+    if (s.size == 0) return PD_OK;
+    s.value = (pd_real *)pd__alloc(a, s.size, 3 * sizeof *s.value);
+    if (!s.value) return pd__no_memory(c->net, "the gradient check");
+    s.gradient = s.value + s.size;
+    s.direction = s.gradient + s.size;
+    status = pd__check_backward(c, false);
+    if (status == PD_OK && p) {
+        pd_param_get(p, s.value, s.size);
+        pd_param_get_grad(p, s.gradient, s.size);
+    } else if (status == PD_OK) {
+        memcpy(s.value, slot->data, (size_t)s.size * sizeof *s.value);
+        c->net->device->download(c->net->device, s.gradient, input->out.grad, (size_t)s.size * sizeof *s.value);
+    }
+    if (status == PD_OK) status = pd__check_backward(c, true);
+    if (status == PD_OK) pd__check_accumulation(c, &s);
+    if (status == PD_OK) status = pd__check_subject(c, &s);
+    pd__free(a, s.value);
+    return status;
+}
+
+static pd_status pd__check_all(pd__check *c) {
+    pd_net *net = c->net;
+    const pd_real *y;
+    pd_status status = pd__check_forward(c);
+    if (status != PD_OK) return status;
+    c->outputs = c->layer->out.rows * c->layer->out.width;
+    c->weights = (pd_real *)pd__alloc(&net->allocator, c->outputs, sizeof *c->weights);
+    if (!c->weights) return pd__no_memory(net, "the gradient check");
+    y = pd_output(c->layer, NULL, NULL);
+    for (int64_t i = 0; y && i < c->outputs; i++) {
+        c->weights[i] = (pd_real)(0.5 + pd__uniform(c->key + 2, (uint64_t)i)) * (pd_random(c->key + 3, (uint64_t)i) & 1 ? 1 : -1);
+        c->scale += fabs((double)c->weights[i] * (double)y[i]);
+    }
+    if (c->scale < 1) c->scale = 1;
+    for (pd_param *p = net->first_param; status == PD_OK && p; p = p->next) {
+        bool used = false;
+        for (int64_t i = 0; i < net->layer_count; i++)
+            for (int k = 0; net->layers[i]->own->active && k < net->layers[i]->param_count; k++)
+                used = used || net->layers[i]->params[k] == p;
+        if (used && !p->opts.is_static) status = pd__check_tensor(c, p, NULL, NULL);
+    }
+    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
+        if (net->layers[i]->own->active && net->layers[i]->own->wants_input_grad)
+            status = pd__check_tensor(c, NULL, &c->batch->slots[net->layers[i]->own->slot], net->layers[i]);
+    return status;
+}
+
+PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, const pd_gradcheck_opts *opts,
+                                    pd_gradcheck *result) {
+    pd_net *net = layer ? layer->net : NULL;
+    pd__check c;
+    pd_status status = PD_OK;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!batch || !result) return pd__fail(net, PD_E_ARGUMENT, "pd_check_gradients: the batch or the result is NULL");
+    memset(result, 0, sizeof *result);
+    result->all_zero = true;
+    result->worst = "";
+    memset(&c, 0, sizeof c);
+    c.net = net;
+    c.layer = layer;
+    c.result = result;
+    c.step = pd__or(opts ? opts->step : 0, sizeof(pd_real) == 8 ? 1e-5 : 1e-2);
+    c.elements = opts && opts->elements ? opts->elements : 20;
+    c.key = pd__subkey(opts ? opts->seed : 0, 0x636865636b);
+    c.batch = pd_batch_new(net);
+    if (!c.batch) return PD_E_MEMORY;
+    for (int64_t i = 0; status == PD_OK && i < batch->samples; i++) {
+        status = pd_batch_copy_sample(c.batch, batch, i);
+        if (status != PD_OK) pd__fail(net, status, "pd_check_gradients: %.400s", c.batch->error.text);
+    }
+    if (status == PD_OK) status = pd__check_all(&c);
+    pd__free(&net->allocator, c.weights);
+    pd_batch_free(c.batch);
+    if (status == PD_OK) status = pd_zero_grads(net);
+    return status;
+}
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PADDLE_IMPLEMENTATION */
+
+/*
+   This software is available under two licences; choose the one you like.
+   -----------------------------------------------------------------------------
+   Licence A - MIT
+
+   Copyright (c) 2026 the paddle.h authors
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of
+   this software and associated documentation files (the "Software"), to deal in
+   the Software without restriction, including without limitation the rights to
+   use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+   of the Software, and to permit persons to whom the Software is furnished to do
+   so, subject to the following conditions:
+
+   The above copyright notice and this permission notice shall be included in all
+   copies or substantial portions of the Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+   IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+   FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+   AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+   OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+   SOFTWARE.
+   -----------------------------------------------------------------------------
+   Licence B - Public Domain (Unlicense, www.unlicense.org)
+
+   This is free and unencumbered software released into the public domain.
+
+   Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+   software, either in source code form or as a compiled binary, for any purpose,
+   commercial or non-commercial, and by any means.
+
+   In jurisdictions that recognize copyright laws, the author or authors of this
+   software dedicate any and all copyright interest in the software to the public
+   domain. We make this dedication for the benefit of the public at large and to
+   the detriment of our heirs and successors. We intend this dedication to be an
+   overt act of relinquishment in perpetuity of all present and future rights to
+   this software under copyright law.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+   IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+   FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+   AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+   ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+   WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/
