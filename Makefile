@@ -1,0 +1,107 @@
+# make               build the examples into build/
+# make run           train on real handwritten digits and predict some: needs a C compiler and make, nothing else
+# make setup test    install what the tests use (Debian, Ubuntu), then run them all
+# make fuzz          FUZZ_RUNS (a million) hostile inputs for everything that reads files
+# make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
+# make bench         build and run bench/
+# make lib           build/libpaddle.a and libpaddle.so; make install PREFIX=/usr/local DESTDIR=
+# make format clean
+
+CC      ?= cc
+CFLAGS  ?= -O2
+PREFIX  ?= /usr/local
+JOBS    ?= $(shell nproc 2>/dev/null || echo 2)
+
+# -fopenmp where the compiler can compile, link and find the header, else nothing.
+OPENMP := $(shell mkdir -p build; echo 'int main(void) { return omp_get_max_threads() < 1; }' | \
+            $(CC) -fopenmp -include omp.h -x c -o build/openmp-probe - >/dev/null 2>&1 && echo -fopenmp)
+LIBS    = -lm -pthread
+COMPILE = $(CC) -std=c99 -Wall -Wextra $(CFLAGS) $(OPENMP) -I.
+
+EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+BENCHES  = $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
+
+all: $(EXAMPLES)
+
+build/%: examples/%.c paddle.h
+	$(COMPILE) $< -o $@ $(LIBS)
+
+run: build/digits
+	@cd build && ./digits ../examples/data/digits.csv
+
+bench: $(BENCHES)
+	@for program in $(BENCHES); do echo "$$program"; $$program || exit 1; done
+
+build/bench/%: bench/%.c paddle.h
+	@mkdir -p $(@D)
+	$(COMPILE) $< -o $@ $(LIBS)
+
+# ---- library ----
+
+VERSION = $(shell sed -n 's/.*define PD_VERSION "\(.*\)"/\1/p' paddle.h)
+SONAME  = libpaddle.so.$(basename $(basename $(VERSION)))
+SHARED  = libpaddle.so.$(VERSION)
+
+lib: build/libpaddle.a build/$(SHARED) build/paddle.pc
+
+build/paddle.c:
+	printf '#define PADDLE_IMPLEMENTATION\n#include "paddle.h"\n' >$@
+
+build/paddle.o: build/paddle.c paddle.h
+	$(COMPILE) -fPIC -c $< -o $@
+
+build/libpaddle.a: build/paddle.o
+	$(AR) rcs $@ $<
+
+build/$(SHARED): build/paddle.o
+	$(CC) -shared -Wl,-soname,$(SONAME) $(OPENMP) $< -o $@ $(LIBS)
+	ln -sf $(SHARED) build/$(SONAME)
+	ln -sf $(SHARED) build/libpaddle.so
+
+# Made anew each time: PREFIX is not a file whose date make could compare.
+build/paddle.pc: always
+	@printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' 'libdir=$${prefix}/lib' '' 'Name: paddle' \
+	    'Description: Deep learning in one C header' 'Version: $(VERSION)' \
+	    'Cflags: $(strip -I$${includedir} $(filter -DPADDLE_DOUBLE,$(CFLAGS)))' \
+	    'Libs: -L$${libdir} -lpaddle -lm' 'Libs.private: $(OPENMP) -pthread' >$@
+
+install: lib
+	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	cp paddle.h $(DESTDIR)$(PREFIX)/include/
+	cp -P build/libpaddle.a build/libpaddle.so* $(DESTDIR)$(PREFIX)/lib/
+	cp build/paddle.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
+
+# ---- tests; see tests/Makefile ----
+
+# tests/setup explains the bars. The Python packages are for tests/peer.
+setup:
+	@tests/setup g++ libcmocka-dev valgrind pkg-config clang 'libclang-rt-dev|' libomp-dev \
+	    python3-venv python3-numpy 'python3-torch|'
+	@tests/peer/setup
+
+setup-portability:
+	@tests/setup gcc g++ clang tcc musl-tools gcc-mingw-w64-x86-64 'wine64|wine' gcc-aarch64-linux-gnu \
+	    libc6-dev-arm64-cross 'qemu-user-static|qemu-user' lld wasi-libc 'libclang-rt-dev-wasm32|' nodejs
+
+# In steps, so that compiling is parallel and goes on after a failure; tests/run counts what is missing then.
+TESTS = @$(MAKE) --no-print-directory -f tests/Makefile CC='$(CC)' OPENMP='$(OPENMP)'
+test: build/paddle.c
+	$(TESTS) snippets
+	$(TESTS) -Otarget -k -j$(JOBS) programs || echo 'some tests did not build'
+	$(TESTS) run
+
+fuzz: build/paddle.c
+	$(TESTS) fuzz
+
+portability:
+	@tests/portability/run
+
+format:
+	clang-format -i $(wildcard *.h *.c examples/*.c bench/*.c tests/*.c tests/*.h tests/*/*.c tests/*/*.h)
+
+clean:
+	rm -rf build
+
+always:
+.PHONY: all run bench lib install setup setup-portability test fuzz portability format clean always
+.DELETE_ON_ERROR:
