@@ -1,0 +1,51 @@
+/* For tests that compare with formulas on random numbers: numbers, comparison, and an allocator that fails. Included
+   after paddle.h and cmocka.h. */
+#ifndef PADDLE_TESTS_SUPPORT_H
+#define PADDLE_TESTS_SUPPORT_H
+
+#include <math.h>
+#include <stdlib.h>
+
+/* ---- random numbers: everything in a test follows from its seed, which messages name ---- */
+
+static uint64_t random_key, random_count;
+static inline void random_seed(uint64_t seed) { random_key = seed, random_count = 0; }
+static inline double uniform(double low, double high) {
+    return low + (high - low) * ((double)(pd_random(random_key, random_count++) >> 11) * (1.0 / 9007199254740992.0));
+}
+static inline int64_t below(int64_t n) { return (int64_t)(pd_random(random_key, random_count++) % (uint64_t)n); }
+
+/* ---- comparison ---- */
+
+#define REAL_TOLERANCE (sizeof(pd_real) == 8 ? 1e-11 : 2e-5)
+
+static inline void check_near(double actual, double expected, double tolerance, const char *what) {
+    if (!(fabs(actual - expected) <= tolerance * (1 + fabs(expected))))
+        fail_msg("%s: got %.17g, expected %.17g (seed %llu)", what, actual, expected, (unsigned long long)random_key);
+}
+
+static inline void check_contains(const char *text, const char *part) {
+    if (!strstr(text, part)) fail_msg("expected a message with\n  %s\ngot\n  %s", part, text);
+}
+
+/* ---- an allocator that fails its call number `fail_at` (from 0) and counts blocks in use ---- */
+
+typedef struct failing_allocator {
+    int64_t calls, fail_at, in_use;
+} failing_allocator;
+
+static inline void *failing_alloc(void *user, size_t size, size_t align) {
+    failing_allocator *f = (failing_allocator *)user;
+    void *memory = NULL;
+    if (f->calls++ == f->fail_at || posix_memalign(&memory, align, size) != 0) return NULL;
+    f->in_use++;
+    return memory;
+}
+
+static inline void failing_free(void *user, void *memory, size_t size) {
+    (void)size;
+    ((failing_allocator *)user)->in_use--;
+    free(memory);
+}
+
+#endif

@@ -1,0 +1,1281 @@
+/* Every layer and activation: against a straight-line twin written from the definition in double, its gradients against
+   central differences, on empty batches, in other numbers of threads, in shared nets; shape rules; dropout and batch
+   norm; and what every builder says when it is misused. */
+#define _POSIX_C_SOURCE 200809L
+#define PADDLE_IMPLEMENTATION
+#include "../paddle.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "support.h"
+
+#define IS_DOUBLE (sizeof(pd_real) == 8)
+
+/* ======================================================================================================== */
+/* Random problems: a net with one layer under test, its inputs and a batch                                  */
+
+enum { MAX_INPUTS = 4 };
+
+/* Window, steps and so on that take effect, height first. */
+typedef struct geometry {
+    int64_t size[2], stride[2], pad[2], dilation[2], groups;
+} geometry;
+
+typedef struct problem {
+    const struct layer_case *c;
+    uint64_t seed;
+    pd_net *net;
+    pd_layer *inputs[MAX_INPUTS], *layer;
+    int input_count;
+    pd_batch *batch;
+    int64_t rows; /* of each input */
+    pd_mode mode; /* of the last forward */
+    /* wishes */
+    bool large;    /* so large that threads are used */
+    bool positive; /* parameters and inputs */
+    int64_t limit; /* upper bound of sizes; 0: none */
+    int threads;
+    double spread; /* inputs lie in about +-1.8 spread */
+    /* what build chose, for the twin */
+    pd_shape shape; /* the output it expects */
+    pd_layer_opts plain;
+    pd_act act;
+    geometry g;
+    int64_t n[6];
+    double a, b, k;
+    bool flag, sequence;
+    bool vanishes; /* the gradient may be 0 everywhere */
+} problem;
+
+typedef struct layer_case {
+    const char *name;
+    pd_layer *(*build)(problem *p);
+    void (*twin)(const problem *p, double *y); /* before the activation */
+    double spread;                             /* of the inputs */
+} layer_case;
+
+#define FAIL_AT(p, format, ...)                                                                                        \
+    fail_msg("%s (seed %llu): " format, (p)->c->name, (unsigned long long)(p)->seed, __VA_ARGS__)
+
+static pd_shape shape(int64_t channels, int64_t height, int64_t width) {
+    return (pd_shape){ channels, height, width };
+}
+
+/* 1 .. most, 1 rather often; about `large` in large problems. */
+static int64_t size(const problem *p, int64_t most, int64_t large) {
+    if (p->large) return large + below(3);
+    if (p->limit && most > p->limit) most = p->limit;
+    return below(4) ? 1 + below(most) : 1;
+}
+
+/* An option for a value: 0 half the time when that means the same. */
+static int64_t option(int64_t value, int64_t otherwise) { return value == otherwise && below(2) ? 0 : value; }
+
+static int64_t pad_option(int64_t pad_h, int64_t pad) {
+    return pad_h == pad && below(2) ? 0 : pad_h == 0 ? -1 : pad_h;
+}
+
+static pd_layer *image(problem *p, int64_t channels, int64_t height, int64_t width) {
+    pd_layer *x = pd_image(p->net, NULL, channels, height, width);
+    if (p->sequence) pd_sequence(x);
+    if (below(4)) pd_want_gradient(x);
+    else p->vanishes = true;
+    return p->inputs[p->input_count++] = x;
+}
+
+static pd_layer *vector(problem *p, int64_t width) { return image(p, width, 1, 1); }
+
+static pd_layer *any_image(problem *p) { return image(p, size(p, 3, 4), size(p, 6, 23), size(p, 6, 24)); }
+
+static pd_param_opts any_param(void) { return (pd_param_opts){ .is_static = below(6) == 0 }; }
+
+/* ---- numbers ---- */
+
+static double x_at(const problem *p, int k, int64_t i) { return (double)p->batch->slots[k].data[i]; }
+
+/* The values of "LAYER.suffix". */
+static const pd_real *values(const problem *p, const char *suffix) {
+    char name[100];
+    pd_param *param;
+    snprintf(name, sizeof name, "%s.%s", p->layer->name, suffix);
+    param = pd_param_find(p->net, name);
+    if (!param) FAIL_AT(p, "no parameter \"%s\"", name);
+    return param->value;
+}
+
+/* Numbers that are at least 0.04 apart within any 61 in a row and 0.02 from 0 (times spread), so that no maximum
+   changes hands and no kink is crossed while gradients are checked. */
+static void fill_batch(problem *p, int64_t samples) {
+    bool sequence = p->inputs[0]->is_sequence;
+    int64_t slots[61], at = 0, rows[64];
+    for (int64_t i = 0; i < 61; i++) {
+        int64_t k = below(i + 1);
+        slots[i] = slots[k];
+        slots[k] = i;
+    }
+    for (int64_t s = 0; s < samples; s++) rows[s % 64] = !sequence ? 1 : s + 1 == samples ? 1 + below(2) : below(4);
+    p->rows = 0;
+    for (int64_t s = 0; s < samples; p->rows += rows[s++ % 64]) {
+        for (int k = 0; k < p->input_count; k++)
+            for (int64_t r = 0; r < rows[s % 64]; r++) {
+                pd_real *row = pd_batch_add_row(p->batch, k);
+                for (int64_t i = 0; i < p->inputs[k]->out.width; i++) {
+                    double v = (double)(slots[at++ % 61] - 30) * 0.06 + 0.03 + uniform(-0.01, 0.01);
+                    row[i] = (pd_real)(p->spread * (p->positive ? fabs(v) + 0.2 : v));
+                }
+            }
+        assert_int_equal(pd_batch_end_sample(p->batch), PD_OK);
+    }
+}
+
+/* For nets with one plain input. */
+static pd_batch *batch_of(pd_net *net, int64_t samples, const pd_real *numbers) {
+    pd_batch *batch = pd_batch_new(net);
+    int64_t width = batch->slots[0].width;
+    for (int64_t s = 0; s < samples; s++) {
+        memcpy(pd_batch_add_row(batch, 0), numbers + s * width, (size_t)width * sizeof *numbers);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    return batch;
+}
+
+static void fill_params(problem *p) {
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next) {
+        bool variance = strstr(q->name, "running_var") != NULL;
+        for (int64_t i = 0; i < q->size; i++) {
+            double v = uniform(0.3, 1.5) * (p->positive || variance || below(2) ? 1 : -1);
+            q->value[i] = (pd_real)(v / sqrt((double)q->fan_in));
+        }
+    }
+}
+
+/* ---- the problem of a case and a seed ---- */
+
+static const pd_act smooth_acts[] = { PD_LINEAR, PD_LINEAR, PD_SOFTRELU, PD_GELU,    PD_SIGMOID,
+                                      PD_TANH,   PD_STANH,  PD_SQUARE,   PD_SOFTMAX, PD_LINEAR };
+
+static problem wish(const layer_case *c, uint64_t seed) {
+    problem p;
+    memset(&p, 0, sizeof p);
+    p.c = c;
+    p.seed = seed;
+    p.spread = c->spread;
+    random_seed(seed);
+    p.act = smooth_acts[below(PD__COUNT(smooth_acts))];
+    return p;
+}
+
+static void free_problem(problem *p) {
+    pd_batch_free(p->batch);
+    pd_net_free(p->net);
+}
+
+/* Builds net and batch as wished. */
+static void make(problem *p) {
+    int64_t samples;
+    p->net = pd_net_new(&(pd_net_opts){ .seed = p->seed, .threads = p->threads });
+    p->sequence = below(4) == 0;
+    p->plain.act = p->act;
+    p->plain.name = below(2) ? "it" : NULL;
+    p->layer = p->c->build(p);
+    if (!p->layer) FAIL_AT(p, "%s", pd_error(p->net));
+    if (!pd__same_shape(p->layer->shape, p->shape))
+        FAIL_AT(p, "shape %s, expected %s", pd_shape_text(p->layer, p->layer->shape), pd_shape_text(p->layer, p->shape));
+    for (int k = 0; !p->layer->wants_grad && k < p->input_count; k++) pd_want_gradient(p->inputs[k]);
+    if (p->act == PD_SOFTMAX && p->layer->out.width == 1) p->vanishes = true;
+    fill_params(p);
+    p->batch = pd_batch_new(p->net);
+    samples = p->large ? 11 + 16384 / p->layer->out.width : p->limit ? 2 : 1 + below(4);
+    fill_batch(p, samples);
+}
+
+static problem make_problem(const layer_case *c, uint64_t seed) {
+    problem p = wish(c, seed);
+    make(&p);
+    return p;
+}
+
+static void forward(problem *p, pd_mode mode) {
+    p->mode = mode;
+    if (pd_forward(p->net, p->batch, mode, &p->layer, 1) != PD_OK) FAIL_AT(p, "%s", pd_error(p->net));
+}
+
+/* ======================================================================================================== */
+/* The layers: what builds one with random sizes and options, and the definition of its output                */
+
+/* ---- activations ---- */
+
+static double act_of(pd_act act, double alpha, double x) {
+    switch (act) {
+    case PD_RELU: return x > 0 ? x : 0;
+    case PD_BRELU: return fmin(fmax(x, 0), alpha != 0 ? alpha : 24);
+    case PD_SOFTRELU: return x > 30 ? x : log(1 + exp(x));
+    case PD_LEAKY_RELU: return x < 0 ? (alpha != 0 ? alpha : 0.01) * x : x;
+    case PD_GELU: return x * (1 + erf(x / sqrt(2))) / 2;
+    case PD_SIGMOID: return 1 / (1 + exp(-x));
+    case PD_TANH: return tanh(x);
+    case PD_STANH: return 1.7159 * tanh(2 * x / 3);
+    case PD_EXP: return exp(x);
+    case PD_LOG: return log(x);
+    case PD_ABS: return fabs(x);
+    case PD_SQUARE: return x * x;
+    case PD_SQRT: return sqrt(x);
+    case PD_RECIPROCAL: return 1 / x;
+    case PD_LINEAR:
+    case PD_SOFTMAX:
+    case PD_ACT_COUNT: break;
+    }
+    return x;
+}
+
+static void twin_act(const problem *p, double *y) {
+    int64_t rows = p->layer->out.rows, width = p->layer->out.width;
+    for (int64_t i = 0; i < rows * width; i++) y[i] = act_of(p->layer->act, p->layer->act_alpha, y[i]);
+    for (int64_t r = 0; r < rows && p->layer->act == PD_SOFTMAX; r++) {
+        double sum = 0, top = -HUGE_VAL;
+        for (int64_t i = r * width; i < (r + 1) * width; i++) top = fmax(top, y[i]);
+        for (int64_t i = r * width; i < (r + 1) * width; i++) sum += y[i] = exp(y[i] - top);
+        for (int64_t i = r * width; i < (r + 1) * width; i++) y[i] /= sum;
+    }
+}
+
+static pd_layer *build_activation(problem *p) {
+    pd_layer *x = any_image(p);
+    p->a = below(2) ? 0.7 : 0;
+    p->shape = x->shape;
+    return pd_activation(p->net, x, p->act, p->a != 0 ? &(pd_activation_opts){ .alpha = p->a } : NULL);
+}
+
+static void twin_copy(const problem *p, double *y) {
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++) y[i] = x_at(p, 0, i);
+}
+
+/* ---- fc, bilinear ---- */
+
+static pd_layer *build_fc(problem *p) {
+    int64_t units = size(p, 6, 90);
+    pd_fc_opts o = { .act = p->act, .no_bias = p->flag = below(3) == 0, .weight = any_param(), .bias = any_param() };
+    int count = (int)below(4);
+    p->shape = shape(units, 1, 1);
+    if (count == 0) return pd_fc(p->net, any_image(p), units, &o);
+    for (int k = 0; k < count; k++) {
+        if (below(2)) vector(p, size(p, 7, 80));
+        else image(p, size(p, 3, 4), size(p, 3, 3), size(p, 3, 5));
+    }
+    return pd_fc_sum(p->net, p->inputs, count, units, &o);
+}
+
+static void twin_fc(const problem *p, double *y) {
+    int64_t units = p->layer->out.width;
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t u = 0; u < units; u++) {
+            double sum = p->flag ? 0 : (double)values(p, "bias")[u];
+            for (int k = 0; k < p->input_count; k++) {
+                const char *names[] = { "weight", "weight1", "weight2" };
+                const pd_real *w = values(p, names[k]);
+                int64_t n = p->inputs[k]->out.width;
+                for (int64_t i = 0; i < n; i++) sum += x_at(p, k, r * n + i) * (double)w[i * units + u];
+            }
+            y[r * units + u] = sum;
+        }
+}
+
+static pd_layer *build_bilinear(problem *p) {
+    int64_t units = size(p, 4, 13);
+    pd_fc_opts o = { .act = p->act, .no_bias = p->flag = below(3) == 0, .weight = any_param(), .bias = any_param() };
+    pd_layer *a = vector(p, size(p, 5, 31)), *b = image(p, size(p, 2, 3), size(p, 2, 4), size(p, 2, 3));
+    p->shape = shape(units, 1, 1);
+    return pd_bilinear(p->net, a, b, units, &o);
+}
+
+static void twin_bilinear(const problem *p, double *y) {
+    int64_t units = p->layer->out.width, m = p->inputs[0]->out.width, n = p->inputs[1]->out.width;
+    const pd_real *w = values(p, "weight");
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t k = 0; k < units; k++) {
+            double sum = p->flag ? 0 : (double)values(p, "bias")[k];
+            for (int64_t i = 0; i < m; i++)
+                for (int64_t j = 0; j < n; j++)
+                    sum += x_at(p, 0, r * m + i) * (double)w[(k * m + i) * n + j] * x_at(p, 1, r * n + j);
+            y[r * units + k] = sum;
+        }
+}
+
+/* ---- windows ---- */
+
+/* How many windows of `reach` stand in the padded input, counted; with `ceil_size` one more if cells are left over and
+   it begins before the padding at the end. */
+static int64_t windows(int64_t in, int64_t pad, int64_t reach, int64_t stride, bool ceil_size) {
+    int64_t n = 0;
+    while (n * stride + reach <= in + 2 * pad) n++;
+    return n + (ceil_size && (n - 1) * stride + reach < in + 2 * pad && n * stride < in + pad);
+}
+
+/* A window that fits into the padded image; with `narrow` the padding is smaller than the window. */
+static geometry any_window(pd_shape in, bool narrow, bool dilated) {
+    int64_t sides[2] = { in.height, in.width };
+    geometry g;
+    memset(&g, 0, sizeof g);
+    for (int i = 0; i < 2; i++) {
+        g.stride[i] = 1 + below(3);
+        do {
+            g.size[i] = 1 + below(4);
+            g.pad[i] = below(narrow && g.size[i] < 3 ? g.size[i] : 3);
+            g.dilation[i] = dilated ? 1 + below(2) : 1;
+        } while (g.dilation[i] * (g.size[i] - 1) + 1 > sides[i] + 2 * g.pad[i]);
+    }
+    if (below(2)) g.stride[0] = g.stride[1];
+    g.groups = 1;
+    return g;
+}
+
+static int64_t reach(const geometry *g, int axis) { return g->dilation[axis] * (g->size[axis] - 1) + 1; }
+
+static pd_shape window_shape(const geometry *g, pd_shape in, int64_t channels, bool ceil_size) {
+    return shape(channels, windows(in.height, g->pad[0], reach(g, 0), g->stride[0], ceil_size),
+                 windows(in.width, g->pad[1], reach(g, 1), g->stride[1], ceil_size));
+}
+
+static pd_conv_opts conv_opts(const problem *p) {
+    const geometry *g = &p->g;
+    return (pd_conv_opts){ .act = p->act,
+                           .no_bias = p->flag,
+                           .filter_h = option(g->size[0], g->size[1]),
+                           .stride = option(g->stride[1], 1),
+                           .stride_h = option(g->stride[0], g->stride[1]),
+                           .pad = g->pad[1],
+                           .pad_h = pad_option(g->pad[0], g->pad[1]),
+                           .dilation = option(g->dilation[1], 1),
+                           .dilation_h = option(g->dilation[0], g->dilation[1]),
+                           .groups = option(g->groups, 1),
+                           .weight = any_param(),
+                           .bias = any_param() };
+}
+
+static pd_layer *build_conv(problem *p) {
+    int64_t groups = size(p, 3, 2), filters = groups * size(p, 2, 2);
+    pd_layer *x = image(p, groups * size(p, 2, 2), size(p, 7, 15), size(p, 7, 16));
+    pd_conv_opts o;
+    p->flag = below(3) == 0;
+    if (p->flag) p->vanishes = true; /* every window may lie in the padding */
+    p->g = any_window(x->shape, false, true);
+    p->g.groups = groups;
+    p->shape = window_shape(&p->g, x->shape, filters, false);
+    o = conv_opts(p);
+    return pd_conv(p->net, x, filters, p->g.size[1], &o);
+}
+
+/* Calls `add` for every pair of an image cell and a cell of the convolution's output that a filter cell joins. */
+typedef void (*joiner)(const problem *p, double *y, int64_t x, int64_t w, int64_t o);
+static void for_conv(const problem *p, pd_shape in, pd_shape out, joiner add, double *y) {
+    const geometry *g = &p->g;
+    int64_t each = in.channels / g->groups, filters = out.channels / g->groups;
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t f = 0; f < out.channels; f++)
+            for (int64_t oh = 0; oh < out.height; oh++)
+                for (int64_t ow = 0; ow < out.width; ow++)
+                    for (int64_t c = 0; c < each; c++)
+                        for (int64_t kh = 0; kh < g->size[0]; kh++)
+                            for (int64_t kw = 0; kw < g->size[1]; kw++) {
+                                int64_t h = oh * g->stride[0] - g->pad[0] + kh * g->dilation[0];
+                                int64_t w = ow * g->stride[1] - g->pad[1] + kw * g->dilation[1];
+                                int64_t channel = r * in.channels + f / filters * each + c;
+                                if (h < 0 || h >= in.height || w < 0 || w >= in.width) continue;
+                                add(p, y, (channel * in.height + h) * in.width + w,
+                                    ((f * each + c) * g->size[0] + kh) * g->size[1] + kw,
+                                    ((r * out.channels + f) * out.height + oh) * out.width + ow);
+                            }
+}
+
+static void start_with_bias(const problem *p, double *y) {
+    int64_t area = p->layer->shape.height * p->layer->shape.width;
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++)
+        y[i] = p->flag ? 0 : (double)values(p, "bias")[i / area % p->layer->shape.channels];
+}
+
+static void join_conv(const problem *p, double *y, int64_t x, int64_t w, int64_t o) {
+    y[o] += x_at(p, 0, x) * (double)p->layer->params[0]->value[w];
+}
+
+static void twin_conv(const problem *p, double *y) {
+    start_with_bias(p, y);
+    for_conv(p, p->inputs[0]->shape, p->layer->shape, join_conv, y);
+}
+
+/* The transpose goes from a convolution's output back to its input. */
+static pd_layer *build_conv_transpose(problem *p) {
+    int64_t groups = size(p, 3, 2), filters = groups * size(p, 2, 2), sides[2];
+    pd_layer *x = image(p, groups * size(p, 2, 2), size(p, 4, 8), size(p, 4, 9));
+    pd_conv_opts o;
+    p->flag = below(3) == 0;
+    if (p->flag) p->vanishes = true;
+    p->g = any_window(shape(1, 8, 8), false, true);
+    p->g.groups = groups;
+    for (int i = 0; i < 2; i++) {
+        int64_t whole = ((i ? x->shape.width : x->shape.height) - 1) * p->g.stride[i] + reach(&p->g, i);
+        while (whole <= 2 * p->g.pad[i]) p->g.pad[i]--;
+        sides[i] = whole - 2 * p->g.pad[i];
+    }
+    p->shape = shape(filters, sides[0], sides[1]);
+    o = conv_opts(p);
+    return pd_conv_transpose(p->net, x, filters, p->g.size[1], &o);
+}
+
+static void join_conv_transpose(const problem *p, double *y, int64_t x, int64_t w, int64_t o) {
+    y[x] += x_at(p, 0, o) * (double)p->layer->params[0]->value[w];
+}
+
+static void twin_conv_transpose(const problem *p, double *y) {
+    start_with_bias(p, y);
+    for_conv(p, p->layer->shape, p->inputs[0]->shape, join_conv_transpose, y);
+}
+
+static pd_layer *build_pool(problem *p) {
+    pd_layer *x = any_image(p);
+    pd_pool_opts o = { .act = p->act, .method = (pd_pool_method)below(4), .ceil = below(2) };
+    p->g = any_window(x->shape, true, false);
+    if (below(4) == 0) memcpy(p->g.stride, p->g.size, sizeof p->g.stride); /* the default */
+    o.stride = option(p->g.stride[1], p->g.size[1]);
+    o.stride_h = option(p->g.stride[0], o.stride ? o.stride : p->g.size[0]);
+    o.size_h = option(p->g.size[0], p->g.size[1]);
+    o.pad = p->g.pad[1];
+    o.pad_h = pad_option(p->g.pad[0], p->g.pad[1]);
+    p->n[0] = (int64_t)o.method;
+    p->shape = window_shape(&p->g, x->shape, x->shape.channels, o.ceil);
+    return pd_pool(p->net, x, p->g.size[1], &o);
+}
+
+static void twin_pool(const problem *p, double *y) {
+    pd_shape in = p->inputs[0]->shape, out = p->layer->shape;
+    const geometry *g = &p->g;
+    for (int64_t i = 0; i < p->rows * out.channels * out.height * out.width; i++) {
+        int64_t map = i / (out.height * out.width), cells = 0;
+        int64_t top = i / out.width % out.height * g->stride[0] - g->pad[0], left = i % out.width * g->stride[1] - g->pad[1];
+        double sum = 0, best = -HUGE_VAL;
+        for (int64_t h = top; h < top + g->size[0]; h++)
+            for (int64_t w = left; w < left + g->size[1]; w++) {
+                if (h < 0 || h >= in.height || w < 0 || w >= in.width) continue;
+                sum += x_at(p, 0, (map * in.height + h) * in.width + w);
+                best = fmax(best, x_at(p, 0, (map * in.height + h) * in.width + w));
+                cells++;
+            }
+        if (cells == 0) FAIL_AT(p, "window %lld holds no cell", (long long)i);
+        y[i] = p->n[0] == PD_MAX       ? best
+               : p->n[0] == PD_AVERAGE ? sum / (double)cells
+               : p->n[0] == PD_SQRT_N  ? sum / sqrt((double)cells)
+                                       : sum;
+    }
+}
+
+static pd_layer *build_block_expand(problem *p) {
+    pd_layer *x;
+    pd_block_expand_opts o = { .act = p->act };
+    p->sequence = false; /* it makes them */
+    x = any_image(p);
+    p->g = any_window(x->shape, false, false);
+    if (below(4) == 0) memcpy(p->g.stride, p->g.size, sizeof p->g.stride);
+    o.stride = option(p->g.stride[1], p->g.size[1]);
+    o.stride_h = option(p->g.stride[0], o.stride ? o.stride : p->g.size[0]);
+    o.pad = p->g.pad[1];
+    o.pad_h = pad_option(p->g.pad[0], p->g.pad[1]);
+    p->vanishes = true; /* every block may lie in the padding */
+    p->shape = shape(x->shape.channels * p->g.size[0] * p->g.size[1], 1, 1);
+    return pd_block_expand(p->net, x, p->g.size[0], p->g.size[1], &o);
+}
+
+static void twin_block_expand(const problem *p, double *y) {
+    pd_shape in = p->inputs[0]->shape, blocks = window_shape(&p->g, in, 1, false);
+    const geometry *g = &p->g;
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t bh = 0; bh < blocks.height; bh++)
+            for (int64_t bw = 0; bw < blocks.width; bw++)
+                for (int64_t c = 0; c < in.channels; c++)
+                    for (int64_t kh = 0; kh < g->size[0]; kh++)
+                        for (int64_t kw = 0; kw < g->size[1]; kw++) {
+                            int64_t h = bh * g->stride[0] - g->pad[0] + kh, w = bw * g->stride[1] - g->pad[1] + kw;
+                            bool inside = h >= 0 && h < in.height && w >= 0 && w < in.width;
+                            *y++ = inside ? x_at(p, 0, ((r * in.channels + c) * in.height + h) * in.width + w) : 0;
+                        }
+}
+
+/* ---- norms ---- */
+
+static pd_layer *build_batch_norm(problem *p) {
+    pd_layer *x = any_image(p);
+    pd_batch_norm_opts o = { .name = below(2) ? "norm" : NULL, .act = p->act, .weight = any_param(), .bias = any_param() };
+    p->flag = o.no_affine = below(3) == 0;
+    p->n[0] = o.use_running = below(3) == 0;
+    p->a = o.epsilon = below(2) ? 0.01 : 0;
+    if (p->a == 0) p->a = 1e-5;
+    if (x->shape.height * x->shape.width == 1) p->vanishes = true; /* a single row */
+    p->shape = x->shape;
+    return pd_batch_norm(p->net, x, &o);
+}
+
+static void twin_batch_norm(const problem *p, double *y) {
+    int64_t channels = p->layer->shape.channels, area = p->layer->shape.height * p->layer->shape.width;
+    bool running = p->mode == PD_PREDICT || p->n[0];
+    for (int64_t c = 0; c < channels; c++) {
+        double n = (double)(p->rows * area), mean = 0, variance = 0;
+        for (int64_t i = 0; i < p->rows * area; i++) mean += x_at(p, 0, (i / area * channels + c) * area + i % area) / n;
+        for (int64_t i = 0; i < p->rows * area; i++)
+            variance += pow(x_at(p, 0, (i / area * channels + c) * area + i % area) - mean, 2) / n;
+        if (running) mean = (double)values(p, "running_mean")[c], variance = (double)values(p, "running_var")[c];
+        for (int64_t i = 0; i < p->rows * area; i++) {
+            int64_t at = (i / area * channels + c) * area + i % area;
+            y[at] = (x_at(p, 0, at) - mean) / sqrt(variance + p->a);
+            if (!p->flag) y[at] = y[at] * (double)values(p, "weight")[c] + (double)values(p, "bias")[c];
+        }
+    }
+}
+
+static pd_layer *build_layer_norm(problem *p) {
+    pd_layer *x = below(2) ? vector(p, size(p, 9, 150)) : any_image(p);
+    pd_layer_norm_opts o = { .act = p->act, .weight = any_param(), .bias = any_param() };
+    p->flag = o.no_affine = below(3) == 0;
+    p->a = o.epsilon = below(2) ? 0.01 : 0;
+    if (p->a == 0) p->a = 1e-5;
+    if (x->out.width == 1) p->vanishes = true;
+    p->shape = x->shape;
+    return pd_layer_norm(p->net, x, &o);
+}
+
+static void twin_layer_norm(const problem *p, double *y) {
+    int64_t n = p->layer->out.width;
+    for (int64_t r = 0; r < p->rows; r++) {
+        double mean = 0, variance = 0;
+        for (int64_t i = 0; i < n; i++) mean += x_at(p, 0, r * n + i) / (double)n;
+        for (int64_t i = 0; i < n; i++) variance += pow(x_at(p, 0, r * n + i) - mean, 2) / (double)n;
+        for (int64_t i = 0; i < n; i++) {
+            y[r * n + i] = (x_at(p, 0, r * n + i) - mean) / sqrt(variance + p->a);
+            if (!p->flag)
+                y[r * n + i] = y[r * n + i] * (double)values(p, "weight")[i] + (double)values(p, "bias")[i];
+        }
+    }
+}
+
+static pd_layer *build_response_norm(problem *p) {
+    pd_layer *x = image(p, size(p, 7, 9), size(p, 3, 14), size(p, 3, 14));
+    pd_response_norm_opts o = { .act = p->act, .size = below(7) };
+    if (below(2)) o.alpha = 0.9;
+    if (below(2)) o.beta = 1.3;
+    if (below(2)) o.k = 2.5;
+    p->n[0] = o.size ? o.size : 5;
+    p->a = o.alpha != 0 ? o.alpha : 1e-4;
+    p->b = o.beta != 0 ? o.beta : 0.75;
+    p->k = o.k != 0 ? o.k : 1;
+    p->shape = x->shape;
+    return pd_response_norm(p->net, x, &o);
+}
+
+static void twin_response_norm(const problem *p, double *y) {
+    int64_t channels = p->layer->shape.channels, area = p->layer->shape.height * p->layer->shape.width;
+    for (int64_t i = 0; i < p->rows * channels * area; i++) {
+        int64_t c = i / area % channels, first = c - p->n[0] / 2;
+        double sum = 0;
+        for (int64_t j = first; j < first + p->n[0]; j++)
+            if (j >= 0 && j < channels) sum += pow(x_at(p, 0, i + (j - c) * area), 2);
+        y[i] = x_at(p, 0, i) * pow(p->k + p->a / (double)p->n[0] * sum, -p->b);
+    }
+}
+
+/* ---- dropout ---- */
+
+static pd_layer *build_dropout(problem *p) {
+    pd_layer *x = any_image(p);
+    p->a = below(4) ? 0.4 : 0;
+    p->vanishes = true; /* all may be dropped */
+    p->shape = x->shape;
+    return pd_dropout(p->net, x, p->a, &p->plain);
+}
+
+static void twin_dropout(const problem *p, double *y) {
+    uint64_t key = pd_layer_key(p->layer);
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++) {
+        double u = (double)(pd_random(key, (uint64_t)i) >> 11) / 9007199254740992.0;
+        y[i] = p->mode == PD_PREDICT ? x_at(p, 0, i) : u >= p->a ? x_at(p, 0, i) / (1 - p->a) : 0;
+    }
+}
+
+/* ---- sums, products ---- */
+
+static pd_layer *build_add(problem *p) {
+    pd_layer *x = any_image(p);
+    int count = 1 + (int)below(3);
+    p->shape = x->shape;
+    while (p->input_count < count) image(p, x->shape.channels, x->shape.height, x->shape.width);
+    return pd_add(p->net, p->inputs, count, &p->plain);
+}
+
+static void twin_add(const problem *p, double *y) {
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++) {
+        y[i] = 0;
+        for (int k = 0; k < p->input_count; k++) y[i] += x_at(p, k, i);
+    }
+}
+
+static pd_layer *build_multiply(problem *p) {
+    pd_layer *x = any_image(p), *other = image(p, x->shape.channels, x->shape.height, x->shape.width);
+    p->shape = x->shape;
+    return pd_multiply(p->net, x, other, &p->plain);
+}
+
+static void twin_multiply(const problem *p, double *y) {
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++) y[i] = x_at(p, 0, i) * x_at(p, 1, i);
+}
+
+static pd_layer *build_interpolate(problem *p) {
+    pd_layer *w = vector(p, 1), *a = any_image(p), *b = image(p, a->shape.channels, a->shape.height, a->shape.width);
+    p->shape = a->shape;
+    return pd_interpolate(p->net, w, a, b, &p->plain);
+}
+
+static void twin_interpolate(const problem *p, double *y) {
+    int64_t n = p->layer->out.width;
+    for (int64_t i = 0; i < p->rows * n; i++)
+        y[i] = x_at(p, 0, i / n) * x_at(p, 1, i) + (1 - x_at(p, 0, i / n)) * x_at(p, 2, i);
+}
+
+static pd_layer *build_scale(problem *p) {
+    pd_layer *w = vector(p, 1), *x = any_image(p);
+    p->shape = x->shape;
+    return pd_scale(p->net, w, x, &p->plain);
+}
+
+static void twin_scale(const problem *p, double *y) {
+    int64_t n = p->layer->out.width;
+    for (int64_t i = 0; i < p->rows * n; i++) y[i] = x_at(p, 0, i / n) * x_at(p, 1, i);
+}
+
+static pd_layer *build_affine(problem *p) {
+    pd_layer *x = any_image(p);
+    p->a = uniform(-2, 2), p->b = uniform(-2, 2);
+    p->shape = x->shape;
+    return pd_affine(p->net, x, p->a, p->b, &p->plain);
+}
+
+static void twin_affine(const problem *p, double *y) {
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++) y[i] = p->a * x_at(p, 0, i) + p->b;
+}
+
+static pd_layer *build_outer(problem *p) {
+    pd_layer *a = vector(p, size(p, 5, 40)), *b = image(p, size(p, 2, 3), size(p, 2, 4), size(p, 2, 5));
+    p->shape = shape(1, a->out.width, b->out.width);
+    return pd_outer(p->net, a, b, &p->plain);
+}
+
+static void twin_outer(const problem *p, double *y) {
+    int64_t m = p->inputs[0]->out.width, n = p->inputs[1]->out.width;
+    for (int64_t i = 0; i < p->rows * m * n; i++) y[i] = x_at(p, 0, i / n) * x_at(p, 1, i / (m * n) * n + i % n);
+}
+
+static pd_layer *build_cosine(problem *p) {
+    int64_t n = size(p, 5, 30), vectors = size(p, 3, 3);
+    pd_layer *a = vector(p, n), *b = vector(p, n * vectors);
+    p->a = below(2) ? 5 : uniform(-2, 2);
+    if (n == 1) p->vanishes = true;
+    p->shape = shape(vectors, 1, 1);
+    return pd_cosine(p->net, a, b, p->a, &p->plain);
+}
+
+static void twin_cosine(const problem *p, double *y) {
+    int64_t n = p->inputs[0]->out.width, vectors = p->layer->out.width;
+    for (int64_t i = 0; i < p->rows * vectors; i++) {
+        double ab = 0, aa = 0, bb = 0;
+        for (int64_t k = 0; k < n; k++) {
+            double a = x_at(p, 0, i / vectors * n + k), b = x_at(p, 1, i * n + k);
+            ab += a * b, aa += a * a, bb += b * b;
+        }
+        y[i] = p->a * ab / (sqrt(aa) * sqrt(bb));
+    }
+}
+
+/* ---- numbers that move: y[i] = x[source of i], or 0 ---- */
+
+static pd_layer *build_concat(problem *p) {
+    int count = 1 + (int)below(3);
+    int64_t height = size(p, 4, 12), width = size(p, 4, 13), channels = 0;
+    while (p->input_count < count) channels += image(p, size(p, 3, 4), height, width)->shape.channels;
+    p->shape = shape(channels, height, width);
+    return pd_concat(p->net, p->inputs, count, &p->plain);
+}
+
+static void twin_concat(const problem *p, double *y) {
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int k = 0; k < p->input_count; k++)
+            for (int64_t i = 0; i < p->inputs[k]->out.width; i++) *y++ = x_at(p, k, r * p->inputs[k]->out.width + i);
+}
+
+static pd_layer *build_slice(problem *p) {
+    pd_layer *x = image(p, size(p, 6, 7), size(p, 4, 12), size(p, 4, 13));
+    p->n[0] = below(x->shape.channels);
+    p->n[1] = 1 + below(x->shape.channels - p->n[0]);
+    p->shape = shape(p->n[1], x->shape.height, x->shape.width);
+    return pd_slice(p->net, x, p->n[0], p->n[1], &p->plain);
+}
+
+static void twin_slice(const problem *p, double *y) {
+    int64_t area = p->shape.height * p->shape.width;
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t i = 0; i < p->n[1] * area; i++)
+            *y++ = x_at(p, 0, (r * p->inputs[0]->shape.channels + p->n[0]) * area + i);
+}
+
+static pd_layer *build_reshape(problem *p) {
+    pd_layer *x = any_image(p);
+    pd_shape s = x->shape;
+    pd_shape shapes[] = { shape(s.height, s.width, s.channels), shape(pd_shape_size(s), 1, 1),
+                          shape(1, 1, pd_shape_size(s)), shape(s.width, s.channels * s.height, 1), s };
+    p->shape = shapes[below(PD__COUNT(shapes))];
+    return pd_reshape(p->net, x, p->shape, &p->plain);
+}
+
+static pd_layer *build_transpose(problem *p) {
+    static const int orders[6][3] = { { 0, 1, 2 }, { 0, 2, 1 }, { 1, 0, 2 }, { 1, 2, 0 }, { 2, 0, 1 }, { 2, 1, 0 } };
+    pd_layer *x = any_image(p);
+    int64_t sides[3] = { x->shape.channels, x->shape.height, x->shape.width };
+    const int *order = orders[below(6)];
+    for (int i = 0; i < 3; i++) p->n[i] = order[i];
+    p->shape = shape(sides[order[0]], sides[order[1]], sides[order[2]]);
+    return pd_transpose(p->net, x, order, &p->plain);
+}
+
+static void twin_transpose(const problem *p, double *y) {
+    pd_shape in = p->inputs[0]->shape;
+    int64_t at[3];
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t i = 0; i < p->shape.channels; i++)
+            for (int64_t j = 0; j < p->shape.height; j++)
+                for (int64_t k = 0; k < p->shape.width; k++) {
+                    at[p->n[0]] = i, at[p->n[1]] = j, at[p->n[2]] = k;
+                    *y++ = x_at(p, 0, ((r * in.channels + at[0]) * in.height + at[1]) * in.width + at[2]);
+                }
+}
+
+static pd_layer *build_pad(problem *p) {
+    pd_layer *x = any_image(p);
+    for (int i = 0; i < 6; i++) p->n[i] = below(3);
+    p->shape = shape(x->shape.channels + p->n[0] + p->n[1], x->shape.height + p->n[2] + p->n[3],
+                     x->shape.width + p->n[4] + p->n[5]);
+    return pd_pad(p->net, x, p->n, &p->plain);
+}
+
+static void twin_pad(const problem *p, double *y) {
+    pd_shape in = p->inputs[0]->shape;
+    for (int64_t r = 0; r < p->rows; r++)
+        for (int64_t i = -p->n[0]; i < in.channels + p->n[1]; i++)
+            for (int64_t j = -p->n[2]; j < in.height + p->n[3]; j++)
+                for (int64_t k = -p->n[4]; k < in.width + p->n[5]; k++) {
+                    bool inside = i >= 0 && i < in.channels && j >= 0 && j < in.height && k >= 0 && k < in.width;
+                    *y++ = inside ? x_at(p, 0, ((r * in.channels + i) * in.height + j) * in.width + k) : 0;
+                }
+}
+
+static pd_layer *build_maxout(problem *p) {
+    int64_t groups = size(p, 4, 3);
+    pd_layer *x = image(p, groups * size(p, 3, 3), size(p, 4, 12), size(p, 4, 13));
+    p->n[0] = groups;
+    p->shape = shape(x->shape.channels / groups, x->shape.height, x->shape.width);
+    return pd_maxout(p->net, x, groups, &p->plain);
+}
+
+static void twin_maxout(const problem *p, double *y) {
+    int64_t area = p->shape.height * p->shape.width;
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++) {
+        y[i] = -HUGE_VAL;
+        for (int64_t g = 0; g < p->n[0]; g++) y[i] = fmax(y[i], x_at(p, 0, (i / area * p->n[0] + g) * area + i % area));
+    }
+}
+
+static pd_layer *build_resize(problem *p) {
+    pd_layer *x = any_image(p);
+    p->shape = shape(x->shape.channels, size(p, 9, 31), size(p, 9, 17));
+    return pd_resize(p->net, x, p->shape.height, p->shape.width, &p->plain);
+}
+
+/* Where output i of n falls in the input: cell and share of the next one. */
+static int64_t resize_source(int64_t i, int64_t n, int64_t in, double *rest) {
+    double at = n > 1 ? (double)(i * (in - 1)) / (double)(n - 1) : 0;
+    *rest = at - floor(at);
+    return (int64_t)floor(at);
+}
+
+static void twin_resize(const problem *p, double *y) {
+    pd_shape in = p->inputs[0]->shape;
+    for (int64_t m = 0; m < p->rows * in.channels; m++)
+        for (int64_t i = 0; i < p->shape.height; i++)
+            for (int64_t j = 0; j < p->shape.width; j++) {
+                double v, u;
+                int64_t h = resize_source(i, p->shape.height, in.height, &v);
+                int64_t w = resize_source(j, p->shape.width, in.width, &u), at = (m * in.height + h) * in.width + w;
+                *y = (1 - v) * (1 - u) * x_at(p, 0, at);
+                if (u > 0) *y += (1 - v) * u * x_at(p, 0, at + 1);
+                if (v > 0) *y += v * (1 - u) * x_at(p, 0, at + in.width);
+                if (u > 0 && v > 0) *y += v * u * x_at(p, 0, at + in.width + 1);
+                y++;
+            }
+}
+
+static pd_layer *build_prelu(problem *p) {
+    pd_layer *x = any_image(p);
+    p->shape = x->shape;
+    p->act = PD_LINEAR;
+    return pd_prelu(p->net, x, &(pd_prelu_opts){ .weight = any_param() });
+}
+
+static void twin_prelu(const problem *p, double *y) {
+    int64_t area = p->shape.height * p->shape.width;
+    for (int64_t i = 0; i < p->rows * p->layer->out.width; i++)
+        y[i] = x_at(p, 0, i) * (x_at(p, 0, i) < 0 ? (double)values(p, "weight")[i / area % p->shape.channels] : 1);
+}
+
+/* ---- the table ---- */
+
+#define NORM_SPREAD (IS_DOUBLE ? 4 : 20) /* so that a step of the gradient check is small beside the deviation */
+
+static const layer_case cases[] = {
+    { "fc", build_fc, twin_fc, 1 },
+    { "conv", build_conv, twin_conv, 1 },
+    { "conv_transpose", build_conv_transpose, twin_conv_transpose, 1 },
+    { "pool", build_pool, twin_pool, 1 },
+    { "batch_norm", build_batch_norm, twin_batch_norm, NORM_SPREAD },
+    { "layer_norm", build_layer_norm, twin_layer_norm, NORM_SPREAD },
+    { "response_norm", build_response_norm, twin_response_norm, 1 },
+    { "dropout", build_dropout, twin_dropout, 1 },
+    { "add", build_add, twin_add, 1 },
+    { "multiply", build_multiply, twin_multiply, 1 },
+    { "concat", build_concat, twin_concat, 1 },
+    { "slice", build_slice, twin_slice, 1 },
+    { "reshape", build_reshape, twin_copy, 1 },
+    { "transpose", build_transpose, twin_transpose, 1 },
+    { "interpolate", build_interpolate, twin_interpolate, 1 },
+    { "scale", build_scale, twin_scale, 1 },
+    { "affine", build_affine, twin_affine, 1 },
+    { "maxout", build_maxout, twin_maxout, 1 },
+    { "pad", build_pad, twin_pad, 1 },
+    { "resize", build_resize, twin_resize, 1 },
+    { "block_expand", build_block_expand, twin_block_expand, 1 },
+    { "cosine", build_cosine, twin_cosine, 3 },
+    { "outer", build_outer, twin_outer, 1 },
+    { "bilinear", build_bilinear, twin_bilinear, 1 },
+    { "activation", build_activation, twin_copy, 1 },
+    { "prelu", build_prelu, twin_prelu, 1 },
+};
+
+/* for (every case) for (every seed): seeds of two loops never meet */
+#define FOR_CASES(c, seed, count)                                                                                      \
+    for (const layer_case *c = cases; c < cases + PD__COUNT(cases); c++)                                               \
+        for (uint64_t seed = 1000 * (uint64_t)(c - cases), seed##_end = seed + (count); seed < seed##_end; seed++)
+
+/* ======================================================================================================== */
+/* Forward against the twins                                                                                 */
+
+/* What the layer should put out; to be freed. */
+static double *expected_output(const problem *p, bool activated) {
+    double *y = (double *)calloc((size_t)(p->layer->out.rows * p->layer->out.width + 1), sizeof *y);
+    p->c->twin(p, y);
+    if (activated) twin_act(p, y);
+    return y;
+}
+
+static void check_forward(problem *p, pd_mode mode) {
+    int64_t rows = 0, width = 0, numbers;
+    const pd_real *actual;
+    double *expected;
+    forward(p, mode);
+    actual = pd_output(p->layer, &rows, &width);
+    if (!actual) FAIL_AT(p, "%s", pd_error(p->net));
+    assert_int_equal(width, pd_shape_size(p->shape));
+    expected = expected_output(p, true);
+    numbers = rows * width;
+    for (int64_t i = 0; i < numbers; i++)
+        if (!(fabs((double)actual[i] - expected[i]) <= REAL_TOLERANCE * (1 + fabs(expected[i]))))
+            FAIL_AT(p, "output %lld of %lld, shape %s, act %d, mode %d: got %.17g, expected %.17g", (long long)i,
+                    (long long)numbers, pd_shape_text(p->layer, p->shape), (int)p->layer->act, (int)mode,
+                    (double)actual[i], expected[i]);
+    free(expected);
+}
+
+/* Row-wise layers have the rows and the offsets of their input; blocks of an image are a sequence. */
+static void check_rows(const problem *p) {
+    const pd_tensor *out = &p->layer->out;
+    pd_shape blocks = window_shape(&p->g, p->inputs[0]->shape, 1, false);
+    bool expands = p->c->build == build_block_expand;
+    assert_int_equal(out->rows, expands ? p->rows * blocks.height * blocks.width : p->rows);
+    assert_int_equal(out->sequences, expands || p->sequence ? p->batch->samples : 0);
+    assert_true(p->layer->is_sequence == (expands || p->sequence));
+    for (int64_t s = 0; s <= out->sequences && out->sequences; s++)
+        assert_int_equal(out->starts[s],
+                         expands ? s * blocks.height * blocks.width : p->batch->slots[0].starts[s]);
+}
+
+static void test_forward(void **state) {
+    (void)state;
+    FOR_CASES(c, seed, 120) {
+        problem p = make_problem(c, seed);
+        check_forward(&p, PD_CHECK);
+        check_rows(&p);
+        check_forward(&p, PD_PREDICT);
+        assert_null(p.layer->out.grad);
+        free_problem(&p);
+    }
+}
+
+/* ======================================================================================================== */
+/* Gradients                                                                                                 */
+
+static void check_gradients(const problem *p, pd_layer *layer) {
+    pd_gradcheck_opts o = { .seed = p->seed };
+    pd_gradcheck r;
+    if (pd_check_gradients(layer, p->batch, &o, &r) != PD_OK) FAIL_AT(p, "%s", pd_error(p->net));
+    if (!(r.error < (IS_DOUBLE ? 1e-6 : 1e-2)))
+        FAIL_AT(p, "gradient of %s[%lld]: got %.10g, expected %.10g, error %g; act %d", r.worst, (long long)r.worst_index,
+                r.analytic, r.numeric, r.error, (int)p->layer->act);
+    if (!(r.accumulation < (IS_DOUBLE ? 1e-12 : 1e-5))) FAIL_AT(p, "does not add to gradients: off by %g", r.accumulation);
+    if (r.all_zero && !p->vanishes) FAIL_AT(p, "%s", "all gradients are 0");
+    if (r.checked == 0) FAIL_AT(p, "%s", "nothing was checked");
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next)
+        if (q->opts.is_static && q->grad) FAIL_AT(p, "static \"%s\" has a gradient", q->name);
+}
+
+static void test_gradients(void **state) {
+    (void)state;
+    FOR_CASES(c, seed, 60) {
+        problem p = make_problem(c, seed);
+        check_gradients(&p, p.layer);
+        free_problem(&p);
+    }
+}
+
+/* Two layers read the one under test, and one of them reads the other. */
+static void test_gradients_of_a_layer_used_twice(void **state) {
+    (void)state;
+    FOR_CASES(c, seed, 12) {
+        problem p = make_problem(c, seed);
+        pd_layer *both[2] = { p.layer, pd_fc(p.net, p.layer, 2, &(pd_fc_opts){ .act = PD_TANH }) };
+        pd_layer *head = pd_fc_sum(p.net, both, 2, 3, &(pd_fc_opts){ .act = PD_STANH });
+        if (!head) FAIL_AT(&p, "%s", pd_error(p.net));
+        fill_params(&p);
+        check_gradients(&p, head);
+        free_problem(&p);
+    }
+}
+
+/* ---- every activation, alone and within fc and conv ---- */
+
+static bool needs_positive(pd_act act) { return act == PD_LOG || act == PD_SQRT || act == PD_RECIPROCAL; }
+
+/* No input of the activation is near a kink or a pole, and one is where the slope isn't 0. */
+static bool is_smooth_here(const problem *p) {
+    double *x = expected_output(p, false), bound = p->layer->act_alpha != 0 ? p->layer->act_alpha : 24;
+    bool clear = true, alive = false;
+    for (int64_t i = 0; i < p->layer->out.rows * p->layer->out.width; i++) {
+        switch (p->layer->act) {
+        case PD_BRELU:
+            if (fabs(x[i] - bound) < 0.1 * p->spread) clear = false; /* fall through */
+        case PD_RELU:
+        case PD_LEAKY_RELU:
+        case PD_ABS:
+            if (fabs(x[i]) < 0.1 * p->spread) clear = false;
+            break;
+        default:
+            if (needs_positive(p->layer->act) && x[i] < 0.3) clear = false;
+        }
+        if (x[i] > 0 && !(p->layer->act == PD_BRELU && x[i] > bound)) alive = true;
+    }
+    free(x);
+    return clear && alive;
+}
+
+/* A problem of this activation away from kinks: the first of many seeds that gives one. */
+static problem make_act_problem(const layer_case *c, pd_act act, uint64_t seed) {
+    for (uint64_t attempt = 0; attempt < 4000; attempt++) {
+        problem p = wish(c, 1000000 * seed + attempt);
+        p.act = act;
+        p.limit = 2;
+        p.positive = needs_positive(act);
+        if (act == PD_BRELU && c->build != build_activation) p.spread = 20;
+        if (act == PD_EXP) p.spread = 0.5;
+        make(&p);
+        forward(&p, PD_CHECK);
+        if (is_smooth_here(&p)) return p;
+        free_problem(&p);
+    }
+    fail_msg("%s: no seed gives a problem away from the kinks of activation %d", c->name, (int)act);
+    return wish(c, seed);
+}
+
+static const layer_case *find_case(const char *name) {
+    const layer_case *c = cases;
+    while (strcmp(c->name, name) != 0) c++;
+    return c;
+}
+
+static void test_activations(void **state) {
+    static const char *const names[] = { "activation", "fc", "conv" };
+    (void)state;
+    for (int act = 0; act < PD_ACT_COUNT; act++)
+        for (int k = 0; k < PD__COUNT(names); k++)
+            for (uint64_t seed = 0; seed < 12; seed++) {
+                problem p = make_act_problem(find_case(names[k]), (pd_act)act, (uint64_t)(act * 40 + k * 13) + seed);
+                check_forward(&p, PD_CHECK);
+                check_forward(&p, PD_PREDICT);
+                check_gradients(&p, p.layer);
+                free_problem(&p);
+            }
+}
+
+/* What far from 0 overflows in the textbook's formulas stays finite, and what isn't a number stays so. */
+static void test_activations_far_out(void **state) {
+    static const pd_act acts[] = { PD_RELU, PD_BRELU, PD_SOFTRELU, PD_LEAKY_RELU, PD_GELU, PD_SIGMOID, PD_TANH, PD_STANH };
+    static const double low[] = { 0, 0, 0, -1e4 * 0.01, 0, 0, -1, -1.7159 }, high[] = { 1e4, 24, 1e4, 1e4, 1e4, 1, 1, 1.7159 };
+    (void)state;
+    for (int k = 0; k < PD__COUNT(acts); k++) {
+        pd_net *net = pd_net_new(NULL);
+        pd_layer *x = pd_vector(net, "x", 3), *y = pd_activation(net, x, acts[k], NULL);
+        pd_real in[3] = { (pd_real)-1e4, (pd_real)1e4, (pd_real)NAN }, inf[3] = { (pd_real)-HUGE_VAL, 0, 0 };
+        const pd_real *out = pd_predict(y, in, 1);
+        check_near((double)out[0], low[k], REAL_TOLERANCE, "at -1e4");
+        check_near((double)out[1], high[k], REAL_TOLERANCE, "at 1e4");
+        assert_true(out[2] != out[2]);
+        out = pd_predict(y, inf, 1);
+        if (low[k] == 0 && acts[k] != PD_GELU) assert_true(out[0] == 0);
+        pd_net_free(net);
+    }
+}
+
+static void test_softmax_far_out(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *y = pd_activation(net, pd_vector(net, "x", 3), PD_SOFTMAX, NULL);
+    pd_real in[6] = { (pd_real)-1e4, (pd_real)1e4, (pd_real)1e4, (pd_real)-1e4, (pd_real)-1e4, (pd_real)-1e4 };
+    const pd_real *out = pd_predict(y, in, 2);
+    const double expected[6] = { 0, 0.5, 0.5, 1. / 3, 1. / 3, 1. / 3 };
+    (void)state;
+    for (int i = 0; i < 6; i++) check_near((double)out[i], expected[i], REAL_TOLERANCE, "softmax");
+    pd_net_free(net);
+}
+
+/* ---- ties, zeros ---- */
+
+/* A maximum's gradient goes to its first occurrence; vectors of length 0 have cosine 0 and no gradient. */
+static void test_ties_and_zeros(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_image(net, "x", 4, 1, 2), *pool, *maxout, *cosine, *outputs[3], *zero;
+    pd_batch *batch;
+    (void)state;
+    pd_want_gradient(x);
+    zero = pd_affine(net, x, 0, 0, NULL);
+    pool = pd_pool(net, x, 2, &(pd_pool_opts){ .size_h = 1, .act = PD_SQUARE });
+    maxout = pd_maxout(net, x, 4, NULL);
+    cosine = pd_cosine(net, x, zero, 3, NULL);
+    outputs[0] = pd_reshape(net, pool, shape(4, 1, 1), NULL);
+    outputs[1] = pd_reshape(net, maxout, shape(2, 1, 1), NULL);
+    outputs[2] = cosine;
+    pool = pd_concat(net, outputs, 3, NULL);
+    batch = batch_of(net, 1, (const pd_real[]){ 2, 2, 2, 2, 2, 2, 2, 2 });
+    assert_int_equal(pd_forward(net, batch, PD_TRAIN, &pool, 1), PD_OK);
+    assert_int_equal(pd_backward(net, pool), PD_OK);
+    for (int i = 0; i < 7; i++) assert_true(pool->out.data[i] == (i < 4 ? 4 : i < 6 ? 2 : 0));
+    for (int i = 0; i < 8; i++) assert_true(x->out.grad[i] == (i % 2 ? 0 : 4) + (i < 2 ? 1 : 0));
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+/* ---- shared and static parameters ---- */
+
+/* fc, conv, prelu and norms whose parameters have one name; a norm whose scale and shift are one parameter. */
+static void test_shared_parameters(void **state) {
+    (void)state;
+    for (uint64_t seed = 0; seed < 20; seed++) {
+        static const layer_case none = { "shared parameters", NULL, NULL, NORM_SPREAD };
+        problem p = wish(&none, 700000 + seed);
+        pd_param_opts w = { .name = "w" }, f = { .name = "filter" }, s = { .name = "slope" }, n = { .name = "both" };
+        int64_t c = 1 + below(3), side = 1 + below(3);
+        pd_layer *x, *y, *two[2];
+        p.net = pd_net_new(NULL);
+        x = image(&p, c, side, side);
+        y = pd_conv(p.net, x, c, 3, &(pd_conv_opts){ .pad = 1, .act = PD_TANH, .weight = f });
+        y = pd_conv(p.net, y, c, 3, &(pd_conv_opts){ .pad = 1, .act = PD_TANH, .weight = f });
+        y = pd_batch_norm(p.net, y, &(pd_batch_norm_opts){ .epsilon = 0.1, .weight = n, .bias = n });
+        y = pd_layer_norm(p.net, y, &(pd_layer_norm_opts){ .epsilon = 0.1, .weight = { .name = "ln" } });
+        y = pd_layer_norm(p.net, y, &(pd_layer_norm_opts){ .epsilon = 0.1, .bias = { .name = "ln" }, .act = PD_SIGMOID });
+        two[0] = pd_fc(p.net, y, c * side * side, &(pd_fc_opts){ .act = PD_TANH, .weight = w });
+        two[1] = pd_fc(p.net, two[0], c * side * side, &(pd_fc_opts){ .act = PD_SOFTRELU, .weight = w });
+        two[0] = pd_prelu(p.net, two[1], &(pd_prelu_opts){ .weight = s });
+        two[1] = pd_prelu(p.net, x, &(pd_prelu_opts){ .weight = { .name = "slope2" } });
+        two[1] = pd_reshape(p.net, two[1], two[0]->shape, NULL);
+        p.layer = pd_add(p.net, two, 2, NULL);
+        if (!p.layer) FAIL_AT(&p, "%s", pd_error(p.net));
+        assert_int_equal(p.net->param_count, 14); /* filter, 2 biases; both, 2 running; ln, 2; w, 2 biases; 2 slopes */
+        fill_params(&p);
+        p.batch = pd_batch_new(p.net);
+        fill_batch(&p, 3);
+        check_gradients(&p, p.layer);
+        free_problem(&p);
+    }
+}
+
+/* A parameter used in three places has three times the gradient of one used once. */
+static void test_shared_gradient_is_a_sum(void **state) {
+    pd_real grads[2];
+    (void)state;
+    for (int k = 0; k < 2; k++) {
+        pd_net *net = pd_net_new(NULL);
+        pd_layer *x = pd_vector(net, "x", 1), *y[3];
+        pd_batch *batch = batch_of(net, 1, (const pd_real[]){ 2 });
+        pd_fc_opts o = { .no_bias = true, .weight = { .name = "w" } };
+        for (int i = 0; i < 3; i++) y[i] = pd_fc(net, x, 1, &o);
+        y[0] = pd_add(net, y, k ? 3 : 1, NULL);
+        assert_int_equal(pd_forward(net, batch, PD_TRAIN, y, 1), PD_OK);
+        assert_int_equal(pd_backward(net, y[0]), PD_OK);
+        assert_int_equal(pd_param_get_grad(pd_param_find(net, "w"), &grads[k], 1), PD_OK);
+        pd_batch_free(batch);
+        pd_net_free(net);
+    }
+    assert_true(grads[0] == 2 && grads[1] == 6);
+}
+
+/* ---- does the checker catch what is wrong? A layer y = 3 x with a fault in its backward ---- */
+
+typedef enum fault { NONE, ZERO, FACTOR, OVERWRITES, NOT_A_NUMBER, ONE_ELEMENT, FAULTS } fault;
+
+static pd_status faulty_setup(pd_layer *l) {
+    int64_t width = l->inputs[0]->out.width;
+    l->shape = l->inputs[0]->shape;
+    return pd_layer_param(l, "weight", 1, &width, 1, 1, pd_constant(1), NULL) ? PD_OK : pd_error_status(l->net);
+}
+static pd_status faulty_forward(pd_layer *l) {
+    for (int64_t i = 0; i < l->out.rows * l->out.width; i++)
+        l->out.data[i] = l->params[0]->value[i % l->out.width] * l->inputs[0]->out.data[i];
+    return PD_OK;
+}
+static pd_status faulty_backward(pd_layer *l) {
+    fault kind = *(const fault *)l->opts;
+    pd_real *dw = l->params[0]->grad;
+    for (int64_t i = 0; i < l->out.width && kind == OVERWRITES; i++) dw[i] = 0;
+    for (int64_t i = 0; i < l->out.rows * l->out.width && kind != ZERO; i++)
+        dw[i % l->out.width] += (kind == FACTOR ? (pd_real)1.05 : 1) * l->out.grad[i] * l->inputs[0]->out.data[i];
+    if (kind == NOT_A_NUMBER) dw[0] = (pd_real)NAN;
+    if (kind == ONE_ELEMENT) dw[l->out.width - 1] = -dw[l->out.width - 1];
+    return PD_OK;
+}
+
+static void test_checker_finds_faults(void **state) {
+    static const pd_layer_type type = { PD_API_VERSION, "faulty", 1,  1, sizeof(fault), 0, 0,
+                                        faulty_setup,   NULL,     faulty_forward, faulty_backward, NULL };
+    (void)state;
+    for (fault kind = NONE; kind < FAULTS; kind++) {
+        pd_net *net = pd_net_new(NULL);
+        pd_layer *x = pd_vector(net, "x", 5), *y = pd_layer_add(net, &type, NULL, &x, 1, &kind);
+        pd_batch *batch = batch_of(net, 1, (const pd_real[]){ 1, 2, 3, 4, 5 });
+        pd_gradcheck r;
+        assert_int_equal(pd_check_gradients(y, batch, NULL, &r), PD_OK);
+        assert_int_equal(r.checked, 5);
+        assert_true(r.all_zero == (kind == ZERO));
+        if (kind == NONE) assert_true(r.error < (IS_DOUBLE ? 1e-8 : 1e-3) && r.accumulation == 0);
+        if (kind == ZERO || kind == FACTOR || kind == ONE_ELEMENT) assert_true(r.error > 0.04 && r.directional > 0.04);
+        if (kind == NOT_A_NUMBER) assert_true(r.error > 1e30);
+        if (kind == OVERWRITES) assert_true(r.accumulation > 0.4);
+        if (kind != NONE && kind != OVERWRITES) assert_string_equal(r.worst, "faulty1.weight");
+        pd_batch_free(batch);
+        pd_net_free(net);
+    }
+}
+
+/* ======================================================================================================== */
+/* Empty batches, threads, shared nets                                                                       */
+
+static void run_empty(problem *p, pd_batch *empty) {
+    if (pd_forward(p->net, empty, PD_PREDICT, &p->layer, 1) != PD_OK ||
+        pd_zero_grads(p->net) != PD_OK || pd_forward(p->net, empty, PD_TRAIN, &p->layer, 1) != PD_OK ||
+        pd_backward(p->net, p->layer) != PD_OK)
+        FAIL_AT(p, "%s", pd_error(p->net));
+    assert_int_equal(p->layer->out.rows, 0);
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next)
+        for (int64_t i = 0; q->grad && i < q->size; i++) assert_true(q->grad[i] == 0);
+}
+
+/* No samples, before and after a batch with some: nothing happens, and nothing is spoilt. */
+static void test_empty_batch(void **state) {
+    (void)state;
+    FOR_CASES(c, seed, 12) {
+        problem p = make_problem(c, seed);
+        pd_batch *empty = pd_batch_new(p.net);
+        run_empty(&p, empty);
+        check_forward(&p, PD_PREDICT);
+        run_empty(&p, empty);
+        check_forward(&p, PD_PREDICT);
+        check_gradients(&p, p.layer);
+        pd_batch_free(empty);
+        free_problem(&p);
+    }
+}
+
+/* Output, statistics and all gradients of one run, appended to `to` from *count on; NULL only counts. */
+static void append(pd_real *to, int64_t *count, const pd_real *from, int64_t n) {
+    if (to && n) memcpy(to + *count, from, (size_t)n * sizeof *from);
+    *count += n;
+}
+
+static int64_t collect(const problem *p, pd_real *to) {
+    int64_t count = 0;
+    append(to, &count, p->layer->out.data, p->layer->out.rows * p->layer->out.width);
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next) {
+        append(to, &count, q->value, q->size);
+        if (q->grad) append(to, &count, q->grad, q->size);
+    }
+    for (int k = 0; k < p->input_count; k++)
+        if (p->inputs[k]->out.grad) append(to, &count, p->inputs[k]->out.grad, p->rows * p->inputs[k]->out.width);
+    return count;
+}
+
+/* The numbers of a large problem run with so many threads; to be freed. */
+static pd_real *run_large(const layer_case *c, uint64_t seed, pd_act act, int threads, int64_t *count) {
+    problem p = wish(c, seed);
+    pd_real *numbers, *weights;
+    int64_t n;
+    p.large = true;
+    p.threads = threads;
+    p.act = act == PD_ACT_COUNT ? p.act : act;
+    p.positive = act == PD_ACT_COUNT ? false : needs_positive(act);
+    make(&p);
+    forward(&p, PD_TRAIN);
+    n = p.layer->out.rows * p.layer->out.width;
+    if (n < 16384) FAIL_AT(&p, "%lld numbers are too few for threads", (long long)n);
+    weights = (pd_real *)malloc((size_t)n * sizeof *weights);
+    for (int64_t i = 0; i < n; i++) weights[i] = (pd_real)uniform(-1, 1);
+    if (pd__backward_from(p.net, p.layer, weights) != PD_OK) FAIL_AT(&p, "%s", pd_error(p.net));
+    *count = collect(&p, NULL);
+    numbers = (pd_real *)malloc((size_t)*count * sizeof *numbers);
+    collect(&p, numbers);
+    free(weights);
+    free_problem(&p);
+    return numbers;
+}
+
+static void check_threads(const layer_case *c, uint64_t seed, pd_act act) {
+    int64_t count, again;
+    pd_real *one = run_large(c, seed, act, 1, &count);
+    for (int threads = 2; threads <= 4; threads++) {
+        pd_real *more = run_large(c, seed, act, threads, &again);
+        assert_int_equal(count, again);
+        for (int64_t i = 0; i < count; i++)
+            if (memcmp(one + i, more + i, sizeof *one) != 0)
+                fail_msg("%s (seed %llu): number %lld of %lld is %.9g with %d threads, %.9g with one", c->name,
+                         (unsigned long long)seed, (long long)i, (long long)count, (double)more[i], threads,
+                         (double)one[i]);
+        free(more);
+    }
+    free(one);
+}
+
+static void test_threads(void **state) {
+    (void)state;
+    FOR_CASES(c, seed, 2) check_threads(c, seed, PD_ACT_COUNT);
+    for (int act = 0; act < PD_ACT_COUNT; act++) check_threads(find_case("activation"), 50000, (pd_act)act);
+}
