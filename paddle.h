@@ -399,7 +399,8 @@ PD_API pd_net *pd_net_share(pd_net *net);
 PD_API pd_layer *pd_layer_find(pd_net *net, const char *name); /* NULL when there is none; no error */
 PD_API pd_layer *pd_layer_at(pd_net *net, int index);          /* in order of creation; NULL past the end */
 
-/* One line: version, number type, instruction set, threads. Like snprintf: returns the length it wants. */
+/* One line: version, number type, device, size of the vectors in use, threads. Like snprintf: returns the length it
+   wants. */
 PD_API size_t pd_info(const pd_net *net, char *text, size_t size);
 
 /* ======================================================================================================== */
@@ -1071,7 +1072,7 @@ typedef struct pd_reader_opts {
                              e.g. "label,-,pixels"; default: the order of the net's inputs */
     char delimiter;       /* CSV: default ',' */
     int64_t skip_lines;   /* CSV: lines at the top of each file to leave out */
-    double scale, shift;  /* numbers become x * scale + shift; scale default 1 */
+    double scale, shift;  /* numbers of every dense input become x * scale + shift; scale default 1 */
     int64_t first, count; /* only samples first .. first + count - 1 of the pass; count 0: to the end */
     int fold, folds;      /* cross-validation: only samples with i % folds == fold; folds 0: all */
     bool not_fold;        /* .. or those not in the fold */
@@ -1096,7 +1097,8 @@ PD_API pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reade
 /* One NumPy .npy file (version 1 to 3, C order; float, integer or bool of any size) per input, first axis = samples. */
 PD_API pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
 /* Endless: `next` adds one sample with the pd_batch_ functions (without pd_batch_end_sample) and returns PD_OK, or
-   PD_END. It can't be reset: every pass goes on where the last one ended. Under pd_prefetch, a thread calls it. */
+   PD_END. It can't be reset or skipped: every pass goes on where the last one ended. Under pd_prefetch, a thread calls
+   `next`. */
 PD_API pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user);
 
 /* The following own `reader` and free it; a NULL reader gives NULL. */
@@ -1295,6 +1297,7 @@ extern "C" {
 static inline int64_t pd__min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t pd__max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t pd__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline bool pd__finite(double x) { return x - x == 0; }
 
 /* ======================================================================================================== */
 /* >>core: the net's own data, memory, failures, text, random numbers, time, threads                        */
@@ -1413,6 +1416,7 @@ static void *pd__alloc(const pd_allocator *a, int64_t count, size_t size) {
     size_t bytes;
     pd__header *h;
     if (!pd__bytes(count, size, &bytes)) return NULL;
+    if (bytes == 0) bytes = 1; /* so that the pointer is to within the block: leak checkers want that */
     h = (pd__header *)a->alloc(a->user, bytes + sizeof *h, PD__ALIGN);
     if (!h) return NULL;
     h->size = bytes + sizeof *h;
@@ -1971,8 +1975,8 @@ static void pd__activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_re
         }                                                                                                    \
         break;
     switch (act) {
-        PD__EACH(PD_RELU, v > 0 ? v : v * 0) /* v * 0 keeps NaN */
-        PD__EACH(PD_BRELU, v > 0 ? (v < alpha ? v : alpha) : v * 0)
+        PD__EACH(PD_RELU, v < 0 ? 0 : v) /* so written, NaN stays */
+        PD__EACH(PD_BRELU, v < 0 ? 0 : v > alpha ? alpha : v)
         PD__EACH(PD_SOFTRELU, (v > 0 ? v : 0) + PD__M(log1p)(PD__M(exp)(-PD__M(fabs)(v))))
         PD__EACH(PD_LEAKY_RELU, v < 0 ? alpha * v : v)
         PD__EACH(PD_GELU, v / 2 * (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)))
@@ -2152,8 +2156,11 @@ static void pd__conv_image_back(const pd__conv_job *j, int64_t row, int64_t grou
 
 static void pd__conv_run(pd_device *d, const pd__conv_job *j,
                          void (*work)(const pd__conv_job *j, int64_t row, int64_t group, pd_real *space)) {
-    int64_t images = j->s->rows * j->s->groups, each = PD__GEMM_SPACE + j->c.depth * j->c.area;
-    pd_real *space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * each, sizeof(pd_real));
+    int64_t images = j->s->rows * j->s->groups, each;
+    pd_real *space;
+    if (images == 0) return;
+    each = PD__GEMM_SPACE + j->c.depth * j->c.area;
+    space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * each, sizeof(pd_real));
     if (!space) return;
     PD__PARALLEL(d, images * j->c.depth * j->c.area)
     for (int64_t i = 0; i < images; i++)
@@ -2188,10 +2195,12 @@ static void pd__cpu_conv_backward_filter(pd_device *d, const pd_conv_shape *s, c
                                          pd_real *dw) {
     enum { PARTS = 8 };
     pd__columns c = pd__columns_of(s);
-    int64_t weights = s->out_c * c.depth, parts = pd__min(PARTS, s->rows), per_part = pd__ceil_div(s->rows, PARTS);
-    int64_t each = PD__GEMM_SPACE + c.depth * c.area + weights;
-    pd_real *space = (pd_real *)pd__scratch(d, parts * each, sizeof(pd_real));
-    if (!space || s->rows == 0) return;
+    int64_t weights = s->out_c * c.depth, parts = pd__min(PARTS, s->rows), per_part = pd__ceil_div(s->rows, PARTS), each;
+    pd_real *space;
+    if (s->rows == 0) return;
+    each = PD__GEMM_SPACE + c.depth * c.area + weights;
+    space = (pd_real *)pd__scratch(d, parts * each, sizeof(pd_real));
+    if (!space) return;
     PD__PARALLEL(d, s->rows * s->groups * c.depth * c.area)
     for (int64_t p = 0; p < parts; p++) {
         pd_real *gemm_space = space + p * each, *columns = gemm_space + PD__GEMM_SPACE;
@@ -2248,7 +2257,7 @@ static pd_real pd__pool_one(const pd_pool_shape *s, const pd__window *v, const p
 static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
     int64_t area = s->out_h * s->out_w;
     (void)d;
-    PD__PARALLEL(d, s->rows * s->channels * area * s->size_h * s->size_w)
+    PD__PARALLEL(d, s->rows * s->channels * area * pd__min(s->size_h, s->in_h) * pd__min(s->size_w, s->in_w))
     for (int64_t m = 0; m < s->rows * s->channels; m++)
         for (int64_t o = 0; o < area; o++) {
             pd__window v = pd__pool_window(s, o / s->out_w, o % s->out_w);
@@ -2274,7 +2283,7 @@ static void pd__cpu_pool_backward(pd_device *d, const pd_pool_shape *s, const pd
                                   const pd_real *dy, pd_real *dx) {
     int64_t area = s->out_h * s->out_w;
     (void)d;
-    PD__PARALLEL(d, s->rows * s->channels * area * s->size_h * s->size_w)
+    PD__PARALLEL(d, s->rows * s->channels * area * pd__min(s->size_h, s->in_h) * pd__min(s->size_w, s->in_w))
     for (int64_t m = 0; m < s->rows * s->channels; m++)
         for (int64_t o = 0; o < area; o++) {
             pd__window v = pd__pool_window(s, o / s->out_w, o % s->out_w);
@@ -2445,7 +2454,7 @@ static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t widt
 static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
                                   double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
     (void)d;
-    PD__PARALLEL(d, rows * channels * area * size)
+    PD__PARALLEL(d, rows * channels * area * pd__min(size, channels))
     for (int64_t m = 0; m < rows * channels; m++) {
         int64_t c = m % channels, first = pd__max(0, c - size / 2), last = pd__min(channels, c - size / 2 + size);
         const pd_real *maps = x + (m - c) * area;
@@ -2463,7 +2472,7 @@ static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t c
                                            double alpha, double beta, const pd_real *x, const pd_real *scales,
                                            const pd_real *dy, pd_real *dx) {
     (void)d;
-    PD__PARALLEL(d, rows * channels * area * size * 4)
+    PD__PARALLEL(d, rows * channels * area * pd__min(size, channels) * 4)
     for (int64_t m = 0; m < rows * channels; m++) {
         int64_t j = m % channels, first = pd__max(0, j + size / 2 - size + 1), last = pd__min(channels, j + size / 2 + 1);
         int64_t image = (m - j) * area;
@@ -2626,7 +2635,9 @@ PD_DEF size_t pd_info(const pd_net *net, char *text, size_t size) {
     if (size) text[0] = 0;
     pd__append(text, size, &length, "paddle.h " PD_VERSION ", %s", sizeof(pd_real) == 8 ? "double" : "float");
     if (net) pd__append(text, size, &length, ", device %s", net->device->name);
-    if (net && net->cpu) pd__append(text, size, &length, ", %d threads", pd__cpu_threads(net->cpu));
+    if (net && net->cpu)
+        pd__append(text, size, &length, ", %d-byte vectors, %d threads", (int)sizeof(pd__vector),
+                   pd__cpu_threads(net->cpu));
     return length;
 }
 
@@ -2717,13 +2728,18 @@ static bool pd__layer_learns(const pd_layer *l) {
     return false;
 }
 
+/* The numbers in a row of this shape; false when there are too many. */
+static bool pd__row_size(pd_shape s, int64_t *size) {
+    return pd__multiply_sizes(s.channels, s.height, size) && pd__multiply_sizes(*size, s.width, size) &&
+           *size <= INT64_MAX / 64;
+}
+
 /* What setup must have left behind. */
 static pd_status pd__check_setup(pd_layer *l) {
-    int64_t area, width;
+    int64_t width;
     if (l->shape.channels < 1 || l->shape.height < 1 || l->shape.width < 1)
         return pd_layer_fail(l, PD_E_SHAPE, "output would have the empty shape %s", pd_shape_text(l, l->shape));
-    if (!pd__multiply_sizes(l->shape.channels, l->shape.height, &area) ||
-        !pd__multiply_sizes(area, l->shape.width, &width) || width > INT64_MAX / 64)
+    if (!pd__row_size(l->shape, &width))
         return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
     if ((unsigned)l->act >= PD_ACT_COUNT) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown activation %d", (int)l->act);
     if (l->act != PD_LINEAR && l->is_ids) return pd_layer_fail(l, PD_E_ARGUMENT, "ids take no activation");
@@ -2731,8 +2747,9 @@ static pd_status pd__check_setup(pd_layer *l) {
     return PD_OK;
 }
 
-PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
-                              int count, const void *opts) {
+/* pd_layer_add; `origin` is the layer's twin if the net is becoming a shared one, else NULL. */
+static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                               int count, const void *opts, pd_layer *origin) {
     pd_layer *l;
     pd_status status;
     if (!pd__check_net(net) || pd__check_layer(net, type, name, inputs, count) != PD_OK) return NULL;
@@ -2741,7 +2758,7 @@ PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char
         pd__fail_build(net, PD_E_MEMORY, "%s: out of memory for the layer", name ? name : type->name);
         return NULL;
     }
-    if (net->origin) l->own->origin = net->origin->layers[l->own->index];
+    l->own->origin = origin;
     net->failure.status = PD_OK;
     status = type->setup(l);
     if (status == PD_OK) status = pd__check_setup(l);
@@ -2752,6 +2769,15 @@ PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char
     }
     l->wants_grad = pd__layer_learns(l);
     return l;
+}
+
+PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                              int count, const void *opts) {
+    if (net && net->origin) {
+        pd__fail_build(net, PD_E_STATE, "%.100s: a shared net takes no more layers", name ? name : "layer");
+        return NULL;
+    }
+    return pd__add_layer(net, type, name, inputs, count, opts, NULL);
 }
 
 PD_DEF pd_status pd_layer_fail(pd_layer *layer, pd_status status, const char *format, ...) {
@@ -2854,7 +2880,7 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
         for (int k = 0; inputs && k < from->input_count; k++)
             inputs[k] = copy->layers[from->inputs[k]->own->index];
         if (!inputs) pd__fail_build(copy, PD_E_MEMORY, "out of memory for the shared net");
-        to = inputs ? pd_layer_add(copy, from->type, from->name, inputs, from->input_count, from->opts) : NULL;
+        to = inputs ? pd__add_layer(copy, from->type, from->name, inputs, from->input_count, from->opts, from) : NULL;
         if (to) to->is_sequence = from->is_sequence;
         pd__free(&net->allocator, inputs);
     }
@@ -3203,17 +3229,23 @@ static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     l->out.ids = l->is_ids ? s->ids : NULL;
     l->out.sequences = s->sequence ? batch->samples : 0;
     l->out.starts = s->sequence ? s->starts : NULL;
+    if (!l->is_ids && !l->out.data) { /* no rows; but layers may rely on an address to add 0 to */
+        if (!pd__device_grow(l->net, &l->own->data, &l->own->data_capacity, 1))
+            return pd_layer_fail(l, PD_E_MEMORY, "out of memory for an empty batch");
+        l->out.data = l->own->data;
+    }
     return PD_OK;
 }
 
 /* Rows and offsets of this batch, and memory for them. */
 static pd_status pd__size_output(pd_layer *l) {
     int64_t numbers;
-    const pd_tensor *first = l->input_count ? &l->inputs[0]->out : NULL;
+    const pd_tensor *first = l->input_count ? &l->inputs[0]->out : NULL, *ordered = first;
+    for (int k = 1; k < l->input_count && !ordered->starts; k++) ordered = &l->inputs[k]->out;
     if (first) {
         l->out.rows = first->rows;
-        l->out.sequences = l->is_sequence ? first->sequences : 0;
-        l->out.starts = l->is_sequence ? first->starts : NULL;
+        l->out.sequences = l->is_sequence ? ordered->sequences : 0;
+        l->out.starts = l->is_sequence ? ordered->starts : NULL;
     }
     for (int k = 1; k < l->input_count && !l->type->resize; k++)
         if (l->inputs[k]->out.rows != l->out.rows)
@@ -3477,6 +3509,20 @@ static pd_status pd__want_least(pd_layer *l, const char *what, int64_t value, in
                          (long long)least);
 }
 
+/* For setup: both sides of a window, a step or a border are at least `least`, and so small that the product of two
+   fits an int64_t. */
+static pd_status pd__want_sides(pd_layer *l, const char *what, int64_t h, int64_t w, int64_t least) {
+    if (pd__max(h, w) > INT32_MAX)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %lld, expected below 2^31", what, (long long)pd__max(h, w));
+    return pd__want_least(l, what, pd__min(h, w), least);
+}
+
+/* For setup: the option is neither infinite nor NaN. */
+static pd_status pd__want_finite(pd_layer *l, const char *what, double value) {
+    if (value - value == 0) return PD_OK;
+    return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %g, expected a finite number", what, value);
+}
+
 /* y += alpha a [b] for a 2-D box rows x columns: the usual case of muladd. Each pointer with its two strides. */
 static void pd__muladd2(pd_layer *l, int64_t rows, int64_t columns, double alpha, const pd_real *a, int64_t ar,
                         int64_t ac, const pd_real *b, int64_t br, int64_t bc, pd_real *y, int64_t yr, int64_t yc) {
@@ -3594,15 +3640,12 @@ static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
     s->dilation_h = o->dilation_h ? o->dilation_h : s->dilation_w;
     s->groups = o->groups ? o->groups : 1;
     if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "number of filters", spec->filters, 1) != PD_OK ||
-        pd__want_least(l, "filter", pd__min(s->filter_w, s->filter_h), 1) != PD_OK ||
-        pd__want_least(l, "stride", pd__min(s->stride_w, s->stride_h), 1) != PD_OK ||
-        pd__want_least(l, "pad", pd__min(s->pad_w, s->pad_h), 0) != PD_OK ||
-        pd__want_least(l, "dilation", pd__min(s->dilation_w, s->dilation_h), 1) != PD_OK ||
+        pd__want_sides(l, "filter", s->filter_h, s->filter_w, 1) != PD_OK ||
+        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
+        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK ||
+        pd__want_sides(l, "dilation", s->dilation_h, s->dilation_w, 1) != PD_OK ||
         pd__want_least(l, "groups", s->groups, 1) != PD_OK)
         return pd_error_status(l->net);
-    if (pd__max(pd__max(s->filter_w, s->filter_h), pd__max(s->stride_w, s->stride_h)) > INT32_MAX ||
-        pd__max(pd__max(s->pad_w, s->pad_h), pd__max(s->dilation_w, s->dilation_h)) > INT32_MAX)
-        return pd_layer_fail(l, PD_E_ARGUMENT, "filter, stride, pad and dilation must be below 2^31");
     if (l->inputs[0]->shape.channels % s->groups || spec->filters % s->groups)
         return pd_layer_fail(l, PD_E_SHAPE, "%lld groups do not divide the %lld channels of \"%.100s\" and the %lld filters",
                              (long long)s->groups, (long long)l->inputs[0]->shape.channels, l->inputs[0]->name,
@@ -3614,8 +3657,12 @@ static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
 /* The weight, out_c x in_c/groups x filter_h x filter_w of the convolution, and a bias per channel of the output. */
 static pd_status pd__conv_params(pd_layer *l, const pd_conv_shape *s) {
     const pd_conv_opts *o = &((const pd__conv_spec *)l->opts)->o;
-    int64_t in = l->inputs[0]->shape.channels / s->groups * s->filter_h * s->filter_w, dims[4];
-    int64_t out = l->shape.channels / s->groups * s->filter_h * s->filter_w;
+    int64_t cells = s->filter_h * s->filter_w, in, out, dims[4];
+    if (!pd__multiply_sizes(pd__max(s->in_c, s->out_c), cells, &in))
+        return pd_layer_fail(l, PD_E_SHAPE, "%lldx%lld filters for %lld and %lld channels are too large",
+                             (long long)s->filter_h, (long long)s->filter_w, (long long)s->in_c, (long long)s->out_c);
+    in = l->inputs[0]->shape.channels / s->groups * cells;
+    out = l->shape.channels / s->groups * cells;
     dims[0] = s->out_c, dims[1] = s->in_c / s->groups, dims[2] = s->filter_h, dims[3] = s->filter_w;
     if (!pd_layer_param(l, "weight", 4, dims, in, out, pd_normal(0, 1 / sqrt((double)in)), &o->weight) ||
         (!o->no_bias && !pd_layer_param(l, "bias", 1, &l->shape.channels, 1, 1, pd_constant(0), &o->bias)))
@@ -3689,8 +3736,12 @@ static pd_status pd__conv_transpose_setup(pd_layer *l) {
     if (pd__conv_options(l, s) != PD_OK) return pd_error_status(l->net);
     s->out_c = in.channels, s->out_h = in.height, s->out_w = in.width;
     s->in_c = ((const pd__conv_spec *)l->opts)->filters;
-    s->in_h = (in.height - 1) * s->stride_h - 2 * s->pad_h + s->dilation_h * (s->filter_h - 1) + 1;
-    s->in_w = (in.width - 1) * s->stride_w - 2 * s->pad_w + s->dilation_w * (s->filter_w - 1) + 1;
+    if (!pd__multiply_sizes(in.height - 1, s->stride_h, &s->in_h) || s->in_h > INT64_MAX / 4 ||
+        !pd__multiply_sizes(in.width - 1, s->stride_w, &s->in_w) || s->in_w > INT64_MAX / 4)
+        return pd_layer_fail(l, PD_E_SHAPE, "stride %lldx%lld makes the output of \"%.100s\" (%s) too large",
+                             (long long)s->stride_h, (long long)s->stride_w, l->inputs[0]->name, pd_shape_text(l, in));
+    s->in_h += s->dilation_h * (s->filter_h - 1) + 1 - 2 * s->pad_h;
+    s->in_w += s->dilation_w * (s->filter_w - 1) + 1 - 2 * s->pad_w;
     l->shape = pd__shape(s->in_c, s->in_h, s->in_w);
     if (s->in_h < 1 || s->in_w < 1)
         return pd_layer_fail(l, PD_E_SHAPE, "padding %lldx%lld leaves nothing of the output %s", (long long)s->pad_h,
@@ -3762,9 +3813,9 @@ static pd_status pd__pool_setup(pd_layer *l) {
     s->pad_h = o->pad_h == -1 ? 0 : o->pad_h ? o->pad_h : o->pad;
     s->method = o->method;
     s->channels = in.channels, s->in_h = in.height, s->in_w = in.width;
-    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "size", pd__min(s->size_h, s->size_w), 1) != PD_OK ||
-        pd__want_least(l, "stride", pd__min(s->stride_h, s->stride_w), 1) != PD_OK ||
-        pd__want_least(l, "pad", pd__min(s->pad_h, s->pad_w), 0) != PD_OK)
+    if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "size", s->size_h, s->size_w, 1) != PD_OK ||
+        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
+        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK)
         return pd_error_status(l->net);
     if ((unsigned)o->method > PD_SQRT_N) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)o->method);
     if (s->pad_h >= s->size_h || s->pad_w >= s->size_w)
@@ -3846,11 +3897,13 @@ static bool pd__batch_norm_by_batch(const pd_layer *l) {
     return !((const pd_batch_norm_opts *)l->opts)->use_running && pd_layer_mode(l) != PD_PREDICT;
 }
 
-/* running = keep running + (1 - keep) batch; the variance unbiased, as for a sample of n */
+/* running = keep running + (1 - keep) batch; the variance unbiased, as for a sample of n. A batch that isn't finite,
+   which the trainer will refuse once it sees the cost, must not spoil what was learned. */
 static void pd__batch_norm_track(pd_layer *l, const pd_real *moments, double n) {
     double rest = 1 - pd__or(((const pd_batch_norm_opts *)l->opts)->keep, 0.9);
     int64_t channels = l->shape.channels;
     pd_real *mean = l->params[l->param_count - 2]->value, *variance = l->params[l->param_count - 1]->value;
+    if (!pd__finite(l->device->sum_squares(l->device, 2 * channels, moments))) return;
     pd__muladd1(l, channels, -rest, mean, NULL, mean);
     pd__muladd1(l, channels, rest, moments, NULL, mean);
     pd__muladd1(l, channels, -rest, variance, NULL, variance);
@@ -3956,7 +4009,10 @@ PD_DEF pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm
 
 static pd_status pd__response_norm_setup(pd_layer *l) {
     const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
-    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "size", o->size, 0) != PD_OK) return pd_error_status(l->net);
+    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "size", o->size, 0) != PD_OK ||
+        pd__want_finite(l, "alpha", o->alpha) != PD_OK || pd__want_finite(l, "beta", o->beta) != PD_OK ||
+        pd__want_finite(l, "k", o->k) != PD_OK)
+        return pd_error_status(l->net);
     if (!(o->k >= 0 && o->alpha >= 0))
         return pd_layer_fail(l, PD_E_ARGUMENT, "k %g and alpha %g must not be negative", o->k, o->alpha);
     l->shape = l->inputs[0]->shape;
@@ -4103,6 +4159,8 @@ static pd_status pd__concat_setup(pd_layer *l) {
             return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, \"%.100s\" is %s: heights and widths must be equal",
                                  l->inputs[k]->name, pd_shape_text(l, other), l->inputs[0]->name,
                                  pd_shape_text(l, l->inputs[0]->shape));
+        if (other.channels > INT64_MAX - shape.channels)
+            return pd_layer_fail(l, PD_E_SHAPE, "its inputs have too many channels");
         shape.channels += other.channels;
     }
     l->act = pd__spec_of(l)->o.act;
@@ -4185,8 +4243,8 @@ static pd_status pd__slice_setup(pd_layer *l) {
     const int64_t *n = pd__spec_of(l)->n; /* first, count */
     pd_shape in = l->inputs[0]->shape;
     if (n[0] < 0 || n[1] < 1 || n[0] > in.channels || n[1] > in.channels - n[0])
-        return pd_layer_fail(l, PD_E_SHAPE, "channels %lld .. %lld are not all in \"%.100s\" (%s)", (long long)n[0],
-                             (long long)(n[0] + n[1] - 1), l->inputs[0]->name, pd_shape_text(l, in));
+        return pd_layer_fail(l, PD_E_SHAPE, "%lld channels from %lld on are not all in \"%.100s\" (%s)",
+                             (long long)n[1], (long long)n[0], l->inputs[0]->name, pd_shape_text(l, in));
     l->shape = pd__shape(n[1], in.height, in.width);
     pd__plain_box(l, l->shape);
     ((pd__box *)l->state)->x_from = n[0] * in.height * in.width;
@@ -4230,10 +4288,12 @@ static pd_status pd__transpose_setup(pd_layer *l) {
 static pd_status pd__pad_setup(pd_layer *l) {
     const int64_t *pad = pd__spec_of(l)->n;
     pd_shape in = l->inputs[0]->shape;
+    int64_t size;
     for (int i = 0; i < 6; i++)
-        if (pd__want_least(l, "pad", pad[i], 0) != PD_OK || pad[i] > INT32_MAX)
-            return pd_layer_fail(l, PD_E_ARGUMENT, "pad is %lld, expected 0 to 2^31 - 1", (long long)pad[i]);
+        if (pd__want_sides(l, "pad", pad[i], pad[i], 0) != PD_OK) return PD_E_ARGUMENT;
     l->shape = pd__shape(in.channels + pad[0] + pad[1], in.height + pad[2] + pad[3], in.width + pad[4] + pad[5]);
+    if (!pd__row_size(l->shape, &size))
+        return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
     pd__plain_box(l, in);
     ((pd__box *)l->state)->y_from = (pad[0] * l->shape.height + pad[2]) * l->shape.width + pad[4];
     return pd__want_numbers(l);
@@ -4343,7 +4403,12 @@ PD_DEF pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer 
 
 /* ---- affine ---- */
 
-static pd_status pd__affine_setup(pd_layer *l) { return pd__like_input(l, 0); }
+static pd_status pd__affine_setup(pd_layer *l) {
+    if (pd__want_finite(l, "slope", pd__spec_of(l)->a) != PD_OK ||
+        pd__want_finite(l, "intercept", pd__spec_of(l)->b) != PD_OK)
+        return PD_E_ARGUMENT;
+    return pd__like_input(l, 0);
+}
 
 static pd_status pd__affine_forward(pd_layer *l) {
     l->device->fill(l->device, pd__numbers(l), (pd_real)pd__spec_of(l)->b, l->out.data);
@@ -4491,6 +4556,7 @@ static pd_status pd__block_expand_setup(pd_layer *l) {
     const pd__block_expand_spec *spec = (const pd__block_expand_spec *)l->opts;
     pd_conv_shape *s = (pd_conv_shape *)l->state;
     pd_shape in = l->inputs[0]->shape;
+    int64_t blocks, size;
     s->filter_h = spec->height, s->filter_w = spec->width;
     s->stride_w = spec->o.stride ? spec->o.stride : spec->width;
     s->stride_h = spec->o.stride_h ? spec->o.stride_h : spec->o.stride ? spec->o.stride : spec->height;
@@ -4498,9 +4564,9 @@ static pd_status pd__block_expand_setup(pd_layer *l) {
     s->pad_h = spec->o.pad_h == -1 ? 0 : spec->o.pad_h ? spec->o.pad_h : spec->o.pad;
     s->dilation_h = s->dilation_w = s->groups = 1;
     s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
-    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "block", pd__min(s->filter_h, s->filter_w), 1) != PD_OK ||
-        pd__want_least(l, "stride", pd__min(s->stride_h, s->stride_w), 1) != PD_OK ||
-        pd__want_least(l, "pad", pd__min(s->pad_h, s->pad_w), 0) != PD_OK)
+    if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "block", s->filter_h, s->filter_w, 1) != PD_OK ||
+        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
+        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK)
         return pd_error_status(l->net);
     if (l->inputs[0]->is_sequence)
         return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" already carries sequences", l->inputs[0]->name);
@@ -4509,7 +4575,12 @@ static pd_status pd__block_expand_setup(pd_layer *l) {
                              (long long)s->filter_h, (long long)s->filter_w, l->inputs[0]->name, pd_shape_text(l, in));
     s->out_h = (in.height + 2 * s->pad_h - s->filter_h) / s->stride_h + 1;
     s->out_w = (in.width + 2 * s->pad_w - s->filter_w) / s->stride_w + 1;
-    l->shape = pd__shape(in.channels * s->filter_h * s->filter_w, 1, 1);
+    if (!pd__multiply_sizes(s->out_h, s->out_w, &blocks) ||
+        !pd__multiply_sizes(in.channels, s->filter_h * s->filter_w, &size))
+        return pd_layer_fail(l, PD_E_SHAPE, "%lldx%lld blocks of %lldx%lldx%lld are too many or too large",
+                             (long long)s->out_h, (long long)s->out_w, (long long)in.channels, (long long)s->filter_h,
+                             (long long)s->filter_w);
+    l->shape = pd__shape(size, 1, 1);
     l->is_sequence = true;
     l->act = spec->o.act;
     return PD_OK;
@@ -4517,11 +4588,14 @@ static pd_status pd__block_expand_setup(pd_layer *l) {
 
 static pd_status pd__block_expand_resize(pd_layer *l) {
     const pd_conv_shape *s = (const pd_conv_shape *)l->state;
-    int64_t images = pd__in(l, 0)->rows, blocks = s->out_h * s->out_w;
+    int64_t images = pd__in(l, 0)->rows, blocks = s->out_h * s->out_w, rows;
     int64_t *starts = pd_layer_integers(l, 0, images + 1);
     if (!starts) return PD_E_MEMORY;
+    if (!pd__multiply_sizes(images, blocks, &rows))
+        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld blocks of each of %lld images", (long long)blocks,
+                             (long long)images);
     for (int64_t i = 0; i <= images; i++) starts[i] = i * blocks;
-    l->out.rows = images * blocks;
+    l->out.rows = rows;
     l->out.sequences = images;
     l->out.starts = starts;
     return PD_OK;
@@ -4577,6 +4651,7 @@ static pd_status pd__cosine_setup(pd_layer *l) {
         return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" (%s) does not hold whole vectors of \"%.100s\" (%s)",
                              l->inputs[1]->name, pd_shape_text(l, l->inputs[1]->shape), l->inputs[0]->name,
                              pd_shape_text(l, l->inputs[0]->shape));
+    if (pd__want_finite(l, "scale", pd__spec_of(l)->a) != PD_OK) return PD_E_ARGUMENT;
     l->shape = pd__shape(b / a, 1, 1);
     l->act = pd__spec_of(l)->o.act;
     return pd__want_numbers(l);
@@ -4599,7 +4674,7 @@ static pd_status pd__cosine_forward(pd_layer *l) {
     for (int64_t i = 0; i < pd__numbers(l); i++) {
         double ab, aa, bb;
         pd__cosine_sums(a->width, a->data + i / each * a->width, b->data + i * a->width, &ab, &aa, &bb);
-        l->out.data[i] = aa > 0 && bb > 0 ? (pd_real)(pd__spec_of(l)->a * ab / sqrt(aa * bb)) : 0;
+        l->out.data[i] = aa == 0 || bb == 0 ? 0 : (pd_real)(pd__spec_of(l)->a * ab / (sqrt(aa) * sqrt(bb)));
     }
     return PD_OK;
 }
@@ -4613,8 +4688,8 @@ static pd_status pd__cosine_backward(pd_layer *l) {
         for (int64_t i = r * each; i < (r + 1) * each; i++) {
             double ab, aa, bb, cross, dy = (double)l->out.grad[i] * pd__spec_of(l)->a;
             pd__cosine_sums(n, a->data + r * n, b->data + i * n, &ab, &aa, &bb);
-            if (!(aa > 0 && bb > 0)) continue;
-            cross = 1 / sqrt(aa * bb);
+            if (aa == 0 || bb == 0) continue;
+            cross = 1 / (sqrt(aa) * sqrt(bb));
             for (int64_t k = 0; k < n; k++) {
                 double x = (double)a->data[r * n + k], y = (double)b->data[i * n + k];
                 if (a->grad) a->grad[r * n + k] += (pd_real)(dy * cross * (y - ab / aa * x));
@@ -4756,7 +4831,10 @@ PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size
 
 /* The output starts as a copy of the input; the net applies the activation, as after any layer. */
 static pd_status pd__activation_setup(pd_layer *l) {
-    l->act_alpha = pd__spec_of(l)->a;
+    double alpha = pd__spec_of(l)->a; /* below 0, leaky_relu's derivative could not be told from its output */
+    if (!(alpha >= 0 && alpha - alpha == 0))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, expected a finite number of at least 0", alpha);
+    l->act_alpha = alpha;
     return pd__like_input(l, 0);
 }
 
@@ -6018,8 +6096,6 @@ static const char *pd__optimizer_fault(const pd_optimizer *o) {
 
 /* ---- schedules ---- */
 
-static bool pd__finite(double x) { return x - x == 0; }
-
 static const char *pd__table_fault(const pd_schedule *s) {
     if (s->count < 1 || !s->samples || !s->factors) return "schedule: the table is empty";
     for (int i = 0; i < s->count; i++) {
@@ -6155,8 +6231,11 @@ static pd_status pd__local_end(pd_updater *u) {
     double squares = 0, scale;
     pd_status status = PD_OK;
     if (!pd_trainer_clips_norm(t)) return PD_OK;
-    for (int i = 0; i < t->trained_count; i++)
-        squares += d->sum_squares(d, t->trained[i].param->size, t->trained[i].param->grad);
+    for (int i = 0; i < t->trained_count; i++) {
+        double sum = d->sum_squares(d, t->trained[i].param->size, t->trained[i].param->grad);
+        if (!pd__finite(sum)) return pd_trainer_apply(t, t->trained[i].param, t->batch_samples, 1); /* which says so */
+        squares += sum;
+    }
     scale = pd_trainer_clip_scale(t, squares, t->batch_samples);
     for (int i = 0; status == PD_OK && i < t->trained_count; i++)
         status = pd_trainer_apply(t, t->trained[i].param, t->batch_samples, scale);
@@ -6211,6 +6290,15 @@ static void pd__average_step(pd_trainer *t) {
         t->average_old = t->average_count;
         t->average_count = 0;
     }
+}
+
+/* For values that training did not lead to: averages begin anew. */
+static void pd__forget_averages(pd_trainer *t) {
+    pd_device *d = t->net->device;
+    for (int i = 0; i < t->trained_count; i++)
+        for (int k = 0; k < 3; k++)
+            if (t->trained[i].sums[k]) d->fill(d, t->trained[i].param->size, 0, t->trained[i].sums[k]);
+    t->average_count = t->average_old = t->average_updates = 0;
 }
 
 PD_DEF pd_status pd_use_average(pd_trainer *trainer, bool on) {
@@ -6323,8 +6411,8 @@ static pd_slot *pd__slot_open(pd_batch *batch, int index, pd_slot_kind kind, int
     memory = kind == PD_SLOT_IDS ? (void **)&slot->ids : (void **)&slot->data;
     if ((kind == PD_SLOT_DENSE && !pd__bytes(slot->width, sizeof(pd_real), &size)) || more > INT64_MAX - slot->rows ||
         !pd__grow(&batch->net->allocator, memory, &slot->row_capacity, slot->rows + more, size)) {
-        pd__batch_fail(batch, PD_E_MEMORY, "out of memory for row %lld of input \"%.100s\"",
-                       (long long)slot->rows + 1, slot->name);
+        pd__batch_fail(batch, PD_E_MEMORY, "out of memory for row %lld of input \"%.100s\"", (long long)slot->rows + 1,
+                       slot->name);
         return NULL;
     }
     return slot;
@@ -6346,8 +6434,7 @@ PD_DEF pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id) {
 }
 
 PD_DEF void pd_batch_drop_sample(pd_batch *batch) {
-    for (int i = 0; batch && i < batch->slot_count; i++)
-        batch->slots[i].rows = pd__ended_rows(batch, &batch->slots[i]);
+    for (int i = 0; batch && i < batch->slot_count; i++) batch->slots[i].rows = pd__ended_rows(batch, &batch->slots[i]);
 }
 
 /* Has every input its rows? An input that got none is left out if no sample before had it. */
@@ -6358,7 +6445,8 @@ static pd_status pd__check_sample(pd_batch *batch) {
         int64_t rows = slot->rows - pd__ended_rows(batch, slot);
         any = any || slot->sequence || rows > 0;
         if (!slot->sequence && rows != 1 && slot->rows > 0)
-            return pd__batch_fail(batch, PD_E_SHAPE, "sample %lld of the batch: input \"%.100s\" got %lld rows, expected 1",
+            return pd__batch_fail(batch, PD_E_SHAPE,
+                                  "sample %lld of the batch: input \"%.100s\" got %lld rows, expected 1",
                                   (long long)batch->samples + 1, slot->name, (long long)rows);
     }
     if (!any)
@@ -6406,8 +6494,7 @@ static bool pd__batches_alike(const pd_batch *a, const pd_batch *b) {
 /* Copies rows within one kind of slot, also onto themselves. */
 static void pd__copy_rows(pd_slot *to, int64_t to_row, const pd_slot *from, int64_t from_row, int64_t rows) {
     if (rows == 0) return;
-    if (to->kind == PD_SLOT_IDS)
-        memmove(to->ids + to_row, from->ids + from_row, (size_t)rows * sizeof *to->ids);
+    if (to->kind == PD_SLOT_IDS) memmove(to->ids + to_row, from->ids + from_row, (size_t)rows * sizeof *to->ids);
     else
         memmove(to->data + to_row * to->width, from->data + from_row * to->width,
                 (size_t)(rows * to->width) * sizeof *to->data);
@@ -6522,7 +6609,8 @@ PD_DEF void pd_reader_free(pd_reader *reader) {
 PD_DEF pd_status pd_reader_shard(pd_reader *reader, int rank, int count) {
     if (!reader) return PD_E_ARGUMENT;
     if (count < 1 || rank < 0 || rank >= count)
-        return pd_reader_fail(reader, PD_E_ARGUMENT, "%s reader: shard %d of %d does not exist", reader->name, rank, count);
+        return pd_reader_fail(reader, PD_E_ARGUMENT, "%s reader: shard %d of %d does not exist", reader->name, rank,
+                              count);
     if (!reader->shard)
         return pd_reader_fail(reader, PD_E_UNSUPPORTED, "%s reader: it can't be split into shards", reader->name);
     return reader->shard(reader, rank, count);
@@ -6540,11 +6628,11 @@ typedef struct pd__source pd__source;
 struct pd__source {
     pd_reader reader; /* self = the source */
     pd_net *net;
-    pd_batch *model;  /* an empty one: batches must be like it */
+    pd_batch *model; /* an empty one: batches must be like it */
     pd_reader_opts opts;
-    int64_t total;    /* samples in the data; -1 when unknown */
-    int64_t at;       /* the sample to be read next, counted from the start of the data */
-    int64_t chosen;   /* samples before `at` that the options leave: the shards share these out */
+    int64_t total;  /* samples in the data; -1 when unknown */
+    int64_t at;     /* the sample to be read next, counted from the start of the data */
+    int64_t chosen; /* samples before `at` that the options leave: the shards share these out */
     int rank, ranks;
     bool ended;
     pd_status (*read)(pd__source *s, pd_batch *batch); /* adds the rows of sample `at`; PD_END: there is none */
@@ -6570,6 +6658,7 @@ static void pd__source_advance(pd__source *s, pd_status status, bool chosen) {
 
 /* Goes on to the next sample that the options and the shard leave. */
 static pd_status pd__source_find(pd__source *s) {
+    if (!s->step) s->at = pd__max(s->at, s->opts.first);
     for (;;) {
         bool chosen = pd__source_chosen(s);
         pd_status status = PD_OK;
@@ -6698,7 +6787,8 @@ static pd_status pd__check_reader_opts(pd__source *s, bool csv) {
     const pd_reader_opts *o = &s->opts;
     pd_reader *r = &s->reader;
     if (!csv && (o->order || o->delimiter || o->skip_lines))
-        return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: order, delimiter and skip_lines are options for CSV", r->name);
+        return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: order, delimiter and skip_lines are options for CSV",
+                              r->name);
     if (o->first < 0 || o->count < 0 || o->skip_lines < 0)
         return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: first, count and skip_lines must be 0 or more", r->name);
     if (o->folds < 0 || o->fold < 0 || (o->folds ? o->fold >= o->folds : o->fold > 0 || o->not_fold))
@@ -6802,14 +6892,12 @@ static pd_status pd__parse_number(const char *text, const char *end, double *val
     if (digits == 0) return pd__is_not_finite(text, end) ? PD_E_NUMERIC : PD_E_FORMAT;
     if (at < end && ((*at | 32) != 'e' || !pd__exponent(at + 1, end, &exponent))) return PD_E_FORMAT;
     fraction -= exponent;
-    if (mantissa == 0)
-        *value = 0;
+    if (mantissa == 0) *value = 0;
     else if (mantissa <= UINT64_C(1) << 53 && fraction >= 0 && fraction <= 22)
         *value = (double)mantissa / powers[fraction];
     else if (mantissa <= UINT64_C(1) << 53 && fraction < 0 && fraction >= -22)
         *value = (double)mantissa * powers[-fraction];
-    else
-        *value = pd__slow_number(first, at, exponent);
+    else *value = pd__slow_number(first, at, exponent);
     if (negative) *value = -*value;
     return *value >= -DBL_MAX && *value <= DBL_MAX ? PD_OK : PD_E_NUMERIC;
 }
@@ -6828,7 +6916,8 @@ static pd_status pd__read_number(pd_reader *r, const char *text, const char *end
 static pd_status pd__scale_number(pd__source *s, double x, pd_real *to) {
     const double largest = sizeof(pd_real) == sizeof(double) ? DBL_MAX : (double)FLT_MAX;
     double y = x * s->opts.scale + s->opts.shift;
-    if (!(fabs(y) <= largest)) return pd_reader_fail(&s->reader, PD_E_NUMERIC, "%g is not a finite number of this build", y);
+    if (!(fabs(y) <= largest))
+        return pd_reader_fail(&s->reader, PD_E_NUMERIC, "%g is not a finite number of this build", y);
     *to = (pd_real)y;
     return PD_OK;
 }
@@ -6864,7 +6953,8 @@ static pd_status pd__array_read_rows(pd__source *s, pd_batch *batch, int slot, i
         to->rows += rows;
     }
     for (int64_t i = 0; to->kind == PD_SLOT_IDS && i < rows; i++)
-        if (pd_batch_add_id(batch, slot, array->ids[first + i]) != PD_OK) return pd__reader_batch_failed(&s->reader, batch);
+        if (pd_batch_add_id(batch, slot, array->ids[first + i]) != PD_OK)
+            return pd__reader_batch_failed(&s->reader, batch);
     return PD_OK;
 }
 
@@ -6893,7 +6983,8 @@ static pd_status pd__check_array(pd__source *s, int64_t samples, const pd_array 
                               slot->sequence ? "carries sequences and needs starts" : "has starts but no sequences");
     for (int64_t i = 0; array->starts && i <= samples; i++)
         if (i == 0 ? array->starts[0] != 0 : array->starts[i] < array->starts[i - 1])
-            return pd_reader_fail(r, PD_E_ARGUMENT, "array reader: input \"%.100s\": starts[%lld] is %lld; they must rise from 0",
+            return pd_reader_fail(r, PD_E_ARGUMENT,
+                                  "array reader: input \"%.100s\": starts[%lld] is %lld; they must rise from 0",
                                   slot->name, (long long)i, (long long)array->starts[i]);
     return PD_OK;
 }
@@ -6941,10 +7032,10 @@ typedef struct pd__lines {
     int64_t skip_lines; /* at the top of each file */
     FILE *file;
     bool stdin_begun;
-    int64_t number;     /* of the line read last, from 1 */
+    int64_t number; /* of the line read last, from 1 */
     char *buffer;
     int64_t capacity, start, end; /* bytes start .. end - 1 are still to come */
-    char *line;         /* in the buffer, until the next one is read */
+    char *line;                   /* in the buffer, until the next one is read */
     int64_t length;
 } pd__lines;
 
@@ -6968,7 +7059,8 @@ static void pd__paths_free(const pd_allocator *a, pd__paths *paths) {
 }
 
 /* Adds a path of `length` characters. */
-static pd_status pd__paths_add(pd__paths *paths, pd_reader *r, const pd_allocator *a, const char *path, int64_t length) {
+static pd_status pd__paths_add(pd__paths *paths, pd_reader *r, const pd_allocator *a, const char *path,
+                               int64_t length) {
     char *copy = NULL;
     if (pd__grow(a, (void **)&paths->list, &paths->capacity, paths->count + 1, sizeof *paths->list))
         copy = (char *)pd__alloc(a, length + 1, 1);
@@ -7025,7 +7117,8 @@ static pd_status pd__lines_fill(pd__lines *l) {
     l->end += (int64_t)n;
     if (n > 0) return PD_OK;
     if (!ferror(l->file)) return PD_END;
-    return pd_reader_fail(l->reader, PD_E_IO, "%.200s:%lld: %s", l->paths.list[l->path], (long long)l->number + 1, strerror(errno));
+    return pd_reader_fail(l->reader, PD_E_IO, "%.200s:%lld: %s", l->paths.list[l->path], (long long)l->number + 1,
+                          strerror(errno));
 }
 
 /* The line at the start of the buffer has `length` bytes, and `past` bytes with its end: takes it, without the \r and
@@ -7169,6 +7262,11 @@ static const char *pd__closing_quote(const char *text, const char *end) {
     return end;
 }
 
+static void pd__trim(const char **text, const char **end) {
+    while (*text < *end && pd__is_blank(**text)) ++*text;
+    while (*text < *end && pd__is_blank((*end)[-1])) --*end;
+}
+
 /* Takes a field off the line: what stands in it, without blanks and quotes around it. False when there is none. A
    quote that isn't closed belongs to the text, as does what stands behind a closed one. */
 static bool pd__next_field(pd__fields *f, const char **text, const char **text_end) {
@@ -7180,10 +7278,11 @@ static bool pd__next_field(pd__fields *f, const char **text, const char **text_e
     last = (const char *)memchr(last, f->delimiter, (size_t)(f->end - last));
     f->at = last ? last + 1 : NULL;
     if (!last) last = f->end;
-    while (last > first && pd__is_blank(last[-1])) last--;
+    pd__trim(&first, &last);
     if (last - 1 == close) {
         first++;
         last--;
+        pd__trim(&first, &last);
     }
     *text = first;
     *text_end = last;
@@ -7206,7 +7305,8 @@ static pd_status pd__csv_fail(pd__csv *c, int64_t column, const char *name) {
     if (count != c->columns)
         pd_reader_fail(r, PD_E_FORMAT, "%lld columns, expected %lld", (long long)count, (long long)c->columns);
     else
-        pd__locate(r, "column %lld (%.100s%s)", (long long)column, name, heading ? "; for headings see skip_lines" : "");
+        pd__locate(r, "column %lld (%.100s%s)", (long long)column, name,
+                   heading ? "; for headings see skip_lines" : "");
     return pd__lines_locate(&c->lines);
 }
 
@@ -7296,7 +7396,8 @@ static pd_status pd__csv_order(pd__csv *c, const char *order) {
     while (status == PD_OK && pd__next_field(&f, &name, &end)) {
         int slot = pd__csv_slot(c, name, (size_t)(end - name));
         if (slot == -2)
-            return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: order names \"%.*s\", but no input of the net has this name",
+            return pd_reader_fail(r, PD_E_ARGUMENT,
+                                  "csv reader: order names \"%.*s\", but no input of the net has this name",
                                   (int)pd__min(end - name, 100), name);
         status = pd__csv_add_group(c, slot);
         named += slot >= 0;
@@ -7320,7 +7421,8 @@ static pd_status pd__csv_init(pd__csv *c, const char *path) {
     if (status == PD_OK && (isalnum((unsigned char)*delimiter) || strchr("+-.\"\r\n", *delimiter)))
         status = pd_reader_fail(&s->reader, PD_E_ARGUMENT, "csv reader: '%c' can't be the delimiter", *delimiter);
     if (status == PD_OK && s->opts.order) status = pd__csv_order(c, s->opts.order);
-    for (int i = 0; status == PD_OK && !s->opts.order && i < s->model->slot_count; i++) status = pd__csv_add_group(c, i);
+    for (int i = 0; status == PD_OK && !s->opts.order && i < s->model->slot_count; i++)
+        status = pd__csv_add_group(c, i);
     s->opts.order = NULL; /* the caller's */
     return status == PD_OK ? pd__lines_start(&c->lines, s, path) : status;
 }
@@ -7410,8 +7512,9 @@ static pd_status pd__libsvm_pair(pd__libsvm *c, const char *text, const char *en
     status = pd__read_number(r, text, colon, &index);
     if (status != PD_OK) return pd__locate(r, "index");
     if (!(index > (double)*last && index <= (double)width) || index != floor(index))
-        return pd_reader_fail(r, PD_E_FORMAT, "index %.15g, expected %lld to %lld: they rise, and the input has that width",
-                              index, (long long)*last + 1, (long long)width);
+        return pd_reader_fail(r, PD_E_FORMAT,
+                              "index %.15g, expected %lld to %lld: they rise, and the input has that width", index,
+                              (long long)*last + 1, (long long)width);
     *last = (int64_t)index;
     status = pd__read_number(r, colon + 1, end, &value);
     if (status == PD_OK) status = pd__scale_number(&c->source, value, &row[*last - 1]);
@@ -7503,9 +7606,10 @@ static pd_status pd__libsvm_inputs(pd__libsvm *c) {
     ok = ok && slots[c->x].kind == PD_SLOT_DENSE && (slots[c->y].kind == PD_SLOT_IDS || slots[c->y].width == 1);
     ok = ok && slots[0].sequence == slots[1].sequence;
     if (!ok)
-        return pd_reader_fail(&c->source.reader, PD_E_SHAPE,
-                              "libsvm reader: the net must have two inputs, a vector, and a label or a vector of width 1; "
-                              "both or none carry sequences");
+        return pd_reader_fail(
+            &c->source.reader, PD_E_SHAPE,
+            "libsvm reader: the net must have two inputs, a vector, and a label or a vector of width 1; "
+            "both or none carry sequences");
     c->queries = slots[0].sequence;
     return PD_OK;
 }
@@ -7545,11 +7649,11 @@ typedef struct pd__block {
 /* All files of one input. */
 typedef struct pd__column {
     pd__paths paths;
-    pd__block *blocks;  /* one per path */
-    int64_t row;        /* numbers per sample */
-    int64_t block;      /* the open one, if `file` */
+    pd__block *blocks; /* one per path */
+    int64_t row;       /* numbers per sample */
+    int64_t block;     /* the open one, if `file` */
     FILE *file;
-    int64_t position;   /* the sample that the file stands at; -1 when unknown */
+    int64_t position; /* the sample that the file stands at; -1 when unknown */
 } pd__column;
 
 typedef struct pd__blocks {
@@ -7564,8 +7668,7 @@ static double pd__load_number(pd__layout layout, const unsigned char *from) {
     uint64_t bits = 0, sign = (uint64_t)1 << (8 * layout.size - 1);
     if (layout.big)
         for (int i = 0; i < layout.size; i++) bits = bits << 8 | from[i];
-    else
-        bits = pd__load_le(from, layout.size);
+    else bits = pd__load_le(from, layout.size);
     switch (layout.kind) {
     case 'f':
         if (layout.size == 8) return pd__double_from_bits(bits);
@@ -7660,9 +7763,10 @@ static pd_status pd__check_block_size(pd_reader *r, FILE *file, const char *path
     bool fits = pd__multiply_sizes(row, b->layout.size, &bytes) && pd__multiply_sizes(bytes, b->samples, &expected);
     if (actual < 0) return pd_reader_fail(r, PD_E_IO, "%.200s: %s", path, strerror(errno));
     if (fits && actual >= b->offset && actual - b->offset == expected) return PD_OK;
-    return pd_reader_fail(r, PD_E_FORMAT, "%.200s: %lld bytes behind offset %lld, expected %lld samples of %lld numbers of %d bytes",
-                          path, (long long)(actual - b->offset), (long long)b->offset, (long long)b->samples, (long long)row,
-                          b->layout.size);
+    return pd_reader_fail(r, PD_E_FORMAT,
+                          "%.200s: %lld bytes behind offset %lld, expected %lld samples of %lld numbers of %d bytes",
+                          path, (long long)(actual - b->offset), (long long)b->offset, (long long)b->samples,
+                          (long long)row, b->layout.size);
 }
 
 /* Reads the header of one file and checks it against the input. */
@@ -7681,7 +7785,8 @@ static pd_status pd__block_open(pd__blocks *s, pd__block *b, const char *path, c
 }
 
 /* Reads the headers of all files of one input; what they hold together is added to *samples. */
-static pd_status pd__column_init(pd__blocks *s, pd__column *c, const char *path, const pd_slot *slot, int64_t *samples) {
+static pd_status pd__column_init(pd__blocks *s, pd__column *c, const char *path, const pd_slot *slot,
+                                 int64_t *samples) {
     const pd_allocator *a = &s->source.net->allocator;
     pd_status status = pd__paths_expand(&c->paths, &s->source.reader, a, path);
     if (status != PD_OK) return status;
@@ -7717,8 +7822,9 @@ static pd_status pd__blocks_init(pd__blocks *s, const char *const *paths, int co
         if (status != PD_OK) return status;
         if (i == 0) source->total = samples;
         if (samples != source->total)
-            return pd_reader_fail(r, PD_E_SHAPE, "%.150s: %lld samples for input \"%.100s\", but input \"%.100s\" has %lld",
-                                  paths[i], (long long)samples, slots[i].name, slots[0].name, (long long)source->total);
+            return pd_reader_fail(r, PD_E_SHAPE,
+                                  "%.150s: %lld samples for input \"%.100s\", but input \"%.100s\" has %lld", paths[i],
+                                  (long long)samples, slots[i].name, slots[0].name, (long long)source->total);
     }
     return PD_OK;
 }
@@ -7753,15 +7859,15 @@ static bool pd__add_dim(pd__block *b, int index, int64_t dim, int64_t *row) {
 
 /* IDX: 0, 0, the type, the number of dims, then the dims as 32-bit integers, highest byte first. */
 static pd_status pd__idx_header(pd_reader *r, FILE *file, const char *path, pd__block *b, int64_t *row) {
-    static const pd__layout layouts[] = { { 'u', 1, true }, { 'i', 1, true }, { 0, 0, true },   { 'i', 2, true },
+    static const pd__layout layouts[] = { { 'u', 1, true }, { 'i', 1, true }, { 0, 0, true },  { 'i', 2, true },
                                           { 'i', 4, true }, { 'f', 4, true }, { 'f', 8, true } }; /* types 8 to 14 */
     static const pd__layout dim_layout = { 'u', 4, true };
     unsigned char magic[4], dim[4];
     pd_status status = pd__header_bytes(r, file, path, magic, 4, &b->offset);
     if (status != PD_OK) return status;
     if (magic[0] != 0 || magic[1] != 0 || magic[2] < 8 || magic[2] > 14 || !layouts[magic[2] - 8].kind || magic[3] == 0)
-        return pd_reader_fail(r, PD_E_FORMAT, "%.200s: it begins with %02x %02x %02x %02x, which is not an IDX file", path,
-                              magic[0], magic[1], magic[2], magic[3]);
+        return pd_reader_fail(r, PD_E_FORMAT, "%.200s: it begins with %02x %02x %02x %02x, which is not an IDX file",
+                              path, magic[0], magic[1], magic[2], magic[3]);
     b->layout = layouts[magic[2] - 8];
     *row = 1;
     for (int i = 0; i < magic[3]; i++) {
@@ -7854,8 +7960,9 @@ static pd_status pd__npy_dict(pd_reader *r, pd__npy *p, const char *path, pd__bl
         while (ok && k < 3 && strcmp(key, keys[k]) != 0) k++;
         ok = ok && k < 3 && !(found & 1 << k);
         found |= 1 << k;
-        if (ok && k == 0 && !pd__npy_string(p, descr, sizeof descr))
+        if (ok && k == 0 && pd__npy_take(p, '['))
             return pd_reader_fail(r, PD_E_UNSUPPORTED, "%.200s: structured elements can't be read", path);
+        if (ok && k == 0) ok = pd__npy_string(p, descr, sizeof descr);
         if (ok && k == 1) ok = (fortran = pd__npy_take_word(p, "True")) || pd__npy_take_word(p, "False");
         if (ok && k == 2) ok = pd__npy_shape(p, b, row, &axes);
         if (ok && !pd__npy_take(p, ',')) {
@@ -7864,14 +7971,17 @@ static pd_status pd__npy_dict(pd_reader *r, pd__npy *p, const char *path, pd__bl
         }
     }
     if (!ok || found != 7)
-        return pd_reader_fail(r, PD_E_FORMAT, "%.200s: malformed near byte %lld of the header, which must have descr, "
-                                              "fortran_order and shape, of one axis or more",
+        return pd_reader_fail(r, PD_E_FORMAT,
+                              "%.200s: malformed near byte %lld of the header, which must have descr, "
+                              "fortran_order and shape, of one axis or more",
                               path, (long long)(p->at - p->text));
     if (!pd__npy_layout(descr, &b->layout))
-        return pd_reader_fail(r, PD_E_UNSUPPORTED, "%.200s: elements of type \"%s\" can't be read; float, integer and bool can",
-                              path, descr);
+        return pd_reader_fail(r, PD_E_UNSUPPORTED,
+                              "%.200s: elements of type \"%s\" can't be read; float, integer and bool can", path,
+                              descr);
     if (fortran && axes > 1)
-        return pd_reader_fail(r, PD_E_UNSUPPORTED, "%.200s: it is in Fortran order; save numpy.ascontiguousarray of it", path);
+        return pd_reader_fail(r, PD_E_UNSUPPORTED, "%.200s: it is in Fortran order; save numpy.ascontiguousarray of it",
+                              path);
     return PD_OK;
 }
 
@@ -7917,8 +8027,8 @@ static pd_status pd__stream_read(pd__source *s, pd_batch *batch) {
     status = stream->next(stream->user, batch);
     if (batch->samples != samples) {
         batch->samples = pd__min(batch->samples, samples);
-        return pd_reader_fail(&s->reader, PD_E_STATE, "stream reader: sample %lld: the function ended the sample itself",
-                              (long long)s->at);
+        return pd_reader_fail(&s->reader, PD_E_STATE,
+                              "stream reader: sample %lld: the function ended the sample itself", (long long)s->at);
     }
     if (status == PD_OK || status == PD_END) return status;
     if (batch->error.status == status) pd__reader_batch_failed(&s->reader, batch);
@@ -7932,6 +8042,13 @@ static pd_status pd__stream_step(pd__source *s) {
     return status;
 }
 
+/* A trainer that goes on in the middle of a pass passes over what it has seen. Of a stream that is gone already. */
+static pd_status pd__stream_skip(pd_reader *r, int64_t samples) {
+    (void)r;
+    (void)samples;
+    return PD_OK;
+}
+
 PD_DEF pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user) {
     pd__stream *s = (pd__stream *)pd__source_new(net, "stream", sizeof *s, NULL);
     pd_status status = PD_OK;
@@ -7940,6 +8057,7 @@ PD_DEF pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd
     s->user = user;
     s->source.read = pd__stream_read;
     s->source.step = pd__stream_step;
+    s->source.reader.skip = pd__stream_skip;
     if (!next) status = pd_reader_fail(&s->source.reader, PD_E_ARGUMENT, "stream reader: no function given");
     return pd__reader_made(net, &s->source.reader, status);
 }
@@ -7977,8 +8095,8 @@ static pd_status pd__inner_shard(pd_reader *r, pd_reader *inner, int rank, int c
 
 static int64_t pd__inner_size(pd_reader *inner) { return inner->size ? inner->size(inner) : -1; }
 
-/* A reader of `size` bytes, which begin with the pd_reader, around `inner`. NULL on failure: then `inner` has been freed
-   and the message is in the net. */
+/* A reader of `size` bytes, which begin with the pd_reader, around `inner`. NULL on failure: then `inner` has been
+   freed and the message is in the net. */
 static void *pd__around(pd_net *net, pd_reader *inner, size_t size, const pd_reader *functions) {
     pd_reader *r = net ? (pd_reader *)pd__alloc(&net->allocator, 1, size) : NULL;
     if (!r) {
@@ -8002,12 +8120,12 @@ typedef struct pd__shuffle {
     uint64_t seed, key; /* the key is that of the pass */
     uint64_t draws;     /* in this pass */
     pd_batch *batch;
-    int64_t known;      /* samples of the batch that `left` or `drawn` know of */
-    int64_t *left;      /* the samples of the batch not yet drawn, in any order */
+    int64_t known; /* samples of the batch that `left` or `drawn` know of */
+    int64_t *left; /* the samples of the batch not yet drawn, in any order */
     int64_t left_count, left_capacity;
     unsigned char *drawn; /* per sample of the batch */
     int64_t drawn_capacity;
-    bool ended;         /* the inner reader's pass */
+    bool ended; /* the inner reader's pass */
 } pd__shuffle;
 
 static void pd__shuffle_begin(pd__shuffle *s, int64_t pass) {
@@ -8109,8 +8227,10 @@ static void pd__shuffle_free(pd_reader *r) {
 }
 
 PD_DEF pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint64_t seed) {
-    static const pd_reader functions = { PD_API_VERSION,    "shuffle",         NULL, { PD_OK, "" }, pd__shuffle_next, pd__shuffle_reset,
-                                         pd__shuffle_shard, pd__shuffle_skip, pd__shuffle_size, pd__shuffle_free };
+    static const pd_reader functions = { PD_API_VERSION,    "shuffle",        NULL,
+                                         { PD_OK, "" },     pd__shuffle_next, pd__shuffle_reset,
+                                         pd__shuffle_shard, pd__shuffle_skip, pd__shuffle_size,
+                                         pd__shuffle_free };
     pd__shuffle *s = reader ? (pd__shuffle *)pd__around(net, reader, sizeof *s, &functions) : NULL;
     pd_status status = PD_OK;
     if (!s) return NULL;
@@ -8122,7 +8242,8 @@ PD_DEF pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint6
     if (!s->batch) status = pd__reader_no_memory(&s->reader, "the pool of samples");
     else pd__shuffle_begin(s, 0);
     if (pool < 1)
-        status = pd_reader_fail(&s->reader, PD_E_ARGUMENT, "pd_shuffle: the pool is %lld, expected 1 or more", (long long)pool);
+        status = pd_reader_fail(&s->reader, PD_E_ARGUMENT, "pd_shuffle: the pool is %lld, expected 1 or more",
+                                (long long)pool);
     return pd__reader_made(net, &s->reader, status);
 }
 
@@ -8141,16 +8262,16 @@ typedef struct pd__prefetch {
     pd_reader reader;
     pd_reader *inner;
     pd_net *net;
-    int64_t size;    /* of the inner reader, asked while no thread runs */
-    int64_t count;   /* samples in each batch: as many as the first call in a pass wanted */
-    int64_t taken;   /* samples of the first filled batch that have been handed out */
-    bool ended;      /* PD_END has been handed out */
-    bool running;    /* the thread has been started and not joined */
+    int64_t size;  /* of the inner reader, asked while no thread runs */
+    int64_t count; /* samples in each batch: as many as the first call in a pass wanted */
+    int64_t taken; /* samples of the first filled batch that have been handed out */
+    bool ended;    /* PD_END has been handed out */
+    bool running;  /* the thread has been started and not joined */
     pd__ready *ring;
     int depth;
-    int first, filled;  /* shared, under the mutex */
-    bool stop;          /* shared */
-    bool over;          /* shared: PD_END is in the ring, or was */
+    int first, filled; /* shared, under the mutex */
+    bool stop;         /* shared */
+    bool over;         /* shared: PD_END is in the ring, or was */
 #ifdef PD__THREADS
     bool has_mutex, has_condition;
     pd__mutex mutex;
@@ -8165,7 +8286,7 @@ typedef struct pd__prefetch {
 static void pd__prefetch_fill(pd__prefetch *p, pd__ready *ready) {
     pd_batch_clear(ready->batch);
     ready->status = p->inner->next(p->inner, ready->batch, p->count);
-    if (ready->status != PD_OK) pd__copy_failure(&ready->error, p->inner, ready->status);
+    if (ready->status != PD_OK && ready->status != PD_END) pd__copy_failure(&ready->error, p->inner, ready->status);
 }
 
 static pd__thread_result PD__THREAD_CALL pd__prefetch_run(void *argument) {
@@ -8233,7 +8354,7 @@ static pd_status pd__prefetch_release(pd__prefetch *p) {
     const pd__ready *ready = &p->ring[p->first];
     pd_status status = ready->status;
     p->ended = status == PD_END;
-    if (status != PD_OK) p->reader.error = ready->error;
+    if (status != PD_OK && status != PD_END) p->reader.error = ready->error;
     p->taken = 0;
     pd__lock(&p->mutex);
     p->first = (p->first + 1) % p->depth;
@@ -8269,7 +8390,8 @@ static void pd__swap_batches(pd_batch *batch, pd_batch *from) {
 static pd_status pd__prefetch_move(pd__prefetch *p, pd_batch *from, pd_batch *batch, int64_t count) {
     if (!batch) {
         p->taken += count;
-    } else if (count == from->samples && batch->samples == 0 && batch->net == p->net && pd__batches_alike(batch, from)) {
+    } else if (count == from->samples && batch->samples == 0 && batch->net == p->net &&
+               pd__batches_alike(batch, from)) {
         pd__swap_batches(batch, from);
     } else {
         for (int64_t i = 0; i < count; i++, p->taken++)
@@ -8289,7 +8411,8 @@ static pd_status pd__prefetch_take(pd__prefetch *p, pd_batch *batch, int64_t *co
         status = pd__prefetch_move(p, ready->batch, batch, n);
         if (status != PD_OK) return status;
         *count -= n;
-        if (p->taken == ready->batch->samples && (ready->status == PD_OK || *count > 0)) status = pd__prefetch_release(p);
+        if (p->taken == ready->batch->samples && (ready->status == PD_OK || *count > 0))
+            status = pd__prefetch_release(p);
     }
     return status;
 }
@@ -8366,7 +8489,8 @@ static void pd__prefetch_free(pd_reader *r) {
 }
 
 static pd_status pd__prefetch_init(pd__prefetch *p, int depth) {
-    if (depth < 1) return pd_reader_fail(&p->reader, PD_E_ARGUMENT, "pd_prefetch: depth is %d, expected 1 or more", depth);
+    if (depth < 1)
+        return pd_reader_fail(&p->reader, PD_E_ARGUMENT, "pd_prefetch: depth is %d, expected 1 or more", depth);
     if (!pd__prefetch_init_thread(p)) return pd_reader_fail(&p->reader, PD_E_MEMORY, "pd_prefetch: no mutex to be had");
     p->ring = (pd__ready *)pd__alloc(&p->net->allocator, depth, sizeof *p->ring);
     p->depth = p->ring ? depth : 0;
@@ -8378,8 +8502,10 @@ static pd_status pd__prefetch_init(pd__prefetch *p, int depth) {
 }
 
 PD_DEF pd_reader *pd_prefetch(pd_net *net, pd_reader *reader, int depth) {
-    static const pd_reader functions = { PD_API_VERSION,     "prefetch",        NULL, { PD_OK, "" }, pd__prefetch_next, pd__prefetch_reset,
-                                         pd__prefetch_shard, pd__prefetch_skip, pd__prefetch_size, pd__prefetch_free };
+    static const pd_reader functions = { PD_API_VERSION,     "prefetch",        NULL,
+                                         { PD_OK, "" },      pd__prefetch_next, pd__prefetch_reset,
+                                         pd__prefetch_shard, pd__prefetch_skip, pd__prefetch_size,
+                                         pd__prefetch_free };
     pd__prefetch *p = reader ? (pd__prefetch *)pd__around(net, reader, sizeof *p, &functions) : NULL;
     if (!p) return NULL;
     p->inner = reader;
@@ -9228,7 +9354,10 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
         if (run.o->patience > 0 && trainer->bad_tests >= run.o->patience) break;
     }
     if (run.terminal && status != PD_OK) fputc('\n', stderr);
-    if (status == PD_OK && run.o->patience > 0 && trainer->best) status = pd__copy_best(trainer, true);
+    if (status == PD_OK && run.o->patience > 0 && trainer->best) {
+        status = pd__copy_best(trainer, true);
+        pd__forget_averages(trainer);
+    }
     if (status == PD_OK) status = pd__sync(trainer);
     if (run.csv) fclose(run.csv);
     if (run.events) pd__events_close(run.events);
@@ -9385,6 +9514,18 @@ static uint64_t pd__load_le(const unsigned char *from, int size) {
     return bits;
 }
 
+/* The same for 4 bytes, in a form that compilers turn into one instruction; whole files go through it. */
+static inline uint32_t pd__load_le32(const unsigned char *b) {
+    return (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+}
+
+static inline void pd__store_le32(unsigned char *to, uint32_t bits) {
+    to[0] = (unsigned char)bits;
+    to[1] = (unsigned char)(bits >> 8);
+    to[2] = (unsigned char)(bits >> 16);
+    to[3] = (unsigned char)(bits >> 24);
+}
+
 static double pd__double_from_bits(uint64_t bits) {
     double value;
     memcpy(&value, &bits, sizeof value);
@@ -9411,10 +9552,13 @@ static float pd__half_from_bits(uint32_t bits) {
 static void pd__load_reals(pd__element element, const unsigned char *from, int64_t n, pd_real *to) {
     switch (element) {
     case PD__F64:
-        for (int64_t i = 0; i < n; i++) to[i] = (pd_real)pd__double_from_bits(pd__load_le(from + 8 * i, 8));
+        for (int64_t i = 0; i < n; i++) {
+            uint64_t high = pd__load_le32(from + 8 * i + 4);
+            to[i] = (pd_real)pd__double_from_bits(high << 32 | pd__load_le32(from + 8 * i));
+        }
         break;
     case PD__F32:
-        for (int64_t i = 0; i < n; i++) to[i] = pd__float_from_bits((uint32_t)pd__load_le(from + 4 * i, 4));
+        for (int64_t i = 0; i < n; i++) to[i] = pd__float_from_bits(pd__load_le32(from + 4 * i));
         break;
     case PD__F16:
         for (int64_t i = 0; i < n; i++) to[i] = pd__half_from_bits((uint32_t)pd__load_le(from + 2 * i, 2));
@@ -9433,11 +9577,13 @@ static void pd__store_reals(void *numbers, int64_t n) {
     for (int64_t i = 0; i < n; i++, bytes += sizeof(pd_real)) {
 #ifdef PADDLE_DOUBLE
         uint64_t bits;
+        memcpy(&bits, bytes, sizeof bits);
+        pd__store_le32(bytes + 4, (uint32_t)(bits >> 32));
 #else
         uint32_t bits;
-#endif
         memcpy(&bits, bytes, sizeof bits);
-        pd__store_le(bytes, bits, (int)sizeof bits);
+#endif
+        pd__store_le32(bytes, (uint32_t)bits);
     }
 }
 
@@ -10410,6 +10556,8 @@ static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_
         for (int k = 0; k < PD__COUNT(t->sums) && status == PD_OK; k++)
             if (t->sums[k]) status = pd__items_add(items, t->param, "average", k, t->sums[k]);
     }
+    for (int64_t i = 0; best && i < params; i++)
+        if (!best[i]) best = NULL; /* memory ran out while they were first copied */
     for (int64_t i = 0; best && i < params && status == PD_OK; i++)
         status = pd__items_add(items, items->list[i].param, "best/", -1, best[i]);
     for (int i = 0; i < trainer->trained_count && status == PD_OK; i++)
@@ -10676,6 +10824,7 @@ static void pd__check_note(pd__check *c, const pd__subject *s, int64_t element, 
     if (typical > size) size = typical;
     if (1e-3 * c->scale > size) size = 1e-3 * c->scale;
     error = size > 0 ? fabs(analytic - numeric) / size : 0;
+    if (!(error >= 0)) error = HUGE_VAL; /* NaN somewhere: no larger one may hide it */
     if (element < 0 && !(error <= r->directional)) r->directional = error;
     if (error <= r->error) return;
     r->error = error;
@@ -10700,7 +10849,12 @@ static pd_status pd__check_subject(pd__check *c, pd__subject *s) {
         along += (double)s->gradient[i] * (double)s->direction[i];
         if (fabs((double)s->direction[i]) > largest) largest = fabs((double)s->direction[i]);
     }
-    if (squares > 0) c->result->all_zero = false;
+    if (squares != 0) c->result->all_zero = false;
+    for (int64_t i = 0; i < s->size && !pd__finite(squares); i++)
+        if (!pd__finite((double)s->gradient[i])) {
+            pd__check_note(c, s, i, (double)s->gradient[i], 0, 0);
+            return PD_OK;
+        }
     if (!(largest > 0)) return PD_OK;
     typical = sqrt(squares / (double)s->size);
     status = pd__check_difference(c, s, -1, c->step / largest, &slope);

@@ -28,7 +28,7 @@ static inline void check_contains(const char *text, const char *part) {
     if (!strstr(text, part)) fail_msg("expected a message with\n  %s\ngot\n  %s", part, text);
 }
 
-/* ---- an allocator that fails its call number `fail_at` (from 0) and counts blocks in use ---- */
+/* ---- an allocator that fails its call number `fail_at` (from 0) and counts blocks in use, for any threads ---- */
 
 typedef struct failing_allocator {
     int64_t calls, fail_at, in_use;
@@ -37,14 +37,17 @@ typedef struct failing_allocator {
 static inline void *failing_alloc(void *user, size_t size, size_t align) {
     failing_allocator *f = (failing_allocator *)user;
     void *memory = NULL;
-    if (f->calls++ == f->fail_at || posix_memalign(&memory, align, size) != 0) return NULL;
-    f->in_use++;
+    if (__sync_fetch_and_add(&f->calls, 1) == f->fail_at || posix_memalign(&memory, align, size) != 0) return NULL;
+    __sync_fetch_and_add(&f->in_use, 1);
     return memory;
 }
 
+/* Also while other threads are at it. */
+static inline int64_t failing_calls(failing_allocator *f) { return __sync_fetch_and_add(&f->calls, 0); }
+
 static inline void failing_free(void *user, void *memory, size_t size) {
     (void)size;
-    ((failing_allocator *)user)->in_use--;
+    __sync_fetch_and_sub(&((failing_allocator *)user)->in_use, 1);
     free(memory);
 }
 

@@ -1021,6 +1021,11 @@ static void test_go_back(void **state) {
     assert_int_equal(train(&t, 0), PD_OK);
     assert_int_equal(train(&whole, 0), PD_OK);
     expect_same_state(&whole, &t);
+    t.net->device->free(t.net->device, t.trainer->best[1]); /* as if memory had run out while they were copied */
+    t.trainer->best[1] = NULL;
+    assert_int_equal(pd_checkpoint_save(t.trainer, path), PD_OK);
+    assert_int_equal(pd_checkpoint_load(t.trainer, path), PD_OK);
+    assert_null(t.trainer->best);
     free_training(&t);
     free_training(&whole);
 }

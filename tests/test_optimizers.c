@@ -31,7 +31,7 @@ static known known_net(const pd_param_opts *opts) {
     memset(&k, 0, sizeof k);
     k.net = pd_net_new(NULL);
     for (int i = 0; i < PARAMS; i++) {
-        char name[8];
+        char name[16];
         pd_fc_opts o;
         memset(&o, 0, sizeof o);
         if (opts && i == 0) o.weight = *opts;

@@ -2,9 +2,8 @@
 #include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static pd_net *nets[2];
+    pd_net *net = pd_net_new(NULL);
     unsigned choice = fuzz_byte(&data, &size);
-    int sequence = choice & 1;
     pd_reader_opts opts = {
         .order = choice & 2 ? "label,-,x" : NULL,
         .delimiter = choice & 4 ? ';' : 0,
@@ -15,11 +14,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         .folds = choice & 64 ? 2 : 0,
         .not_fold = choice & 128,
     };
-    if (!nets[sequence]) {
-        nets[sequence] = pd_net_new(NULL);
-        pd_vector(nets[sequence], "x", sequence ? 1 : 3);
-        pd_label(nets[sequence], "label", 4);
-    }
-    fuzz_reader(nets[sequence], pd_csv_reader(nets[sequence], fuzz_file(0, data, size), &opts));
+    pd_vector(net, "x", choice & 1 ? 1 : 3);
+    pd_label(net, "label", 4);
+    fuzz_reader(net, pd_csv_reader(net, fuzz_file(0, data, size), &opts));
+    pd_net_free(net);
     return 0;
 }

@@ -5,7 +5,7 @@
 typedef pd_reader *(*open_files)(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
 
 static inline void fuzz_two_files(const uint8_t *data, size_t size, open_files open) {
-    static pd_net *net;
+    pd_net *net = pd_net_new(NULL);
     unsigned choice = fuzz_byte(&data, &size), share = fuzz_byte(&data, &size);
     size_t first = share >= 128 ? (size < share - 128u ? size : share - 128u) : size * (share & 15) / 16;
     pd_reader_opts opts = {
@@ -16,12 +16,10 @@ static inline void fuzz_two_files(const uint8_t *data, size_t size, open_files o
         .not_fold = choice & 128,
     };
     const char *paths[2];
-    if (!net) {
-        net = pd_net_new(NULL);
-        pd_image(net, "image", 1, 2, 3);
-        pd_label(net, "label", 10);
-    }
+    pd_image(net, "image", 1, 2, 3);
+    pd_label(net, "label", 10);
     paths[0] = fuzz_file(0, data, first);
     paths[1] = fuzz_file(1, data + first, size - first);
     fuzz_reader(net, open(net, paths, 2, &opts));
+    pd_net_free(net);
 }

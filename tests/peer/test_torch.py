@@ -93,8 +93,8 @@ def conv(filters, filter, filter_h, out_first, **o):
     groups = o.get("groups", 1)
     shape = (filters, 4 // groups) if out_first else (4, filters // groups)
     function = F.conv2d if out_first else F.conv_transpose2d
-    return ("conv" if out_first else "conv_transpose", dict(filters=filters, filter=filter, filter_h=filter_h, **o), IMAGE,
-            {"weight": (*shape, filter_h, filter), "bias": (filters,)},
+    return ("conv" if out_first else "conv_transpose", dict(filters=filters, filter=filter, filter_h=filter_h, **o),
+            IMAGE, {"weight": (*shape, filter_h, filter), "bias": (filters,)},
             lambda x, w, b: function(x, w, b, groups=groups, **pairs))
 
 
@@ -103,7 +103,8 @@ def pool(average, size, size_h, stride, pad=0, ceil=0):
         sides = (size_h, size), stride, pad
         return (F.avg_pool2d(x, *sides, ceil_mode=ceil > 0, count_include_pad=False) if average else
                 F.max_pool2d(x, *sides, ceil_mode=ceil > 0))
-    return "pool", dict(average=average, size=size, size_h=size_h, stride=stride, pad=pad, ceil=ceil), IMAGE, {}, function
+    options = dict(average=average, size=size, size_h=size_h, stride=stride, pad=pad, ceil=ceil)
+    return "pool", options, IMAGE, {}, function
 
 
 def resize(height, width):
@@ -223,7 +224,8 @@ def make(random, shapes, rows, dtype):
             return torch.from_numpy(random.integers(shape, size=rows))
         size = shape if rows is None else (rows, *shape)
         fan_in = 1 if rows or len(shape) == 1 else numpy.prod(shape[1:] if len(shape) > 2 else shape[:1])
-        values = random.uniform(0.1, 0.9, size) if name in ("t", "running_var") else random.normal(0, fan_in**-0.5, size)
+        bounded = name in ("t", "running_var")
+        values = random.uniform(0.1, 0.9, size) if bounded else random.normal(0, fan_in**-0.5, size)
         return torch.from_numpy(values).to(dtype)
     return [tensor(name, shape) for name, shape in shapes.items()]
 
@@ -239,21 +241,29 @@ def run_tool(tool, name, options, tensors, dtype):
     numbers.tofile(paths[0])
     arguments = [f"{key}={value}" for key, value in {"rows": ROWS, **options}.items()]
     done = subprocess.run([tool, name, *paths, *arguments], capture_output=True, encoding="utf-8")
-    return numpy.fromfile(paths[1], numbers.dtype) if done.returncode == 0 else f"{done.returncode}: {done.stderr.strip()}"
+    if done.returncode != 0:
+        return f"exit status {done.returncode}: {done.stderr.strip()}"
+    return torch.from_numpy(numpy.fromfile(paths[1], numbers.dtype))
+
+
+def worst_of(actual, expected):
+    """The largest relative difference and where it is."""
+    sizes = [t.numel() for _, t in expected]
+    if isinstance(actual, str):
+        return numpy.inf, actual
+    if len(actual) != sum(sizes):
+        return numpy.inf, f"{len(actual)} numbers instead of {sum(sizes)}"
+    differences = []
+    for (name, t), a in zip(expected, actual.double().split(sizes)):
+        t = t.detach().double().reshape(-1)
+        difference = float((a - t).abs().max() / t.abs().max())
+        differences.append((difference if difference == difference else numpy.inf, name))  # 0 / 0 proves nothing
+    return max(differences)
 
 
 def compare(case, actual, expected, tolerance):
     """expected: (name, tensor) in the order of `actual`. A case passes or fails as a whole."""
-    sizes = [t.numel() for _, t in expected]
-    differences = []
-    if isinstance(actual, str) or len(actual) != sum(sizes):
-        differences = [(numpy.inf, actual if isinstance(actual, str) else f"{len(actual)} numbers, not {sum(sizes)}")]
-        expected = []
-    for (name, t), a in zip(expected, numpy.split(actual, numpy.cumsum(sizes)[:-1]) if expected else ()):
-        t = t.detach().double().reshape(-1)
-        difference = float((torch.from_numpy(a).double() - t).abs().max() / t.abs().max())
-        differences.append((difference if difference == difference else numpy.inf, name))  # 0 / 0 proves nothing
-    worst, name = max(differences)
+    worst, name = worst_of(actual, expected)
     good = worst <= tolerance
     counts["passed" if good else "failed"] += 1
     print(f"{'ok    ' if good else 'FAILED'} {worst:.1e}  {case} ({name})")

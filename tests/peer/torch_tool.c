@@ -1,10 +1,10 @@
-/* torch_tool NET IN OUT rows=N [NAME=NUMBER ..]                   outputs and gradients of a net or a single layer
-   torch_tool NET IN OUT rows=N optimizer=KIND [NAME=NUMBER ..]    losses and parameters of STEPS steps on BATCHES batches
-   For test_torch.py, which knows the nets as well and names their options. Files are raw numbers of type pd_real. IN
-   holds the parameters in order of creation, then the batches, each row by row, with the inputs side by side (ids as
-   numbers). OUT, without an optimizer: the output y; then, for the cost sum(c y) with c the last input, the gradients of
-   the inputs but targets ("t") and of the parameters. With one: the loss before each step, the parameters after the
-   last, and the outputs when predicting for the first batch. */
+/* torch_tool NET IN OUT rows=N [NAME=VALUE ..]                   outputs and gradients of a net or a single layer
+   torch_tool NET IN OUT rows=N optimizer=KIND [NAME=VALUE ..]    losses and parameters of `steps` steps on `batches`
+   batches. For test_torch.py, which knows the nets as well and names their options. Files are raw numbers of type
+   pd_real. IN holds the parameters in order of creation, then the batches, each row by row, with the inputs side by
+   side (ids as numbers). OUT, without an optimizer: the output y; then, for the cost sum(c y) with c the last input,
+   the gradients of the inputs but targets ("t") and of the parameters. With one: the loss before each step, the
+   parameters after the last, and the outputs when predicting for the first batch. */
 #define PADDLE_IMPLEMENTATION
 #include "paddle.h"
 
@@ -238,8 +238,11 @@ static pd_status gradients(pd_net *net, pd_layer *y) {
     if (status == PD_OK) status = pd_backward(net, total);
     for (int i = 0; status == PD_OK && (layer = pd_layer_at(net, i)); i++)
         if (is_input(layer) && layer->out.grad) write_numbers(layer->out.grad, layer->out.rows * layer->out.width);
-    for (pd_param *p = pd_param_first(net); status == PD_OK && p; p = p->next)
-        if (!p->is_buffer && (status = pd_param_get_grad(p, numbers, p->size)) == PD_OK) write_numbers(numbers, p->size);
+    for (pd_param *p = pd_param_first(net); status == PD_OK && p; p = p->next) {
+        if (p->is_buffer) continue;
+        status = pd_param_get_grad(p, numbers, p->size);
+        if (status == PD_OK) write_numbers(numbers, p->size);
+    }
     pd_batch_free(batch);
     return status;
 }

@@ -1,0 +1,1855 @@
+/* Batches, and everything that reads samples: good and malformed files, numbers against strtod, options, shards,
+   shuffling, reading ahead, and a lack of memory at every point. */
+#define _GNU_SOURCE
+#define PADDLE_IMPLEMENTATION
+#include "../paddle.h"
+
+#include <locale.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <dirent.h>
+#include <cmocka.h>
+
+#include "support.h"
+
+#undef skip /* cmocka's hides that of readers */
+#define skip_test() _skip(__FILE__, __LINE__)
+
+/* ---- a directory of our own to work in ---- */
+
+static char directory[256], home[1024];
+
+static int enter_directory(void **state) {
+    const char *parent = getenv("TMPDIR");
+    (void)state;
+    snprintf(directory, sizeof directory, "%.100s/test_readers.XXXXXX", parent ? parent : "/tmp");
+    return getcwd(home, sizeof home) && mkdtemp(directory) && chdir(directory) == 0 ? 0 : -1;
+}
+
+static int leave_directory(void **state) {
+    DIR *dir = opendir(".");
+    struct dirent *entry;
+    (void)state;
+    while (dir && (entry = readdir(dir)) != NULL) remove(entry->d_name);
+    if (dir) closedir(dir);
+    return chdir(home) == 0 ? rmdir(directory) : -1;
+}
+
+static void write_bytes(const char *name, const void *bytes, size_t n) {
+    FILE *f = fopen(name, "wb");
+    assert_non_null(f);
+    assert_int_equal(fwrite(bytes, 1, n, f), n);
+    assert_int_equal(fclose(f), 0);
+}
+
+static void write_text(const char *name, const char *text) { write_bytes(name, text, strlen(text)); }
+
+/* ---- nets ---- */
+
+/* A vector of `width` and a label of 4 classes; with `sequences`, both carry them. */
+static pd_net *make_net(int64_t width, bool sequences, const pd_net_opts *opts) {
+    pd_net *net = pd_net_new(opts);
+    pd_layer *x = pd_vector(net, "x", width), *label;
+    if (x && sequences) pd_sequence(x);
+    label = pd_label(net, "label", 4);
+    if (label && sequences) pd_sequence(label);
+    return net;
+}
+
+static pd_reader_opts no_opts(void) {
+    pd_reader_opts o;
+    memset(&o, 0, sizeof o);
+    return o;
+}
+
+/* ---- what a reader gives, as text: a line per sample, "1 2 3|2", rows of sequences with commas, "! message" ---- */
+
+typedef struct text {
+    char s[65536];
+    size_t n;
+} text;
+
+static void put_sample(text *t, const pd_batch *b, int64_t i) {
+    for (int k = 0; k < b->slot_count; k++) {
+        const pd_slot *slot = &b->slots[k];
+        int64_t first = slot->sequence ? slot->starts[i] : i,
+                end = slot->sequence ? slot->starts[i + 1] : i + (slot->rows > 0);
+        if (k) pd__append(t->s, sizeof t->s, &t->n, "|");
+        for (int64_t row = first; row < end; row++) {
+            if (row > first) pd__append(t->s, sizeof t->s, &t->n, ",");
+            if (slot->kind == PD_SLOT_IDS) pd__append(t->s, sizeof t->s, &t->n, "%lld", (long long)slot->ids[row]);
+            for (int64_t j = 0; slot->kind == PD_SLOT_DENSE && j < slot->width; j++)
+                pd__append(t->s, sizeof t->s, &t->n, "%s%g", j ? " " : "", (double)slot->data[row * slot->width + j]);
+        }
+    }
+    pd__append(t->s, sizeof t->s, &t->n, "\n");
+}
+
+/* Reads on to the end of the pass in batches of `count`; 0: of 1, 2, 3 .. samples. */
+static void read_rest(pd_reader *r, pd_net *net, int64_t count, text *t) {
+    pd_batch *b = pd_batch_new(net);
+    pd_status status = PD_OK;
+    assert_non_null(b);
+    for (int64_t turn = 1; status != PD_END; turn++) {
+        int64_t wanted = count ? count : turn;
+        pd_batch_clear(b);
+        status = r->next(r, b, wanted);
+        assert_true(b->samples <= wanted && (status != PD_OK || b->samples == wanted));
+        for (int64_t i = 0; i < b->samples; i++) put_sample(t, b, i);
+        if (status != PD_OK && status != PD_END) {
+            assert_int_equal(r->error.status, status);
+            assert_null(strpbrk(r->error.text, "\r\n"));
+            pd__append(t->s, sizeof t->s, &t->n, "! %s\n", r->error.text);
+        }
+        assert_true(turn < 5000);
+    }
+    pd_batch_clear(b);
+    assert_int_equal(r->next(r, b, 1), PD_END); /* and again */
+    assert_int_equal(b->samples, 0);
+    pd_batch_free(b);
+}
+
+static const char *read_pass(pd_reader *r, pd_net *net, int64_t pass, int64_t count) {
+    static text texts[4];
+    static int turn;
+    text *t = &texts[turn++ % 4];
+    t->n = 0;
+    t->s[0] = 0;
+    assert_int_equal(r->reset(r, pass), PD_OK);
+    read_rest(r, net, count, t);
+    return t->s;
+}
+
+/* A reader that must have been made. */
+static pd_reader *made(pd_net *net, pd_reader *r) {
+    if (!r) fail_msg("no reader: %s", pd_error(net));
+    return r;
+}
+
+/* Whatever the size of the batches and the pass. Frees the reader. */
+static void expect(pd_net *net, pd_reader *r, const char *expected) {
+    made(net, r);
+    for (int64_t count = 0; count <= 4; count++) assert_string_equal(read_pass(r, net, count, count), expected);
+    pd_reader_free(r);
+}
+
+static void expect_none(pd_net *net, pd_reader *r, pd_status status, const char *message) {
+    assert_null(r);
+    check_contains(pd_error(net), message);
+    assert_int_equal(pd_error_status(net), status);
+}
+
+/* ---- batches ---- */
+
+static void add(pd_batch *b, pd_real x, pd_real y, int64_t id) {
+    pd_real *row = pd_batch_add_row(b, 0);
+    assert_non_null(row);
+    row[0] = x;
+    row[1] = y;
+    assert_int_equal(pd_batch_add_id(b, 1, id), PD_OK);
+}
+
+static const char *batch_text(const pd_batch *b) {
+    static text t;
+    t.n = 0;
+    t.s[0] = 0;
+    for (int64_t i = 0; i < b->samples; i++) put_sample(&t, b, i);
+    return t.s;
+}
+
+static void expect_batch_failure(const pd_batch *b, pd_status got, pd_status status, const char *message) {
+    assert_int_equal(got, status);
+    assert_int_equal(b->error.status, status);
+    check_contains(b->error.text, message);
+}
+
+static void test_batch(void **state) {
+    pd_net *net = make_net(2, false, NULL);
+    pd_batch *b = pd_batch_new(net), *c = pd_batch_new(net);
+    (void)state;
+    expect_batch_failure(b, pd_batch_end_sample(b), PD_E_SHAPE, "no input got a row");
+    add(b, 1, 2, 3);
+    assert_int_equal(pd_batch_end_sample(b), PD_OK);
+    expect_batch_failure(b, pd_batch_end_sample(b), PD_E_SHAPE, "\"x\" got 0 rows, expected 1");
+    add(b, 4, 5, 0);
+    add(b, 6, 7, 0);
+    expect_batch_failure(b, pd_batch_end_sample(b), PD_E_SHAPE,
+                         "sample 2 of the batch: input \"x\" got 2 rows, expected 1");
+    expect_batch_failure(b, pd_batch_add_id(b, 1, 4), PD_E_FORMAT, "\"label\": id 4, expected 0 to 3");
+    expect_batch_failure(b, pd_batch_add_id(b, 1, -1), PD_E_FORMAT, "id -1");
+    expect_batch_failure(b, pd_batch_add_id(b, 0, 0), PD_E_ARGUMENT, "slot 0 is not an input of ids");
+    assert_null(pd_batch_add_row(b, 1));
+    assert_null(pd_batch_add_row(b, 2));
+    assert_null(pd_batch_add_row(b, -1));
+    add(b, 8, 9, 1);
+    pd_batch_drop_sample(b);
+    add(b, 10, 11, 2);
+    assert_int_equal(pd_batch_end_sample(b), PD_OK);
+    assert_string_equal(batch_text(b), "1 2|3\n10 11|2\n");
+
+    assert_int_equal(pd_batch_copy_sample(c, b, 1), PD_OK);
+    for (int i = 0; i < 100; i++) assert_int_equal(pd_batch_copy_sample(b, b, i), PD_OK); /* while its memory moves */
+    assert_string_equal(batch_text(c), "10 11|2\n");
+    assert_int_equal(b->samples, 102);
+    expect_batch_failure(c, pd_batch_copy_sample(c, b, 102), PD_E_ARGUMENT, "sample 102 does not exist");
+    expect_batch_failure(c, pd_batch_copy_sample(c, b, -1), PD_E_ARGUMENT, "has 102");
+    pd_batch_clear(c);
+    assert_int_equal(c->samples + c->slots[0].rows + c->slots[1].rows, 0);
+    pd_batch_free(b);
+    pd_batch_free(c);
+    pd_batch_free(NULL);
+    pd_net_free(net);
+}
+
+/* An input is left out of all samples or of none. */
+static void test_batch_left_out(void **state) {
+    pd_net *net = make_net(2, false, NULL);
+    pd_batch *b = pd_batch_new(net), *c = pd_batch_new(net);
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(pd_batch_add_id(b, 1, i), PD_OK);
+        assert_int_equal(pd_batch_end_sample(b), PD_OK);
+        assert_null(pd_batch_add_row(b, 0));
+        check_contains(b->error.text, "\"x\" was left out of the samples before");
+    }
+    assert_string_equal(batch_text(b), "|0\n|1\n");
+    assert_int_equal(pd_batch_copy_sample(c, b, 1), PD_OK);
+    assert_string_equal(batch_text(c), "|1\n");
+    pd_batch_clear(c);
+    add(c, 1, 2, 3);
+    assert_int_equal(pd_batch_end_sample(c), PD_OK);
+    assert_int_equal(pd_batch_copy_sample(c, b, 1), PD_E_SHAPE);
+    assert_int_equal(pd_batch_copy_sample(b, c, 0), PD_E_SHAPE);
+    assert_string_equal(batch_text(c), "1 2|3\n");
+    assert_string_equal(batch_text(b), "|0\n|1\n");
+    pd_batch_free(b);
+    pd_batch_free(c);
+    pd_net_free(net);
+}
+
+static void test_batch_sequences(void **state) {
+    pd_net *net = make_net(2, true, NULL), *other = make_net(2, false, NULL);
+    pd_batch *b = pd_batch_new(net), *c = pd_batch_new(net), *d = pd_batch_new(other);
+    const unsigned char marks[] = { 1, 0, 0, 1, 0 };
+    (void)state;
+    assert_int_equal(b->slots[0].starts[0], 0);
+    for (int i = 0; i < 5; i++) {
+        for (int k = 0; k < i; k++) add(b, (pd_real)i, (pd_real)k, k);
+        assert_int_equal(pd_batch_end_sample(b), PD_OK);
+        add(b, 9, 9, 3);
+        pd_batch_drop_sample(b);
+    }
+    assert_string_equal(batch_text(b), "|\n1 0|0\n2 0,2 1|0,1\n3 0,3 1,3 2|0,1,2\n4 0,4 1,4 2,4 3|0,1,2,3\n");
+    for (int i = 4; i >= 0; i -= 2) assert_int_equal(pd_batch_copy_sample(c, b, i), PD_OK);
+    assert_string_equal(batch_text(c), "4 0,4 1,4 2,4 3|0,1,2,3\n2 0,2 1|0,1\n|\n");
+    expect_batch_failure(d, pd_batch_copy_sample(d, b, 0), PD_E_SHAPE, "nets with different inputs");
+    pd__remove_samples(b, marks);
+    assert_string_equal(batch_text(b), "1 0|0\n2 0,2 1|0,1\n4 0,4 1,4 2,4 3|0,1,2,3\n");
+    pd_batch_clear(b);
+    assert_int_equal(pd_batch_end_sample(b), PD_OK); /* an empty sequence */
+    assert_string_equal(batch_text(b), "|\n");
+    pd_batch_free(b);
+    pd_batch_free(c);
+    pd_batch_free(d);
+    pd_net_free(net);
+    pd_net_free(other);
+}
+
+/* ---- numbers ---- */
+
+static void check_number(const char *s, pd_status status, double expected) {
+    double x = 0;
+    char copy[2000]; /* without a 0 behind it */
+    size_t n = strlen(s);
+    memcpy(copy, s, n);
+    copy[n] = '7';
+    if (pd__parse_number(copy, copy + n, &x) != status) fail_msg("\"%s\" has not the status %d", s, (int)status);
+    if (status == PD_OK && (x != expected || signbit(x) != signbit(expected)))
+        fail_msg("\"%s\" read as %.17g, expected %.17g", s, x, expected);
+}
+
+static void check_by_strtod(const char *s) { check_number(s, PD_OK, strtod(s, NULL)); }
+
+static void check_random_numbers(void) {
+    char s[64];
+    for (int i = 0; i < 20000; i++) {
+        uint64_t bits = pd_random(1, (uint64_t)i);
+        double x = pd__double_from_bits(bits);
+        if (!(fabs(x) <= DBL_MAX)) continue;
+        snprintf(s, sizeof s, "%.*g", (int)(bits % 18) + 1, x);
+        if (fabs(strtod(s, NULL)) <= DBL_MAX) check_by_strtod(s);
+        snprintf(s, sizeof s, "%.*f", (int)(bits % 12), ldexp(x, -ilogb(x) + (int)(bits % 60) - 30));
+        check_by_strtod(s);
+    }
+}
+
+static void test_numbers(void **state) {
+    static const char *const good[] = {
+        "0",
+        "-0",
+        "+0",
+        "1",
+        "-1",
+        "+1",
+        "1.",
+        ".5",
+        "-.5",
+        "007",
+        "1e5",
+        "1E-5",
+        "1e+5",
+        "0e999999999999999999999",
+        "-0.0",
+        "9007199254740992",
+        "9007199254740993",
+        "9007199254740993.00000000000000000000000000000000001",
+        "1e22",
+        "1e23",
+        "8.5e-22",
+        "123456789012345678",
+        "1152921504606846976",
+        "0.000000000000000000000000000000000000001",
+        "1.7976931348623157e308",
+        "2.2250738585072011e-308",
+        "4.9e-324",
+        "2.4703282292062327e-324",
+        "1e-400",
+        "1e-99999999999999999999",
+        "100000000000000000000000000000000000000000000000000",
+        "0.1",
+        "0.3",
+        "3.14159265358979",
+    };
+    static const char *const bad[] = { "",      "-",    "+",    ".",   "e5",       "1e",  "1e+",    "1e5.",
+                                       "1.2.3", "abc",  "0x10", "1 2", "--1",      "+-1", "1,5",    "1e5e5",
+                                       "1d5",   "nano", "in",   "1_0", "\xd9\xa3", "1-",  "infinit" };
+    static const char *const infinite[] = { "nan",
+                                            "NaN",
+                                            "-nan",
+                                            "inf",
+                                            "-Inf",
+                                            "+INFINITY",
+                                            "1e999",
+                                            "-1e309",
+                                            "1.7976931348623159e308",
+                                            "1e99999999999999999999" };
+    char digits[1600];
+    (void)state;
+    for (int i = 0; i < PD__COUNT(good); i++) check_by_strtod(good[i]);
+    for (int i = 0; i < PD__COUNT(bad); i++) check_number(bad[i], PD_E_FORMAT, 0);
+    for (int i = 0; i < PD__COUNT(infinite); i++) check_number(infinite[i], PD_E_NUMERIC, 0);
+    check_random_numbers();
+    for (int i = 0; i < 1500; i++) digits[i] = (char)('0' + (i * 7 + 3) % 10);
+    for (int n = 10; n <= 1500; n += 149) { /* with the point in all places */
+        for (int at = 0; at < n; at += 97) {
+            char c = digits[at];
+            digits[at] = '.';
+            digits[n] = 0;
+            if (fabs(strtod(digits, NULL)) <= DBL_MAX) check_by_strtod(digits);
+            digits[at] = c;
+            digits[n] = '1';
+        }
+    }
+    /* half-way between two doubles, and a little above after more digits than are kept */
+    memset(digits, '0', sizeof digits);
+    memcpy(digits, "9007199254740993.", 17);
+    digits[1001] = 0;
+    check_number(digits, PD_OK, 9007199254740992.0);
+    digits[1000] = '1';
+    check_number(digits, PD_OK, 9007199254740994.0);
+}
+
+/* A program's locale may have a decimal comma. */
+static void test_locale(void **state) {
+    bool found;
+    (void)state;
+    assert_int_equal(setenv("LOCPATH", ".", 1), 0);
+    found = system("localedef -i de_DE -f UTF-8 ./de_DE >/dev/null 2>&1") == 0 && setlocale(LC_NUMERIC, "de_DE");
+    found = found && strtod("1,5", NULL) == 1.5;
+    if (found) {
+        check_number("1.5", PD_OK, 1.5);
+        check_number("123456789.123456789123456789", PD_OK, 123456789.12345679);
+        check_number("1,5", PD_E_FORMAT, 0);
+    }
+    setlocale(LC_NUMERIC, "C");
+    unsetenv("LOCPATH");
+    if (system("rm -rf de_DE") != 0 || !found) {
+        print_message("[  SKIPPED ] no locale with a decimal comma here\n");
+        skip_test();
+    }
+}
+
+/* ---- CSV ---- */
+
+static void expect_csv(const char *content, const pd_reader_opts *opts, const char *expected) {
+    pd_net *net = make_net(3, false, NULL);
+    write_text("data.csv", content);
+    expect(net, pd_csv_reader(net, "data.csv", opts), expected);
+    pd_net_free(net);
+}
+
+static void test_csv(void **state) {
+    pd_reader_opts o = no_opts();
+    (void)state;
+    expect_csv("", NULL, "");
+    expect_csv("\n \n\r\n", NULL, "");
+    expect_csv("1,2,3,0\n4,5,6,1\n", NULL, "1 2 3|0\n4 5 6|1\n");
+    expect_csv("1,2,3,0\r\n4,5,6,1\r\n\r\n\n", NULL, "1 2 3|0\n4 5 6|1\n");
+    expect_csv("1,2,3,0\n4,5,6,1", NULL, "1 2 3|0\n4 5 6|1\n");
+    expect_csv("\xEF\xBB\xBF"
+               "1,2,3,0\r\n4,5,6,1\r",
+               NULL, "1 2 3|0\n4 5 6|1\n");
+    expect_csv(" 1\t, -2.5e1 ,\"3\", \" 2\" \n\n\"+.5\",1e-2,0,3.0", NULL, "1 -25 3|2\n0.5 0.01 0|3\n");
+
+    o.delimiter = ';';
+    o.order = "label,-, x ,-";
+    o.skip_lines = 2;
+    expect_csv("a;b\n\n1;\"a;\"\"b\";1;2;3;\n2;;4;5;6;\"", &o, "1 2 3|1\n4 5 6|2\n");
+    o = no_opts();
+    o.delimiter = '\t';
+    o.scale = 0.5;
+    o.shift = 1;
+    expect_csv("2\t4 \t 6\t1\n", &o, "2 3 4|1\n");
+    o = no_opts();
+    o.delimiter = ' ';
+    expect_csv("1 2 3 0\n", &o, "1 2 3|0\n");
+}
+
+static void test_csv_malformed(void **state) {
+    (void)state;
+    expect_csv("1,2,3,0\n1,2,3\n4,5,6,1\n", NULL, "1 2 3|0\n! data.csv:2: 3 columns, expected 4\n4 5 6|1\n");
+    expect_csv("1,2,3,0,5\n4,5,6,1\n", NULL, "! data.csv:1: 5 columns, expected 4\n4 5 6|1\n");
+    expect_csv("\n1,2,3,0,\n", NULL, "! data.csv:2: 5 columns, expected 4\n");
+    expect_csv("a,b,c,d\n4,5,6,1\n", NULL,
+               "! data.csv:1: column 1 (x; for headings see skip_lines): \"a\" is not a number\n4 5 6|1\n");
+    expect_csv("\n1,,3,0\n4,5,6,1\n", NULL, "! data.csv:2: column 2 (x): empty, expected a number\n4 5 6|1\n");
+    expect_csv("\n1,2,\"3,0\n4,5,6,1\n", NULL, "! data.csv:2: column 3 (x): \"\"3\" is not a number\n4 5 6|1\n");
+    expect_csv("\n1,2,\"3\"4,0\n", NULL, "! data.csv:2: column 3 (x): \"\"3\"4\" is not a number\n");
+    expect_csv("\n1,2,nan,0\n", NULL, "! data.csv:2: column 3 (x): \"nan\" is not a finite number\n");
+    expect_csv("\n1,2,1e999,0\n", NULL, "! data.csv:2: column 3 (x): \"1e999\" is not a finite number\n");
+    expect_csv("\n1,2,3,4\n", NULL, "! data.csv:2: column 4 (label): 4 is not an id of 0 to 3\n");
+    expect_csv("\n1,2,3,-1\n1,2,3,1.5\n", NULL,
+               "! data.csv:2: column 4 (label): -1 is not an id of 0 to 3\n"
+               "! data.csv:3: column 4 (label): 1.5 is not an id of 0 to 3\n");
+    expect_csv("\n1,a\tb\rc,3,1\n", NULL, "! data.csv:2: column 2 (x): \"a?b?c\" is not a number\n");
+    if (sizeof(pd_real) == sizeof(float))
+        expect_csv("\n1,1e39,3,1\n", NULL, "! data.csv:2: column 2 (x): 1e+39 is not a finite number of this build\n");
+}
+
+static void expect_csv_refused(const pd_reader_opts *o, pd_status status, const char *message) {
+    pd_net *net = make_net(3, false, NULL);
+    write_text("data.csv", "1,2,3,0\n");
+    expect_none(net, pd_csv_reader(net, "data.csv", o), status, message);
+    pd_net_free(net);
+}
+
+static void test_csv_refused(void **state) {
+    pd_net *net = make_net(3, true, NULL);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    expect_none(net, pd_csv_reader(net, "data.csv", NULL), PD_E_UNSUPPORTED, "input \"x\" carries sequences");
+    pd_net_free(net);
+    o.order = "x,lable";
+    expect_csv_refused(&o, PD_E_ARGUMENT, "order names \"lable\", but no input");
+    o.order = "";
+    expect_csv_refused(&o, PD_E_ARGUMENT, "order names \"\"");
+    o.order = "x,-";
+    expect_csv_refused(&o, PD_E_ARGUMENT, "order leaves out input \"label\"");
+    o.order = "x,label,x";
+    expect_csv_refused(&o, PD_E_ARGUMENT, "order names \"x\" twice");
+    o = no_opts();
+    o.delimiter = '.';
+    expect_csv_refused(&o, PD_E_ARGUMENT, "'.' can't be the delimiter");
+    o = no_opts();
+    o.skip_lines = -1;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "skip_lines must be 0 or more");
+    o = no_opts();
+    o.first = -1;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "first, count");
+    o = no_opts();
+    o.fold = 2, o.folds = 2;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "fold 2 of 2 does not exist");
+    o = no_opts();
+    o.not_fold = true;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "fold 0 of 0 does not exist");
+    o = no_opts();
+    o.scale = (double)INFINITY;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "scale and shift must be finite");
+}
+
+static void test_paths(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    expect_none(net, pd_csv_reader(net, "absent.csv", NULL), PD_E_IO, "absent.csv: No such file");
+    expect_none(net, pd_csv_reader(net, NULL, NULL), PD_E_ARGUMENT, "csv reader: no path");
+    expect_none(net, pd_csv_reader(net, "", NULL), PD_E_ARGUMENT, "csv reader: no path");
+    expect_none(net, pd_csv_reader(net, "@absent", NULL), PD_E_IO, "absent: No such file");
+    write_text("list", "\n");
+    expect_none(net, pd_csv_reader(net, "@list", NULL), PD_E_FORMAT, "list: no paths in it");
+
+    write_text("list", "a.csv\r\nb.csv\n\nabsent.csv\nc.csv");
+    write_text("a.csv", "heading\n1,2,3,0\n1,2\n");
+    write_text("b.csv", "");
+    write_text("c.csv", "heading\n4,5,6,1");
+    o.skip_lines = 1;
+    expect(net, pd_csv_reader(net, "@list", &o),
+           "1 2 3|0\n! a.csv:3: 2 columns, expected 4\n! absent.csv: No such file or directory\n4 5 6|1\n");
+    expect(net, pd_csv_reader(net, ".", NULL), "! .:1: Is a directory\n");
+    pd_net_free(net);
+}
+
+static void test_stdin(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    pd_reader *r;
+    (void)state;
+    write_text("data.csv", "1,2,3,0\n4,5,6,1\n");
+    assert_non_null(freopen("data.csv", "r", stdin));
+    r = made(net, pd_csv_reader(net, "-", NULL));
+    assert_string_equal(read_pass(r, net, 0, 4), "1 2 3|0\n4 5 6|1\n");
+    assert_int_equal(r->reset(r, 1), PD_E_UNSUPPORTED);
+    check_contains(r->error.text, "stdin: it can be read only once");
+    pd_reader_free(r);
+    pd_net_free(net);
+}
+
+/* Lines longer than the buffer, and numbers and ends of lines across its border. */
+static void test_long_lines(void **state) {
+    enum { WIDTH = 30000, LINES = 3 };
+    pd_net *net = pd_net_new(NULL);
+    FILE *f = fopen("data.csv", "wb");
+    pd_reader *r;
+    pd_batch *b;
+    (void)state;
+    for (int i = 0; i < LINES; i++)
+        for (int j = 0; j < WIDTH; j++) fprintf(f, "%d%c", j + 7 * i, j + 1 < WIDTH ? ',' : '\n');
+    for (int i = 0; i < LINES; i++) fprintf(f, "\"%*d\"\n", i * 40000, i);
+    fclose(f);
+    pd_vector(net, "x", WIDTH);
+    r = made(net, pd_csv_reader(net, "data.csv", NULL));
+    b = pd_batch_new(net);
+    for (int pass = 0; pass < 2; pass++) {
+        pd_batch_clear(b);
+        assert_int_equal(r->next(r, b, LINES), PD_OK);
+        for (int64_t i = 0; i < LINES * WIDTH; i++)
+            assert_true(b->slots[0].data[i] == (pd_real)(i % WIDTH + 7 * (i / WIDTH)));
+        for (int i = 0; i < LINES; i++) assert_int_equal(r->next(r, b, 1), PD_E_FORMAT);
+        check_contains(r->error.text, "data.csv:6: 1 columns, expected 30000");
+        assert_int_equal(r->next(r, b, 1), PD_END);
+        assert_int_equal(r->reset(r, 0), PD_OK);
+    }
+    pd_batch_free(b);
+    pd_reader_free(r);
+    pd_net_free(net);
+}
+
+/* ---- options, shards, sizes: sample i is "i i i|i % 4" in every source ---- */
+
+enum { MANY = 53 };
+
+typedef pd_reader *(*open_source)(pd_net *net, const pd_reader_opts *opts);
+
+static void write_many(void) {
+    FILE *csv = fopen("many.csv", "wb"), *libsvm = fopen("many.libsvm", "wb"), *idx = fopen("many.idx", "wb");
+    FILE *npy = fopen("many.npy", "wb"), *labels = fopen("labels.idx", "wb");
+    char header[128];
+    fwrite("\0\0\10\2\0\0\0\65\0\0\0\3", 1, 12, idx);
+    fwrite("\0\0\10\1\0\0\0\65", 1, 8, labels);
+    snprintf(header, sizeof header, "{'descr': '<u2', 'fortran_order': False, 'shape': (%d, 3), }", MANY);
+    fprintf(npy, "\x93NUMPY%c%c%c%c%s", 1, 0, (int)strlen(header), 0, header);
+    for (int i = 0; i < MANY; i++) {
+        const char values[] = { (char)i, 0, (char)i, 0, (char)i, 0 };
+        fprintf(csv, "%d,%d,%d,%d\n", i, i, i, i % 4);
+        fprintf(libsvm, "%d 1:%d 2:%d 3:%d\n", i % 4, i, i, i);
+        fprintf(idx, "%c%c%c", i, i, i);
+        fprintf(labels, "%c", i % 4);
+        fwrite(values, 1, sizeof values, npy);
+    }
+    fclose(csv), fclose(libsvm), fclose(idx), fclose(npy), fclose(labels);
+}
+
+static pd_reader *open_csv(pd_net *net, const pd_reader_opts *o) { return pd_csv_reader(net, "many.csv", o); }
+static pd_reader *open_libsvm(pd_net *net, const pd_reader_opts *o) { return pd_libsvm_reader(net, "many.libsvm", o); }
+static pd_reader *open_idx(pd_net *net, const pd_reader_opts *o) {
+    const char *const paths[] = { "many.idx", "labels.idx" };
+    return pd_idx_reader(net, paths, 2, o);
+}
+/* npy files cut in three, and a label from elsewhere: IDX can't be mixed in, so the label is made of npy too. */
+static pd_reader *open_npy(pd_net *net, const pd_reader_opts *o) {
+    const char *const paths[] = { "many.npy", "@labels.list" };
+    for (int part = 0; part < 3; part++) {
+        int first = part * 20, count = part < 2 ? 20 : MANY - 40;
+        char name[32], bytes[128];
+        memset(bytes, '\n', sizeof bytes);
+        snprintf(bytes, 79, "\x93NUMPY\x01%c%c%c{'descr':'|u1','fortran_order':False,'shape':(%2d,)} ", 0, 70, 0,
+                 count);
+        bytes[strlen(bytes + 10) + 10] = ' ';
+        for (int i = 0; i < count; i++) bytes[80 + i] = (char)((first + i) % 4);
+        snprintf(name, sizeof name, "labels%d.npy", part);
+        write_bytes(name, bytes, 80 + (size_t)count);
+    }
+    write_text("labels.list", "labels0.npy\nlabels1.npy\nlabels2.npy\n");
+    return pd_npy_reader(net, paths, 2, o);
+}
+
+static pd_real many_numbers[3 * MANY];
+static int64_t many_ids[MANY];
+static pd_reader *open_array(pd_net *net, const pd_reader_opts *o) {
+    pd_array arrays[2];
+    (void)o;
+    memset(arrays, 0, sizeof arrays);
+    for (int i = 0; i < MANY; i++) {
+        for (int j = 0; j < 3; j++) many_numbers[3 * i + j] = (pd_real)i;
+        many_ids[i] = i % 4;
+    }
+    arrays[0].data = many_numbers;
+    arrays[1].ids = many_ids;
+    return pd_array_reader(net, MANY, arrays, 2);
+}
+static int64_t streamed;
+static pd_status stream_next(void *user, pd_batch *b) {
+    pd_real *row;
+    (void)user;
+    if (streamed == MANY) {
+        streamed = 0;
+        return PD_END;
+    }
+    row = pd_batch_add_row(b, 0);
+    if (!row) return b->error.status;
+    row[0] = row[1] = row[2] = (pd_real)streamed;
+    return pd_batch_add_id(b, 1, streamed++ % 4);
+}
+static pd_reader *open_stream(pd_net *net, const pd_reader_opts *o) {
+    (void)o;
+    streamed = 0;
+    return pd_stream_reader(net, stream_next, NULL);
+}
+
+static const struct {
+    open_source open;
+    bool options, sized;
+} sources[] = {
+    { open_csv, true, false }, { open_libsvm, true, false }, { open_idx, true, true },
+    { open_npy, true, true },  { open_array, false, true },  { open_stream, false, false },
+};
+
+/* What should come, sample by sample. */
+static const char *expected_samples(const pd_reader_opts *o, int rank, int ranks, int64_t *count) {
+    static text t;
+    int64_t chosen = 0;
+    t.n = 0;
+    t.s[0] = 0;
+    *count = 0;
+    for (int i = 0; i < MANY; i++) {
+        bool in = i >= o->first && (!o->count || i - o->first < o->count);
+        if (o->folds && (i % o->folds == o->fold) == o->not_fold) in = false;
+        if (!in || chosen++ % ranks != rank) continue;
+        pd__append(t.s, sizeof t.s, &t.n, "%d %d %d|%d\n", i, i, i, i % 4);
+        ++*count;
+    }
+    return t.s;
+}
+
+static void check_choice(pd_net *net, int source, const pd_reader_opts *o) {
+    for (int ranks = 1; ranks <= 3; ranks++)
+        for (int rank = 0; rank < ranks; rank++) {
+            pd_reader *r = made(net, sources[source].open(net, o));
+            int64_t count;
+            const char *expected = expected_samples(o, rank, ranks, &count);
+            assert_int_equal(pd_reader_shard(r, rank, ranks), PD_OK);
+            assert_string_equal(read_pass(r, net, 0, 4), expected);
+            assert_string_equal(read_pass(r, net, 1, 0), expected);
+            assert_int_equal(r->size(r), sources[source].sized ? count : -1);
+            pd_reader_free(r);
+        }
+}
+
+static void test_choices(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    (void)state;
+    write_many();
+    for (int source = 0; source < PD__COUNT(sources); source++) {
+        pd_reader_opts o = no_opts();
+        check_choice(net, source, &o);
+        for (int i = 0; sources[source].options && i < 60; i++) {
+            random_seed((uint64_t)i);
+            o.first = below(3) ? below(MANY + 5) : 0;
+            o.count = below(3) ? below(MANY + 5) : below(2) ? INT64_MAX : 0;
+            o.folds = below(3) ? (int)below(7) : 0;
+            o.fold = o.folds ? (int)below(o.folds) : 0;
+            o.not_fold = o.folds && below(2);
+            check_choice(net, source, &o);
+        }
+    }
+    pd_net_free(net);
+}
+
+/* Skipping is as if the samples had been taken: of a shard of a fold. */
+static void test_skip(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    (void)state;
+    write_many();
+    for (int source = 0; source < PD__COUNT(sources); source++) {
+        pd_reader_opts o = no_opts();
+        int64_t count;
+        const char *expected;
+        pd_reader *r;
+        if (sources[source].options) o.folds = 3, o.fold = 1, o.not_fold = true;
+        expected = expected_samples(&o, 1, 2, &count);
+        r = made(net, sources[source].open(net, &o));
+        for (int64_t skipped = 0; skipped <= count + 1; skipped++) {
+            text t;
+            const char *rest = expected;
+            t.n = 0;
+            t.s[0] = 0;
+            assert_int_equal(pd_reader_shard(r, 1, 2), PD_OK);
+            if (sources[source].open == open_stream) { /* what was seen of a stream is gone already */
+                assert_int_equal(r->skip(r, skipped), PD_OK);
+            } else {
+                assert_int_equal(r->skip(r, skipped), skipped > count ? PD_END : PD_OK);
+                for (int64_t i = 0; i < skipped && *rest; i++) rest = strchr(rest, '\n') + 1;
+            }
+            read_rest(r, net, 3, &t);
+            assert_string_equal(t.s, rest);
+        }
+        pd_reader_free(r);
+    }
+    pd_net_free(net);
+}
+
+static void test_shard_refused(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    pd_reader *r = made(net, open_array(net, NULL));
+    (void)state;
+    assert_int_equal(pd_reader_shard(NULL, 0, 1), PD_E_ARGUMENT);
+    assert_int_equal(pd_reader_shard(r, 0, 0), PD_E_ARGUMENT);
+    assert_int_equal(pd_reader_shard(r, 3, 3), PD_E_ARGUMENT);
+    check_contains(r->error.text, "array reader: shard 3 of 3 does not exist");
+    r->shard = NULL;
+    assert_int_equal(pd_reader_shard(r, 0, 2), PD_E_UNSUPPORTED);
+    pd_reader_free(r);
+    pd_reader_free(NULL);
+    pd_net_free(net);
+}
+
+/* ---- arrays ---- */
+
+static void test_arrays(void **state) {
+    pd_net *net = make_net(2, true, NULL), *plain = make_net(2, false, NULL);
+    const pd_real data[] = { 1, 2, 3, 4, 5, 6 };
+    const int64_t ids[] = { 0, 1, 7, 3 }, x_starts[] = { 0, 2, 2, 3 }, starts[] = { 0, 1, 2, 4 },
+                  falling[] = { 0, 2, 1, 3 };
+    pd_array a[2];
+    (void)state;
+    memset(a, 0, sizeof a);
+    a[0].data = data;
+    a[0].starts = x_starts;
+    a[1].ids = ids;
+    a[1].starts = starts;
+    expect(net, pd_array_reader(net, 3, a, 2),
+           "1 2,3 4|0\n|1\n! array reader: sample 2: input \"label\": id 7, expected 0 to 3\n");
+    a[0].starts = falling;
+    expect_none(net, pd_array_reader(net, 3, a, 2), PD_E_ARGUMENT,
+                "input \"x\": starts[2] is 1; they must rise from 0");
+    a[0].starts = x_starts + 1;
+    expect_none(net, pd_array_reader(net, 2, a, 2), PD_E_ARGUMENT, "starts[0] is 2");
+    a[0].starts = NULL;
+    expect_none(net, pd_array_reader(net, 3, a, 2), PD_E_ARGUMENT, "input \"x\" carries sequences and needs starts");
+    expect_none(plain, pd_array_reader(plain, 3, a, 2), PD_E_ARGUMENT, "input \"label\" has starts but no sequences");
+    a[1].starts = NULL;
+    expect(plain, pd_array_reader(plain, 2, a, 2), "1 2|0\n3 4|1\n");
+    expect_none(plain, pd_array_reader(plain, 2, a, 1), PD_E_ARGUMENT,
+                "2 samples of 1 arrays, expected 0 or more of 2");
+    expect_none(plain, pd_array_reader(plain, -1, a, 2), PD_E_ARGUMENT, "-1 samples");
+    expect_none(plain, pd_array_reader(plain, 2, NULL, 2), PD_E_ARGUMENT, "0 arrays");
+    a[1].data = data;
+    expect_none(plain, pd_array_reader(plain, 2, a, 2), PD_E_ARGUMENT, "input \"label\" takes ids, and nothing else");
+    memset(a, 0, sizeof a);
+    expect_none(plain, pd_array_reader(plain, 2, a, 2), PD_E_ARGUMENT, "input \"x\" takes data, and nothing else");
+    expect(plain, pd_array_reader(plain, 0, a, 2), "");
+    pd_net_free(net);
+    pd_net_free(plain);
+}
+
+/* A batch of another net must not be written to: its rows may be shorter. */
+static void test_other_batch(void **state) {
+    pd_net *net = make_net(3, false, NULL), *other = make_net(2, false, NULL);
+    pd_reader *r = made(net, pd_shuffle(net, pd_prefetch(net, open_array(net, NULL), 1), 5, 1));
+    pd_batch *b = pd_batch_new(other), *own = pd_batch_new(net);
+    (void)state;
+    assert_int_equal(r->next(r, b, 1), PD_E_SHAPE);
+    assert_int_equal(r->next(r, NULL, 1), PD_E_ARGUMENT);
+    assert_int_equal(r->next(r, own, -1), PD_E_ARGUMENT);
+    assert_int_equal(r->next(r, own, 0), PD_OK);
+    assert_int_equal(r->next(r, own, 7), PD_OK);
+    pd_reader_free(r);
+    r = made(net, open_array(net, NULL));
+    assert_int_equal(r->next(r, b, 1), PD_E_SHAPE);
+    check_contains(r->error.text, "array reader: the batch is of a net with other inputs");
+    pd_reader_free(r);
+    pd_batch_free(b);
+    pd_batch_free(own);
+    pd_net_free(net);
+    pd_net_free(other);
+}
+
+static void test_bad_net(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    (void)state;
+    expect_none(net, pd_csv_reader(net, "data.csv", NULL), PD_E_STATE, "csv reader: the net has no inputs yet");
+    pd_vector(net, "x", -1);
+    expect_none(net, pd_csv_reader(net, "data.csv", NULL), pd_error_status(net), "x");
+    assert_null(pd_batch_new(net));
+    assert_null(pd_batch_new(NULL));
+    assert_null(pd_csv_reader(NULL, "data.csv", NULL));
+    assert_null(pd_shuffle(net, NULL, 1, 1));
+    assert_null(pd_prefetch(net, NULL, 1));
+    assert_null(pd_shuffle(NULL, NULL, 1, 1));
+    pd_net_free(net);
+}
+
+/* ---- bytes of binary files ---- */
+
+typedef struct bytes {
+    unsigned char b[4096];
+    size_t n;
+} bytes;
+
+static void put(bytes *to, const void *from, size_t n) {
+    assert_true(to->n + n <= sizeof to->b);
+    memcpy(to->b + to->n, from, n);
+    to->n += n;
+}
+
+/* The number x as kind f, i, u or b of `size` bytes. */
+static void put_number(bytes *to, double x, char kind, int size, bool big) {
+    uint64_t bits = x < 0 ? ~(uint64_t)(-x - 1) : (uint64_t)x;
+    float single = (float)x;
+    if (kind == 'f' && size == 8) memcpy(&bits, &x, 8);
+    if (kind == 'f' && size == 4) {
+        uint32_t low;
+        memcpy(&low, &single, 4);
+        bits = low;
+    }
+    if (kind == 'f' && size == 2)
+        bits = x == 0 ? 0 : (x < 0 ? 0x8000u : 0) | (unsigned)(ilogb(x) + 15) << 10; /* powers of 2 */
+    for (int i = 0; i < size; i++) {
+        unsigned char byte = (unsigned char)(bits >> 8 * (big ? size - 1 - i : i));
+        put(to, &byte, 1);
+    }
+}
+
+/* An IDX file of `type` with `count` dims and some numbers. */
+static void write_idx(const char *name, int type, int count, const int64_t *dims, int64_t numbers,
+                      const double *values) {
+    static const struct {
+        char kind;
+        int size;
+    } types[] = { { 'u', 1 }, { 'i', 1 }, { 'x', 1 }, { 'i', 2 }, { 'i', 4 }, { 'f', 4 }, { 'f', 8 } };
+    const unsigned char magic[] = { 0, 0, (unsigned char)type, (unsigned char)count };
+    bytes f;
+    f.n = 0;
+    put(&f, magic, 4);
+    for (int i = 0; i < count; i++) put_number(&f, (double)dims[i], 'u', 4, true);
+    for (int64_t i = 0; i < numbers; i++) put_number(&f, values[i], types[type - 8].kind, types[type - 8].size, true);
+    write_bytes(name, f.b, f.n);
+}
+
+static const int64_t idx_dims[] = { 2, 1, 3 };
+static const double idx_values[] = { 1, 2, 4, 0, 64, 8, 1, 3 };
+static const char *const idx_paths[] = { "x.idx", "label.idx" };
+#define IDX_SAMPLES "1 2 4|1\n0 64 8|3\n"
+
+static void write_good_idx(void) {
+    write_idx("x.idx", 8, 3, idx_dims, 6, idx_values);
+    write_idx("label.idx", 8, 1, idx_dims, 2, idx_values + 6);
+}
+
+static void test_idx(void **state) {
+    static const double negative[] = { -1, -128, 127, -1, 1, 0 };
+    pd_net *net = make_net(3, false, NULL);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    write_good_idx();
+    expect(net, pd_idx_reader(net, idx_paths, 2, NULL), IDX_SAMPLES);
+    o.scale = 0.25;
+    o.shift = -1;
+    expect(net, pd_idx_reader(net, idx_paths, 2, &o), "-0.75 -0.5 0|1\n-1 15 1|3\n");
+    for (int type = 8; type <= 14; type++) {
+        if (type == 10) continue;
+        write_idx("x.idx", type, 3, idx_dims, 6, idx_values);
+        write_idx("label.idx", type, 1, idx_dims, 2, idx_values + 6);
+        expect(net, pd_idx_reader(net, idx_paths, 2, NULL), IDX_SAMPLES);
+        if (type == 8) continue;
+        write_idx("x.idx", type, 3, idx_dims, 6, negative);
+        expect(net, pd_idx_reader(net, idx_paths, 2, NULL), "-1 -128 127|1\n-1 1 0|3\n");
+    }
+    pd_net_free(net);
+}
+
+static void expect_idx_refused(pd_net *net, pd_status status, const char *message) {
+    expect_none(net, pd_idx_reader(net, idx_paths, 2, NULL), status, message);
+    write_good_idx();
+}
+
+static void test_idx_malformed(void **state) {
+    static const int64_t huge[] = { 2, 0xffffffff, 0xffffffff, 0xffffffff }, three[] = { 3 };
+    static const double bad_labels[] = { 1, 4 };
+    pd_net *net = make_net(3, false, NULL), *other = make_net(4, false, NULL);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    write_good_idx();
+    for (size_t n = 0; n < 16; n++) {
+        char message[100];
+        int64_t part = n < 4 ? 0 : (int64_t)n / 4 * 4;
+        write_bytes("x.idx", "\0\0\10\3\0\0\0\2\0\0\0\1\0\0\0\3", n);
+        snprintf(message, sizeof message, "x.idx: it ends within the 4 bytes of the header at offset %d", (int)part);
+        expect_idx_refused(net, PD_E_FORMAT, message);
+    }
+    write_bytes("x.idx", "\0\0\12\3\0\0\0\2\0\0\0\1\0\0\0\3......", 22);
+    expect_idx_refused(net, PD_E_FORMAT, "x.idx: it begins with 00 00 0a 03, which is not an IDX file");
+    write_bytes("x.idx", "\1\0\10\3\0\0\0\2\0\0\0\1\0\0\0\3......", 22);
+    expect_idx_refused(net, PD_E_FORMAT, "begins with 01 00 08 03");
+    write_bytes("x.idx", "\0\0\10\0", 4);
+    expect_idx_refused(net, PD_E_FORMAT, "begins with 00 00 08 00");
+    write_idx("x.idx", 8, 3, idx_dims, 5, idx_values);
+    expect_idx_refused(net, PD_E_FORMAT, "x.idx: 5 bytes behind offset 16, expected 2 samples of 3 numbers of 1 bytes");
+    write_idx("x.idx", 8, 3, idx_dims, 7, idx_values);
+    expect_idx_refused(net, PD_E_FORMAT, "7 bytes behind offset 16");
+    write_idx("x.idx", 8, 4, huge, 0, NULL);
+    expect_idx_refused(net, PD_E_FORMAT, "product of the dims is too large");
+    write_idx("x.idx", 8, 2, huge, 0, NULL);
+    expect_idx_refused(net, PD_E_SHAPE, "x.idx: 4294967295 numbers per sample, but input \"x\" takes 3");
+    write_idx("label.idx", 8, 1, three, 3, idx_values);
+    expect_idx_refused(net, PD_E_SHAPE, "label.idx: 3 samples for input \"label\", but input \"x\" has 2");
+    write_idx("label.idx", 8, 2, idx_dims + 1, 3, idx_values);
+    expect_idx_refused(net, PD_E_SHAPE, "label.idx: 3 numbers per sample, but input \"label\" takes 1");
+    remove("label.idx");
+    expect_idx_refused(net, PD_E_IO, "label.idx: No such file");
+    expect_none(other, pd_idx_reader(other, idx_paths, 2, NULL), PD_E_SHAPE, "input \"x\" takes 4");
+    expect_none(net, pd_idx_reader(net, idx_paths, 1, NULL), PD_E_ARGUMENT, "idx reader: 1 paths, expected 2");
+    expect_none(net, pd_idx_reader(net, NULL, 2, NULL), PD_E_ARGUMENT, "0 paths");
+    o.order = "x,label";
+    expect_none(net, pd_idx_reader(net, idx_paths, 2, &o), PD_E_ARGUMENT, "are options for CSV");
+    write_idx("label.idx", 8, 1, idx_dims, 2, bad_labels);
+    expect(net, pd_idx_reader(net, idx_paths, 2, NULL),
+           "1 2 4|1\n! label.idx: offset 9 (sample 1): 4 is not an id of 0 to 3\n");
+    pd_net_free(net);
+    pd_net_free(other);
+}
+
+static void test_idx_not_finite(void **state) {
+    static const double values[] = { 1, 2, 4, 0, (double)INFINITY, 8 };
+    pd_net *net = make_net(3, false, NULL);
+    pd_reader *r;
+    (void)state;
+    write_good_idx();
+    write_idx("x.idx", 13, 3, idx_dims, 6, values);
+    expect(net, pd_idx_reader(net, idx_paths, 2, NULL),
+           "1 2 4|1\n! x.idx: offset 32 (sample 1): inf is not a finite number of this build\n");
+    write_good_idx();
+    r = made(net, pd_idx_reader(net, idx_paths, 2, NULL));
+    assert_int_equal(truncate("x.idx", 18), 0);
+    assert_string_equal(read_pass(r, net, 0, 2), "! x.idx: offset 16 (sample 0): the file has become shorter\n"
+                                                 "! x.idx: offset 19 (sample 1): the file has become shorter\n");
+    pd_reader_free(r);
+    pd_net_free(net);
+}
+
+/* Samples behind 2 and 4 GiB; the files are sparse. */
+static void test_large_file(void **state) {
+    static const int64_t samples = INT64_C(3000000000);
+    const char *const path = "large.idx";
+    pd_net *net = pd_net_new(NULL);
+    pd_reader_opts o = no_opts();
+    pd_reader *r;
+    FILE *f = fopen(path, "wb");
+    bytes head;
+    (void)state;
+    head.n = 0;
+    put(&head, "\0\0\13\1", 4);
+    put_number(&head, (double)samples, 'u', 4, true);
+    fwrite(head.b, 1, head.n, f);
+    if (fseeko(f, 8 + 2 * samples - 1, SEEK_SET) != 0 || fputc(3, f) != 3 || fclose(f) != 0) {
+        print_message("[  SKIPPED ] no sparse files of 6 GB here\n");
+        skip_test();
+    }
+    pd_ids(net, "word", 1000);
+    o.first = samples - 3;
+    r = made(net, pd_idx_reader(net, &path, 1, &o));
+    assert_int_equal(r->size(r), 3);
+    expect(net, r, "0\n0\n3\n");
+    pd_net_free(net);
+}
+
+/* ---- npy ---- */
+
+static void write_npy(const char *name, int version, const char *header, const void *data, size_t n) {
+    bytes f;
+    size_t length = strlen(header);
+    const unsigned char start[] = { 0x93, 'N', 'U', 'M', 'P', 'Y', (unsigned char)version, 0 };
+    f.n = 0;
+    put(&f, start, sizeof start);
+    put_number(&f, (double)length, 'u', version == 1 ? 2 : 4, false);
+    put(&f, header, length);
+    put(&f, data, n);
+    write_bytes(name, f.b, f.n);
+}
+
+static const char *const npy_paths[] = { "x.npy", "label.npy" };
+
+static void write_npy_label(void) {
+    write_npy("label.npy", 1, "{'descr': '|u1', 'fortran_order': False, 'shape': (2,), }", "\1\3", 2);
+}
+
+static void check_npy_type(pd_net *net, char order, char kind, int size) {
+    bytes data;
+    char header[200];
+    bool big = order == '>';
+    data.n = 0;
+    for (int i = 0; i < 6; i++) {
+        double value = kind == 'b'                 ? (double)(idx_values[i] != 0)
+                       : i % 4 == 1 && kind != 'u' ? -idx_values[i]
+                                                   : idx_values[i];
+        put_number(&data, value, kind, size, big);
+    }
+    for (int version = 1; version <= 3; version++) {
+        snprintf(header, sizeof header, "{'descr': '%c%c%d', 'fortran_order': False, 'shape': (2, 1, 3), }   \n", order,
+                 kind, size);
+        write_npy("x.npy", version, header, data.b, data.n);
+        expect(net, pd_npy_reader(net, npy_paths, 2, NULL),
+               kind == 'b'   ? "1 1 1|1\n0 1 1|3\n"
+               : kind == 'u' ? IDX_SAMPLES
+                             : "1 -2 4|1\n0 64 -8|3\n");
+    }
+}
+
+static void test_npy(void **state) {
+    static const char kinds[] = "fiub", orders[] = "<>=|";
+    pd_net *net = make_net(3, false, NULL);
+    (void)state;
+    write_npy_label();
+    for (int k = 0; k < 4; k++)
+        for (int size = 1; size <= 8; size *= 2)
+            for (int order = 0; order < 4; order++) {
+                if ((kinds[k] == 'f' && size == 1) || (kinds[k] == 'b' && size > 1)) continue;
+                if (orders[order] == '|' && size > 1) continue;
+                check_npy_type(net, orders[order], kinds[k], size);
+            }
+    /* other ways to write the header */
+    write_npy("x.npy", 1, "{ \"shape\" :( 2,3 ) ,'fortran_order':False,\n\t'descr':\"|i1\"}", "\1\2\4\0\100\10", 6);
+    expect(net, pd_npy_reader(net, npy_paths, 2, NULL), IDX_SAMPLES);
+    write_npy("label.npy", 2, "{'descr': '|u1', 'fortran_order': True, 'shape': (2,), }", "\1\3", 2);
+    expect(net, pd_npy_reader(net, npy_paths, 2, NULL), IDX_SAMPLES);
+    write_npy("label.npy", 2, "{'descr': '<i2', 'fortran_order': False, 'shape': (2,1)}", "\1\0\3\0", 4);
+    expect(net, pd_npy_reader(net, npy_paths, 2, NULL), IDX_SAMPLES);
+    pd_net_free(net);
+}
+
+static void expect_npy_refused(const char *header, size_t data, pd_status status, const char *message) {
+    pd_net *net = make_net(3, false, NULL);
+    static const char zeros[64];
+    write_npy_label();
+    write_npy("x.npy", 1, header, zeros, data);
+    expect_none(net, pd_npy_reader(net, npy_paths, 2, NULL), status, message);
+    pd_net_free(net);
+}
+
+static void test_npy_malformed(void **state) {
+    static const char *const malformed[] = {
+        "",
+        "{",
+        "}",
+        "{}",
+        "[]",
+        "{'descr': '<f4'}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3)",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': ()}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, -3)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2 3)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (,)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': 6}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999, 3)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 9223372036854775807, 3)}",
+        "{'descr': '<f4', 'fortran_order': Falsch, 'shape': (2, 3)}",
+        "{'descr': '<f4', 'fortran_order': 0, 'shape': (2, 3)}",
+        "{'descr': '<f4', 'descr': '<f4', 'fortran_order': False, 'shape': (2, 3)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), 'more': 1}",
+        "{'descr' '<f4', 'fortran_order': False}",
+        "{'descr': '<f4' 'fortran_order': False, 'shape': (2, 3)}",
+        "{'descr",
+        "{'a very long key that does not fit': 1}",
+        "{'descr': '<f4\\",
+        "{'descr': '<f4', , 'fortran_order': False, 'shape': (2, 3)}",
+    };
+    static const char *const types[] = { "|O", "<c8", "<U3", "|S4", "<M8", "<f16", "f4",
+                                         "<f", "<i3", "|f4", "<f1", "|b2", "",     "<u4x" };
+    pd_net *net = make_net(3, false, NULL);
+    char header[200], big[3000];
+    (void)state;
+    for (int i = 0; i < PD__COUNT(malformed); i++)
+        expect_npy_refused(malformed[i], 24, PD_E_FORMAT, "x.npy: malformed near byte");
+    for (int i = 0; i < PD__COUNT(types); i++) {
+        snprintf(header, sizeof header, "{'descr': '%s', 'fortran_order': False, 'shape': (2, 3)}", types[i]);
+        expect_npy_refused(header, 24, PD_E_UNSUPPORTED, "x.npy: elements of type \"");
+    }
+    expect_npy_refused("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2, 3)}", 24, PD_E_UNSUPPORTED,
+                       "structured");
+    expect_npy_refused("{'descr': '<f4', 'fortran_order': True, 'shape': (2, 3)}", 24, PD_E_UNSUPPORTED,
+                       "in Fortran order");
+    expect_npy_refused("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2)}", 16, PD_E_SHAPE,
+                       "2 numbers per sample");
+    expect_npy_refused("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 3)}", 36, PD_E_SHAPE,
+                       "2 samples for input \"label\"");
+    expect_npy_refused("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3)}", 23, PD_E_FORMAT,
+                       "23 bytes behind offset 67");
+    expect_npy_refused("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3)}", 25, PD_E_FORMAT,
+                       "expected 2 samples of 3 numbers");
+    expect_npy_refused("{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 3)}", 0, PD_E_FORMAT,
+                       "0 bytes behind");
+    write_bytes("x.npy", "\x93NUMPY\4\0", 8);
+    expect_none(net, pd_npy_reader(net, npy_paths, 2, NULL), PD_E_FORMAT, "x.npy: it is not an .npy file");
+    write_bytes("x.npy", "\x93NUMPY\2\0\xff\xff\xff\xff", 12);
+    expect_none(net, pd_npy_reader(net, npy_paths, 2, NULL), PD_E_FORMAT, "offset 8: the header has 4294967295 bytes");
+    write_bytes("x.npy", "\x93NUMPY\1\0\x20\0{", 11);
+    expect_none(net, pd_npy_reader(net, npy_paths, 2, NULL), PD_E_FORMAT,
+                "ends within the 32 bytes of the header at offset 10");
+    write_bytes("x.npy", "\x93NUM", 4);
+    expect_none(net, pd_npy_reader(net, npy_paths, 2, NULL), PD_E_FORMAT, "ends within the 8 bytes");
+    memset(big, ' ', sizeof big);
+    memcpy(big, "{'shape': (", 11);
+    for (int i = 0; i < 100; i++) memcpy(big + 11 + 2 * i, "1,", 2);
+    memcpy(big + 2950, ")}", 3);
+    expect_npy_refused(big, 4, PD_E_FORMAT, "malformed near byte");
+    pd_net_free(net);
+}
+
+/* ---- LibSVM ---- */
+
+static pd_net *libsvm_net(int64_t classes, bool sequences) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_vector(net, "x", 3), *y;
+    if (sequences) pd_sequence(x);
+    y = classes ? pd_label(net, "y", classes) : pd_vector(net, "y", 1);
+    if (sequences) pd_sequence(y);
+    return net;
+}
+
+static void expect_libsvm(int64_t classes, bool sequences, const char *content, const pd_reader_opts *o,
+                          const char *expected) {
+    pd_net *net = libsvm_net(classes, sequences);
+    write_text("data.txt", content);
+    expect(net, pd_libsvm_reader(net, "data.txt", o), expected);
+    pd_net_free(net);
+}
+
+static void test_libsvm(void **state) {
+    pd_reader_opts o = no_opts();
+    (void)state;
+    expect_libsvm(2, false, "+1 1:0.5 3:2\n# all of it\n-1 2:1 # 3:7\r\n0\n\n1 qid:7 2:3", NULL,
+                  "0.5 0 2|1\n0 1 0|0\n0 0 0|0\n0 3 0|1\n");
+    expect_libsvm(0, false, "-1.5 1:1\n2e1  \t2:2 ", NULL, "1 0 0|-1.5\n0 2 0|20\n");
+    o.shift = 1;
+    expect_libsvm(3, false, "2 2:3\n", &o, "1 4 1|2\n");
+    expect_libsvm(0, true, "1 qid:1 1:1\n2 qid:1 2:2\n3 qid:2 1:1\n4 qid:1\n", NULL,
+                  "1 0 0,0 2 0|1,2\n1 0 0|3\n0 0 0|4\n");
+}
+
+static void test_libsvm_malformed(void **state) {
+    static const struct {
+        const char *line, *message;
+    } bad[] = {
+        { "x 1:1", "label: \"x\" is not a number" },
+        { "3 1:1", "label: 3 is not an id of 0 to 2" },
+        { "-1 1:1", "label: -1 is not an id of 0 to 2" },
+        { "1.5", "label: 1.5 is not an id" },
+        { "1:1", "label: \"1:1\" is not a number" },
+        { "1 1", "\"1\", expected index:value" },
+        { "1 :1", "index: empty, expected a number" },
+        { "1 1:", "value of index 1: empty, expected a number" },
+        { "1 1: 2", "value of index 1: empty" },
+        { "1 1:nan", "value of index 1: \"nan\" is not a finite number" },
+        { "1 0:1", "index 0, expected 1 to 3" },
+        { "1 4:1", "index 4, expected 1 to 3" },
+        { "1 2:1 2:1", "index 2, expected 3 to 3" },
+        { "1 3:1 1:1", "index 1, expected 4 to 3" },
+        { "1 1.5:1", "index 1.5, expected 1 to 3" },
+        { "1 -1:1", "index -1" },
+        { "1 1:1:1", "\"1:1\" is not a number" },
+        { "1 qid:x 1:1", "qid: \"x\" is not a number" },
+        { "1 1:1 qid:2", "index: \"qid\" is not a number" },
+    };
+    pd_net *net = libsvm_net(3, false);
+    (void)state;
+    for (int i = 0; i < PD__COUNT(bad); i++) {
+        char content[200], place[] = "! data.txt:2: ";
+        pd_reader *r;
+        const char *got;
+        snprintf(content, sizeof content, "0 1:1\n%s\n1 3:1\n", bad[i].line);
+        write_text("data.txt", content);
+        r = made(net, pd_libsvm_reader(net, "data.txt", NULL));
+        got = read_pass(r, net, 0, 2);
+        check_contains(got, "1 0 0|0\n! data.txt:2: ");
+        check_contains(strstr(got, place) + strlen(place), bad[i].message);
+        check_contains(got, "\n0 0 1|1\n");
+        pd_reader_free(r);
+    }
+    pd_net_free(net);
+}
+
+/* A bad line makes its whole query bad, and nothing else. */
+static void test_bad_queries(void **state) {
+    (void)state;
+    expect_libsvm(0, true, "1 qid:1\n2 qid:2\nx qid:2 1:1\n4 qid:2\n5 qid:3\n", NULL,
+                  "0 0 0|1\n! data.txt:3: label: \"x\" is not a number\n0 0 0|5\n");
+    expect_libsvm(0, true, "1 qid:1\nx qid:2\n3 qid:2 1:1\n4 qid:2", NULL,
+                  "0 0 0|1\n! data.txt:2: label: \"x\" is not a number\n");
+    expect_libsvm(0, true, "1 qid:1\n2 1:1\n3 qid:1\n", NULL,
+                  "0 0 0|1\n! data.txt:2: no qid behind the label\n0 0 0|3\n");
+    expect_libsvm(0, true, "1 qid:\n2\n", NULL,
+                  "! data.txt:1: qid: empty, expected a number\n! data.txt:2: no qid behind the label\n");
+}
+
+/* Samples are queries for options too: stepping over them needs no look inside. */
+static void test_query_choice(void **state) {
+    pd_reader_opts o = no_opts();
+    (void)state;
+    o.first = 1;
+    o.folds = 2;
+    expect_libsvm(0, true, "1 qid:1\n2 qid:1\n3 qid:2\n4 qid:3\n5 qid:3\n6 qid:4\n7 qid:5 1:1", &o,
+                  "0 0 0,0 0 0|4,5\n1 0 0|7\n");
+}
+
+static void test_libsvm_refused(void **state) {
+    pd_net *net = make_net(3, false, NULL), *mixed = pd_net_new(NULL), *swapped = pd_net_new(NULL);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    o.delimiter = ';';
+    expect_none(net, pd_libsvm_reader(net, "data.txt", &o), PD_E_ARGUMENT, "libsvm reader: order, delimiter");
+    pd_sequence(pd_vector(mixed, "x", 3));
+    pd_label(mixed, "y", 2);
+    expect_none(mixed, pd_libsvm_reader(mixed, "data.txt", NULL), PD_E_SHAPE, "both or none carry sequences");
+    pd_vector(net, "z", 1);
+    expect_none(net, pd_libsvm_reader(net, "data.txt", NULL), PD_E_SHAPE, "the net must have two inputs");
+    pd_vector(swapped, "y", 1);
+    pd_vector(swapped, "x", 2);
+    write_text("data.txt", "7 1:1 2:2\n");
+    expect(swapped, pd_libsvm_reader(swapped, "data.txt", NULL), "7|1 2\n");
+    pd_net_free(net);
+    pd_net_free(mixed);
+    pd_net_free(swapped);
+}
+
+/* ---- streams ---- */
+
+/* What the function does in its calls, a letter each: g good, e ends the pass, b bad id, n nothing added, f fails,
+   s ends the sample itself, c clears the batch. */
+static pd_status scripted_next(void *user, pd_batch *b) {
+    const char **script = (const char **)user;
+    char what = **script ? *(*script)++ : 'e';
+    pd_real *row = what == 'n' ? NULL : pd_batch_add_row(b, 0);
+    if (row) row[0] = row[1] = row[2] = 1;
+    if (what == 'b') return pd_batch_add_id(b, 1, 9);
+    if (what != 'n') pd_batch_add_id(b, 1, 2);
+    if (what == 's') pd_batch_end_sample(b);
+    if (what == 'c') pd_batch_clear(b);
+    return what == 'e' ? PD_END : what == 'f' ? PD_E_IO : PD_OK;
+}
+
+static void test_stream(void **state) {
+    static const char *const messages = "1 1 1|2\n"
+                                        "! stream reader: sample 1: input \"label\": id 9, expected 0 to 3\n"
+                                        "1 1 1|2\n"
+                                        "! sample 1 of the batch: no input got a row\n"
+                                        "! stream reader: sample 4: file could not be read or written\n"
+                                        "! stream reader: sample 5: the function ended the sample itself\n"
+                                        "1 1 1|2\n";
+    pd_net *net = make_net(3, false, NULL);
+    const char *script = "gegg";
+    pd_reader *r = made(net, pd_stream_reader(net, scripted_next, &script));
+    (void)state;
+    assert_string_equal(read_pass(r, net, 0, 2), "1 1 1|2\n");
+    assert_string_equal(read_pass(r, net, 1, 3), "1 1 1|2\n1 1 1|2\n"); /* goes on */
+    script = "gbgnfsg";
+    assert_string_equal(read_pass(r, net, 2, 1), messages);
+    script = "c";
+    assert_string_equal(read_pass(r, net, 2, 1), "! sample 1 of the batch: no input got a row\n");
+    pd_reader_free(r);
+    expect_none(net, pd_stream_reader(net, NULL, NULL), PD_E_ARGUMENT, "stream reader: no function given");
+    pd_net_free(net);
+}
+
+/* ---- readers of a user's own, with no more than they must have, or with some ---- */
+
+typedef struct counter {
+    pd_reader reader;
+    int64_t at, count;
+    int freed;
+} counter;
+
+/* Sample i is "i i i|i % 4"; every 13th fails, and leaves no message. */
+static pd_status counter_next(pd_reader *r, pd_batch *b, int64_t count) {
+    counter *c = (counter *)r->self;
+    while (count-- > 0) {
+        pd_real *row;
+        if (c->at == c->count) return PD_END;
+        if (++c->at % 13 == 0) return PD_E_FORMAT;
+        row = pd_batch_add_row(b, 0);
+        if (!row || pd_batch_add_id(b, 1, c->at % 4) != PD_OK) return PD_E_MEMORY;
+        row[0] = row[1] = row[2] = (pd_real)c->at;
+        if (pd_batch_end_sample(b) != PD_OK) return PD_E_MEMORY;
+    }
+    return PD_OK;
+}
+static pd_status counter_reset(pd_reader *r, int64_t pass) {
+    ((counter *)r->self)->at = 0;
+    return pass == 99 ? PD_E_IO : PD_OK;
+}
+static void counter_free(pd_reader *r) { ((counter *)r->self)->freed++; }
+
+static pd_reader *start_counter(counter *c, int64_t count) {
+    memset(c, 0, sizeof *c);
+    c->count = count;
+    c->reader.api_version = PD_API_VERSION;
+    c->reader.name = "counter";
+    c->reader.self = c;
+    c->reader.next = counter_next;
+    c->reader.reset = counter_reset;
+    c->reader.free = counter_free;
+    return &c->reader;
+}
+
+static void test_own_reader(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    counter c;
+    pd_reader *r;
+    text t;
+    (void)state;
+    for (int depth = 0; depth <= 3; depth++) {
+        pd_reader *own = start_counter(&c, 30);
+        r = made(net, depth ? pd_prefetch(net, own, depth) : pd_shuffle(net, own, 1, 0));
+        check_contains(read_pass(r, net, 0, 5), "12 12 12|0\n! counter reader: malformed data\n14 14 14|2\n");
+        assert_int_equal(r->size(r), -1);
+        assert_int_equal(pd_reader_shard(r, 0, 2), PD_E_UNSUPPORTED);
+        check_contains(r->error.text, "counter reader: it can't be split into shards");
+        assert_int_equal(r->reset(r, 99), PD_E_IO);
+        assert_int_equal(r->reset(r, 0), PD_OK);
+        assert_int_equal(r->skip(r, 8), PD_OK);
+        t.n = 0;
+        read_rest(r, net, 3, &t);
+        check_contains(t.s, "9 9 9|1\n10 10 10|2\n11 11 11|3\n12 12 12|0\n! ");
+        assert_int_equal(t.s[0], '9');
+        assert_int_equal(r->reset(r, 0), PD_OK);
+        assert_int_equal(r->skip(r, 20), PD_E_FORMAT); /* the bad one on the way */
+        pd_reader_free(r);
+        assert_int_equal(c.freed, 1);
+    }
+    assert_null(pd_shuffle(net, start_counter(&c, 1), 0, 1));
+    check_contains(pd_error(net), "pd_shuffle: the pool is 0, expected 1 or more");
+    assert_int_equal(c.freed, 1);
+    assert_null(pd_prefetch(net, start_counter(&c, 1), 0));
+    check_contains(pd_error(net), "pd_prefetch: depth is 0, expected 1 or more");
+    assert_int_equal(c.freed, 1);
+    assert_null(pd_prefetch(NULL, start_counter(&c, 1), 1));
+    assert_int_equal(c.freed, 1);
+    pd_net_free(net);
+}
+
+/* ---- shuffling ---- */
+
+/* The samples' numbers in the order in which they come. */
+static int64_t read_order(pd_reader *r, pd_net *net, int64_t pass, int64_t count, int64_t *order) {
+    pd_batch *b = pd_batch_new(net);
+    pd_status status = r->reset(r, pass);
+    int64_t n = 0;
+    while (status == PD_OK) {
+        pd_batch_clear(b);
+        status = r->next(r, b, count);
+        for (int64_t i = 0; i < b->samples; i++) {
+            assert_true(n < MANY);
+            order[n++] = (int64_t)b->slots[0].data[3 * i];
+            assert_int_equal(b->slots[1].ids[i], order[n - 1] % 4);
+        }
+    }
+    assert_int_equal(status, PD_END);
+    pd_batch_free(b);
+    return n;
+}
+
+static void test_shuffle(void **state) {
+    static const int64_t pools[] = { 1, 2, 3, 10, 40, 52, 53, 54, INT64_MAX };
+    pd_net *net = make_net(3, false, NULL);
+    (void)state;
+    for (int p = 0; p < PD__COUNT(pools); p++) {
+        pd_reader *r = made(net, pd_shuffle(net, open_array(net, NULL), pools[p], 7));
+        pd_reader *same = made(net, pd_shuffle(net, open_array(net, NULL), pools[p], 7));
+        pd_reader *other = made(net, pd_shuffle(net, open_array(net, NULL), pools[p], 8));
+        int64_t a[MANY], b[MANY], c[MANY], d[MANY];
+        bool seen[MANY] = { false };
+        assert_int_equal(r->size(r), MANY);
+        assert_int_equal(read_order(r, net, 3, 8, a), MANY);
+        assert_int_equal(read_order(same, net, 3, 5, b), MANY);
+        assert_int_equal(read_order(other, net, 3, 8, c), MANY);
+        assert_int_equal(read_order(same, net, 4, 8, d), MANY);
+        assert_memory_equal(a, b, sizeof a);
+        if (pools[p] > 2) assert_memory_not_equal(a, c, sizeof a);
+        if (pools[p] > 2) assert_memory_not_equal(a, d, sizeof a);
+        for (int i = 0; i < MANY; i++) {
+            assert_false(seen[a[i]]);
+            seen[a[i]] = true;
+            assert_true(a[i] - i < pools[p]); /* no sample comes before the pool can have it */
+            if (pools[p] == 1) assert_int_equal(a[i], i);
+        }
+        pd_reader_free(r);
+        pd_reader_free(same);
+        pd_reader_free(other);
+    }
+    pd_net_free(net);
+}
+
+/* Every sample is as likely in every place when the pool holds them all: chi-square of 10 x 10 counts, 81 degrees of
+   freedom, which is below 130 in all but one of a thousand cases. */
+static void test_shuffle_uniform(void **state) {
+    enum { N = 10, PASSES = 2000 };
+    pd_net *net = make_net(3, false, NULL);
+    int64_t order[MANY], counts[N][N] = { { 0 } };
+    double chi = 0;
+    pd_array arrays[2];
+    pd_reader *r;
+    (void)state;
+    pd_reader_free(open_array(net, NULL)); /* fills in the numbers */
+    memset(arrays, 0, sizeof arrays);
+    arrays[0].data = many_numbers;
+    arrays[1].ids = many_ids;
+    r = made(net, pd_shuffle(net, pd_array_reader(net, N, arrays, 2), N, 5));
+    for (int pass = 0; pass < PASSES; pass++) {
+        assert_int_equal(read_order(r, net, pass, 4, order), N);
+        for (int i = 0; i < N; i++) counts[i][order[i]]++;
+    }
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++) chi += pow((double)counts[i][j] - PASSES / N, 2) / (PASSES / N);
+    if (!(chi < 130)) fail_msg("chi-square %g", chi);
+    pd_reader_free(r);
+    pd_net_free(net);
+}
+
+static void test_shuffle_skip(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    (void)state;
+    for (int64_t pool = 1; pool <= 60; pool += 7) {
+        pd_reader *r = made(net, pd_shuffle(net, open_array(net, NULL), pool, 7));
+        text all, rest;
+        for (int skipped = 0; skipped <= MANY + 1; skipped += 6) {
+            const char *expected = all.s;
+            all.n = rest.n = 0;
+            assert_int_equal(r->reset(r, 2), PD_OK);
+            read_rest(r, net, 7, &all);
+            assert_int_equal(r->reset(r, 2), PD_OK);
+            assert_int_equal(r->skip(r, skipped), skipped > MANY ? PD_END : PD_OK);
+            rest.s[0] = 0;
+            read_rest(r, net, 4, &rest);
+            for (int i = 0; i < skipped && *expected; i++) expected = strchr(expected, '\n') + 1;
+            assert_string_equal(rest.s, expected);
+        }
+        pd_reader_free(r);
+    }
+    pd_net_free(net);
+}
+
+/* Sequences of different lengths go through the pool unharmed, while it is tidied again and again. */
+static void test_shuffle_sequences(void **state) {
+    enum { N = 300 };
+    pd_net *net = libsvm_net(0, true);
+    FILE *f = fopen("data.txt", "wb");
+    pd_reader *r;
+    pd_batch *b;
+    int64_t seen = 0;
+    (void)state;
+    for (int q = 0; q < N; q++)
+        for (int k = 0; k <= q % 5; k++) fprintf(f, "%d qid:%d 1:%d 2:%d\n", k, q, q, k);
+    fclose(f);
+    r = made(net, pd_shuffle(net, pd_libsvm_reader(net, "data.txt", NULL), 17, 3));
+    b = pd_batch_new(net);
+    assert_int_equal(r->next(r, b, N + 1), PD_END);
+    assert_int_equal(b->samples, N);
+    for (int i = 0; i < N; i++) {
+        int64_t first = b->slots[0].starts[i], n = b->slots[0].starts[i + 1] - first, q;
+        assert_true(n > 0);
+        q = (int64_t)b->slots[0].data[3 * first];
+        assert_int_equal(n, q % 5 + 1);
+        assert_int_equal(b->slots[1].starts[i], first);
+        for (int64_t k = 0; k < n; k++) {
+            assert_true(b->slots[0].data[3 * (first + k) + 1] == (pd_real)k &&
+                        b->slots[1].data[first + k] == (pd_real)k);
+            assert_true(b->slots[0].data[3 * (first + k)] == (pd_real)q);
+        }
+        seen += q;
+    }
+    assert_int_equal(seen, N * (N - 1) / 2);
+    pd_batch_free(b);
+    pd_reader_free(r);
+    pd_net_free(net);
+}
+
+/* Bad samples are told, and lose nothing but themselves. */
+static void test_shuffle_errors(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    counter c;
+    (void)state;
+    for (int64_t pool = 1; pool < 40; pool += 6) {
+        pd_reader *r = made(net, pd_shuffle(net, start_counter(&c, 30), pool, 1));
+        const char *got = read_pass(r, net, 0, 4);
+        int samples = 0, errors = 0;
+        for (; *got; got = strchr(got, '\n') + 1) *got == '!' ? errors++ : samples++;
+        assert_int_equal(samples, 28);
+        assert_int_equal(errors, 2);
+        pd_reader_free(r);
+    }
+    pd_net_free(net);
+}
+
+/* The shards of a shuffled reader share out all samples. */
+static void test_shuffle_shards(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    int64_t order[MANY], n = 0;
+    bool seen[MANY] = { false };
+    (void)state;
+    for (int rank = 0; rank < 3; rank++) {
+        pd_reader *r = made(net, pd_prefetch(net, pd_shuffle(net, open_array(net, NULL), 10, 1), 2));
+        int64_t size;
+        assert_int_equal(pd_reader_shard(r, rank, 3), PD_OK);
+        size = read_order(r, net, 0, 4, order);
+        assert_int_equal(r->size(r), size);
+        for (int64_t i = 0; i < size; i++, n++) {
+            assert_int_equal(order[i] % 3, rank);
+            assert_false(seen[order[i]]);
+            seen[order[i]] = true;
+        }
+        pd_reader_free(r);
+    }
+    assert_int_equal(n, MANY);
+    pd_net_free(net);
+}
+
+/* ---- reading ahead ---- */
+
+static void test_prefetch(void **state) {
+    static const int depths[] = { 1, 3 };
+    pd_net *net = make_net(3, false, NULL);
+    (void)state;
+    write_many();
+    for (int source = 0; source < PD__COUNT(sources); source++)
+        for (int d = 0; d < 2; d++) {
+            pd_reader *r = made(net, pd_prefetch(net, sources[source].open(net, NULL), depths[d]));
+            int64_t count;
+            pd_reader_opts o = no_opts();
+            const char *expected = expected_samples(&o, 0, 1, &count);
+            for (int64_t n = 0; n <= MANY + 1; n += n < 8 ? 1 : 15)
+                assert_string_equal(read_pass(r, net, n, n), expected); /* n = 0: batches of 1, 2, 3 .. */
+            assert_int_equal(r->size(r), sources[source].sized ? MANY : -1);
+            pd_reader_free(r);
+        }
+    pd_net_free(net);
+}
+
+/* Skipping, sharding, resetting and freeing while the thread reads. */
+static void test_prefetch_interrupted(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    pd_batch *b = pd_batch_new(net);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    write_many();
+    for (int turn = 0; turn < 60; turn++) {
+        pd_reader *r = made(net, pd_prefetch(net, open_csv(net, NULL), 1 + turn % 3));
+        int64_t count, taken = turn % 7, skipped = turn % 11, batch = 1 + turn % 4;
+        const char *expected = expected_samples(&o, 0, 1, &count);
+        text rest;
+        rest.n = 0;
+        pd_batch_clear(b);
+        if (turn % 5 == 0) assert_int_equal(pd_reader_shard(r, 0, 1), PD_OK);
+        for (int64_t i = 0; i < taken; i++) assert_int_equal(r->next(r, b, batch), PD_OK);
+        assert_int_equal(r->skip(r, skipped), PD_OK);
+        if (turn % 2) assert_int_equal(r->skip(r, skipped), PD_OK);
+        if (turn % 13 == 12) {
+            pd_reader_free(r);
+            continue;
+        }
+        read_rest(r, net, 3, &rest);
+        for (int64_t i = 0; i < taken * batch + skipped * (1 + turn % 2); i++) expected = strchr(expected, '\n') + 1;
+        assert_string_equal(rest.s, expected);
+        assert_int_equal(r->next(r, b, 1), PD_END);
+        assert_int_equal(r->skip(r, 1), PD_END);
+        assert_int_equal(r->reset(r, 1), PD_OK);
+        assert_int_equal(r->skip(r, MANY), PD_OK);
+        assert_int_equal(r->next(r, b, 1), PD_END);
+        assert_int_equal(r->reset(r, 2), PD_OK);
+        assert_int_equal(r->next(r, b, 2), PD_OK);
+        assert_int_equal(r->skip(r, MANY), PD_END);
+        pd_reader_free(r);
+    }
+    pd_batch_free(b);
+    pd_net_free(net);
+}
+
+/* Every error comes after the samples before it, once, and reading goes on. */
+static void test_prefetch_errors(void **state) {
+    const char *const expected =
+        "1 1 1|1\n! data.csv:2: column 1 (x): \"a\" is not a number\n2 2 2|2\n3 3 3|3\n"
+        "! data.csv:5: 2 columns, expected 4\n! data.csv:6: column 3 (x): \"b\" is not a number\n4 4 4|0\n";
+    pd_net *net = make_net(3, false, NULL);
+    (void)state;
+    write_text("data.csv", "1,1,1,1\na,2,2,2\n2,2,2,2\n3,3,3,3\n1,2\n1,1,b,1\n4,4,4,0\n");
+    for (int depth = 1; depth <= 3; depth++)
+        expect(net, pd_prefetch(net, pd_prefetch(net, pd_csv_reader(net, "data.csv", NULL), depth), 4 - depth),
+               expected);
+    pd_net_free(net);
+}
+
+/* ---- memory ---- */
+
+/* Several threads take memory at the same time. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static void *locked_alloc(void *user, size_t size, size_t align) {
+    void *memory;
+    pthread_mutex_lock(&lock);
+    memory = failing_alloc(user, size, align);
+    pthread_mutex_unlock(&lock);
+    return memory;
+}
+static void locked_free(void *user, void *memory, size_t size) {
+    pthread_mutex_lock(&lock);
+    failing_free(user, memory, size);
+    pthread_mutex_unlock(&lock);
+}
+static pd_net *counted_net(failing_allocator *f, bool sequences) {
+    pd_net_opts o;
+    memset(&o, 0, sizeof o);
+    memset(f, 0, sizeof *f);
+    f->fail_at = -1;
+    o.allocator.alloc = locked_alloc;
+    o.allocator.free = locked_free;
+    o.allocator.user = f;
+    return make_net(3, sequences, &o);
+}
+static int64_t calls_of(failing_allocator *f) {
+    int64_t calls;
+    pthread_mutex_lock(&lock);
+    calls = f->calls;
+    pthread_mutex_unlock(&lock);
+    return calls;
+}
+
+static pd_reader *open_listed_csv(pd_net *net, const pd_reader_opts *o) {
+    write_text("csv.list", "many.csv\nlong.csv\n");
+    return pd_csv_reader(net, "@csv.list", o);
+}
+static pd_reader *open_queries(pd_net *net, const pd_reader_opts *o) { return pd_libsvm_reader(net, "queries.txt", o); }
+static pd_reader *open_sequences(pd_net *net, const pd_reader_opts *o) {
+    static const int64_t starts[] = { 0, 3, 3, 4, 9 };
+    pd_array arrays[2];
+    (void)o;
+    pd_reader_free(open_array(net, NULL));
+    memset(arrays, 0, sizeof arrays);
+    arrays[0].data = many_numbers;
+    arrays[1].ids = many_ids;
+    arrays[0].starts = arrays[1].starts = starts;
+    return pd_array_reader(net, 4, arrays, 2);
+}
+static pd_reader *open_shuffle(pd_net *net, const pd_reader_opts *o) { return pd_shuffle(net, open_idx(net, o), 9, 1); }
+static pd_reader *open_shuffled_sequences(pd_net *net, const pd_reader_opts *o) {
+    return pd_shuffle(net, open_sequences(net, o), 2, 1);
+}
+static pd_reader *open_prefetch(pd_net *net, const pd_reader_opts *o) {
+    return pd_prefetch(net, pd_shuffle(net, open_csv(net, o), 9, 1), 3);
+}
+
+static const struct {
+    open_source open;
+    bool sequences;
+} all_readers[] = {
+    { open_csv, false },
+    { open_listed_csv, false },
+    { open_libsvm, false },
+    { open_idx, false },
+    { open_npy, false },
+    { open_array, false },
+    { open_stream, false },
+    { open_queries, true },
+    { open_sequences, true },
+    { open_shuffle, false },
+    { open_shuffled_sequences, true },
+    { open_prefetch, false },
+};
+
+static void write_all(void) {
+    FILE *f = fopen("long.csv", "wb");
+    write_many();
+    fprintf(f, "1,2,%100000d,3\n4,5,6,0\n", 7); /* a line that the buffer must grow for */
+    fclose(f);
+    f = fopen("queries.txt", "wb");
+    for (int i = 0; i < 40; i++) fprintf(f, "%d qid:%d 1:1\n", i % 4, i / 3);
+    fclose(f);
+}
+
+/* Reads all, past failures of memory, of which at least one must be told unless it did no harm. */
+static void read_all_past_failures(pd_reader *r, pd_net *net) {
+    pd_batch *b = pd_batch_new(net);
+    pd_status status = PD_OK;
+    if (!b) return;
+    for (int i = 0; status != PD_END; i++) {
+        pd_batch_clear(b);
+        status = r->next(r, b, 5);
+        assert_true(status == PD_OK || status == PD_END || status == PD_E_MEMORY);
+        if (status == PD_E_MEMORY) check_contains(r->error.text, "out of memory");
+        for (int k = 0; k < b->slot_count; k++) {
+            const pd_slot *s = &b->slots[k];
+            assert_int_equal(s->rows, s->sequence ? s->starts[b->samples] : b->samples);
+        }
+        assert_true(i < 1000);
+    }
+    pd_batch_free(b);
+}
+
+static void test_out_of_memory(void **state) {
+    (void)state;
+    write_all();
+    for (int k = 0; k < PD__COUNT(all_readers); k++) {
+        failing_allocator f;
+        pd_net *net = counted_net(&f, all_readers[k].sequences);
+        int64_t before = f.in_use, total = 1;
+        for (int64_t n = -1; n < total; n++) {
+            pd_reader *r;
+            f.calls = 0;
+            f.fail_at = n;
+            streamed = 0;
+            r = all_readers[k].open(net, NULL);
+            if (r) {
+                read_all_past_failures(r, net);
+                assert_int_equal(r->reset(r, 1), PD_OK);
+                streamed = 0;
+                read_all_past_failures(r, net);
+                pd_reader_free(r);
+            } else {
+                assert_int_equal(pd_error_status(net), PD_E_MEMORY);
+                check_contains(pd_error(net), "out of memory");
+            }
+            if (n < 0) total = f.calls;
+            assert_int_equal(f.in_use, before);
+        }
+        f.fail_at = -1;
+        pd_net_free(net);
+        assert_int_equal(f.in_use, 0);
+    }
+}
+
+/* A line that there is no memory for is passed over, and the next one read. */
+static void test_line_out_of_memory(void **state) {
+    failing_allocator f;
+    pd_net *net = counted_net(&f, false);
+    pd_reader *r;
+    (void)state;
+    write_all();
+    r = made(net, pd_csv_reader(net, "long.csv", NULL));
+    f.calls = 0;
+    f.fail_at = 4; /* after the batch: itself, its slots; then the buffer */
+    for (f.fail_at = 0; f.fail_at < 20; f.fail_at++) {
+        pd_batch *b;
+        int64_t fail_at = f.fail_at;
+        f.fail_at = -1;
+        b = pd_batch_new(net);
+        assert_int_equal(r->reset(r, 0), PD_OK);
+        f.fail_at = fail_at;
+        f.calls = 0;
+        if (r->next(r, b, 1) == PD_E_MEMORY && strstr(r->error.text, "for a line")) {
+            assert_string_equal(r->error.text, "long.csv:1: out of memory for a line");
+            assert_int_equal(r->next(r, b, 1), PD_OK);
+            assert_true(b->slots[0].data[0] == 4 && b->slots[1].ids[0] == 0);
+            pd_batch_free(b);
+            break;
+        }
+        pd_batch_free(b);
+    }
+    assert_true(f.fail_at < 20);
+    f.fail_at = -1;
+    pd_reader_free(r);
+    pd_net_free(net);
+}
+
+/* After the first passes nothing takes memory any more. */
+static void test_steady_memory(void **state) {
+    (void)state;
+    write_all();
+    for (int k = 0; k < PD__COUNT(all_readers); k++) {
+        failing_allocator f;
+        pd_net *net = counted_net(&f, all_readers[k].sequences);
+        pd_reader *r = made(net, all_readers[k].open(net, NULL));
+        pd_batch *b = pd_batch_new(net);
+        int64_t calls = 0;
+        for (int pass = 0; pass < 12; pass++) {
+            pd_status status = r->reset(r, pass % 2);
+            streamed = 0;
+            if (pass == 8) calls = calls_of(&f); /* by then every batch of a ring has been everywhere */
+            while (status == PD_OK) {
+                pd_batch_clear(b);
+                status = r->next(r, b, 5);
+            }
+            assert_int_equal(status, PD_END);
+        }
+        if (calls_of(&f) != calls) fail_msg("reader %d takes memory in the steady state", k);
+        pd_batch_free(b);
+        pd_reader_free(r);
+        pd_net_free(net);
+        assert_int_equal(f.in_use, 0);
+    }
+}
+
+#define TEST(name) cmocka_unit_test_setup_teardown(name, enter_directory, leave_directory)
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        TEST(test_batch),
+        TEST(test_batch_left_out),
+        TEST(test_batch_sequences),
+        TEST(test_numbers),
+        TEST(test_locale),
+        TEST(test_csv),
+        TEST(test_csv_malformed),
+        TEST(test_csv_refused),
+        TEST(test_paths),
+        TEST(test_stdin),
+        TEST(test_long_lines),
+        TEST(test_choices),
+        TEST(test_skip),
+        TEST(test_shard_refused),
+        TEST(test_arrays),
+        TEST(test_other_batch),
+        TEST(test_bad_net),
+        TEST(test_idx),
+        TEST(test_idx_malformed),
+        TEST(test_idx_not_finite),
+        TEST(test_large_file),
+        TEST(test_npy),
+        TEST(test_npy_malformed),
+        TEST(test_libsvm),
+        TEST(test_libsvm_malformed),
+        TEST(test_bad_queries),
+        TEST(test_query_choice),
+        TEST(test_libsvm_refused),
+        TEST(test_stream),
+        TEST(test_own_reader),
+        TEST(test_shuffle),
+        TEST(test_shuffle_uniform),
+        TEST(test_shuffle_skip),
+        TEST(test_shuffle_sequences),
+        TEST(test_shuffle_errors),
+        TEST(test_shuffle_shards),
+        TEST(test_prefetch),
+        TEST(test_prefetch_interrupted),
+        TEST(test_prefetch_errors),
+        TEST(test_out_of_memory),
+        TEST(test_line_out_of_memory),
+        TEST(test_steady_memory),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
