@@ -87,8 +87,8 @@
 
    Costs are per row. A gradient is summed over the batch and divided by the number of samples before the optimizer sees
    it (not with `sum_gradients`, which is how the Paddle of 2016 did it; there, rates were divided by the batch size
-   by hand). Order: scale, clip each element (clip_value), clip the norm of all (clip_norm; with it no parameter
-   changes before the whole backward pass is done), add l2 times the value (AdamW instead shrinks the value by rate
+   by hand). Order: scale, clip the norm of all (clip_norm; with it no parameter changes before the
+   whole backward pass is done), clip each element (clip_value), add l2 times the value (AdamW instead shrinks the value by rate
    times l2), step, and shrink towards zero by rate times l1. This holds for every optimizer; what an optimizer can't do
    is refused, not ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
 
@@ -1136,7 +1136,7 @@ typedef enum pd_event_kind { PD_BEGIN_PASS, PD_END_BATCH, PD_END_PASS } pd_event
 typedef struct pd_event {
     pd_event_kind kind;
     pd_trainer *trainer;
-    int64_t pass, batch, samples; /* pass and batch from 0; samples seen in all */
+    int64_t pass, batch, samples; /* pass and batch from 0 (END_PASS: batch 0); samples seen in all */
     double cost;                  /* mean over the batch, or over the pass so far */
     double test_cost;             /* END_PASS with a test reader: its mean; else NaN */
     double rate;                  /* current learning rate */
@@ -1147,7 +1147,8 @@ typedef struct pd_train_opts {
     pd_reader *test;         /* tested after every pass; evaluators then hold the test's values */
     int (*on_event)(void *user, const pd_event *event); /* non-zero stops: pd_train returns PD_STOPPED */
     void *user;
-    int patience;            /* stop after so many tests without a lower test cost, and go back to the best values */
+    int patience;            /* stop after so many tests without a lower test cost; at the end, however it comes, go
+                                back to the best values */
     bool progress;           /* progress bar on stderr if that is a terminal, else a line per pass */
     const char *csv_log;     /* file to append to: pass, samples, seconds, rate, cost, test cost, evaluators */
     const char *tensorboard; /* directory for event files with the same numbers */
@@ -1684,13 +1685,13 @@ static pd_status pd__cpu_synchronize(pd_device *d, char *message, size_t size) {
 
 /* ---- basics ---- */
 
-enum { PD__CHUNK = 8192 }; /* numbers per piece of an elementwise operation */
+enum { PD__PIECE = 8192 }; /* numbers per piece of an elementwise operation */
 
 static void pd__cpu_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
     (void)d; /* here and below: only named by PD__PARALLEL, which is empty without OpenMP */
     PD__PARALLEL(d, n)
-    for (int64_t start = 0; start < n; start += PD__CHUNK) {
-        int64_t end = pd__min(n, start + PD__CHUNK);
+    for (int64_t start = 0; start < n; start += PD__PIECE) {
+        int64_t end = pd__min(n, start + PD__PIECE);
         for (int64_t i = start; i < end; i++) y[i] = value;
     }
 }
@@ -1735,7 +1736,7 @@ static void pd__cpu_muladd(pd_device *d, const int64_t size[4], pd_real alpha, c
         pd__muladd_box(size, alpha, a, as, b, bs, y, ys);
         return;
     }
-    piece = pd__max(1, pd__min(size[axis], PD__CHUNK * size[axis] / work));
+    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
     pieces = pd__ceil_div(size[axis], piece);
     PD__PARALLEL(d, work)
     for (int64_t p = 0; p < pieces; p++) {
@@ -1944,9 +1945,9 @@ static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real 
     double l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2, shrink = u->rate * u->l1;
     (void)d;
     PD__PARALLEL(d, n * 4)
-    for (int64_t start = 0; start < n; start += PD__CHUNK) {
+    for (int64_t start = 0; start < n; start += PD__PIECE) {
         pd_real unused = 0;
-        for (int64_t i = start; i < pd__min(n, start + PD__CHUNK); i++) {
+        for (int64_t i = start; i < pd__min(n, start + PD__PIECE); i++) {
             double v = pd__update_one(u, correct1, correct2, (double)w[i], pd__update_gradient(u, l2, w[i], g[i]),
                                       states[0] ? states[0] + i : &unused, states[1] ? states[1] + i : &unused,
                                       states[2] ? states[2] + i : &unused);
@@ -2071,8 +2072,8 @@ static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t ro
         return;
     }
     PD__PARALLEL(d, n * 2)
-    for (int64_t i = 0; i < n; i += PD__CHUNK)
-        pd__activate_piece(act, alpha, pd__min(PD__CHUNK, n - i), x + i, y + i);
+    for (int64_t i = 0; i < n; i += PD__PIECE)
+        pd__activate_piece(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i);
 }
 
 static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
@@ -2086,8 +2087,8 @@ static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, i
         return;
     }
     PD__PARALLEL(d, n * 2)
-    for (int64_t i = 0; i < n; i += PD__CHUNK)
-        pd__activate_backward_piece(act, alpha, pd__min(PD__CHUNK, n - i), x ? x + i : x, y + i, grad + i);
+    for (int64_t i = 0; i < n; i += PD__PIECE)
+        pd__activate_backward_piece(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i);
 }
 
 /* ---- convolution: patches are laid out as columns and multiplied, one image and group at a time ---- */
@@ -2334,8 +2335,8 @@ static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double rate, 
     pd_real factor = (pd_real)(1 / (1 - rate));
     (void)d;
     PD__PARALLEL(d, n * 2)
-    for (int64_t start = 0; start < n; start += PD__CHUNK)
-        for (int64_t i = start; i < pd__min(n, start + PD__CHUNK); i++)
+    for (int64_t start = 0; start < n; start += PD__PIECE)
+        for (int64_t i = start; i < pd__min(n, start + PD__PIECE); i++)
             if (pd__uniform(key, (uint64_t)i) >= rate) y[i] += factor * x[i];
 }
 
@@ -2945,12 +2946,13 @@ static void pd__init_param(pd_param *p, const pd_init *init) {
 }
 
 static pd_status pd__check_param_opts(pd_layer *l, const char *name, const pd_param_opts *o) {
-    if (!(o->rate >= 0 && o->l1 >= 0 && o->l2 >= 0 && o->clip >= 0))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": rate, l1, l2 and clip must not be negative", name);
+    if (!(o->rate >= 0 && o->l1 >= 0 && o->l2 >= 0 && o->clip >= 0) || !pd__finite(o->rate + o->l1 + o->l2 + o->clip))
+        return pd_layer_fail(l, PD_E_ARGUMENT,
+                             "parameter \"%.100s\": rate, l1, l2 and clip must be finite and not negative", name);
     if (!(o->prune >= 0 && o->prune < 1))
         return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": prune is %g, expected 0 <= prune < 1", name,
                              o->prune);
-    if ((unsigned)o->init.kind > PD_INIT_HE || !(o->init.b - o->init.b == 0) || !(o->init.a - o->init.a == 0))
+    if ((unsigned)o->init.kind > PD_INIT_HE || !pd__finite(o->init.a) || !pd__finite(o->init.b))
         return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": wrong initialiser", name);
     if (!pd__name_ok(name))
         return pd_layer_fail(l, PD_E_ARGUMENT,
@@ -3625,6 +3627,9 @@ typedef struct pd__conv_spec {
     int64_t filters, filter;
 } pd__conv_spec;
 
+/* The padding above and below, of options in which 0 means that to the left and right, and -1 none. */
+static int64_t pd__pad_h(int64_t pad, int64_t pad_h) { return pad_h == -1 ? 0 : pad_h ? pad_h : pad; }
+
 /* Defaults of the options, and what both kinds must satisfy. */
 static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
     const pd__conv_spec *spec = (const pd__conv_spec *)l->opts;
@@ -3635,7 +3640,7 @@ static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
     s->stride_w = o->stride ? o->stride : 1;
     s->stride_h = o->stride_h ? o->stride_h : s->stride_w;
     s->pad_w = o->pad;
-    s->pad_h = o->pad_h == -1 ? 0 : o->pad_h ? o->pad_h : o->pad;
+    s->pad_h = pd__pad_h(o->pad, o->pad_h);
     s->dilation_w = o->dilation ? o->dilation : 1;
     s->dilation_h = o->dilation_h ? o->dilation_h : s->dilation_w;
     s->groups = o->groups ? o->groups : 1;
@@ -3810,7 +3815,7 @@ static pd_status pd__pool_setup(pd_layer *l) {
     s->stride_w = o->stride ? o->stride : s->size_w;
     s->stride_h = o->stride_h ? o->stride_h : o->stride ? o->stride : s->size_h;
     s->pad_w = o->pad;
-    s->pad_h = o->pad_h == -1 ? 0 : o->pad_h ? o->pad_h : o->pad;
+    s->pad_h = pd__pad_h(o->pad, o->pad_h);
     s->method = o->method;
     s->channels = in.channels, s->in_h = in.height, s->in_w = in.width;
     if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "size", s->size_h, s->size_w, 1) != PD_OK ||
@@ -4142,11 +4147,18 @@ static pd_status pd__multiply_backward(pd_layer *l) {
 PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__equal_inputs_setup, NULL,
          pd__multiply_forward, pd__multiply_backward);
 
-PD_DEF pd_layer *pd_multiply(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+/* The builder's work for layers of two inputs; `number` is the spec's a. */
+static pd_layer *pd__add_pair(pd_net *net, const pd_layer_type *type, pd_layer *first, pd_layer *second, double number,
+                              const pd_layer_opts *opts) {
     pd_layer *inputs[2];
     PD__SPEC(pd__spec);
-    inputs[0] = a, inputs[1] = b;
-    return pd_layer_add(net, &pd__multiply_type, s.o.name, inputs, 2, &s);
+    s.a = number;
+    inputs[0] = first, inputs[1] = second;
+    return pd_layer_add(net, type, s.o.name, inputs, 2, &s);
+}
+
+PD_DEF pd_layer *pd_multiply(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+    return pd__add_pair(net, &pd__multiply_type, a, b, 0, opts);
 }
 
 /* ---- concat ---- */
@@ -4356,10 +4368,7 @@ PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__scale_setu
          pd__scale_backward);
 
 PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts) {
-    pd_layer *inputs[2];
-    PD__SPEC(pd__spec);
-    inputs[0] = w, inputs[1] = x;
-    return pd_layer_add(net, &pd__scale_type, s.o.name, inputs, 2, &s);
+    return pd__add_pair(net, &pd__scale_type, w, x, 0, opts);
 }
 
 static pd_status pd__interpolate_setup(pd_layer *l) {
@@ -4561,7 +4570,7 @@ static pd_status pd__block_expand_setup(pd_layer *l) {
     s->stride_w = spec->o.stride ? spec->o.stride : spec->width;
     s->stride_h = spec->o.stride_h ? spec->o.stride_h : spec->o.stride ? spec->o.stride : spec->height;
     s->pad_w = spec->o.pad;
-    s->pad_h = spec->o.pad_h == -1 ? 0 : spec->o.pad_h ? spec->o.pad_h : spec->o.pad;
+    s->pad_h = pd__pad_h(spec->o.pad, spec->o.pad_h);
     s->dilation_h = s->dilation_w = s->groups = 1;
     s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
     if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "block", s->filter_h, s->filter_w, 1) != PD_OK ||
@@ -4703,11 +4712,7 @@ PD__TYPE(pd__cosine_type, "cosine", 2, 2, pd__spec, 0, 0, pd__cosine_setup, NULL
          pd__cosine_backward);
 
 PD_DEF pd_layer *pd_cosine(pd_net *net, pd_layer *a, pd_layer *b, double scale, const pd_layer_opts *opts) {
-    pd_layer *inputs[2];
-    PD__SPEC(pd__spec);
-    s.a = scale;
-    inputs[0] = a, inputs[1] = b;
-    return pd_layer_add(net, &pd__cosine_type, s.o.name, inputs, 2, &s);
+    return pd__add_pair(net, &pd__cosine_type, a, b, scale, opts);
 }
 
 /* ---- outer ---- */
@@ -4753,10 +4758,7 @@ PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__outer_setu
          pd__outer_backward);
 
 PD_DEF pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
-    pd_layer *inputs[2];
-    PD__SPEC(pd__spec);
-    inputs[0] = a, inputs[1] = b;
-    return pd_layer_add(net, &pd__outer_type, s.o.name, inputs, 2, &s);
+    return pd__add_pair(net, &pd__outer_type, a, b, 0, opts);
 }
 
 /* ---- bilinear ---- */
@@ -6100,7 +6102,8 @@ static const char *pd__table_fault(const pd_schedule *s) {
     if (s->count < 1 || !s->samples || !s->factors) return "schedule: the table is empty";
     for (int i = 0; i < s->count; i++) {
         if (i > 0 && !(s->samples[i] > s->samples[i - 1])) return "schedule: the table's samples must rise";
-        if (!(s->factors[i] >= 0 && pd__finite(s->factors[i]))) return "schedule: the table's factors must not be negative";
+        if (!(s->factors[i] >= 0 && pd__finite(s->factors[i])))
+            return "schedule: the table's factors must not be negative";
     }
     return NULL;
 }
@@ -6250,7 +6253,7 @@ static const pd_updater pd__local_updater = { PD_API_VERSION, "local", NULL, pd_
    that a small number is never added to a very large one; and once the wanted window is full both become sums[2] and
    start anew, so that the average runs over between one and two windows. Memory does not depend on the window. */
 
-enum { PD__AVERAGE_MOVE = 16384 };
+enum { PD__AVERAGE_MOVE = 1024 };
 
 static void pd__add_to(pd_device *d, int64_t n, double factor, const pd_real *from, pd_real *to) {
     int64_t size[4] = { 1, 1, 1, 0 }, line[4] = { 0, 0, 0, 1 };
@@ -8720,8 +8723,9 @@ static void pd__clear_failure(pd_net *net) {
 
 /* Gives the status a message, if there has come none since pd__clear_failure. */
 static pd_status pd__updater_returned(pd_trainer *t, pd_status status) {
+    const char *name = t->updater->name ? t->updater->name : "";
     if (status != PD_OK && t->net->failure.status == PD_OK)
-        pd__fail(t->net, status, "updater %.100s: %s", t->updater->name ? t->updater->name : "", pd_status_text(status));
+        pd__fail(t->net, status, "updater %.100s: %s", name, pd_status_text(status));
     return status;
 }
 
@@ -8937,9 +8941,9 @@ static pd_status pd__step(pd_trainer *t, const pd_batch *batch, double *sum) {
     *sum = pd__cost_sum(t->cost);
     if (!pd__finite(*sum)) {
         status = pd__blame(t);
-        return status != PD_OK ? status
-                               : pd__fail(net, PD_E_NUMERIC, "%.100s: the cost of batch %lld of pass %lld is too large to be "
-                                          "summed", t->cost->name, (long long)t->pass_batches, (long long)t->pass);
+        if (status != PD_OK) return status;
+        return pd__fail(net, PD_E_NUMERIC, "%.100s: the cost of batch %lld of pass %lld is too large to be summed",
+                        t->cost->name, (long long)t->pass_batches, (long long)t->pass);
     }
     status = pd_backward(net, t->cost);
     if (status == PD_OK) status = u->end_batch(u);
@@ -8989,6 +8993,8 @@ static pd_status pd__next(pd_trainer *t, pd_reader *r, int64_t count) {
     pd_batch_clear(t->batch);
     status = r->next(r, t->batch, count);
     t->wait_seconds += pd_seconds() - start;
+    if (status == PD_OK && t->batch->samples == 0) /* a pass would never end */
+        return pd__fail(t->net, PD_E_STATE, "reader %s: gave no sample, and did not say that the pass is over", r->name);
     if (status != PD_OK && status != PD_END) pd__reader_failed(t, r, status);
     return status;
 }
@@ -9038,9 +9044,11 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
 static pd_status pd__check_reader(pd_net *net, const char *call, const pd_reader *reader) {
     pd_failure last = net->failure;
     if (!reader)
-        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader is NULL%s%.400s", call, last.text[0] ? ": " : "", last.text);
+        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader is NULL%s%.400s", call, last.text[0] ? ": " : "",
+                        last.text);
     if (reader->api_version != PD_API_VERSION || !reader->next || !reader->reset)
-        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader lacks next or reset, or has another interface version", call);
+        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader lacks next or reset, or has another interface version",
+                        call);
     return PD_OK;
 }
 
@@ -9177,7 +9185,7 @@ static pd_status pd__open_logs(pd__run *run) {
             fprintf(run->csv, "pass,samples,seconds,rate,cost,test_cost");
             for (pd_evaluator *e = net->evaluators; e; e = e->next)
                 for (int k = 0; k < e->type->value_count; k++)
-                    fprintf(run->csv, ",%s.%s", e->name, e->type->value_names[k]);
+                    fprintf(run->csv, strchr(e->name, ',') ? ",\"%s.%s\"" : ",%s.%s", e->name, e->type->value_names[k]);
             fprintf(run->csv, "\n");
         }
     }
@@ -9433,7 +9441,7 @@ PD_DEF pd_status pd_graphviz(pd_net *net, const char *path) {
 #define PD__HEADER_MAX 100000000 /* bytes; the reference implementation's limit too */
 #define PD__FILE_DIMS 8          /* further dims of a tensor are counted, but not kept: no parameter has them */
 #define PD__NESTING_MAX 32
-#define PD__CHUNK 65536 /* bytes read or written at a time; a multiple of every element's size */
+#define PD__FILE_CHUNK 65536 /* bytes read or written at a time; a multiple of every element's size */
 
 typedef enum pd__element { PD__F64, PD__F32, PD__F16, PD__BF16, PD__U8, PD__OTHER } pd__element;
 
@@ -10144,7 +10152,7 @@ static pd_status pd__check_item(const pd__items *items, const pd__item *item, co
 /* Reads one tensor's numbers into new host memory, item->staged. */
 static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigned char *chunk, pd_real *converted) {
     const pd__tensor *from = item->from;
-    int64_t bytes = pd__dtypes[from->element].bits / 8, per_chunk = PD__CHUNK / (int64_t)sizeof(double);
+    int64_t bytes = pd__dtypes[from->element].bits / 8, per_chunk = PD__FILE_CHUNK / (int64_t)sizeof(double);
     int64_t rows = item->param->dims[0], columns = item->param->dim_count > 1 ? item->param->dims[1] : 1;
     pd_real *to = (pd_real *)item->staged;
     for (int64_t at = 0; at < from->size; at += per_chunk) {
@@ -10170,8 +10178,8 @@ static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned c
 /* Reads everything that has a `from`; changes nothing but the items. */
 static pd_status pd__items_stage(pd__items *items, const pd__tensors *t) {
     const pd_allocator *a = &items->net->allocator;
-    unsigned char *chunk = (unsigned char *)pd__alloc(a, PD__CHUNK, 1);
-    pd_real *converted = (pd_real *)pd__alloc(a, PD__CHUNK / (int64_t)sizeof(double), sizeof *converted);
+    unsigned char *chunk = (unsigned char *)pd__alloc(a, PD__FILE_CHUNK, 1);
+    pd_real *converted = (pd_real *)pd__alloc(a, PD__FILE_CHUNK / (int64_t)sizeof(double), sizeof *converted);
     pd_status status = chunk && converted ? PD_OK : pd__no_memory(items->net, "a file's numbers");
     for (int64_t i = 0; i < items->count && status == PD_OK; i++)
         if (items->list[i].from) status = pd__stage_item(&items->list[i], t, chunk, converted);
@@ -10381,9 +10389,9 @@ static void pd__put_header(pd__writer *w, const pd__items *items, const pd_train
     while (w->length % 8) pd__put(w, " ", 1);
 }
 
-/* One item's data, by way of `chunk`, PD__CHUNK bytes of host memory. */
+/* One item's data, by way of `chunk`, PD__FILE_CHUNK bytes of host memory. */
 static void pd__put_item(pd__writer *w, const pd__item *item, pd_device *d, unsigned char *chunk) {
-    int64_t per_chunk = PD__CHUNK / (int64_t)sizeof(pd_real);
+    int64_t per_chunk = PD__FILE_CHUNK / (int64_t)sizeof(pd_real);
     if (!item->numbers) pd__put(w, item->param->mask, (size_t)item->param->size);
     for (int64_t at = 0; item->numbers && at < item->param->size && !w->error; at += per_chunk) {
         int64_t n = pd__min(per_chunk, item->param->size - at);
@@ -10499,7 +10507,7 @@ static pd_status pd__save_items(const pd__items *items, const char *path, const 
     if (status != PD_OK) return status;
     if (pd__is_special_file(path)) return pd__fail(net, PD_E_IO, "%.300s: is not a regular file", path);
     temporary = (char *)pd__alloc(a, (int64_t)size, 1);
-    chunk = (unsigned char *)pd__alloc(a, PD__CHUNK, 1);
+    chunk = (unsigned char *)pd__alloc(a, PD__FILE_CHUNK, 1);
     if (temporary && chunk) {
         snprintf(temporary, size, "%s.tmp-%ld", path, pd__process_id());
         error = pd__write_and_replace(path, temporary, items, trainer, chunk);

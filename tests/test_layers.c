@@ -47,9 +47,9 @@ typedef struct problem {
     pd_act act;
     geometry g;
     int64_t n[6];
-    double a, b, k;
+    double a, b, k, alpha;
     bool flag, sequence;
-    bool deep; /* several layers stand on each other */
+    bool rough;    /* deep or large: in float, differences bend or drown in rounding, so double decides on gradients */
     bool vanishes; /* the gradient may be 0 everywhere */
 } problem;
 
@@ -63,9 +63,7 @@ typedef struct layer_case {
 #define FAIL_AT(p, format, ...)                                                                                        \
     fail_msg("%s (seed %llu): " format, (p)->c->name, (unsigned long long)(p)->seed, __VA_ARGS__)
 
-static pd_shape shape(int64_t channels, int64_t height, int64_t width) {
-    return (pd_shape){ channels, height, width };
-}
+static pd_shape shape(int64_t channels, int64_t height, int64_t width) { return (pd_shape){ channels, height, width }; }
 
 /* 1 .. most, 1 rather often; about `large` in large problems. */
 static int64_t size(const problem *p, int64_t most, int64_t large) {
@@ -77,9 +75,7 @@ static int64_t size(const problem *p, int64_t most, int64_t large) {
 /* An option for a value: 0 half the time when that means the same. */
 static int64_t option(int64_t value, int64_t otherwise) { return value == otherwise && below(2) ? 0 : value; }
 
-static int64_t pad_option(int64_t pad_h, int64_t pad) {
-    return pad_h == pad && below(2) ? 0 : pad_h == 0 ? -1 : pad_h;
-}
+static int64_t pad_option(int64_t pad_h, int64_t pad) { return pad_h == pad && below(2) ? 0 : pad_h == 0 ? -1 : pad_h; }
 
 static pd_layer *image(problem *p, pd_shape s) {
     pd_layer *x = pd_image(p->net, NULL, s.channels, s.height, s.width);
@@ -195,7 +191,8 @@ static void make(problem *p) {
     p->layer = p->c->build(p);
     if (!p->layer) FAIL_AT(p, "%s", pd_error(p->net));
     if (!pd__same_shape(p->layer->shape, p->shape))
-        FAIL_AT(p, "shape %s, expected %s", pd_shape_text(p->layer, p->layer->shape), pd_shape_text(p->layer, p->shape));
+        FAIL_AT(p, "shape %s, expected %s", pd_shape_text(p->layer, p->layer->shape),
+                pd_shape_text(p->layer, p->shape));
     for (int k = 0; !p->layer->wants_grad && k < p->input_count; k++) pd_want_gradient(p->inputs[k]);
     if (p->act == PD_SOFTMAX && p->layer->out.width == 1) p->vanishes = true;
     fill_params(p);
@@ -245,8 +242,8 @@ static double act_of(pd_act act, double alpha, double x) {
 
 static void twin_act(const problem *p, double *y) {
     int64_t rows = p->layer->out.rows, width = p->layer->out.width;
-    for (int64_t i = 0; i < rows * width; i++) y[i] = act_of(p->layer->act, p->layer->act_alpha, y[i]);
-    for (int64_t r = 0; r < rows && p->layer->act == PD_SOFTMAX; r++) {
+    for (int64_t i = 0; i < rows * width; i++) y[i] = act_of(p->act, p->alpha, y[i]);
+    for (int64_t r = 0; r < rows && p->act == PD_SOFTMAX; r++) {
         double sum = 0, top = -HUGE_VAL;
         for (int64_t i = r * width; i < (r + 1) * width; i++) top = fmax(top, y[i]);
         for (int64_t i = r * width; i < (r + 1) * width; i++) sum += y[i] = exp(y[i] - top);
@@ -256,9 +253,9 @@ static void twin_act(const problem *p, double *y) {
 
 static pd_layer *build_activation(problem *p) {
     pd_layer *x = any_image(p);
-    p->a = below(2) ? 0.7 : 0;
+    p->alpha = below(2) ? 0.7 : 0;
     p->shape = x->shape;
-    return pd_activation(p->net, x, p->act, p->a != 0 ? &(pd_activation_opts){ .alpha = p->a } : NULL);
+    return pd_activation(p->net, x, p->act, p->alpha != 0 ? &(pd_activation_opts){ .alpha = p->alpha } : NULL);
 }
 
 static void twin_copy(const problem *p, double *y) {
@@ -282,18 +279,17 @@ static pd_layer *build_fc(problem *p) {
 }
 
 static void twin_fc(const problem *p, double *y) {
+    static const char *const names[] = { "weight", "weight1", "weight2" };
     int64_t units = p->layer->out.width;
-    for (int64_t r = 0; r < p->rows; r++)
-        for (int64_t u = 0; u < units; u++) {
-            double sum = p->flag ? 0 : (double)values(p, "bias")[u];
-            for (int k = 0; k < p->input_count; k++) {
-                const char *names[] = { "weight", "weight1", "weight2" };
-                const pd_real *w = values(p, names[k]);
-                int64_t n = p->inputs[k]->out.width;
-                for (int64_t i = 0; i < n; i++) sum += x_at(p, k, r * n + i) * (double)w[i * units + u];
-            }
-            y[r * units + u] = sum;
-        }
+    for (int64_t i = 0; i < p->rows * units; i++) y[i] = p->flag ? 0 : (double)values(p, "bias")[i % units];
+    for (int k = 0; k < p->input_count; k++) {
+        const pd_real *w = values(p, names[k]);
+        int64_t n = p->inputs[k]->out.width;
+        for (int64_t r = 0; r < p->rows; r++)
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t u = 0; u < units; u++)
+                    y[r * units + u] += x_at(p, k, r * n + i) * (double)w[i * units + u];
+    }
 }
 
 static pd_layer *build_bilinear(problem *p) {
@@ -469,7 +465,8 @@ static void twin_pool(const problem *p, double *y) {
     const geometry *g = &p->g;
     for (int64_t i = 0; i < p->rows * out.channels * out.height * out.width; i++) {
         int64_t map = i / (out.height * out.width), cells = 0;
-        int64_t top = i / out.width % out.height * g->stride[0] - g->pad[0], left = i % out.width * g->stride[1] - g->pad[1];
+        int64_t top = i / out.width % out.height * g->stride[0] - g->pad[0];
+        int64_t left = i % out.width * g->stride[1] - g->pad[1];
         double sum = 0, best = -HUGE_VAL;
         for (int64_t h = top; h < top + g->size[0]; h++)
             for (int64_t w = left; w < left + g->size[1]; w++) {
@@ -537,7 +534,8 @@ static void twin_batch_norm(const problem *p, double *y) {
     bool running = p->mode == PD_PREDICT || p->n[0];
     for (int64_t c = 0; c < channels; c++) {
         double n = (double)(p->rows * area), mean = 0, variance = 0;
-        for (int64_t i = 0; i < p->rows * area; i++) mean += x_at(p, 0, (i / area * channels + c) * area + i % area) / n;
+        for (int64_t i = 0; i < p->rows * area; i++)
+            mean += x_at(p, 0, (i / area * channels + c) * area + i % area) / n;
         for (int64_t i = 0; i < p->rows * area; i++)
             variance += pow(x_at(p, 0, (i / area * channels + c) * area + i % area) - mean, 2) / n;
         if (running) mean = (double)values(p, "running_mean")[c], variance = (double)values(p, "running_var")[c];
@@ -569,8 +567,7 @@ static void twin_layer_norm(const problem *p, double *y) {
         for (int64_t i = 0; i < n; i++) variance += pow(x_at(p, 0, r * n + i) - mean, 2) / (double)n;
         for (int64_t i = 0; i < n; i++) {
             y[r * n + i] = (x_at(p, 0, r * n + i) - mean) / sqrt(variance + p->a);
-            if (!p->flag)
-                y[r * n + i] = y[r * n + i] * (double)values(p, "weight")[i] + (double)values(p, "bias")[i];
+            if (!p->flag) y[r * n + i] = y[r * n + i] * (double)values(p, "weight")[i] + (double)values(p, "bias")[i];
         }
     }
 }
@@ -842,7 +839,7 @@ static void twin_resize(const problem *p, double *y) {
 static pd_layer *build_prelu(problem *p) {
     pd_layer *x = any_image(p);
     p->shape = x->shape;
-    p->act = PD_LINEAR;
+    p->act = PD_LINEAR;           /* it has no other */
     p->vanishes = !x->wants_grad; /* all may be positive */
     return pd_prelu(p->net, x, below(6) ? NULL : &(pd_prelu_opts){ .weight = { .is_static = true } });
 }
@@ -915,8 +912,8 @@ static void check_forward(problem *p, pd_mode mode) {
     for (int64_t i = 0; i < numbers; i++)
         if (!(fabs((double)actual[i] - expected[i]) <= REAL_TOLERANCE * (1 + fabs(expected[i]))))
             FAIL_AT(p, "output %lld of %lld, shape %s, act %d, mode %d: got %.17g, expected %.17g", (long long)i,
-                    (long long)numbers, pd_shape_text(p->layer, p->shape), (int)p->layer->act, (int)mode,
-                    (double)actual[i], expected[i]);
+                    (long long)numbers, pd_shape_text(p->layer, p->shape), (int)p->act, (int)mode, (double)actual[i],
+                    expected[i]);
     free(expected);
 }
 
@@ -945,18 +942,61 @@ static void test_forward(void **state) {
     }
 }
 
+/* C = alpha op(A) op(B) + beta C with random numbers; rows are longer than they need to be. kind: NN, NT, TN. */
+static void check_product(pd_device *d, int kind, int64_t m, int64_t n, int64_t k) {
+    bool ta = kind == 2, tb = kind == 1;
+    int64_t lda = (ta ? m : k) + below(3), ldb = (tb ? k : n) + below(3), ldc = n + below(3);
+    int64_t a_size = (ta ? k : m) * lda, b_size = (tb ? n : k) * ldb;
+    pd_real alpha = (pd_real)uniform(-2, 2), beta = below(2) ? 0 : (pd_real)1.5;
+    pd_real *a = (pd_real *)malloc((size_t)(a_size + b_size + m * ldc + 1) * sizeof *a);
+    pd_real *b = a + a_size, *c = b + b_size;
+    double *expected = (double *)calloc((size_t)(m * ldc + 1), sizeof *expected);
+    for (int64_t i = 0; i < a_size + b_size; i++) a[i] = (pd_real)uniform(-1, 1);
+    for (int64_t i = 0; i < m * ldc; i++) {
+        c[i] = beta != 0 || i % ldc >= n ? (pd_real)uniform(-1, 1) : (pd_real)NAN; /* beta 0: not read */
+        expected[i] = i % ldc >= n ? (double)c[i] : beta != 0 ? (double)beta * (double)c[i] : 0;
+    }
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t p = 0; p < k; p++)
+            for (int64_t j = 0; j < n; j++)
+                expected[i * ldc + j] += (double)alpha * (double)a[ta ? p * lda + i : i * lda + p] *
+                                         (double)b[tb ? j * ldb + p : p * ldb + j];
+    d->gemm(d, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    for (int64_t i = 0; i < m * ldc; i++)
+        if (!(fabs((double)c[i] - expected[i]) <= REAL_TOLERANCE * sqrt((double)k + 1)))
+            fail_msg("%lld x %lld x %lld, kind %d: C[%lld][%lld] is %.9g, expected %.9g", (long long)m, (long long)n,
+                     (long long)k, kind, (long long)(i / ldc), (long long)(i % ldc), (double)c[i], expected[i]);
+    free(expected);
+    free(a);
+}
+
+/* At and around the sizes of the kernels' blocks. */
+static void test_matrix_product(void **state) {
+    static const int64_t sizes[] = { 0,  1,  2,  3,  4,  5,   7,   8,   9,   15,  16, 17,
+                                     31, 33, 63, 64, 65, 127, 129, 255, 256, 257, 513 };
+    (void)state;
+    random_seed(11);
+    for (int round = 0; round < 200; round++) {
+        int64_t m = sizes[below(PD__COUNT(sizes))], n = sizes[below(PD__COUNT(sizes))];
+        int64_t k = sizes[below(PD__COUNT(sizes))];
+        pd_net *net = pd_net_new(&(pd_net_opts){ .threads = 1 + (int)below(4) });
+        if (m * n * k < 2000000) check_product(net->device, (int)below(3), m, n, k);
+        pd_net_free(net);
+    }
+}
+
 /* ======================================================================================================== */
 /* Gradients                                                                                                 */
 
-/* In float, deep nets bend too much for one step and drown in rounding for a shorter one: there double decides. */
 static void check_gradients(const problem *p, pd_layer *layer) {
-    pd_gradcheck_opts o = { .seed = p->seed };
+    pd_gradcheck_opts o = { .seed = p->seed, .elements = p->large ? 1 : 20 };
     pd_gradcheck r;
     if (pd_check_gradients(layer, p->batch, &o, &r) != PD_OK) FAIL_AT(p, "%s", pd_error(p->net));
-    if (!(r.error < (IS_DOUBLE ? 1e-6 : p->deep ? HUGE_VAL : 1e-2)))
-        FAIL_AT(p, "gradient of %s[%lld]: got %.10g, expected %.10g, error %g; act %d", r.worst, (long long)r.worst_index,
-                r.analytic, r.numeric, r.error, (int)p->layer->act);
-    if (!(r.accumulation < (IS_DOUBLE ? 1e-12 : 1e-5))) FAIL_AT(p, "does not add to gradients: off by %g", r.accumulation);
+    if (!(r.error < (IS_DOUBLE ? (p->large ? 1e-5 : 1e-6) : p->rough ? HUGE_VAL : 1e-2)))
+        FAIL_AT(p, "gradient of %s[%lld]: got %.10g, expected %.10g, error %g; act %d", r.worst,
+                (long long)r.worst_index, r.analytic, r.numeric, r.error, (int)p->act);
+    if (!(r.accumulation < (IS_DOUBLE ? 1e-12 : 1e-5)))
+        FAIL_AT(p, "does not add to gradients: off by %g", r.accumulation);
     if (r.all_zero && !p->vanishes) FAIL_AT(p, "%s", "all gradients are 0");
     if (r.checked == 0) FAIL_AT(p, "%s", "nothing was checked");
     for (pd_param *q = pd_param_first(p->net); q; q = q->next)
@@ -972,16 +1012,30 @@ static void test_gradients(void **state) {
     }
 }
 
-/* Two layers read the one under test, and one of them reads the other. */
+/* Sums longer than the kernels' blocks, and several threads. */
+static void test_large(void **state) {
+    (void)state;
+    FOR_CASES(c, seed, 1) {
+        problem p = wish(c, 60000 + seed);
+        p.large = p.rough = true;
+        make(&p);
+        check_forward(&p, PD_CHECK);
+        check_gradients(&p, p.layer);
+        free_problem(&p);
+    }
+}
+
+/* Two layers read the one under test, and one of them reads the other; another layer of its kind has the same inputs. */
 static void test_gradients_of_a_layer_used_twice(void **state) {
     (void)state;
     FOR_CASES(c, seed, 12) {
         problem p = make_problem(c, seed);
-        pd_layer *both[2] = { p.layer, pd_fc(p.net, p.layer, 2, &(pd_fc_opts){ .act = PD_TANH }) };
-        pd_layer *head = pd_fc_sum(p.net, both, 2, 3, &(pd_fc_opts){ .act = PD_STANH });
+        pd_layer *parts[3] = { p.layer, pd_fc(p.net, p.layer, 2, &(pd_fc_opts){ .act = PD_TANH }) }, *head;
+        parts[2] = pd_layer_add(p.net, p.layer->type, NULL, p.inputs, p.input_count, p.layer->opts);
+        head = pd_fc_sum(p.net, parts, 3, 3, &(pd_fc_opts){ .act = PD_STANH });
         if (!head) FAIL_AT(&p, "%s", pd_error(p.net));
         fill_params(&p);
-        p.deep = true;
+        p.rough = true;
         check_gradients(&p, head);
         free_problem(&p);
     }
@@ -993,10 +1047,10 @@ static bool needs_positive(pd_act act) { return act == PD_LOG || act == PD_SQRT 
 
 /* No input of the activation is near a kink or a pole, and one is where the slope isn't 0. */
 static bool is_smooth_here(const problem *p) {
-    double *x = expected_output(p, false), bound = p->layer->act_alpha != 0 ? p->layer->act_alpha : 24;
+    double *x = expected_output(p, false), bound = p->alpha != 0 ? p->alpha : 24;
     bool clear = true, alive = false;
     for (int64_t i = 0; i < p->layer->out.rows * p->layer->out.width; i++) {
-        switch (p->layer->act) {
+        switch (p->act) {
         case PD_BRELU:
             if (fabs(x[i] - bound) < 0.1 * p->spread) clear = false; /* fall through */
         case PD_RELU:
@@ -1005,9 +1059,9 @@ static bool is_smooth_here(const problem *p) {
             if (fabs(x[i]) < 0.1 * p->spread) clear = false;
             break;
         default:
-            if (needs_positive(p->layer->act) && x[i] < 0.3) clear = false;
+            if (needs_positive(p->act) && x[i] < 0.3) clear = false;
         }
-        if (x[i] > 0 && !(p->layer->act == PD_BRELU && x[i] > bound)) alive = true;
+        if (x[i] > 0 && !(p->act == PD_BRELU && x[i] > bound)) alive = true;
     }
     free(x);
     return clear && alive;
@@ -1053,8 +1107,11 @@ static void test_activations(void **state) {
 
 /* What far from 0 overflows in the textbook's formulas stays finite, and what isn't a number stays so. */
 static void test_activations_far_out(void **state) {
-    static const pd_act acts[] = { PD_RELU, PD_BRELU, PD_SOFTRELU, PD_LEAKY_RELU, PD_GELU, PD_SIGMOID, PD_TANH, PD_STANH };
-    static const double low[] = { 0, 0, 0, -1e4 * 0.01, 0, 0, -1, -1.7159 }, high[] = { 1e4, 24, 1e4, 1e4, 1e4, 1, 1, 1.7159 };
+    static const pd_act acts[] = {
+        PD_RELU, PD_BRELU, PD_SOFTRELU, PD_LEAKY_RELU, PD_GELU, PD_SIGMOID, PD_TANH, PD_STANH
+    };
+    static const double low[] = { 0, 0, 0, -1e4 * 0.01, 0, 0, -1, -1.7159 };
+    static const double high[] = { 1e4, 24, 1e4, 1e4, 1e4, 1, 1, 1.7159 };
     (void)state;
     for (int k = 0; k < PD__COUNT(acts); k++) {
         pd_net *net = pd_net_new(NULL);
@@ -1124,7 +1181,8 @@ static void test_shared_parameters(void **state) {
         y = pd_conv(p.net, y, c, 3, &(pd_conv_opts){ .pad = 1, .act = PD_TANH, .weight = f });
         y = pd_batch_norm(p.net, y, &(pd_batch_norm_opts){ .epsilon = 0.1, .weight = n, .bias = n });
         y = pd_layer_norm(p.net, y, &(pd_layer_norm_opts){ .epsilon = 0.1, .weight = { .name = "ln" } });
-        y = pd_layer_norm(p.net, y, &(pd_layer_norm_opts){ .epsilon = 0.1, .bias = { .name = "ln" }, .act = PD_SIGMOID });
+        y = pd_layer_norm(p.net, y,
+                          &(pd_layer_norm_opts){ .epsilon = 0.1, .bias = { .name = "ln" }, .act = PD_SIGMOID });
         two[0] = pd_fc(p.net, y, c * side * side, &(pd_fc_opts){ .act = PD_TANH, .weight = w });
         two[1] = pd_fc(p.net, two[0], c * side * side, &(pd_fc_opts){ .act = PD_SOFTRELU, .weight = w });
         two[0] = pd_prelu(p.net, two[1], &(pd_prelu_opts){ .weight = s });
@@ -1136,7 +1194,7 @@ static void test_shared_parameters(void **state) {
         fill_params(&p);
         p.batch = pd_batch_new(p.net);
         fill_batch(&p, 3);
-        p.deep = true;
+        p.rough = true;
         check_gradients(&p, p.layer);
         free_problem(&p);
     }
@@ -1160,6 +1218,18 @@ static void test_shared_gradient_is_a_sum(void **state) {
         pd_net_free(net);
     }
     assert_true(grads[0] == 2 && grads[1] == 6);
+}
+
+/* A name given to the weight of several inputs is the first one's. */
+static void test_names_of_several_weights(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x[2] = { pd_vector(net, "x", 2), pd_vector(net, "y", 2) };
+    (void)state;
+    assert_non_null(
+        pd_fc_sum(net, x, 2, 3, &(pd_fc_opts){ .name = "sum", .weight = { .name = "mine" }, .bias = { .name = "b" } }));
+    assert_int_equal(net->param_count, 3);
+    assert_true(pd_param_find(net, "mine") && pd_param_find(net, "sum.weight1") && pd_param_find(net, "b"));
+    pd_net_free(net);
 }
 
 /* ---- does the checker catch what is wrong? A layer y = 3 x with a fault in its backward ---- */
@@ -1188,8 +1258,9 @@ static pd_status faulty_backward(pd_layer *l) {
 }
 
 static void test_checker_finds_faults(void **state) {
-    static const pd_layer_type type = { PD_API_VERSION, "faulty", 1,  1, sizeof(fault), 0, 0,
-                                        faulty_setup,   NULL,     faulty_forward, faulty_backward, NULL };
+    static const pd_layer_type type = {
+        PD_API_VERSION, "faulty", 1, 1, sizeof(fault), 0, 0, faulty_setup, NULL, faulty_forward, faulty_backward, NULL
+    };
     (void)state;
     for (fault kind = NONE; kind < FAULTS; kind++) {
         pd_net *net = pd_net_new(NULL);
@@ -1213,9 +1284,8 @@ static void test_checker_finds_faults(void **state) {
 /* Empty batches, threads, shared nets                                                                       */
 
 static void run_empty(problem *p, pd_batch *empty) {
-    if (pd_forward(p->net, empty, PD_PREDICT, &p->layer, 1) != PD_OK ||
-        pd_zero_grads(p->net) != PD_OK || pd_forward(p->net, empty, PD_TRAIN, &p->layer, 1) != PD_OK ||
-        pd_backward(p->net, p->layer) != PD_OK)
+    if (pd_forward(p->net, empty, PD_PREDICT, &p->layer, 1) != PD_OK || pd_zero_grads(p->net) != PD_OK ||
+        pd_forward(p->net, empty, PD_TRAIN, &p->layer, 1) != PD_OK || pd_backward(p->net, p->layer) != PD_OK)
         FAIL_AT(p, "%s", pd_error(p->net));
     assert_int_equal(p->layer->out.rows, 0);
     for (pd_param *q = pd_param_first(p->net); q; q = q->next)
@@ -1499,7 +1569,8 @@ static void test_batch_norm_statistics(void **state) {
     static const pd_real numbers[] = { 1, 2, 4, 9 }; /* mean 4, squares about it 38 */
     static const pd_mode modes[] = { PD_CHECK, PD_PREDICT };
     pd_net *net = pd_net_new(NULL);
-    pd_layer *x = pd_vector(net, "x", 1), *y = pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = "bn", .keep = 0.8 });
+    pd_layer *x = pd_vector(net, "x", 1);
+    pd_layer *y = pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = "bn", .keep = 0.8 });
     pd_batch *batch = batch_of(net, 4, numbers), *one = batch_of(net, 1, numbers), *empty = batch_of(net, 0, numbers);
     (void)state;
     assert_true(pd_param_find(net, "bn.running_mean")->is_buffer && !pd_param_find(net, "bn.weight")->is_buffer);
@@ -1548,32 +1619,35 @@ static void test_shapes(void **state) {
         bool ceil;
         int64_t out;
     } pools[] = {
-        { 5, 2, 0, 0, false, 2 }, { 5, 2, 0, 0, true, 3 },  { 6, 3, 2, 0, false, 2 }, { 6, 3, 2, 0, true, 3 },
-        { 4, 2, 2, 1, false, 3 }, { 4, 2, 2, 1, true, 3 },  { 3, 2, 2, 1, false, 2 }, { 3, 2, 2, 1, true, 2 },
-        { 2, 2, 3, 1, false, 1 }, { 2, 2, 3, 1, true, 1 },  { 1, 1, 1, 0, false, 1 }, { 7, 3, 2, 1, true, 4 },
-        { 8, 3, 2, 1, false, 4 }, { 8, 3, 2, 1, true, 5 },  { 10, 3, 5, 0, true, 2 }, { 11, 3, 5, 0, true, 3 },
+        { 5, 2, 0, 0, false, 2 }, { 5, 2, 0, 0, true, 3 }, { 6, 3, 2, 0, false, 2 }, { 6, 3, 2, 0, true, 3 },
+        { 4, 2, 2, 1, false, 3 }, { 4, 2, 2, 1, true, 3 }, { 3, 2, 2, 1, false, 2 }, { 3, 2, 2, 1, true, 2 },
+        { 2, 2, 3, 1, false, 1 }, { 2, 2, 3, 1, true, 1 }, { 1, 1, 1, 0, false, 1 }, { 7, 3, 2, 1, true, 4 },
+        { 8, 3, 2, 1, false, 4 }, { 8, 3, 2, 1, true, 5 }, { 10, 3, 5, 0, true, 2 }, { 11, 3, 5, 0, true, 3 },
     };
     static const struct {
         int64_t in, filter, stride, pad, dilation, out, transposed;
     } convs[] = {
-        { 224, 7, 2, 3, 1, 112, 447 }, { 5, 3, 1, 0, 2, 1, 9 }, { 5, 3, 0, 1, 0, 5, 5 }, { 1, 1, 1, 0, 1, 1, 1 },
+        { 224, 7, 2, 3, 1, 112, 447 }, { 5, 3, 1, 0, 2, 1, 9 },  { 5, 3, 0, 1, 0, 5, 5 },   { 1, 1, 1, 0, 1, 1, 1 },
         { 7, 2, 3, 0, 1, 2, 20 },      { 6, 5, 4, 2, 1, 2, 21 }, { 3, 4, 2, 1, 3, -1, 12 },
     };
     pd_net *net = pd_net_new(NULL);
     (void)state;
     for (int i = 0; i < PD__COUNT(pools); i++) {
         pd_layer *x = pd_image(net, NULL, 1, pools[i].in, 30);
-        pd_pool_opts o = { .size_h = pools[i].size, .stride = 1, .stride_h = pools[i].stride, .pad_h = pools[i].pad,
-                           .ceil = pools[i].ceil };
+        pd_pool_opts o = { .size_h = pools[i].size, .stride_h = pools[i].stride, .ceil = pools[i].ceil };
         pd_layer *y;
-        if (!o.stride_h) o.stride = 0;
+        o.stride = o.stride_h ? 1 : 0;
+        o.pad_h = pools[i].pad;
         y = pd_pool(net, x, 1, &o);
-        if (!y || y->shape.height != pools[i].out) fail_msg("pool %d: %s", i, y ? pd_shape_text(y, y->shape) : pd_error(net));
+        if (!y || y->shape.height != pools[i].out)
+            fail_msg("pool %d: %s", i, y ? pd_shape_text(y, y->shape) : pd_error(net));
     }
     for (int i = 0; i < PD__COUNT(convs); i++) {
         pd_layer *x = pd_image(net, NULL, 1, 30, convs[i].in), *y;
-        pd_conv_opts o = { .filter_h = 1, .stride = convs[i].stride, .stride_h = 1, .pad = convs[i].pad, .pad_h = -1,
-                           .dilation = convs[i].dilation, .dilation_h = 1 };
+        pd_conv_opts o = { .filter_h = 1, .stride_h = 1, .pad_h = -1, .dilation_h = 1 };
+        o.stride = convs[i].stride;
+        o.pad = convs[i].pad;
+        o.dilation = convs[i].dilation;
         y = convs[i].out < 0 ? NULL : pd_conv(net, x, 1, convs[i].filter, &o);
         if (y ? y->shape.width != convs[i].out : convs[i].out >= 0) fail_msg("conv %d: %s", i, pd_error(net));
         y = pd_conv_transpose(net, x, 1, convs[i].filter, &o);
@@ -1730,10 +1804,58 @@ static void test_all_builders_refuse(void **state) {
         REFUSED("a\"b: a name has", builder(turn, &type, the.net, the.one, "a\"b", PD_LINEAR));
         REFUSED("xxxxx", builder(turn, &type, the.net, the.one, long_name, PD_LINEAR));
         if (strcmp(type, "prelu") == 0) continue;
-        REFUSED_EXACTLY(format("%s1: unknown activation 99", type), builder(turn, &type, the.net, the.one, NULL, (pd_act)99));
-        REFUSED_EXACTLY(format("%s1: unknown activation -1", type), builder(turn, &type, the.net, the.one, NULL, (pd_act)-1));
+        REFUSED_EXACTLY(format("%s1: unknown activation 99", type),
+                        builder(turn, &type, the.net, the.one, NULL, (pd_act)99));
+        REFUSED_EXACTLY(format("%s1: unknown activation -1", type),
+                        builder(turn, &type, the.net, the.one, NULL, (pd_act)-1));
     }
     end();
+}
+
+/* ---- lack of memory ---- */
+
+/* Builds, shares, runs and checks gradients; what failed with which message, or PD_OK. *type NULL: there is no builder
+   of this number. */
+static pd_status use_builder(int turn, pd_net *net, const char **type, pd_failure *failure) {
+    pd_layer *x = pd_vector(net, "x", 1), *y = builder(turn, type, net, x, NULL, PD_GELU);
+    pd_status status = y ? pd_want_gradient(x) : pd_error_status(net);
+    pd_batch *batch = pd_batch_new(net);
+    pd_net *shared = pd_net_share(net);
+    pd_gradcheck check;
+    if (status == PD_OK && (!batch || !shared)) status = pd_error_status(net);
+    for (int i = 0; i < 3 && status == PD_OK; i++) {
+        pd_real *row = pd_batch_add_row(batch, 0);
+        if (row) *row = (pd_real)(i + 1);
+        status = row ? pd_batch_end_sample(batch) : batch->error.status;
+    }
+    if (status == PD_OK) status = pd_forward(net, batch, PD_TRAIN, &y, 1);
+    if (status == PD_OK) status = pd_backward(net, y);
+    if (status == PD_OK) status = pd_check_gradients(y, batch, NULL, &check);
+    snprintf(failure->text, sizeof failure->text, "%s",
+             batch && batch->error.status ? batch->error.text : pd_error(net));
+    pd_net_free(shared);
+    pd_batch_free(batch);
+    return status;
+}
+
+/* Every allocation fails once: PD_E_MEMORY, nothing leaks. */
+static void test_no_memory(void **state) {
+    const char *type = "";
+    (void)state;
+    for (int turn = 0; type; turn++)
+        for (int64_t fail_at = 0;; fail_at++) {
+            failing_allocator f = { 0, fail_at, 0 };
+            pd_net *net = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
+            pd_failure failure = { PD_OK, "out of memory" };
+            pd_status status = net ? use_builder(turn, net, &type, &failure) : PD_E_MEMORY;
+            bool failed = f.calls > fail_at;
+            if (failed && type && (status != PD_E_MEMORY || !strstr(failure.text, "out of memory")))
+                fail_msg("%s: status %d, message \"%s\" without allocation %lld", type, (int)status, failure.text,
+                         (long long)fail_at);
+            pd_net_free(net);
+            assert_int_equal(f.in_use, 0);
+            if (!type || !failed) break;
+        }
 }
 
 /* ---- what each refuses ---- */
@@ -1779,8 +1901,10 @@ static pd_layer *blocks(int64_t height, int64_t width, pd_block_expand_opts o) {
 
 static void test_windows_refuse(void **state) {
     (void)state;
-    REFUSED_EXACTLY("conv2: filter 7x7 does not fit the padded input 5x5 coming from \"pool1\" (16x5x5)", conv_on_pool(7, 1));
-    REFUSED_EXACTLY("conv2: filter 7x7 does not fit the padded input 5x5 coming from \"pool1\" (16x5x5)", conv_on_pool(4, 2));
+    REFUSED_EXACTLY("conv2: filter 7x7 does not fit the padded input 5x5 coming from \"pool1\" (16x5x5)",
+                    conv_on_pool(7, 1));
+    REFUSED_EXACTLY("conv2: filter 7x7 does not fit the padded input 5x5 coming from \"pool1\" (16x5x5)",
+                    conv_on_pool(4, 2));
     REFUSED_EXACTLY("conv1: number of filters is 0, expected at least 1", conv(0, 3, (pd_conv_opts){ 0 }));
     REFUSED("conv1: number of filters is -2", conv(-2, 3, (pd_conv_opts){ 0 }));
     REFUSED("conv1: filter is 0, expected at least 1", conv(1, 0, (pd_conv_opts){ 0 }));
@@ -1796,7 +1920,8 @@ static void test_windows_refuse(void **state) {
                     conv(3, 1, (pd_conv_opts){ .groups = 2 }));
     REFUSED("conv1: 3 groups do not divide", conv(3, 1, (pd_conv_opts){ .groups = 3 }));
     REFUSED("conv1: filter 6x1 does not fit the padded input 5x4", conv(1, 1, (pd_conv_opts){ .filter_h = 6 }));
-    REFUSED("conv1: filter 1x7 does not fit the padded input 5x6", conv(1, 7, (pd_conv_opts){ .filter_h = 1, .pad = 1, .pad_h = -1 }));
+    REFUSED("conv1: filter 1x7 does not fit the padded input 5x6",
+            conv(1, 7, (pd_conv_opts){ .filter_h = 1, .pad = 1, .pad_h = -1 }));
     REFUSED_EXACTLY("conv_transpose1: padding 3x3 leaves nothing of the output 1x0x-1",
                     conv_transpose(1, 2, (pd_conv_opts){ .pad = 3 }));
     REFUSED("conv_transpose1: filter is 0", conv_transpose(1, 0, (pd_conv_opts){ 0 }));
@@ -1810,7 +1935,8 @@ static void test_windows_refuse(void **state) {
     REFUSED("pool1: pad is -3", pool(2, (pd_pool_opts){ .pad_h = -3 }));
     REFUSED_EXACTLY("pool1: padding 2x2 must be below the size 2x2", pool(2, (pd_pool_opts){ .pad = 2 }));
     REFUSED("pool1: padding 1x1 must be below the size 1x3", pool(3, (pd_pool_opts){ .size_h = 1, .pad = 1 }));
-    REFUSED_EXACTLY("pool1: window 6x6 does not fit the padded input coming from \"image\" (2x5x4)", pool(6, (pd_pool_opts){ 0 }));
+    REFUSED_EXACTLY("pool1: window 6x6 does not fit the padded input coming from \"image\" (2x5x4)",
+                    pool(6, (pd_pool_opts){ 0 }));
     REFUSED("pool1: unknown method 4", pool(2, (pd_pool_opts){ .method = (pd_pool_method)4 }));
     REFUSED("pool1: unknown method -1", pool(2, (pd_pool_opts){ .method = (pd_pool_method)-1 }));
 
@@ -1850,16 +1976,18 @@ static void test_parameters_refuse(void **state) {
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l1 = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l2 = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .clip = -1 }));
-    REFUSED_EXACTLY("fc1: parameter \"fc1.weight\": prune is 1, expected 0 <= prune < 1", fc_with((pd_param_opts){ .prune = 1 }));
+    REFUSED_EXACTLY("fc1: parameter \"fc1.weight\": prune is 1, expected 0 <= prune < 1",
+                    fc_with((pd_param_opts){ .prune = 1 }));
     REFUSED("fc1: parameter \"fc1.weight\": prune is -0.5", fc_with((pd_param_opts){ .prune = -0.5 }));
     REFUSED("fc1: parameter \"fc1.weight\": wrong initialiser",
             fc_with((pd_param_opts){ .init = { .kind = (pd_init_kind)9 } }));
-    REFUSED("fc1: parameter \"fc1.weight\": wrong initialiser", fc_with((pd_param_opts){ .init = pd_normal(nan_value, 1) }));
-    REFUSED("fc1: parameter \"fc1.weight\": wrong initialiser", fc_with((pd_param_opts){ .init = pd_uniform(0, HUGE_VAL) }));
+    REFUSED("fc1: parameter \"fc1.weight\": wrong initialiser",
+            fc_with((pd_param_opts){ .init = pd_normal(nan_value, 1) }));
+    REFUSED("fc1: parameter \"fc1.weight\": wrong initialiser",
+            fc_with((pd_param_opts){ .init = pd_uniform(0, HUGE_VAL) }));
     REFUSED("fc1: a parameter's name has 1 to 200 characters", fc_with((pd_param_opts){ .name = "" }));
     REFUSED("fc1: a parameter's name has", fc_with((pd_param_opts){ .name = "a\\b" }));
-    REFUSED("fc1: parameter \"fc1.bias\": rate",
-            pd_fc(the.net, the.vec, 3, &(pd_fc_opts){ .bias = { .rate = -1 } }));
+    REFUSED("fc1: parameter \"fc1.bias\": rate", pd_fc(the.net, the.vec, 3, &(pd_fc_opts){ .bias = { .rate = -1 } }));
     REFUSED_EXACTLY("fc2: parameter \"w\" is 6x3, but 6x4 is needed here", fc_then(wider_fc));
     REFUSED_EXACTLY("conv1: parameter \"w\" is 6x3, but 1x2x1x1 is needed here", fc_then(conv_instead));
     REFUSED_EXACTLY("prelu1: parameter \"w\" is 6x3, but 6 is needed here", fc_then(prelu_instead));
@@ -1884,7 +2012,8 @@ static void test_norms_refuse(void **state) {
     REFUSED("batch_norm1: epsilon 0 must not be negative, keep 1.1", batch_norm((pd_batch_norm_opts){ .keep = 1.1 }));
     REFUSED("batch_norm1: epsilon", batch_norm((pd_batch_norm_opts){ .keep = -0.1 }));
     REFUSED("batch_norm1: epsilon", batch_norm((pd_batch_norm_opts){ .keep = nan_value }));
-    REFUSED("batch_norm1: parameter \"batch_norm1.weight\": rate", batch_norm((pd_batch_norm_opts){ .weight = { .l1 = -1 } }));
+    REFUSED("batch_norm1: parameter \"batch_norm1.weight\": rate",
+            batch_norm((pd_batch_norm_opts){ .weight = { .l1 = -1 } }));
     REFUSED("layer_norm1: epsilon -1 must not be negative",
             pd_layer_norm(the.net, the.image, &(pd_layer_norm_opts){ .epsilon = -1 }));
     REFUSED("layer_norm1: parameter \"layer_norm1.bias\": rate",
@@ -1904,7 +2033,8 @@ static void test_others_refuse(void **state) {
     REFUSED("dropout1: rate is", pd_dropout(the.net, the.vec, nan_value, NULL));
     REFUSED("add: 0 inputs, but add takes at least 1", pd_add(the.net, NULL, 0, NULL));
     REFUSED("add: input 0 is NULL", pd_add(the.net, NULL, 1, NULL));
-    REFUSED_EXACTLY("add1: input \"image\" is 2x5x4, expected 6", pd_add(the.net, (pd_layer *[]){ the.vec, the.image }, 2, NULL));
+    REFUSED_EXACTLY("add1: input \"image\" is 2x5x4, expected 6",
+                    pd_add(the.net, (pd_layer *[]){ the.vec, the.image }, 2, NULL));
     REFUSED("multiply1: input \"vec\" is 6, expected 2x5x4", pd_multiply(the.net, the.image, the.vec, NULL));
     REFUSED("multiply: input 1 is NULL", pd_multiply(the.net, the.image, NULL, NULL));
     REFUSED_EXACTLY("concat1: input \"vec\" is 6, \"image\" is 2x5x4: heights and widths must be equal",
@@ -1924,7 +2054,8 @@ static void test_others_refuse(void **state) {
     REFUSED("transpose1: order {-1, ", pd_transpose(the.net, the.image, (const int[3]){ -1, 1, 2 }, NULL));
     REFUSED("transpose1: order", pd_transpose(the.net, the.image, NULL, NULL));
     REFUSED("interpolate1: input \"vec\" is 6, expected 1", pd_interpolate(the.net, the.vec, the.vec, the.vec, NULL));
-    REFUSED("interpolate1: input \"image\" is 2x5x4, expected 6", pd_interpolate(the.net, the.one, the.vec, the.image, NULL));
+    REFUSED("interpolate1: input \"image\" is 2x5x4, expected 6",
+            pd_interpolate(the.net, the.one, the.vec, the.image, NULL));
     REFUSED("interpolate: input 2 is NULL", pd_interpolate(the.net, the.one, the.vec, NULL, NULL));
     REFUSED("scale1: input \"vec\" is 6, expected 1", pd_scale(the.net, the.vec, the.one, NULL));
     REFUSED("scale: input 1 is NULL", pd_scale(the.net, the.one, NULL, NULL));
@@ -1942,8 +2073,10 @@ static void test_others_refuse(void **state) {
     REFUSED("cosine1: scale", pd_cosine(the.net, the.vec, the.vec, nan_value, NULL));
     REFUSED("cosine: input 1 is NULL", pd_cosine(the.net, the.vec, NULL, 1, NULL));
     REFUSED("outer: input 1 is NULL", pd_outer(the.net, the.vec, NULL, NULL));
-    REFUSED("activation1: alpha is -1", pd_activation(the.net, the.vec, PD_LEAKY_RELU, &(pd_activation_opts){ .alpha = -1 }));
-    REFUSED("activation1: alpha is ", pd_activation(the.net, the.vec, PD_BRELU, &(pd_activation_opts){ .alpha = nan_value }));
+    REFUSED("activation1: alpha is -1",
+            pd_activation(the.net, the.vec, PD_LEAKY_RELU, &(pd_activation_opts){ .alpha = -1 }));
+    REFUSED("activation1: alpha is ",
+            pd_activation(the.net, the.vec, PD_BRELU, &(pd_activation_opts){ .alpha = nan_value }));
 }
 
 /* The first of two wrong calls is the one that is told, even if its result is handed on. */
@@ -2112,7 +2245,9 @@ static void test_huge_windows(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_forward),
+        cmocka_unit_test(test_matrix_product),
         cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_large),
         cmocka_unit_test(test_gradients_of_a_layer_used_twice),
         cmocka_unit_test(test_activations),
         cmocka_unit_test(test_activations_far_out),
@@ -2120,6 +2255,7 @@ int main(void) {
         cmocka_unit_test(test_ties_and_zeros),
         cmocka_unit_test(test_shared_parameters),
         cmocka_unit_test(test_shared_gradient_is_a_sum),
+        cmocka_unit_test(test_names_of_several_weights),
         cmocka_unit_test(test_checker_finds_faults),
         cmocka_unit_test(test_empty_batch),
         cmocka_unit_test(test_threads),
@@ -2131,6 +2267,7 @@ int main(void) {
         cmocka_unit_test(test_batch_norm_frozen),
         cmocka_unit_test(test_shapes),
         cmocka_unit_test(test_all_builders_refuse),
+        cmocka_unit_test(test_no_memory),
         cmocka_unit_test(test_inputs_refuse),
         cmocka_unit_test(test_windows_refuse),
         cmocka_unit_test(test_parameters_refuse),
