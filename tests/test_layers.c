@@ -1970,7 +1970,7 @@ static void test_parameters_refuse(void **state) {
     REFUSED("fc: input 0 is NULL", pd_fc_sum(the.net, NULL, 2, 3, NULL));
     REFUSED("fc: input 1 is NULL", pd_fc_sum(the.net, (pd_layer *[]){ the.vec, NULL }, 2, 3, NULL));
     REFUSED("fc1: input \"ids\" holds ids", pd_fc_sum(the.net, (pd_layer *[]){ the.vec, the.ids }, 2, 3, NULL));
-    REFUSED_EXACTLY("fc1: parameter \"fc1.weight\": rate, l1, l2 and clip must not be negative",
+    REFUSED_EXACTLY("fc1: parameter \"fc1.weight\": rate, l1, l2 and clip must be finite and not negative",
                     fc_with((pd_param_opts){ .rate = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .rate = nan_value }));
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l1 = -1 }));
