@@ -39,7 +39,7 @@ static void measure(const char *name, pd_net *net, pd_layer *cost, int threads, 
 static void digits(int threads) {
     pd_net *net = pd_net_new(&(pd_net_opts){ .threads = threads });
     pd_layer *image = pd_image(net, "image", 1, 8, 8);
-    pd_layer *conv1 = pd_conv(net, image, 32, 3, &(pd_conv_opts){ .pad = 1, .act = PD_RELU });
+    pd_layer *conv1 = pd_conv(net, image, 16, 3, &(pd_conv_opts){ .pad = 1, .act = PD_RELU });
     pd_layer *conv2 = pd_conv(net, conv1, 32, 3, &(pd_conv_opts){ .pad = 1, .act = PD_RELU });
     pd_layer *fc = pd_fc(net, pd_pool(net, conv2, 2, NULL), 10, &(pd_fc_opts){ .act = PD_SOFTMAX });
     measure("digits-b32", net, pd_cross_entropy(net, fc, pd_label(net, "label", 10), NULL), threads, 32);

@@ -9,7 +9,7 @@
 /* The net is described in one place, for training and for using it. Returns the layer of the ten probabilities. */
 static pd_layer *build(pd_net *net) {
     pd_layer *image = pd_image(net, "image", 1, 8, 8);
-    pd_layer *conv1 = pd_conv(net, image, 32, 3, &(pd_conv_opts){ .name = "conv1", .pad = 1, .act = PD_RELU });
+    pd_layer *conv1 = pd_conv(net, image, 16, 3, &(pd_conv_opts){ .name = "conv1", .pad = 1, .act = PD_RELU });
     pd_layer *conv2 = pd_conv(net, conv1, 32, 3, &(pd_conv_opts){ .name = "conv2", .pad = 1, .act = PD_RELU });
     pd_layer *pool = pd_pool(net, conv2, 2, &(pd_pool_opts){ .name = "pool" });
     pd_layer *drop = pd_dropout(net, pool, 0.25, NULL);
@@ -57,9 +57,9 @@ int main(int argc, char **argv) {
     pd_reader *train = pd_shuffle(net, pd_csv_reader(net, data, &training), 2000, 1);
     pd_reader *test = pd_csv_reader(net, data, &held_out);
 
-    int64_t passes = 20;
+    int64_t passes = 16;
     pd_schedule fall = { .kind = PD_SCHEDULE_COSINE, .a = (double)passes * 1437 };
-    pd_trainer *trainer = pd_trainer_new(net, cost, pd_adam(0.002), &(pd_trainer_opts){ .schedule = fall });
+    pd_trainer *trainer = pd_trainer_new(net, cost, pd_adam(0.003), &(pd_trainer_opts){ .schedule = fall });
     if (!trainer) return fail(net);
     if (pd_train(trainer, train, passes, &(pd_train_opts){ .test = test, .progress = true }) != PD_OK ||
         pd_save(net, file) != PD_OK)

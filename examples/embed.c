@@ -12,7 +12,7 @@ static const pd_real picture[64] = { 0, 0, 7, 15, 13, 1, 0,  0, 0, 8, 13, 6, 15,
 int main(int argc, char **argv) {
     pd_net *net = pd_net_new(NULL);
     pd_layer *image = pd_affine(net, pd_image(net, "image", 1, 8, 8), 1.0 / 16, 0, NULL); /* pixels are 0 .. 16 */
-    pd_layer *conv1 = pd_conv(net, image, 32, 3, &(pd_conv_opts){ .name = "conv1", .pad = 1, .act = PD_RELU });
+    pd_layer *conv1 = pd_conv(net, image, 16, 3, &(pd_conv_opts){ .name = "conv1", .pad = 1, .act = PD_RELU });
     pd_layer *conv2 = pd_conv(net, conv1, 32, 3, &(pd_conv_opts){ .name = "conv2", .pad = 1, .act = PD_RELU });
     pd_layer *pool = pd_pool(net, conv2, 2, NULL);
     pd_layer *output = pd_fc(net, pool, 10, &(pd_fc_opts){ .name = "fc", .act = PD_SOFTMAX });

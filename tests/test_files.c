@@ -730,7 +730,7 @@ static void test_full_disk(void **state) {
 }
 
 static void test_dev_full(void **state) {
-    unsigned char chunk[PD__CHUNK];
+    unsigned char chunk[PD__FILE_CHUNK];
     pd_net *net = small_net(NULL);
     pd__items items;
     FILE *f = fopen("/dev/full", "wb");

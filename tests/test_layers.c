@@ -117,25 +117,25 @@ static const pd_real *values(const problem *p, const char *suffix) {
 /* Numbers that are at least 0.04 apart within any 61 in a row and 0.02 from 0 (times spread), so that no maximum
    changes hands and no kink is crossed while gradients are checked. */
 static void fill_batch(problem *p, int64_t samples) {
-    bool sequence = p->inputs[0]->is_sequence;
-    int64_t slots[61], at = 0, rows[64];
+    int64_t order[61] = { 0 }, at = 0;
     for (int64_t i = 0; i < 61; i++) {
         int64_t k = below(i + 1);
-        slots[i] = slots[k];
-        slots[k] = i;
+        order[i] = order[k];
+        order[k] = i;
     }
-    for (int64_t s = 0; s < samples; s++) rows[s % 64] = !sequence ? 1 : s + 1 == samples ? 1 + below(2) : below(4);
     p->rows = 0;
-    for (int64_t s = 0; s < samples; p->rows += rows[s++ % 64]) {
+    for (int64_t s = 0; s < samples; s++) {
+        int64_t rows = !p->sequence ? 1 : s + 1 < samples ? below(4) : 1 + below(2);
         for (int k = 0; k < p->input_count; k++)
-            for (int64_t r = 0; r < rows[s % 64]; r++) {
+            for (int64_t r = 0; r < rows; r++) {
                 pd_real *row = pd_batch_add_row(p->batch, k);
                 for (int64_t i = 0; i < p->inputs[k]->out.width; i++) {
-                    double v = (double)(slots[at++ % 61] - 30) * 0.06 + 0.03 + uniform(-0.01, 0.01);
+                    double v = (double)(order[at++ % 61] - 30) * 0.06 + 0.03 + uniform(-0.01, 0.01);
                     row[i] = (pd_real)(p->spread * (p->positive ? fabs(v) + 0.2 : v));
                 }
             }
         assert_int_equal(pd_batch_end_sample(p->batch), PD_OK);
+        p->rows += rows;
     }
 }
 
@@ -883,7 +883,7 @@ static const layer_case cases[] = {
     { "prelu", build_prelu, twin_prelu, 1 },
 };
 
-/* for (every case) for (every seed): seeds of two loops never meet */
+/* For every case, and for `count` seeds of its own. */
 #define FOR_CASES(c, seed, count)                                                                                      \
     for (const layer_case *c = cases; c < cases + PD__COUNT(cases); c++)                                               \
         for (uint64_t seed = 1000 * (uint64_t)(c - cases), seed##_end = seed + (count); seed < seed##_end; seed++)
@@ -1588,6 +1588,9 @@ static void test_batch_norm_statistics(void **state) {
     assert_int_equal(pd_forward(net, one, PD_TRAIN, &y, 1), PD_OK);
     check_statistics(net, 0.8 * 0.8 + 0.2, 0.8 * (0.8 + 0.2 * 38 / 3));
     assert_true(y->out.data[0] == 0);
+    one->slots[0].data[0] = (pd_real)NAN; /* would spoil them for ever */
+    assert_int_equal(pd_forward(net, one, PD_TRAIN, &y, 1), PD_OK);
+    check_statistics(net, 0.8 * 0.8 + 0.2, 0.8 * (0.8 + 0.2 * 38 / 3));
     pd_batch_free(batch);
     pd_batch_free(one);
     pd_batch_free(empty);
