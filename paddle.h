@@ -336,7 +336,8 @@ PD_API pd_init pd_he(void);
 
 /* Options of one parameter, a field of many layers' options. All zero: the defaults. */
 typedef struct pd_param_opts {
-    const char *name;    /* default "LAYER.weight" and the like; a name already in use shares that parameter */
+    const char *name;    /* default "LAYER.weight" and the like; a name already in use shares that parameter, and the
+                            other options must then be zero or the same */
     pd_init init;        /* default: the layer's */
     double rate;         /* learning-rate factor, > 0; default 1 */
     double l1, l2;       /* >= 0; default: the trainer's */
@@ -381,7 +382,7 @@ PD_API pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64
 
 typedef struct pd_net_opts {
     uint64_t seed;       /* of everything random in this net */
-    int threads;         /* OpenMP threads; default all. Results do not depend on it. */
+    int threads;         /* OpenMP threads, up to 1024; default all. Results do not depend on it. */
     pd_device *device;   /* default: the CPU. Not owned; must outlive the net. */
     pd_allocator allocator;
     pd_logger logger;
@@ -2549,8 +2550,8 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     net->device = o->device;
     if (!o->allocator.alloc != !o->allocator.free)
         pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: the allocator needs both alloc and free");
-    else if (o->threads < 0)
-        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: threads is %d, expected 0 (all) or more", o->threads);
+    else if (o->threads < 0 || o->threads > 1024) /* OpenMP ends the program when it can't have so many */
+        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: threads is %d, expected 0 (all) to 1024", o->threads);
     else if (o->device && o->device->api_version != PD_API_VERSION)
         pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: device has interface version %d, expected %d",
                        o->device->api_version, PD_API_VERSION);
@@ -2674,7 +2675,7 @@ static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const c
         return pd__fail_build(net, PD_E_ARGUMENT,
                               "%s: a name has 1 to 200 characters, no quotes, backslashes or control characters", who);
     if (name && pd_layer_find(net, name))
-        return pd__fail_build(net, PD_E_ARGUMENT, "%s: the name is already used by a %s layer", who,
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: the name is already used by another layer (%s)", who,
                               pd_layer_find(net, name)->type->name);
     if (count < type->min_inputs || (type->max_inputs >= 0 && count > type->max_inputs))
         return pd__fail_build(net, PD_E_ARGUMENT, "%s: %d inputs, but %s takes %s%d", who, count, type->name,
@@ -3010,6 +3011,16 @@ static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, con
     return NULL;
 }
 
+/* A layer that shares a parameter either says nothing more about it, or the same as the one that created it. */
+static bool pd__may_share(const pd_param_opts *o, const pd_param_opts *created) {
+    bool silent = o->init.kind == PD_INIT_DEFAULT && o->rate == 0 && o->l1 == 0 && o->l2 == 0 && !o->no_decay &&
+                  !o->is_static && o->clip == 0 && o->prune == 0;
+    return silent || (o->init.kind == created->init.kind && o->init.a == created->init.a &&
+                      o->init.b == created->init.b && o->rate == created->rate && o->l1 == created->l1 &&
+                      o->l2 == created->l2 && o->no_decay == created->no_decay && o->is_static == created->is_static &&
+                      o->clip == created->clip && o->prune == created->prune);
+}
+
 PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_count, const int64_t *dims, int64_t fan_in,
                                 int64_t fan_out, pd_init init, const pd_param_opts *opts) {
     static const pd_param_opts defaults = PD__ZERO;
@@ -3036,6 +3047,11 @@ PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
                       pd__dims_text(net, p->dim_count, p->dims), pd__dims_text(net, dim_count, dims));
         return NULL;
     }
+    if (p && (p->is_buffer || !pd__may_share(o, &p->opts))) {
+        pd_layer_fail(layer, PD_E_ARGUMENT, p->is_buffer ? "parameter \"%.100s\" is another layer's statistics"
+                      : "parameter \"%.100s\" is shared, but was created with other options", name);
+        return NULL;
+    }
     if (!p) {
         p = pd__new_param(layer, name, dim_count, dims, size);
         if (!p) return NULL;
@@ -3051,7 +3067,13 @@ PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
 PD_DEF pd_param *pd_layer_buffer(pd_layer *layer, const char *suffix, int64_t size, double value) {
     pd_param_opts opts = PD__ZERO;
     pd_param *p;
+    char name[416];
     opts.is_static = true;
+    snprintf(name, sizeof name, "%s.%s", layer->name, suffix);
+    if (!layer->own->origin && pd_param_find(layer->net, name)) {
+        pd_layer_fail(layer, PD_E_ARGUMENT, "\"%.100s\", its own statistics, is a parameter of another layer", name);
+        return NULL;
+    }
     p = pd_layer_param(layer, suffix, 1, &size, 1, 1, pd_constant(value), &opts);
     if (p) p->is_buffer = true;
     return p;
@@ -3521,7 +3543,7 @@ static pd_status pd__want_sides(pd_layer *l, const char *what, int64_t h, int64_
 
 /* For setup: the option is neither infinite nor NaN. */
 static pd_status pd__want_finite(pd_layer *l, const char *what, double value) {
-    if (value - value == 0) return PD_OK;
+    if (pd__finite(value)) return PD_OK;
     return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %g, expected a finite number", what, value);
 }
 
@@ -4834,7 +4856,7 @@ PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size
 /* The output starts as a copy of the input; the net applies the activation, as after any layer. */
 static pd_status pd__activation_setup(pd_layer *l) {
     double alpha = pd__spec_of(l)->a; /* below 0, leaky_relu's derivative could not be told from its output */
-    if (!(alpha >= 0 && alpha - alpha == 0))
+    if (!(alpha >= 0 && pd__finite(alpha)))
         return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, expected a finite number of at least 0", alpha);
     l->act_alpha = alpha;
     return pd__like_input(l, 0);

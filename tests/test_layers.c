@@ -1979,6 +1979,15 @@ static void test_parameters_refuse(void **state) {
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l1 = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l2 = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .clip = -1 }));
+    REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l2 = (double)INFINITY }));
+    REFUSED("fc2: parameter \"w\" is shared, but was created with other options",
+            (fc_with((pd_param_opts){ .name = "w" }), fc_with((pd_param_opts){ .name = "w", .rate = 2 })));
+    REFUSED("batch_norm1: \"batch_norm1.running_var\", its own statistics, is a parameter of another layer",
+            (pd_fc(the.net, the.vec, 4, &(pd_fc_opts){ .bias.name = "batch_norm1.running_var" }),
+             pd_batch_norm(the.net, the.vec, NULL)));
+    REFUSED("fc1: parameter \"batch_norm1.running_mean\" is another layer's statistics",
+            (pd_batch_norm(the.net, the.vec, NULL),
+             pd_fc(the.net, the.vec, the.vec->out.width, &(pd_fc_opts){ .bias.name = "batch_norm1.running_mean" })));
     REFUSED_EXACTLY("fc1: parameter \"fc1.weight\": prune is 1, expected 0 <= prune < 1",
                     fc_with((pd_param_opts){ .prune = 1 }));
     REFUSED("fc1: parameter \"fc1.weight\": prune is -0.5", fc_with((pd_param_opts){ .prune = -0.5 }));
