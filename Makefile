@@ -91,7 +91,7 @@ test: build/paddle.c
 	$(TESTS) run
 
 fuzz: build/paddle.c
-	$(TESTS) fuzz
+	$(TESTS) -k fuzz
 
 portability:
 	@tests/portability/run

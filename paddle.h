@@ -86,11 +86,11 @@
    GRADIENTS AND OPTIMIZERS
 
    Costs are per row. A gradient is summed over the batch and divided by the number of samples before the optimizer sees
-   it (not with `sum_gradients`, which is how the Paddle of 2016 did it; there, rates were divided by the batch size
-   by hand). Order: scale, clip the norm of all (clip_norm; with it no parameter changes before the
-   whole backward pass is done), clip each element (clip_value), add l2 times the value (AdamW instead shrinks the value by rate
-   times l2), step, and shrink towards zero by rate times l1. This holds for every optimizer; what an optimizer can't do
-   is refused, not ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
+   it (not with `sum_gradients`, which is how the Paddle of 2016 did it; there, rates were divided by the batch size by
+   hand). Order: scale, clip the norm of all (clip_norm; with it no parameter changes before the whole backward pass is
+   done), clip each element (clip_value), add l2 times the value (AdamW instead shrinks the value by rate times l2),
+   step, and shrink towards zero by rate times l1. This holds for every optimizer; what an optimizer can't do is refused,
+   not ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
 
    READERS
 
@@ -116,8 +116,8 @@
 
    WRITING A LAYER
 
-   A layer is a constant pd_layer_type. The built-in ones are written in the same way. This one computes x * sigmoid(b x)
-   with one learned b; its activation, gradients, memory, saving and training come from the net:
+   A layer is a constant pd_layer_type. The built-in ones are written in the same way. This one computes
+   x * sigmoid(b x) with one learned b; its activation, memory, saving and training come from the net:
 
    ```c
    static pd_status swish_setup(pd_layer *l) {
@@ -226,18 +226,18 @@ extern "C" {
 /* ======================================================================================================== */
 /* >>status                                                                                                 */
 
-#define PD_STATUSES(X)                                                                                       \
-    X(PD_OK, "ok")                                                                                           \
-    X(PD_END, "end of data")                                                                                 \
-    X(PD_STOPPED, "stopped by the callback")                                                                 \
-    X(PD_E_ARGUMENT, "wrong argument")                                                                       \
-    X(PD_E_SHAPE, "shapes do not match")                                                                     \
-    X(PD_E_MEMORY, "out of memory")                                                                          \
-    X(PD_E_IO, "file could not be read or written")                                                          \
-    X(PD_E_FORMAT, "malformed data")                                                                         \
-    X(PD_E_NUMERIC, "not a finite number")                                                                   \
-    X(PD_E_UNSUPPORTED, "not supported")                                                                     \
-    X(PD_E_STATE, "called in the wrong state")                                                               \
+#define PD_STATUSES(X)                                                                                                 \
+    X(PD_OK, "ok")                                                                                                     \
+    X(PD_END, "end of data")                                                                                           \
+    X(PD_STOPPED, "stopped by the callback")                                                                           \
+    X(PD_E_ARGUMENT, "wrong argument")                                                                                 \
+    X(PD_E_SHAPE, "shapes do not match")                                                                               \
+    X(PD_E_MEMORY, "out of memory")                                                                                    \
+    X(PD_E_IO, "file could not be read or written")                                                                    \
+    X(PD_E_FORMAT, "malformed data")                                                                                   \
+    X(PD_E_NUMERIC, "not a finite number")                                                                             \
+    X(PD_E_UNSUPPORTED, "not supported")                                                                               \
+    X(PD_E_STATE, "called in the wrong state")                                                                         \
     X(PD_E_DEVICE, "device failed")
 
 typedef enum pd_status {
@@ -286,7 +286,7 @@ typedef struct pd_allocator {
     void *user;
 } pd_allocator;
 
-/* Receives one line per event worth knowing (errors, saved files). NULL: silence. The text is only valid in the call. */
+/* Receives the message of every failure. NULL: silence. The text is only valid in the call. */
 typedef struct pd_logger {
     void (*log)(void *user, pd_status status, const char *text);
     void *user;
@@ -336,15 +336,15 @@ PD_API pd_init pd_he(void);
 
 /* Options of one parameter, a field of many layers' options. All zero: the defaults. */
 typedef struct pd_param_opts {
-    const char *name;    /* default "LAYER.weight" and the like; a name already in use shares that parameter, and the
+    const char *name; /* default "LAYER.weight" and the like; a name already in use shares that parameter, and the
                             other options must then be zero or the same */
-    pd_init init;        /* default: the layer's */
-    double rate;         /* learning-rate factor, > 0; default 1 */
-    double l1, l2;       /* >= 0; default: the trainer's */
-    bool no_decay;       /* neither the trainer's l1 nor its l2 */
-    bool is_static;      /* never updated, no gradient is computed */
-    double clip;         /* bound on each element of the gradient, > 0; default: the trainer's clip_value */
-    double prune;        /* 0 <= prune < 1: this share of the smallest magnitudes is set to zero when training
+    pd_init init;     /* default: the layer's */
+    double rate;      /* learning-rate factor, > 0; default 1 */
+    double l1, l2;    /* >= 0; default: the trainer's */
+    bool no_decay;    /* neither the trainer's l1 nor its l2 */
+    bool is_static;   /* never updated, no gradient is computed */
+    double clip;      /* bound on each element of the gradient, > 0; default: the trainer's clip_value */
+    double prune;     /* 0 <= prune < 1: this share of the smallest magnitudes is set to zero when training
                             starts and held there (a pruning mask); default 0 */
 } pd_param_opts;
 
@@ -355,18 +355,18 @@ struct pd_param {
     const char *name;
     int dim_count;
     int64_t dims[PD_MAX_DIMS];
-    int64_t size;      /* product of dims */
+    int64_t size; /* product of dims */
     pd_real *value;
-    pd_real *grad;     /* SUM over the samples of the batch; NULL when static or not training. Backward adds. */
+    pd_real *grad; /* SUM over the samples of the batch; NULL when static or not training. Backward adds. */
     pd_param_opts opts;
-    bool is_buffer;    /* statistics kept by a layer, such as a running mean: saved, never given a gradient */
+    bool is_buffer;      /* statistics kept by a layer, such as a running mean: saved, never given a gradient */
     unsigned char *mask; /* size bytes, 0 = held at zero; NULL = no pruning. Host memory. */
-    pd_net *net;       /* the net that owns it */
+    pd_net *net;         /* the net that owns it */
     int64_t fan_in, fan_out;
-    int users;         /* the net's: layers of this step that have not yet added their gradient */
-    int trained;       /* the trainer's: 1 + its place among the trained ones, 0 = not trained */
-    bool announced;    /* the net's: param_needed was called in this step */
-    pd_param *next;    /* in order of creation */
+    int users;      /* the net's: layers of this step that have not yet added their gradient */
+    int trained;    /* the trainer's: 1 + its place among the trained ones, 0 = not trained */
+    bool announced; /* the net's: param_needed was called in this step */
+    pd_param *next; /* in order of creation */
 };
 
 PD_API pd_param *pd_param_find(pd_net *net, const char *name); /* NULL when there is none; no error */
@@ -381,9 +381,9 @@ PD_API pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64
 /* >>net                                                                                                    */
 
 typedef struct pd_net_opts {
-    uint64_t seed;       /* of everything random in this net */
-    int threads;         /* OpenMP threads, up to 1024; default all. Results do not depend on it. */
-    pd_device *device;   /* default: the CPU. Not owned; must outlive the net. */
+    uint64_t seed;     /* of everything random in this net */
+    int threads;       /* OpenMP threads, up to 1024; default all. Results do not depend on it. */
+    pd_device *device; /* default: the CPU. Not owned; must outlive the net. */
     pd_allocator allocator;
     pd_logger logger;
 } pd_net_opts;
@@ -419,22 +419,22 @@ PD_API pd_layer *pd_sequence(pd_layer *input);
 /* >>activations                                                                                            */
 
 /* X(name, text, needs): needs says what the derivative reads: the output y, or the input x kept beside it. */
-#define PD_ACTIVATIONS(X)                                                                                    \
-    X(PD_LINEAR, "linear", PD__FROM_Y)         /* x */                                                       \
-    X(PD_RELU, "relu", PD__FROM_Y)             /* max(x, 0) */                                               \
-    X(PD_BRELU, "brelu", PD__FROM_Y)           /* min(max(x, 0), 24) */                                      \
-    X(PD_SOFTRELU, "softrelu", PD__FROM_Y)     /* log(1 + exp(x)) */                                         \
-    X(PD_LEAKY_RELU, "leaky_relu", PD__FROM_Y) /* x < 0 ? 0.01 x : x */                                      \
-    X(PD_GELU, "gelu", PD__FROM_X)             /* x (1 + erf(x / sqrt 2)) / 2 */                             \
-    X(PD_SIGMOID, "sigmoid", PD__FROM_Y)       /* 1 / (1 + exp(-x)) */                                       \
-    X(PD_TANH, "tanh", PD__FROM_Y)                                                                           \
-    X(PD_STANH, "stanh", PD__FROM_Y)           /* 1.7159 tanh(2/3 x); LeCun et al. 1998 */                   \
-    X(PD_EXP, "exp", PD__FROM_Y)                                                                             \
-    X(PD_LOG, "log", PD__FROM_X)                                                                             \
-    X(PD_ABS, "abs", PD__FROM_X)                                                                             \
-    X(PD_SQUARE, "square", PD__FROM_X)                                                                       \
-    X(PD_SQRT, "sqrt", PD__FROM_Y)                                                                           \
-    X(PD_RECIPROCAL, "reciprocal", PD__FROM_Y) /* 1 / x */                                                   \
+#define PD_ACTIVATIONS(X)                                                                                              \
+    X(PD_LINEAR, "linear", PD__FROM_Y)         /* x */                                                                 \
+    X(PD_RELU, "relu", PD__FROM_Y)             /* max(x, 0) */                                                         \
+    X(PD_BRELU, "brelu", PD__FROM_Y)           /* min(max(x, 0), 24) */                                                \
+    X(PD_SOFTRELU, "softrelu", PD__FROM_Y)     /* log(1 + exp(x)) */                                                   \
+    X(PD_LEAKY_RELU, "leaky_relu", PD__FROM_Y) /* x < 0 ? 0.01 x : x */                                                \
+    X(PD_GELU, "gelu", PD__FROM_X)             /* x (1 + erf(x / sqrt 2)) / 2 */                                       \
+    X(PD_SIGMOID, "sigmoid", PD__FROM_Y)       /* 1 / (1 + exp(-x)) */                                                 \
+    X(PD_TANH, "tanh", PD__FROM_Y)                                                                                     \
+    X(PD_STANH, "stanh", PD__FROM_Y) /* 1.7159 tanh(2/3 x); LeCun et al. 1998 */                                       \
+    X(PD_EXP, "exp", PD__FROM_Y)                                                                                       \
+    X(PD_LOG, "log", PD__FROM_X)                                                                                       \
+    X(PD_ABS, "abs", PD__FROM_X)                                                                                       \
+    X(PD_SQUARE, "square", PD__FROM_X)                                                                                 \
+    X(PD_SQRT, "sqrt", PD__FROM_Y)                                                                                     \
+    X(PD_RECIPROCAL, "reciprocal", PD__FROM_Y) /* 1 / x */                                                             \
     X(PD_SOFTMAX, "softmax", PD__FROM_Y)       /* over the whole row */
 
 typedef enum pd_act {
@@ -467,15 +467,15 @@ typedef struct pd_conv_opts {
     const char *name;
     pd_act act;
     bool no_bias;
-    int64_t filter_h;                       /* default: the `filter` argument, which is the width */
-    int64_t stride, stride_h;               /* default 1; stride_h default: stride */
-    int64_t pad, pad_h;                     /* zeros on each side; pad_h default: pad. -1 as pad_h: none */
-    int64_t dilation, dilation_h;           /* default 1; dilation_h default: dilation */
-    int64_t groups;                         /* default 1 */
-    pd_param_opts weight;                   /* filters x in/groups x filter_h x filter (OIHW) */
-    pd_param_opts bias;                     /* filters; starts at 0 */
+    int64_t filter_h;             /* default: the `filter` argument, which is the width */
+    int64_t stride, stride_h;     /* default 1; stride_h default: stride */
+    int64_t pad, pad_h;           /* zeros on each side; pad_h default: pad. -1 as pad_h: none */
+    int64_t dilation, dilation_h; /* default 1; dilation_h default: dilation */
+    int64_t groups;               /* default 1 */
+    pd_param_opts weight;         /* filters x in/groups x filter_h x filter (OIHW) */
+    pd_param_opts bias;           /* filters; starts at 0 */
 } pd_conv_opts;
-/* 2-D convolution (cross-correlation) of an image: out = floor((in + 2 pad - dilation (filter - 1) - 1) / stride) + 1. */
+/* 2-D convolution (cross-correlation): out = floor((in + 2 pad - dilation (filter - 1) - 1) / stride) + 1. */
 PD_API pd_layer *pd_conv(pd_net *net, pd_layer *input, int64_t filters, int64_t filter, const pd_conv_opts *opts);
 /* Transposed convolution: out = (in - 1) stride - 2 pad + dilation (filter - 1) + 1. Its weight is
    in x filters/groups x filter_h x filter (IOHW). */
@@ -486,7 +486,7 @@ typedef enum pd_pool_method {
     PD_MAX,
     PD_AVERAGE, /* over the cells of the window that lie inside the image */
     PD_SUM,
-    PD_SQRT_N   /* sum / sqrt(cells inside the image) */
+    PD_SQRT_N /* sum / sqrt(cells inside the image) */
 } pd_pool_method;
 typedef struct pd_pool_opts {
     const char *name;
@@ -640,7 +640,7 @@ typedef enum pd_slot_kind { PD_SLOT_DENSE, PD_SLOT_IDS } pd_slot_kind;
 typedef struct pd_slot {
     pd_slot_kind kind;
     bool sequence;
-    int64_t width;   /* numbers per row; the number of ids for PD_SLOT_IDS */
+    int64_t width; /* numbers per row; the number of ids for PD_SLOT_IDS */
     int64_t rows;
     pd_real *data;   /* rows x width, or NULL */
     int64_t *ids;    /* rows, or NULL */
@@ -666,7 +666,7 @@ PD_API pd_real *pd_batch_add_row(pd_batch *batch, int slot);
 /* Adds an id; it must lie in 0 .. width - 1. */
 PD_API pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id);
 /* Ends a sample: every slot must have got one row, or any number if it carries sequences; inputs that the run won't
-   need may be left out of the whole batch. Otherwise PD_E_SHAPE, and the rows of the unfinished sample are taken away. */
+   need may be left out of the whole batch. Otherwise PD_E_SHAPE, and the unfinished sample's rows are taken away. */
 PD_API pd_status pd_batch_end_sample(pd_batch *batch);
 /* Takes away the rows added since the last pd_batch_end_sample. */
 PD_API void pd_batch_drop_sample(pd_batch *batch);
@@ -679,7 +679,7 @@ PD_API pd_status pd_batch_copy_sample(pd_batch *batch, const pd_batch *from, int
 typedef enum pd_mode {
     PD_PREDICT, /* dropout off, batch norm by running statistics, no gradients kept */
     PD_TRAIN,
-    PD_CHECK    /* as PD_TRAIN, but the random numbers and running statistics stand still: for gradient checks */
+    PD_CHECK /* as PD_TRAIN, but the random numbers and running statistics stand still: for gradient checks */
 } pd_mode;
 
 /* Computes the outputs of `targets` and of all they depend on; only the inputs they need must be in the batch. The
@@ -708,7 +708,7 @@ typedef struct pd_evaluator_type {
     int input_count;
     int value_count; /* at most 16 */
     const char *const *value_names;
-    pd_status (*setup)(pd_evaluator *evaluator); /* checks shapes, sets sum_count */
+    pd_status (*setup)(pd_evaluator *evaluator);                                  /* checks shapes, sets sum_count */
     pd_status (*update)(pd_evaluator *evaluator, const pd_tensor *const *inputs); /* host memory; adds to sums */
     void (*values)(const pd_evaluator *evaluator, double *values);                /* from sums */
 } pd_evaluator_type;
@@ -747,8 +747,7 @@ PD_API pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label,
    batch, and takes time quadratic in its rows; with query ids, in those of the batch. */
 PD_API pd_evaluator *pd_eval_pnpair(pd_net *net, pd_layer *score, pd_layer *label, const pd_evaluator_opts *opts);
 /* Mean absolute and root mean squared difference per number. */
-PD_API pd_evaluator *pd_eval_mean_error(pd_net *net, pd_layer *output, pd_layer *target,
-                                        const pd_evaluator_opts *opts);
+PD_API pd_evaluator *pd_eval_mean_error(pd_net *net, pd_layer *output, pd_layer *target, const pd_evaluator_opts *opts);
 /* A user's own. */
 PD_API pd_evaluator *pd_evaluator_add(pd_net *net, const pd_evaluator_type *type, pd_layer *output, pd_layer *label,
                                       const pd_evaluator_opts *opts);
@@ -780,12 +779,12 @@ typedef enum pd_optimizer_kind {
    t the number of updates. l1 is, for every method, a soft threshold of r l1 after the step. */
 typedef struct pd_optimizer {
     pd_optimizer_kind kind;
-    double rate;           /* learning rate, > 0 */
-    double momentum;       /* MOMENTUM, RMSPROP: 0 <= momentum < 1 */
-    bool nesterov;         /* MOMENTUM */
-    bool centered;         /* RMSPROP: subtract the squared mean gradient; Graves 2013 */
-    double rho;            /* ADADELTA, RMSPROP, DECAYED_ADAGRAD: decay of the averages */
-    double beta1, beta2;   /* ADAM, ADAMW, ADAMAX */
+    double rate;         /* learning rate, > 0 */
+    double momentum;     /* MOMENTUM, RMSPROP: 0 <= momentum < 1 */
+    bool nesterov;       /* MOMENTUM */
+    bool centered;       /* RMSPROP: subtract the squared mean gradient; Graves 2013 */
+    double rho;          /* ADADELTA, RMSPROP, DECAYED_ADAGRAD: decay of the averages */
+    double beta1, beta2; /* ADAM, ADAMW, ADAMAX */
     double epsilon;
 } pd_optimizer;
 
@@ -796,9 +795,9 @@ PD_API pd_optimizer pd_adagrad(double rate);  /* a += g^2; w -= r g/(sqrt a + e)
 PD_API pd_optimizer pd_adadelta(double rate); /* Zeiler 2012; rho 0.9, e 1e-6; rate 1 is the paper's */
 PD_API pd_optimizer pd_rmsprop(double rate);  /* a = rho a + (1-rho) g^2; w -= r g/(sqrt a + e); rho 0.99, e 1e-8 */
 PD_API pd_optimizer pd_decayed_adagrad(double rate); /* as rmsprop with sqrt(a + e); rho 0.95, e 1e-6 */
-PD_API pd_optimizer pd_adam(double rate);     /* Kingma and Ba 2015; beta 0.9, 0.999, e 1e-8 */
-PD_API pd_optimizer pd_adamw(double rate);    /* Adam, with decoupled w -= r l2 w (Loshchilov and Hutter 2019) */
-PD_API pd_optimizer pd_adamax(double rate);   /* Kingma and Ba 2015, 7.1 */
+PD_API pd_optimizer pd_adam(double rate);            /* Kingma and Ba 2015; beta 0.9, 0.999, e 1e-8 */
+PD_API pd_optimizer pd_adamw(double rate);           /* Adam, with decoupled w -= r l2 w (Loshchilov and Hutter 2019) */
+PD_API pd_optimizer pd_adamax(double rate);          /* Kingma and Ba 2015, 7.1 */
 
 /* The learning rate's factor as a function of s, the samples seen. */
 typedef enum pd_schedule_kind {
@@ -813,9 +812,9 @@ typedef enum pd_schedule_kind {
 typedef struct pd_schedule {
     pd_schedule_kind kind;
     double a, b;
-    double warm_up;         /* samples over which the factor also rises linearly from 0; default none */
-    const double *samples;  /* TABLE: `count` rising bounds; not copied, must outlive the trainer */
-    const double *factors;  /* TABLE */
+    double warm_up;        /* samples over which the factor also rises linearly from 0; default none */
+    const double *samples; /* TABLE: `count` rising bounds; not copied, must outlive the trainer */
+    const double *factors; /* TABLE */
     int count;
 } pd_schedule;
 PD_API double pd_schedule_factor(const pd_schedule *schedule, double samples_seen);
@@ -823,11 +822,11 @@ PD_API double pd_schedule_factor(const pd_schedule *schedule, double samples_see
 /* What one parameter's update needs; the device's `update` turns it into new values. */
 typedef struct pd_update {
     pd_optimizer optimizer;
-    double rate;       /* scheduled, times the parameter's factor */
-    double scale;      /* of the summed gradient: 1 / samples, global-norm clipping included */
-    double clip;       /* each element of the scaled gradient is held to +-clip; 0 = none */
+    double rate;  /* scheduled, times the parameter's factor */
+    double scale; /* of the summed gradient: 1 / samples, global-norm clipping included */
+    double clip;  /* each element of the scaled gradient is held to +-clip; 0 = none */
     double l1, l2;
-    int64_t step;      /* t, from 1 */
+    int64_t step; /* t, from 1 */
 } pd_update;
 /* How many arrays of a parameter's size this optimizer keeps (at most PD_MAX_STATES). */
 #define PD_MAX_STATES 3
@@ -849,7 +848,7 @@ typedef struct pd_pool_shape {
 
 /* The operations that layers are written in, by bit, for pd_layer_type.needs and pd_device.supports. */
 enum {
-    PD_OP_BASIC = 1 << 0,         /* fill, muladd, gemm, sum_squares, update: every device has these */
+    PD_OP_BASIC = 1 << 0, /* fill, muladd, gemm, sum_squares, update: every device has these */
     PD_OP_ACTIVATION = 1 << 1,
     PD_OP_CONV = 1 << 2,
     PD_OP_POOL = 1 << 3,
@@ -866,10 +865,10 @@ struct pd_device {
     int api_version; /* PD_API_VERSION */
     const char *name;
     void *self;
-    bool host_memory;                                /* the host can read and write this memory directly */
-    bool (*supports)(pd_device *d, unsigned ops);    /* all of these PD_OP_ bits? */
+    bool host_memory;                             /* the host can read and write this memory directly */
+    bool (*supports)(pd_device *d, unsigned ops); /* all of these PD_OP_ bits? */
 
-    void *(*alloc)(pd_device *d, size_t size);       /* aligned to 64 bytes; NULL when out of memory */
+    void *(*alloc)(pd_device *d, size_t size); /* aligned to 64 bytes; NULL when out of memory */
     void (*free)(pd_device *d, void *memory);
     void (*upload)(pd_device *d, void *to, const void *from_host, size_t size);
     void (*download)(pd_device *d, void *to_host, const void *from, size_t size); /* has arrived on return */
@@ -887,18 +886,20 @@ struct pd_device {
     /* Sum of x[i]^2 in double. Not finite if and only if some x[i] isn't. */
     double (*sum_squares)(pd_device *d, int64_t n, const pd_real *x);
     /* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
-    void (*update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
-                   const unsigned char *mask, pd_real *const *states);
+    void (*update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g, const unsigned char *mask,
+                   pd_real *const *states);
 
     /* y = f(x) for rows x width numbers; x may be y. alpha: see pd_activation_opts. */
-    void (*activate)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x, pd_real *y);
+    void (*activate)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                     pd_real *y);
     /* grad *= f'(x), in place; y is the output, x the input where the activation needs it. */
     void (*activate_backward)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
                               const pd_real *y, pd_real *grad);
     /* All three add. w: out_c x in_c/groups x filter_h x filter_w. */
     void (*conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y);
     void (*conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy, pd_real *dx);
-    void (*conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy, pd_real *dw);
+    void (*conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
+                                 pd_real *dw);
     void (*pool)(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y);
     void (*pool_backward)(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y, const pd_real *dy,
                           pd_real *dx); /* adds; a maximum's gradient goes to its first occurrence */
@@ -924,7 +925,8 @@ struct pd_device {
                                 const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
                                 pd_real *dbias);
     void (*layer_norm)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
-                       const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y); /* moments: rows x 2 */
+                       const pd_real *weight, const pd_real *bias, pd_real *moments,
+                       pd_real *y); /* moments: rows x 2 */
     void (*layer_norm_backward)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *moments,
                                 const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
                                 pd_real *dbias);
@@ -972,19 +974,19 @@ struct pd_layer {
     const pd_layer_type *type;
     const char *name;
     pd_net *net;
-    pd_device *device;   /* what its operations run on */
+    pd_device *device; /* what its operations run on */
     pd_layer **inputs;
     int input_count;
-    pd_param **params;   /* in the order of pd_layer_param */
+    pd_param **params; /* in the order of pd_layer_param */
     int param_count;
-    void *opts;          /* the layer's copy */
+    void *opts; /* the layer's copy */
     void *state;
-    pd_shape shape;      /* of one row of the output; set by setup */
-    pd_act act;          /* applied by the net after forward; set by setup */
-    double act_alpha;    /* set by setup; 0 = the activation's default */
-    bool is_ids;         /* the output is ids, not numbers */
-    bool is_sequence;    /* rows come in sequences; default: if input 0's do. Setup may change it. */
-    bool wants_grad;     /* something below it learns */
+    pd_shape shape;   /* of one row of the output; set by setup */
+    pd_act act;       /* applied by the net after forward; set by setup */
+    double act_alpha; /* set by setup; 0 = the activation's default */
+    bool is_ids;      /* the output is ids, not numbers */
+    bool is_sequence; /* rows come in sequences; default: if input 0's do. Setup may change it. */
+    bool wants_grad;  /* something below it learns */
     pd_tensor out;
     struct pd__layer *own; /* the net's */
 };
@@ -1029,10 +1031,10 @@ struct pd_updater {
     pd_status (*begin_batch)(pd_updater *u, int64_t samples);
     pd_status (*param_needed)(pd_updater *u, pd_param *param); /* (optional) value must be current on return */
     pd_status (*grad_final)(pd_updater *u, pd_param *param);
-    pd_status (*poll)(pd_updater *u);                          /* (optional) */
+    pd_status (*poll)(pd_updater *u); /* (optional) */
     pd_status (*end_batch)(pd_updater *u);
-    pd_status (*sync)(pd_updater *u);                          /* (optional) every value current here */
-    void (*stop)(pd_updater *u);                               /* (optional) */
+    pd_status (*sync)(pd_updater *u); /* (optional) every value current here */
+    void (*stop)(pd_updater *u);      /* (optional) */
 };
 /* For updaters: one optimizer step on the whole parameter from its grad, summed over `samples` samples; then zeroes
    grad. `clip_scale` is 1 or the factor of global-norm clipping. PD_E_NUMERIC, and no step, if grad isn't finite. */
@@ -1060,9 +1062,9 @@ struct pd_reader {
     pd_status (*reset)(pd_reader *r, int64_t pass); /* back to the first sample, for pass 0, 1, .. */
     /* (optional) From the first sample again, only samples i with i % count == rank, of those there were before. */
     pd_status (*shard)(pd_reader *r, int rank, int count);
-    pd_status (*skip)(pd_reader *r, int64_t samples);      /* (optional) passes over samples; else they are read */
-    int64_t (*size)(pd_reader *r);                         /* (optional) samples per pass, -1 when unknown */
-    void (*free)(pd_reader *r);                            /* frees the reader itself too */
+    pd_status (*skip)(pd_reader *r, int64_t samples); /* (optional) passes over samples; else they are read */
+    int64_t (*size)(pd_reader *r);                    /* (optional) samples per pass, -1 when unknown */
+    void (*free)(pd_reader *r);                       /* frees the reader itself too */
 };
 
 /* All constructors return NULL, with the message in the net, when something is wrong; trainers take such a NULL and
@@ -1103,7 +1105,7 @@ PD_API pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count
 PD_API pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user);
 
 /* The following own `reader` and free it; a NULL reader gives NULL. */
-/* Shuffles with bounded memory: keeps `pool` samples and hands out a random one of them. pool >= all: a full shuffle. */
+/* Shuffles with bounded memory: keeps `pool` samples and hands out a random one. pool >= all: a full shuffle. */
 PD_API pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint64_t seed);
 /* Reads ahead in a thread, up to `depth` batches (>= 1). Without threads on the platform: reads when asked. Resetting
    and freeing wait for the read in progress, which may be for ever when it waits for stdin. */
@@ -1118,14 +1120,14 @@ PD_API pd_status pd_reader_fail(pd_reader *reader, pd_status status, const char 
 /* >>trainer                                                                                                */
 
 typedef struct pd_trainer_opts {
-    double l1, l2;           /* of every parameter without its own and without no_decay; biases included */
-    pd_schedule schedule;    /* of the learning rate; default constant */
-    double clip_value;       /* bound on each element of the mean gradient; default none */
-    double clip_norm;        /* bound on the norm of the whole mean gradient; default none */
-    bool sum_gradients;      /* add over the batch instead of averaging, as the 2016 platform did */
-    double average_window;   /* model averaging: share of all updates to average over, 0 < w <= 1; default none */
-    int64_t average_max;     /* .. but at most so many updates; default no limit */
-    pd_updater *updater;     /* default: local. Not owned. */
+    double l1, l2;         /* of every parameter without its own and without no_decay; biases included */
+    pd_schedule schedule;  /* of the learning rate; default constant */
+    double clip_value;     /* bound on each element of the mean gradient; default none */
+    double clip_norm;      /* bound on the norm of the whole mean gradient; default none */
+    bool sum_gradients;    /* add over the batch instead of averaging, as the 2016 platform did */
+    double average_window; /* model averaging: share of all updates to average over, 0 < w <= 1; default none */
+    int64_t average_max;   /* .. but at most so many updates; default no limit */
+    pd_updater *updater;   /* default: local. Not owned. */
 } pd_trainer_opts;
 
 /* A trainer of everything `cost` (width 1) depends on. Free before the net. NULL, with the message in the net, if the
@@ -1144,22 +1146,22 @@ typedef struct pd_event {
 } pd_event;
 
 typedef struct pd_train_opts {
-    int64_t batch_size;      /* default 32 */
-    pd_reader *test;         /* tested after every pass; evaluators then hold the test's values */
+    int64_t batch_size; /* default 32 */
+    pd_reader *test;    /* tested after every pass; evaluators then hold the test's values */
     int (*on_event)(void *user, const pd_event *event); /* non-zero stops: pd_train returns PD_STOPPED */
     void *user;
-    int patience;            /* stop after so many tests without a lower test cost; at the end, however it comes, go
+    int patience;             /* stop after so many tests without a lower test cost; at the end, however it comes, go
                                 back to the best values */
-    bool progress;           /* progress bar on stderr if that is a terminal, else a line per pass */
-    const char *csv_log;     /* file to append to: pass, samples, seconds, rate, cost, test cost, evaluators */
-    const char *tensorboard; /* directory for event files with the same numbers */
-    int64_t log_every;       /* a line in the logs after so many batches, beside one per pass; default: per pass */
-    const char *checkpoint;  /* file written after every pass .. */
+    bool progress;            /* progress bar on stderr if that is a terminal, else a line per pass */
+    const char *csv_log;      /* file to append to: pass, samples, seconds, rate, cost, test cost, evaluators */
+    const char *tensorboard;  /* directory for event files with the same numbers */
+    int64_t log_every;        /* a line in the logs after so many batches, beside one per pass; default: per pass */
+    const char *checkpoint;   /* file written after every pass .. */
     int64_t checkpoint_every; /* .. and after every so many batches */
 } pd_train_opts;
 
-/* Trains until `passes` passes over the reader are finished, counting those of earlier calls and of a loaded checkpoint;
-   a pass that was stopped goes on where it was. Returns PD_OK, PD_STOPPED, or what failed, with the message in the net;
+/* Trains until `passes` passes over the reader are finished, counting those of earlier calls and of a loaded
+   checkpoint; a pass that was stopped goes on where it was. Returns PD_OK, PD_STOPPED, or what failed, with the message in the net;
    what was learned until then stays. */
 PD_API pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes, const pd_train_opts *opts);
 /* One step on one batch; *cost (may be NULL) gets its mean cost. */
@@ -1182,14 +1184,14 @@ PD_API pd_status pd_graphviz(pd_net *net, const char *path);
 PD_API pd_status pd_save(pd_net *net, const char *path);
 
 typedef struct pd_load_map {
-    const char *from;  /* tensor in the file */
-    const char *to;    /* parameter of the net */
-    bool transpose;    /* the file holds out x in, the net in x out (2-D) */
+    const char *from; /* tensor in the file */
+    const char *to;   /* parameter of the net */
+    bool transpose;   /* the file holds out x in, the net in x out (2-D) */
 } pd_load_map;
 typedef struct pd_load_opts {
     const pd_load_map *map; /* `map_count` entries; a parameter without one loads from its own name */
     int map_count;
-    bool partial;           /* parameters absent from the file keep their values; else that is an error */
+    bool partial; /* parameters absent from the file keep their values; else that is an error */
 } pd_load_opts;
 /* Loads F32, F64, F16 and BF16. Everything is checked first: on failure no value has changed. */
 PD_API pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts);
@@ -1208,14 +1210,14 @@ typedef struct pd_gradcheck_opts {
     uint64_t seed;
 } pd_gradcheck_opts;
 typedef struct pd_gradcheck {
-    double error;           /* largest relative difference found, of the directional and the single ones */
-    double directional;     /* .. of the directional ones alone */
-    double accumulation;    /* largest relative difference between twice a gradient and backward run twice */
-    const char *worst;      /* parameter or input where `error` was found */
-    int64_t worst_index;    /* element, or -1 for the directional one */
+    double error;        /* largest relative difference found, of the directional and the single ones */
+    double directional;  /* .. of the directional ones alone */
+    double accumulation; /* largest relative difference between twice a gradient and backward run twice */
+    const char *worst;   /* parameter or input where `error` was found */
+    int64_t worst_index; /* element, or -1 for the directional one */
     double analytic, numeric;
-    int64_t checked;        /* single elements */
-    bool all_zero;          /* every gradient was 0: nothing was really checked */
+    int64_t checked; /* single elements */
+    bool all_zero;   /* every gradient was 0: nothing was really checked */
 } pd_gradcheck;
 /* Compares backward with central differences of sum(w * cost) for all parameters and all dense inputs that want a
    gradient; `layer` may be any layer: its outputs are weighted by fixed random numbers. PD_OK means it ran. */
@@ -1289,9 +1291,11 @@ extern "C" {
 #endif
 
 #ifdef __cplusplus
-#define PD__ZERO {} /* an all-zero struct, in both languages without a warning */
+#define PD__ZERO                                                                                                       \
+    {} /* an all-zero struct, in both languages without a warning */
 #else
-#define PD__ZERO { 0 }
+#define PD__ZERO                                                                                                       \
+    { 0 }
 #endif
 
 #define PD__COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
@@ -1503,13 +1507,9 @@ static pd_status pd__no_memory(pd_net *net, const char *what) {
     return pd__fail(net, PD_E_MEMORY, "out of memory for %s", what);
 }
 
-PD_DEF const char *pd_error(const pd_net *net) {
-    return net ? net->failure.text : pd__status_texts[PD_E_MEMORY];
-}
+PD_DEF const char *pd_error(const pd_net *net) { return net ? net->failure.text : pd__status_texts[PD_E_MEMORY]; }
 
-PD_DEF pd_status pd_error_status(const pd_net *net) {
-    return net ? net->failure.status : PD_E_MEMORY;
-}
+PD_DEF pd_status pd_error_status(const pd_net *net) { return net ? net->failure.status : PD_E_MEMORY; }
 
 /* ---- text ---- */
 
@@ -1578,11 +1578,17 @@ typedef CONDITION_VARIABLE pd__condition;
 typedef HANDLE pd__thread;
 typedef DWORD pd__thread_result;
 #define PD__THREAD_CALL WINAPI
-static bool pd__mutex_init(pd__mutex *m) { InitializeCriticalSection(m); return true; }
+static bool pd__mutex_init(pd__mutex *m) {
+    InitializeCriticalSection(m);
+    return true;
+}
 static void pd__mutex_free(pd__mutex *m) { DeleteCriticalSection(m); }
 static void pd__lock(pd__mutex *m) { EnterCriticalSection(m); }
 static void pd__unlock(pd__mutex *m) { LeaveCriticalSection(m); }
-static bool pd__condition_init(pd__condition *c) { InitializeConditionVariable(c); return true; }
+static bool pd__condition_init(pd__condition *c) {
+    InitializeConditionVariable(c);
+    return true;
+}
 static void pd__condition_free(pd__condition *c) { (void)c; }
 static void pd__wait(pd__condition *c, pd__mutex *m) { SleepConditionVariableCS(c, m, INFINITE); }
 static void pd__wake(pd__condition *c) { WakeAllConditionVariable(c); }
@@ -1942,7 +1948,8 @@ static double pd__update_one(const pd_update *u, double correct1, double correct
 
 static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
                            const unsigned char *mask, pd_real *const *states) {
-    double correct1 = 1 - pow(u->optimizer.beta1, (double)u->step), correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
+    double correct1 = 1 - pow(u->optimizer.beta1, (double)u->step),
+           correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
     double l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2, shrink = u->rate * u->l1;
     (void)d;
     PD__PARALLEL(d, n * 4)
@@ -1969,12 +1976,12 @@ static inline pd_real pd__sigmoid(pd_real x) {
 
 /* y[i] for one kind over a piece; alpha as the caller gave it or the default. */
 static void pd__activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y) {
-#define PD__EACH(kind, value)                                                                                \
-    case kind:                                                                                               \
-        for (int64_t i = 0; i < n; i++) {                                                                    \
-            pd_real v = x[i];                                                                                \
-            y[i] = (value);                                                                                  \
-        }                                                                                                    \
+#define PD__EACH(kind, value)                                                                                          \
+    case kind:                                                                                                         \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            pd_real v = x[i];                                                                                          \
+            y[i] = (value);                                                                                            \
+        }                                                                                                              \
         break;
     switch (act) {
         PD__EACH(PD_RELU, v < 0 ? 0 : v) /* so written, NaN stays */
@@ -1988,7 +1995,7 @@ static void pd__activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_re
         PD__EACH(PD_EXP, PD__M(exp)(v))
         PD__EACH(PD_LOG, PD__M(log)(v))
         PD__EACH(PD_ABS, PD__M(fabs)(v))
-        PD__EACH(PD_SQUARE, v *v)
+        PD__EACH(PD_SQUARE, v * v)
         PD__EACH(PD_SQRT, PD__M(sqrt)(v))
         PD__EACH(PD_RECIPROCAL, 1 / v)
     case PD_LINEAR:
@@ -2001,19 +2008,19 @@ static void pd__activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_re
 /* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. */
 static void pd__activate_backward_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, const pd_real *y,
                                         pd_real *grad) {
-#define PD__EACH_Y(kind, value)                                                                              \
-    case kind:                                                                                               \
-        for (int64_t i = 0; i < n; i++) {                                                                    \
-            pd_real w = y[i];                                                                                \
-            grad[i] *= (value);                                                                              \
-        }                                                                                                    \
+#define PD__EACH_Y(kind, value)                                                                                        \
+    case kind:                                                                                                         \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            pd_real w = y[i];                                                                                          \
+            grad[i] *= (value);                                                                                        \
+        }                                                                                                              \
         break;
-#define PD__EACH_X(kind, value)                                                                              \
-    case kind:                                                                                               \
-        for (int64_t i = 0; i < n; i++) {                                                                    \
-            pd_real v = x[i];                                                                                \
-            grad[i] *= (value);                                                                              \
-        }                                                                                                    \
+#define PD__EACH_X(kind, value)                                                                                        \
+    case kind:                                                                                                         \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            pd_real v = x[i];                                                                                          \
+            grad[i] *= (value);                                                                                        \
+        }                                                                                                              \
         break;
     const pd_real ratio = (pd_real)(pd__stanh_b / pd__stanh_a), square = (pd_real)(pd__stanh_a * pd__stanh_a);
     switch (act) {
@@ -2073,8 +2080,7 @@ static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t ro
         return;
     }
     PD__PARALLEL(d, n * 2)
-    for (int64_t i = 0; i < n; i += PD__PIECE)
-        pd__activate_piece(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i);
+    for (int64_t i = 0; i < n; i += PD__PIECE) pd__activate_piece(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i);
 }
 
 static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
@@ -2111,7 +2117,8 @@ static pd__columns pd__columns_of(const pd_conv_shape *s) {
 }
 
 /* columns (depth x area) from one group of one image, or, if `back`, added from columns into the image. */
-static void pd__columns_move(const pd_conv_shape *s, const pd__columns *c, bool back, pd_real *image, pd_real *columns) {
+static void pd__columns_move(const pd_conv_shape *s, const pd__columns *c, bool back, pd_real *image,
+                             pd_real *columns) {
     for (int64_t k = 0; k < c->depth; k++) {
         int64_t kw = k % s->filter_w, kh = k / s->filter_w % s->filter_h;
         pd_real *map = image + k / (s->filter_h * s->filter_w) * c->in_area;
@@ -2165,8 +2172,7 @@ static void pd__conv_run(pd_device *d, const pd__conv_job *j,
     space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * each, sizeof(pd_real));
     if (!space) return;
     PD__PARALLEL(d, images * j->c.depth * j->c.area)
-    for (int64_t i = 0; i < images; i++)
-        work(j, i / j->s->groups, i % j->s->groups, space + PD__THREAD_INDEX() * each);
+    for (int64_t i = 0; i < images; i++) work(j, i / j->s->groups, i % j->s->groups, space + PD__THREAD_INDEX() * each);
 }
 
 static void pd__cpu_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
@@ -2197,7 +2203,8 @@ static void pd__cpu_conv_backward_filter(pd_device *d, const pd_conv_shape *s, c
                                          pd_real *dw) {
     enum { PARTS = 8 };
     pd__columns c = pd__columns_of(s);
-    int64_t weights = s->out_c * c.depth, parts = pd__min(PARTS, s->rows), per_part = pd__ceil_div(s->rows, PARTS), each;
+    int64_t weights = s->out_c * c.depth, parts = pd__min(PARTS, s->rows), per_part = pd__ceil_div(s->rows, PARTS),
+            each;
     pd_real *space;
     if (s->rows == 0) return;
     each = PD__GEMM_SPACE + c.depth * c.area + weights;
@@ -2453,8 +2460,8 @@ static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t widt
     }
 }
 
-static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
-                                  double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
+static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                  double alpha, double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
     (void)d;
     PD__PARALLEL(d, rows * channels * area * pd__min(size, channels))
     for (int64_t m = 0; m < rows * channels; m++) {
@@ -2476,7 +2483,8 @@ static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t c
     (void)d;
     PD__PARALLEL(d, rows * channels * area * pd__min(size, channels) * 4)
     for (int64_t m = 0; m < rows * channels; m++) {
-        int64_t j = m % channels, first = pd__max(0, j + size / 2 - size + 1), last = pd__min(channels, j + size / 2 + 1);
+        int64_t j = m % channels, first = pd__max(0, j + size / 2 - size + 1),
+                last = pd__min(channels, j + size / 2 + 1);
         int64_t image = (m - j) * area;
         for (int64_t i = 0; i < area; i++) {
             double sum = 0;
@@ -2494,14 +2502,38 @@ static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t c
 /* ---- the table ---- */
 
 static const pd_device pd__cpu_table = {
-    PD_API_VERSION, "cpu", NULL, true, pd__cpu_supports,
-    pd__cpu_alloc, pd__cpu_free_memory, pd__cpu_copy, pd__cpu_copy, pd__cpu_synchronize,
-    pd__cpu_fill, pd__cpu_muladd, pd__cpu_gemm, pd__cpu_sum_squares, pd__cpu_update,
-    pd__cpu_activate, pd__cpu_activate_backward,
-    pd__cpu_conv, pd__cpu_conv_backward_data, pd__cpu_conv_backward_filter, pd__cpu_pool, pd__cpu_pool_backward,
-    pd__cpu_cross_entropy, pd__cpu_cross_entropy_backward, pd__cpu_dropout,
-    pd__cpu_channel_moments, pd__cpu_batch_norm, pd__cpu_batch_norm_backward,
-    pd__cpu_layer_norm, pd__cpu_layer_norm_backward, pd__cpu_response_norm, pd__cpu_response_norm_backward,
+    PD_API_VERSION,
+    "cpu",
+    NULL,
+    true,
+    pd__cpu_supports,
+    pd__cpu_alloc,
+    pd__cpu_free_memory,
+    pd__cpu_copy,
+    pd__cpu_copy,
+    pd__cpu_synchronize,
+    pd__cpu_fill,
+    pd__cpu_muladd,
+    pd__cpu_gemm,
+    pd__cpu_sum_squares,
+    pd__cpu_update,
+    pd__cpu_activate,
+    pd__cpu_activate_backward,
+    pd__cpu_conv,
+    pd__cpu_conv_backward_data,
+    pd__cpu_conv_backward_filter,
+    pd__cpu_pool,
+    pd__cpu_pool_backward,
+    pd__cpu_cross_entropy,
+    pd__cpu_cross_entropy_backward,
+    pd__cpu_dropout,
+    pd__cpu_channel_moments,
+    pd__cpu_batch_norm,
+    pd__cpu_batch_norm_backward,
+    pd__cpu_layer_norm,
+    pd__cpu_layer_norm_backward,
+    pd__cpu_response_norm,
+    pd__cpu_response_norm_backward,
 };
 
 /* A CPU device for one net; threads 0: all. NULL when out of memory. */
@@ -2694,7 +2726,8 @@ static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const cha
                                int count, const void *opts) {
     const pd_allocator *a = &net->allocator;
     pd_layer *l;
-    if (!pd__grow(a, (void **)&net->layers, &net->layer_capacity, net->layer_count + 1, sizeof *net->layers)) return NULL;
+    if (!pd__grow(a, (void **)&net->layers, &net->layer_capacity, net->layer_count + 1, sizeof *net->layers))
+        return NULL;
     l = (pd_layer *)pd__alloc(a, 1, sizeof *l);
     if (!l) return NULL;
     l->type = type;
@@ -2794,8 +2827,7 @@ PD_DEF pd_status pd_layer_fail(pd_layer *layer, pd_status status, const char *fo
 PD_DEF const char *pd_shape_text(pd_layer *layer, pd_shape shape) {
     pd_net *net = layer->net;
     char *text = net->texts[net->text_turn = (net->text_turn + 1) % PD__COUNT(net->texts)];
-    if (shape.height == 1 && shape.width == 1)
-        snprintf(text, sizeof net->texts[0], "%lld", (long long)shape.channels);
+    if (shape.height == 1 && shape.width == 1) snprintf(text, sizeof net->texts[0], "%lld", (long long)shape.channels);
     else
         snprintf(text, sizeof net->texts[0], "%lldx%lldx%lld", (long long)shape.channels, (long long)shape.height,
                  (long long)shape.width);
@@ -2879,8 +2911,7 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
     for (int64_t i = 0; copy && !copy->broken && i < net->layer_count; i++) {
         pd_layer *from = net->layers[i], *to;
         pd_layer **inputs = (pd_layer **)pd__alloc(&net->allocator, from->input_count, sizeof *inputs);
-        for (int k = 0; inputs && k < from->input_count; k++)
-            inputs[k] = copy->layers[from->inputs[k]->own->index];
+        for (int k = 0; inputs && k < from->input_count; k++) inputs[k] = copy->layers[from->inputs[k]->own->index];
         if (!inputs) pd__fail_build(copy, PD_E_MEMORY, "out of memory for the shared net");
         to = inputs ? pd__add_layer(copy, from->type, from->name, inputs, from->input_count, from->opts, from) : NULL;
         if (to) to->is_sequence = from->is_sequence;
@@ -3007,7 +3038,8 @@ static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, con
         }
         pd__param_free(net, p);
     }
-    pd_layer_fail(l, PD_E_MEMORY, "out of memory for parameter \"%.100s\" (%s)", name, pd__dims_text(net, dim_count, dims));
+    pd_layer_fail(l, PD_E_MEMORY, "out of memory for parameter \"%.100s\" (%s)", name,
+                  pd__dims_text(net, dim_count, dims));
     return NULL;
 }
 
@@ -3048,8 +3080,10 @@ PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
         return NULL;
     }
     if (p && (p->is_buffer || !pd__may_share(o, &p->opts))) {
-        pd_layer_fail(layer, PD_E_ARGUMENT, p->is_buffer ? "parameter \"%.100s\" is another layer's statistics"
-                      : "parameter \"%.100s\" is shared, but was created with other options", name);
+        pd_layer_fail(layer, PD_E_ARGUMENT,
+                      p->is_buffer ? "parameter \"%.100s\" is another layer's statistics"
+                                   : "parameter \"%.100s\" is shared, but was created with other options",
+                      name);
         return NULL;
     }
     if (!p) {
@@ -3154,8 +3188,10 @@ static pd_status pd__input_forward(pd_layer *l) {
     return PD_OK;
 }
 
-static const pd_layer_type pd__input_type = { PD_API_VERSION, "input",          0,    0,    sizeof(pd__input_opts), 0, PD_OP_BASIC,
-                                              pd__input_setup, NULL, pd__input_forward, NULL, NULL };
+static const pd_layer_type pd__input_type = {
+    PD_API_VERSION, "input",           0,    0,   sizeof(pd__input_opts), 0, PD_OP_BASIC, pd__input_setup,
+    NULL,           pd__input_forward, NULL, NULL
+};
 
 static pd_layer *pd__add_input(pd_net *net, const char *name, int64_t c, int64_t h, int64_t w, bool is_ids) {
     pd__input_opts o;
@@ -3183,7 +3219,8 @@ PD_DEF pd_layer *pd_ids(pd_net *net, const char *name, int64_t count) {
 PD_DEF pd_layer *pd_sequence(pd_layer *input) {
     if (!input || input->net->broken) return NULL;
     if (input->own->slot < 0 || input->own->index + 1 != input->net->layer_count) {
-        pd__fail_build(input->net, PD_E_ARGUMENT, "%s: pd_sequence takes an input that has just been created", input->name);
+        pd__fail_build(input->net, PD_E_ARGUMENT, "%s: pd_sequence takes an input that has just been created",
+                       input->name);
         return NULL;
     }
     input->is_sequence = true;
@@ -3443,7 +3480,8 @@ static pd_status pd__backward_from(pd_net *net, pd_layer *layer, const pd_real *
 PD_DEF pd_status pd_backward(pd_net *net, pd_layer *cost) {
     if (!pd__check_net(net)) return pd_error_status(net);
     if (!cost || net->ran != cost)
-        return pd__fail(net, PD_E_STATE, "pd_backward: call pd_forward for just this layer, in PD_TRAIN or PD_CHECK, first");
+        return pd__fail(net, PD_E_STATE,
+                        "pd_backward: call pd_forward for just this layer, in PD_TRAIN or PD_CHECK, first");
     return pd__backward_from(net, cost, NULL);
 }
 
@@ -3470,8 +3508,10 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
     if (!net->predict_batch) net->predict_batch = pd_batch_new(net);
     if (!net->predict_batch) return NULL;
     slot = net->predict_batch->slots;
-    if (net->slot_count < 1 || slot->kind != PD_SLOT_DENSE || slot->sequence || rows < 0 || (rows > 0 && !rows_of_input)) {
-        pd__fail(net, PD_E_ARGUMENT, "pd_predict: needs a net whose first input is a plain vector or image, and its rows");
+    if (net->slot_count < 1 || slot->kind != PD_SLOT_DENSE || slot->sequence || rows < 0 ||
+        (rows > 0 && !rows_of_input)) {
+        pd__fail(net, PD_E_ARGUMENT,
+                 "pd_predict: needs a net whose first input is a plain vector or image, and its rows");
         return NULL;
     }
     kept = slot->data;
@@ -3487,14 +3527,14 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
 
 /* Each layer: what its builder hands over, shape rule, forward, backward, type, builder. */
 
-#define PD__TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward)             \
-    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state, needs, \
-                                            setup,          resize, forward, backward, NULL }
+#define PD__TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward)                       \
+    static const pd_layer_type variable = { PD_API_VERSION, name,  min,    max,     sizeof(spec), state,               \
+                                            needs,          setup, resize, forward, backward,     NULL }
 
 /* Declares a zeroed spec `s` whose first member `o` is the user's options. */
-#define PD__SPEC(type)                                                                                       \
-    type s;                                                                                                  \
-    memset(&s, 0, sizeof s);                                                                                 \
+#define PD__SPEC(type)                                                                                                 \
+    type s;                                                                                                            \
+    memset(&s, 0, sizeof s);                                                                                           \
     if (opts) s.o = *opts
 
 static pd_shape pd__shape(int64_t channels, int64_t height, int64_t width) {
@@ -3572,7 +3612,8 @@ static void pd__add_bias(pd_layer *l, const pd_param *bias) {
     pd__muladd2(l, l->out.rows, l->out.width, 1, bias->value, 0, 1, NULL, 0, 0, l->out.data, l->out.width, 1);
 }
 static void pd__add_bias_grad(pd_layer *l, pd_param *bias) {
-    if (bias->grad) pd__muladd2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
+    if (bias->grad)
+        pd__muladd2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
 }
 
 /* ---- fc ---- */
@@ -3625,7 +3666,8 @@ static pd_status pd__fc_backward(pd_layer *l) {
         if (w->grad)
             d->gemm(d, true, false, x->width, size, x->rows, 1, x->data, x->width, l->out.grad, size, 1, w->grad, size);
         if (x->grad)
-            d->gemm(d, false, true, x->rows, x->width, size, 1, l->out.grad, size, w->value, size, 1, x->grad, x->width);
+            d->gemm(d, false, true, x->rows, x->width, size, 1, l->out.grad, size, w->value, size, 1, x->grad,
+                    x->width);
     }
     if (l->param_count > l->input_count) pd__add_bias_grad(l, l->params[l->input_count]);
     return PD_OK;
@@ -3674,7 +3716,8 @@ static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
         pd__want_least(l, "groups", s->groups, 1) != PD_OK)
         return pd_error_status(l->net);
     if (l->inputs[0]->shape.channels % s->groups || spec->filters % s->groups)
-        return pd_layer_fail(l, PD_E_SHAPE, "%lld groups do not divide the %lld channels of \"%.100s\" and the %lld filters",
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "%lld groups do not divide the %lld channels of \"%.100s\" and the %lld filters",
                              (long long)s->groups, (long long)l->inputs[0]->shape.channels, l->inputs[0]->name,
                              (long long)spec->filters);
     l->act = o->act;
@@ -3705,9 +3748,11 @@ static pd_status pd__conv_setup(pd_layer *l) {
     reach_h = s->dilation_h * (s->filter_h - 1) + 1, reach_w = s->dilation_w * (s->filter_w - 1) + 1;
     padded_h = in.height + 2 * s->pad_h, padded_w = in.width + 2 * s->pad_w;
     if (reach_h > padded_h || reach_w > padded_w)
-        return pd_layer_fail(l, PD_E_SHAPE, "filter %lldx%lld does not fit the padded input %lldx%lld coming from "
-                             "\"%.100s\" (%s)", (long long)reach_h, (long long)reach_w, (long long)padded_h,
-                             (long long)padded_w, l->inputs[0]->name, pd_shape_text(l, in));
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "filter %lldx%lld does not fit the padded input %lldx%lld coming from "
+                             "\"%.100s\" (%s)",
+                             (long long)reach_h, (long long)reach_w, (long long)padded_h, (long long)padded_w,
+                             l->inputs[0]->name, pd_shape_text(l, in));
     s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
     s->out_c = ((const pd__conv_spec *)l->opts)->filters;
     s->out_h = (padded_h - reach_h) / s->stride_h + 1;
@@ -3846,10 +3891,11 @@ static pd_status pd__pool_setup(pd_layer *l) {
         return pd_error_status(l->net);
     if ((unsigned)o->method > PD_SQRT_N) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)o->method);
     if (s->pad_h >= s->size_h || s->pad_w >= s->size_w)
-        return pd_layer_fail(l, PD_E_ARGUMENT, "padding %lldx%lld must be below the size %lldx%lld", (long long)s->pad_h,
-                             (long long)s->pad_w, (long long)s->size_h, (long long)s->size_w);
+        return pd_layer_fail(l, PD_E_ARGUMENT, "padding %lldx%lld must be below the size %lldx%lld",
+                             (long long)s->pad_h, (long long)s->pad_w, (long long)s->size_h, (long long)s->size_w);
     if (s->size_h > in.height + 2 * s->pad_h || s->size_w > in.width + 2 * s->pad_w)
-        return pd_layer_fail(l, PD_E_SHAPE, "window %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "window %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
                              (long long)s->size_h, (long long)s->size_w, l->inputs[0]->name, pd_shape_text(l, in));
     s->out_h = pd__pooled(in.height, s->size_h, s->stride_h, s->pad_h, o->ceil);
     s->out_w = pd__pooled(in.width, s->size_w, s->stride_w, s->pad_w, o->ceil);
@@ -3910,8 +3956,8 @@ static pd_status pd__batch_norm_setup(pd_layer *l) {
     int64_t channels = l->inputs[0]->shape.channels;
     if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
     if (!(o->epsilon >= 0) || !(o->keep >= 0 && o->keep <= 1))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon %g must not be negative, keep %g must lie in 0 .. 1", o->epsilon,
-                             o->keep);
+        return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon %g must not be negative, keep %g must lie in 0 .. 1",
+                             o->epsilon, o->keep);
     l->shape = l->inputs[0]->shape;
     l->act = o->act;
     if (pd__scale_and_shift(l, channels, !o->no_affine, &o->weight, &o->bias) != PD_OK ||
@@ -4062,8 +4108,8 @@ static pd_status pd__response_norm_backward(pd_layer *l) {
     const pd_tensor *x = pd__in(l, 0);
     if (x->grad)
         l->device->response_norm_backward(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
-                                          o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75),
-                                          x->data, pd_layer_memory(l, 0, pd__numbers(l)), l->out.grad, x->grad);
+                                          o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), x->data,
+                                          pd_layer_memory(l, 0, pd__numbers(l)), l->out.grad, x->grad);
     return PD_OK;
 }
 
@@ -4190,9 +4236,9 @@ static pd_status pd__concat_setup(pd_layer *l) {
     for (int k = 1; k < l->input_count; k++) {
         pd_shape other = l->inputs[k]->shape;
         if (other.height != shape.height || other.width != shape.width)
-            return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, \"%.100s\" is %s: heights and widths must be equal",
-                                 l->inputs[k]->name, pd_shape_text(l, other), l->inputs[0]->name,
-                                 pd_shape_text(l, l->inputs[0]->shape));
+            return pd_layer_fail(
+                l, PD_E_SHAPE, "input \"%.100s\" is %s, \"%.100s\" is %s: heights and widths must be equal",
+                l->inputs[k]->name, pd_shape_text(l, other), l->inputs[0]->name, pd_shape_text(l, l->inputs[0]->shape));
         if (other.channels > INT64_MAX - shape.channels)
             return pd_layer_fail(l, PD_E_SHAPE, "its inputs have too many channels");
         shape.channels += other.channels;
@@ -4232,9 +4278,9 @@ PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, cons
 /* ---- slice, reshape, transpose, pad: a box of the input moves to a box of the output ---- */
 
 typedef struct pd__box {
-    int64_t size[4];         /* rows, then three axes; size[0] is set by forward */
-    int64_t x[4], y[4];      /* strides in input and output */
-    int64_t x_from, y_from;  /* where the box begins in a row */
+    int64_t size[4];        /* rows, then three axes; size[0] is set by forward */
+    int64_t x[4], y[4];     /* strides in input and output */
+    int64_t x_from, y_from; /* where the box begins in a row */
 } pd__box;
 
 /* Strides of a row-major row of this shape, behind that of the rows. */
@@ -4448,8 +4494,7 @@ static pd_status pd__affine_forward(pd_layer *l) {
 }
 
 static pd_status pd__affine_backward(pd_layer *l) {
-    if (pd__in(l, 0)->grad)
-        pd__muladd1(l, pd__numbers(l), pd__spec_of(l)->a, l->out.grad, NULL, pd__in(l, 0)->grad);
+    if (pd__in(l, 0)->grad) pd__muladd1(l, pd__numbers(l), pd__spec_of(l)->a, l->out.grad, NULL, pd__in(l, 0)->grad);
     return PD_OK;
 }
 
@@ -4790,7 +4835,8 @@ static pd_status pd__bilinear_setup(pd_layer *l) {
     int64_t dims[3];
     if (pd__want_least(l, "size", s->size, 1) != PD_OK || pd__want_numbers(l) != PD_OK) return pd_error_status(l->net);
     dims[0] = s->size, dims[1] = l->inputs[0]->out.width, dims[2] = l->inputs[1]->out.width;
-    if (!pd_layer_param(l, "weight", 3, dims, dims[1], s->size, pd_normal(0, 1 / sqrt((double)dims[1])), &s->o.weight) ||
+    if (!pd_layer_param(l, "weight", 3, dims, dims[1], s->size, pd_normal(0, 1 / sqrt((double)dims[1])),
+                        &s->o.weight) ||
         (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias)))
         return pd_error_status(l->net);
     l->shape = pd__shape(s->size, 1, 1);
@@ -4979,10 +5025,11 @@ static pd_status pd__cost_input(pd_layer *layer, int k, bool ids, int64_t size) 
 /* What all costs check: a prediction of numbers, weights of width 1, and no option that this cost does not have. */
 static pd_status pd__cost_setup(pd_layer *layer, unsigned has) {
     pd_cost_opts *o = (pd_cost_opts *)layer->opts;
-    const char *stray = o->class_weights && !(has & PD__HAS_CLASS_WEIGHTS) ? "class_weights"
+    const char *stray = o->class_weights && !(has & PD__HAS_CLASS_WEIGHTS)   ? "class_weights"
                         : o->probabilities && !(has & PD__HAS_PROBABILITIES) ? "probabilities"
-                        : o->delta != 0 && !(has & PD__HAS_DELTA) ? "delta"
-                        : o->top != 0 && !(has & PD__HAS_TOP) ? "top" : NULL;
+                        : o->delta != 0 && !(has & PD__HAS_DELTA)            ? "delta"
+                        : o->top != 0 && !(has & PD__HAS_TOP)                ? "top"
+                                                                             : NULL;
     pd_status status = pd__cost_input(layer, 0, false, pd_shape_size(layer->inputs[0]->shape));
     layer->shape.channels = layer->shape.height = layer->shape.width = 1;
     if (!status && pd__cost_weight(layer)) status = pd__cost_input(layer, layer->type->min_inputs, false, 1);
@@ -5098,11 +5145,18 @@ static pd_status pd__cross_entropy_backward(pd_layer *layer) {
     return PD_OK;
 }
 
-static const pd_layer_type pd__cross_entropy_type = {
-    PD_API_VERSION, "cross_entropy", 2, 3, sizeof(pd_cost_opts), sizeof(pd__cross_entropy_state),
-    PD_OP_BASIC | PD_OP_ACTIVATION | PD_OP_CROSS_ENTROPY, pd__cross_entropy_setup, NULL, pd__cross_entropy_forward,
-    pd__cross_entropy_backward, NULL
-};
+static const pd_layer_type pd__cross_entropy_type = { PD_API_VERSION,
+                                                      "cross_entropy",
+                                                      2,
+                                                      3,
+                                                      sizeof(pd_cost_opts),
+                                                      sizeof(pd__cross_entropy_state),
+                                                      PD_OP_BASIC | PD_OP_ACTIVATION | PD_OP_CROSS_ENTROPY,
+                                                      pd__cross_entropy_setup,
+                                                      NULL,
+                                                      pd__cross_entropy_forward,
+                                                      pd__cross_entropy_backward,
+                                                      NULL };
 
 PD_DEF pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__cross_entropy_type, input, label, NULL, opts);
@@ -5156,10 +5210,10 @@ static pd_status pd__element_setup(pd_layer *layer, unsigned has, pd__element_co
     return status;
 }
 
-#define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                   \
-    {                                                                                                         \
-        PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, \
-            setup, NULL, pd__element_forward, backward, NULL                                                  \
+#define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                            \
+    {                                                                                                                  \
+        PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, setup,   \
+            NULL, pd__element_forward, backward, NULL                                                                  \
     }
 
 /* log(1 + e^x) - t x without overflow: binary cross-entropy of sigmoid(x). */
@@ -5203,8 +5257,8 @@ static pd_status pd__binary_cross_entropy_backward(pd_layer *layer) {
     return status;
 }
 
-static const pd_layer_type pd__binary_cross_entropy_type = PD__ELEMENT_TYPE(
-    "binary_cross_entropy", 2, pd__binary_cross_entropy_setup, pd__binary_cross_entropy_backward);
+static const pd_layer_type pd__binary_cross_entropy_type =
+    PD__ELEMENT_TYPE("binary_cross_entropy", 2, pd__binary_cross_entropy_setup, pd__binary_cross_entropy_backward);
 
 PD_DEF pd_layer *pd_binary_cross_entropy(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__binary_cross_entropy_type, input, target, NULL, opts);
@@ -5361,10 +5415,18 @@ static pd_status pd__hinge_backward(pd_layer *layer) {
     return status;
 }
 
-static const pd_layer_type pd__hinge_type = {
-    PD_API_VERSION, "hinge", 2, 3, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, pd__hinge_setup, NULL,
-    pd__hinge_forward, pd__hinge_backward, NULL
-};
+static const pd_layer_type pd__hinge_type = { PD_API_VERSION,
+                                              "hinge",
+                                              2,
+                                              3,
+                                              sizeof(pd_cost_opts),
+                                              sizeof(pd__element_state),
+                                              0,
+                                              pd__hinge_setup,
+                                              NULL,
+                                              pd__hinge_forward,
+                                              pd__hinge_backward,
+                                              NULL };
 
 PD_DEF pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__hinge_type, input, label, NULL, opts);
@@ -5385,8 +5447,8 @@ static pd_status pd__rank_cost_forward(pd_layer *layer) {
     pd_status status = pd__cost_begin(layer, &costs);
     if (status) return status;
     for (int64_t r = 0; r < left->rows; r++)
-        costs[r] = (pd_real)pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0,
-                                              slopes);
+        costs[r] =
+            (pd_real)pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes);
     pd__weigh(layer, costs, layer->out.data);
     return PD_OK;
 }
@@ -5405,10 +5467,18 @@ static pd_status pd__rank_cost_backward(pd_layer *layer) {
     return status;
 }
 
-static const pd_layer_type pd__rank_cost_type = {
-    PD_API_VERSION, "rank_cost", 3, 4, sizeof(pd_cost_opts), 0, 0, pd__rank_cost_setup, NULL, pd__rank_cost_forward,
-    pd__rank_cost_backward, NULL
-};
+static const pd_layer_type pd__rank_cost_type = { PD_API_VERSION,
+                                                  "rank_cost",
+                                                  3,
+                                                  4,
+                                                  sizeof(pd_cost_opts),
+                                                  0,
+                                                  0,
+                                                  pd__rank_cost_setup,
+                                                  NULL,
+                                                  pd__rank_cost_forward,
+                                                  pd__rank_cost_backward,
+                                                  NULL };
 
 PD_DEF pd_layer *pd_rank_cost(pd_net *net, pd_layer *left, pd_layer *right, pd_layer *p, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__rank_cost_type, left, right, p, opts);
@@ -5490,8 +5560,7 @@ static pd_status pd__lambda_rank_forward(pd_layer *layer) {
     for (int64_t q = 0; q < pd__query_count(score); q++) {
         int64_t n = pd__query(score, q, &first);
         double best = pd__dcg(layer, relevance, first, n), dcg = pd__dcg(layer, score, first, n);
-        for (int64_t r = first; r < first + n; r++)
-            costs[r] = (pd_real)(best > 0 ? (1 - dcg / best) / (double)n : 0);
+        for (int64_t r = first; r < first + n; r++) costs[r] = (pd_real)(best > 0 ? (1 - dcg / best) / (double)n : 0);
     }
     pd__weigh(layer, costs, layer->out.data);
     return PD_OK;
@@ -5524,10 +5593,18 @@ static pd_status pd__lambda_rank_backward(pd_layer *layer) {
     return status;
 }
 
-static const pd_layer_type pd__lambda_rank_type = {
-    PD_API_VERSION, "lambda_rank", 2, 3, sizeof(pd_cost_opts), 0, 0, pd__lambda_rank_setup, NULL,
-    pd__lambda_rank_forward, pd__lambda_rank_backward, NULL
-};
+static const pd_layer_type pd__lambda_rank_type = { PD_API_VERSION,
+                                                    "lambda_rank",
+                                                    2,
+                                                    3,
+                                                    sizeof(pd_cost_opts),
+                                                    0,
+                                                    0,
+                                                    pd__lambda_rank_setup,
+                                                    NULL,
+                                                    pd__lambda_rank_forward,
+                                                    pd__lambda_rank_backward,
+                                                    NULL };
 
 PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevance, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__lambda_rank_type, score, relevance, NULL, opts);
@@ -5613,8 +5690,9 @@ static pd_status pd__error_update(pd_evaluator *e, const pd_tensor *const *input
 static void pd__error_values(const pd_evaluator *e, double *values) { values[0] = pd__mean(e->sums[0], e->sums[1]); }
 
 static const char *const pd__error_names[] = { "error" };
-static const pd_evaluator_type pd__error_type = { PD_API_VERSION, "error", 3, 1, pd__error_names, pd__error_setup,
-                                                  pd__error_update, pd__error_values };
+static const pd_evaluator_type pd__error_type = {
+    PD_API_VERSION, "error", 3, 1, pd__error_names, pd__error_setup, pd__error_update, pd__error_values
+};
 
 PD_DEF pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts) {
     return pd_evaluator_add(net, &pd__error_type, output, label, opts);
@@ -5673,10 +5751,14 @@ static void pd__precision_recall_values(const pd_evaluator *e, double *values) {
 }
 
 static const char *const pd__precision_recall_names[] = { "precision", "recall", "f1", "accuracy" };
-static const pd_evaluator_type pd__precision_recall_type = {
-    PD_API_VERSION, "precision_recall", 3, 4, pd__precision_recall_names, pd__precision_recall_setup,
-    pd__precision_recall_update, pd__precision_recall_values
-};
+static const pd_evaluator_type pd__precision_recall_type = { PD_API_VERSION,
+                                                             "precision_recall",
+                                                             3,
+                                                             4,
+                                                             pd__precision_recall_names,
+                                                             pd__precision_recall_setup,
+                                                             pd__precision_recall_update,
+                                                             pd__precision_recall_values };
 
 PD_DEF pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_layer *label,
                                               const pd_evaluator_opts *opts) {
@@ -5723,7 +5805,7 @@ static void pd__auc_values(const pd_evaluator *e, double *values) {
 }
 
 static const char *const pd__auc_names[] = { "auc" };
-static const pd_evaluator_type pd__auc_type = { PD_API_VERSION, "auc", 3, 1, pd__auc_names, pd__auc_setup,
+static const pd_evaluator_type pd__auc_type = { PD_API_VERSION, "auc",         3, 1, pd__auc_names, pd__auc_setup,
                                                 pd__auc_update, pd__auc_values };
 
 PD_DEF pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts) {
@@ -5769,8 +5851,9 @@ static void pd__pnpair_values(const pd_evaluator *e, double *values) {
 }
 
 static const char *const pd__pnpair_names[] = { "in_order", "out_of_order", "ties", "ratio" };
-static const pd_evaluator_type pd__pnpair_type = { PD_API_VERSION, "pnpair", 4, 4, pd__pnpair_names, pd__pnpair_setup,
-                                                   pd__pnpair_update, pd__pnpair_values };
+static const pd_evaluator_type pd__pnpair_type = {
+    PD_API_VERSION, "pnpair", 4, 4, pd__pnpair_names, pd__pnpair_setup, pd__pnpair_update, pd__pnpair_values
+};
 
 PD_DEF pd_evaluator *pd_eval_pnpair(pd_net *net, pd_layer *score, pd_layer *label, const pd_evaluator_opts *opts) {
     return pd_evaluator_add(net, &pd__pnpair_type, score, label, opts);
@@ -5805,8 +5888,8 @@ static void pd__mean_error_values(const pd_evaluator *e, double *values) {
 
 static const char *const pd__mean_error_names[] = { "mean_absolute", "root_mean_squared" };
 static const pd_evaluator_type pd__mean_error_type = {
-    PD_API_VERSION, "mean_error", 3, 2, pd__mean_error_names, pd__mean_error_setup, pd__mean_error_update,
-    pd__mean_error_values
+    PD_API_VERSION,        "mean_error",         3, 2, pd__mean_error_names, pd__mean_error_setup,
+    pd__mean_error_update, pd__mean_error_values
 };
 
 PD_DEF pd_evaluator *pd_eval_mean_error(pd_net *net, pd_layer *output, pd_layer *target,
@@ -5913,8 +5996,8 @@ static pd_status pd__setup_evaluator(pd_evaluator *e) {
         status = pd__eval_fail(e, PD_E_ARGUMENT, "the name is already used by another evaluator");
     if (status == PD_OK) status = e->type->setup(e);
     if (status == PD_OK && e->sum_count < 1)
-        status = pd__eval_fail(e, PD_E_ARGUMENT, "expected setup to leave sum_count > 0, got %lld",
-                               (long long)e->sum_count);
+        status =
+            pd__eval_fail(e, PD_E_ARGUMENT, "expected setup to leave sum_count > 0, got %lld", (long long)e->sum_count);
     if (status != PD_OK) return status;
     e->sums = (double *)pd__alloc(&e->net->allocator, e->sum_count, sizeof *e->sums);
     return e->sums ? PD_OK : PD_E_MEMORY;
@@ -5971,8 +6054,7 @@ static pd_status pd__evaluators_update(pd_net *net) {
                 inputs[k] = &e->inputs[k]->out;
             }
         if (status == PD_OK) status = e->type->update(e, inputs);
-        if (status != PD_OK && net->failure.status == PD_OK)
-            pd__eval_fail(e, status, "%s", pd_status_text(status));
+        if (status != PD_OK && net->failure.status == PD_OK) pd__eval_fail(e, status, "%s", pd_status_text(status));
         if (status != PD_OK) return status;
     }
     return PD_OK;
@@ -6021,22 +6103,22 @@ struct pd_trainer {
     pd_updater *updater;
     pd__trained *trained; /* one per parameter that is trained, in order of creation */
     int trained_count;
-    int64_t samples;       /* seen in all */
-    int64_t steps;         /* batches trained */
-    int64_t pass;          /* passes finished */
-    int64_t pass_samples;  /* of the current pass, taken from the reader */
+    int64_t samples;      /* seen in all */
+    int64_t steps;        /* batches trained */
+    int64_t pass;         /* passes finished */
+    int64_t pass_samples; /* of the current pass, taken from the reader */
     int64_t pass_batches;
     double pass_cost;      /* summed over pass_samples */
     int64_t batch_samples; /* of the step in progress */
     /* model averaging: numbers of updates in sums[0] + sums[1], in sums[2], and in all */
     int64_t average_count, average_old, average_updates;
-    bool averaged; /* the averaged values are swapped in */
+    bool averaged;    /* the averaged values are swapped in */
     double best_cost; /* lowest test cost so far; with patience */
     int bad_tests;    /* tests since then */
     pd_real **best;   /* values at that test, one per parameter of the net in order; NULL before; device memory */
     double wait_seconds, step_seconds; /* spent waiting for data, and in steps */
-    pd_batch *batch; /* reused by pd_train and pd_test */
-    pd_layer **targets; /* reused by pd_test */
+    pd_batch *batch;                   /* reused by pd_train and pd_test */
+    pd_layer **targets;                /* reused by pd_test */
     int64_t target_capacity;
 };
 
@@ -6267,8 +6349,10 @@ static pd_status pd__local_end(pd_updater *u) {
     return status;
 }
 
-static const pd_updater pd__local_updater = { PD_API_VERSION, "local", NULL, pd__local_start, pd__local_begin, NULL,
-                                              pd__local_grad_final, NULL, pd__local_end, NULL, NULL };
+static const pd_updater pd__local_updater = {
+    PD_API_VERSION, "local", NULL, pd__local_start, pd__local_begin, NULL, pd__local_grad_final, NULL,
+    pd__local_end,  NULL,    NULL
+};
 
 /* ---- model averaging ----
    The average of the last updates with three sums: new values go to sums[0]; now and then sums[0] moves to sums[1], so
@@ -8941,8 +9025,9 @@ static pd_status pd__blame(pd_trainer *t) {
         if (!l->own->active) continue;
         for (int k = 0; k < l->param_count; k++)
             if (!pd__finite(d->sum_squares(d, l->params[k]->size, l->params[k]->value)))
-                return pd__fail(net, PD_E_NUMERIC, "%.100s: parameter \"%.100s\" is not finite before batch %lld of pass %lld",
-                                l->name, l->params[k]->name, batch, pass);
+                return pd__fail(net, PD_E_NUMERIC,
+                                "%.100s: parameter \"%.100s\" is not finite before batch %lld of pass %lld", l->name,
+                                l->params[k]->name, batch, pass);
         if (l->out.data && !pd__finite(d->sum_squares(d, l->out.rows * l->out.width, l->out.data)))
             return pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in row %lld of batch %lld of pass %lld",
                             l->name, l->own->slot >= 0 ? "input" : "output", (long long)pd__bad_row(l), batch, pass);
@@ -9016,7 +9101,8 @@ static pd_status pd__next(pd_trainer *t, pd_reader *r, int64_t count) {
     status = r->next(r, t->batch, count);
     t->wait_seconds += pd_seconds() - start;
     if (status == PD_OK && t->batch->samples == 0) /* a pass would never end */
-        return pd__fail(t->net, PD_E_STATE, "reader %s: gave no sample, and did not say that the pass is over", r->name);
+        return pd__fail(t->net, PD_E_STATE, "reader %s: gave no sample, and did not say that the pass is over",
+                        r->name);
     if (status != PD_OK && status != PD_END) pd__reader_failed(t, r, status);
     return status;
 }
@@ -9134,7 +9220,7 @@ typedef struct pd__run {
     pd_reader *reader;
     int64_t size; /* samples per pass, -1 when unknown */
     int64_t passes;
-    double start, shown; /* seconds */
+    double start, shown;   /* seconds */
     int64_t first_samples; /* of this run */
     bool terminal;
     FILE *csv;
@@ -9312,7 +9398,8 @@ static pd_status pd__end_pass(pd__run *run) {
     double cost = t->pass_cost / (double)pd__max(t->pass_samples, 1), test_cost = (double)NAN;
     pd_status status = PD_OK;
     if (t->pass_samples == 0)
-        return pd__fail(t->net, PD_E_FORMAT, "reader %s: pass %lld has no samples", run->reader->name, (long long)t->pass);
+        return pd__fail(t->net, PD_E_FORMAT, "reader %s: pass %lld has no samples", run->reader->name,
+                        (long long)t->pass);
     t->pass++;
     t->pass_samples = t->pass_batches = 0;
     t->pass_cost = 0;
@@ -9349,10 +9436,10 @@ static pd_status pd__check_train(pd_trainer *t, pd_reader *reader, int64_t passe
     if (pd__check_reader(net, "pd_train", reader) != PD_OK) return PD_E_ARGUMENT;
     if (o->test && pd__check_reader(net, "pd_train: test", o->test) != PD_OK) return PD_E_ARGUMENT;
     if (passes < 0 || o->batch_size < 0 || o->patience < 0 || o->log_every < 0 || o->checkpoint_every < 0)
-        return pd__fail(net, PD_E_ARGUMENT, "pd_train: passes, batch_size, patience, log_every and checkpoint_every "
+        return pd__fail(net, PD_E_ARGUMENT,
+                        "pd_train: passes, batch_size, patience, log_every and checkpoint_every "
                         "must not be negative");
-    if (o->patience > 0 && !o->test)
-        return pd__fail(net, PD_E_ARGUMENT, "pd_train: patience needs a test reader");
+    if (o->patience > 0 && !o->test) return pd__fail(net, PD_E_ARGUMENT, "pd_train: patience needs a test reader");
     if (o->checkpoint_every > 0 && !o->checkpoint)
         return pd__fail(net, PD_E_ARGUMENT, "pd_train: checkpoint_every needs a checkpoint file");
     if (o->log_every > 0 && !o->csv_log && !o->tensorboard)
@@ -9423,8 +9510,8 @@ PD_DEF size_t pd_profile(const pd_trainer *trainer, char *text, size_t size) {
                    pd__layer_bytes(l) / 1048576);
     }
     all = trainer->step_seconds + trainer->wait_seconds;
-    pd__append(text, size, &length, "waiting for data: %.1f%% of %.2f s\n", all > 0 ? 100 * trainer->wait_seconds / all : 0,
-               all);
+    pd__append(text, size, &length, "waiting for data: %.1f%% of %.2f s\n",
+               all > 0 ? 100 * trainer->wait_seconds / all : 0, all);
     return length;
 }
 
@@ -9433,14 +9520,17 @@ PD_DEF pd_status pd_graphviz(pd_net *net, const char *path) {
     bool bad;
     if (!pd__check_net(net)) return pd_error_status(net);
     f = path ? fopen(path, "w") : NULL;
-    if (!f) return pd__fail(net, PD_E_IO, "%.300s: can't be opened for writing: %s", path ? path : "(NULL)", strerror(errno));
+    if (!f)
+        return pd__fail(net, PD_E_IO, "%.300s: can't be opened for writing: %s", path ? path : "(NULL)",
+                        strerror(errno));
     fprintf(f, "digraph net {\n    rankdir=BT;\n    node [shape=box, fontname=\"sans-serif\"];\n");
     for (int64_t i = 0; i < net->layer_count; i++) {
         pd_layer *l = net->layers[i];
         fprintf(f, "    n%lld [label=\"%s\\n%s%s%s\\n%s\"];\n", (long long)i, l->name, l->type->name,
                 l->act != PD_LINEAR ? " " : "", l->act != PD_LINEAR ? pd__act_names[l->act] : "",
                 pd_shape_text(l, l->shape));
-        for (int k = 0; k < l->input_count; k++) fprintf(f, "    n%d -> n%lld;\n", l->inputs[k]->own->index, (long long)i);
+        for (int k = 0; k < l->input_count; k++)
+            fprintf(f, "    n%d -> n%lld;\n", l->inputs[k]->own->index, (long long)i);
     }
     fprintf(f, "}\n");
     bad = ferror(f) != 0;
@@ -10790,7 +10880,7 @@ PD_DEF pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path) {
 typedef struct pd__check {
     pd_net *net;
     pd_layer *layer;
-    pd_batch *batch; /* a copy, whose dense numbers may be moved */
+    pd_batch *batch;  /* a copy, whose dense numbers may be moved */
     pd_real *weights; /* rows x width of the layer */
     int64_t outputs;
     double step, scale; /* scale: sum of |w_i y_i|, below whose thousandth differences mean nothing */
@@ -10808,9 +10898,7 @@ typedef struct pd__subject {
     pd_real *value, *gradient, *direction; /* host copies, one allocation */
 } pd__subject;
 
-static pd_status pd__check_forward(pd__check *c) {
-    return pd_forward(c->net, c->batch, PD_CHECK, &c->layer, 1);
-}
+static pd_status pd__check_forward(pd__check *c) { return pd_forward(c->net, c->batch, PD_CHECK, &c->layer, 1); }
 
 static pd_status pd__objective(pd__check *c, double *j) {
     pd_status status = pd__check_forward(c);
@@ -10830,7 +10918,9 @@ static void pd__check_move(const pd__subject *s, int64_t element, double t) {
             moved[i] = (pd_real)((double)s->value[first + i] + by);
         }
         if (s->slot) memcpy(s->slot->data + first, moved, (size_t)n * sizeof *moved);
-        else s->param->net->device->upload(s->param->net->device, s->param->value + first, moved, (size_t)n * sizeof *moved);
+        else
+            s->param->net->device->upload(s->param->net->device, s->param->value + first, moved,
+                                          (size_t)n * sizeof *moved);
     }
 }
 
@@ -10958,7 +11048,8 @@ static pd_status pd__check_all(pd__check *c) {
     if (!c->weights) return pd__no_memory(net, "the gradient check");
     y = pd_output(c->layer, NULL, NULL);
     for (int64_t i = 0; y && i < c->outputs; i++) {
-        c->weights[i] = (pd_real)(0.5 + pd__uniform(c->key + 2, (uint64_t)i)) * (pd_random(c->key + 3, (uint64_t)i) & 1 ? 1 : -1);
+        c->weights[i] =
+            (pd_real)(0.5 + pd__uniform(c->key + 2, (uint64_t)i)) * (pd_random(c->key + 3, (uint64_t)i) & 1 ? 1 : -1);
         c->scale += fabs((double)c->weights[i] * (double)y[i]);
     }
     if (c->scale < 1) c->scale = 1;

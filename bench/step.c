@@ -17,7 +17,8 @@ static void measure(const char *name, pd_net *net, pd_layer *cost, int threads, 
     pd_batch *batch = pd_batch_new(net);
     for (int64_t i = 0; batch && i < samples; i++) {
         pd_real *row = pd_batch_add_row(batch, 0);
-        for (int64_t k = 0; row && k < batch->slots[0].width; k++) row[k] = (pd_real)(pd_random((uint64_t)i, (uint64_t)k) >> 40) / (1 << 24);
+        for (int64_t k = 0; row && k < batch->slots[0].width; k++)
+            row[k] = (pd_real)(pd_random((uint64_t)i, (uint64_t)k) >> 40) / (1 << 24);
         pd_batch_add_id(batch, 1, i % 10);
         pd_batch_end_sample(batch);
     }
@@ -51,7 +52,8 @@ static void mlp(int threads) {
     pd_layer *hidden = pd_fc(net, pd_vector(net, "input", 784), 512, &(pd_fc_opts){ .act = PD_RELU });
     hidden = pd_fc(net, hidden, 512, &(pd_fc_opts){ .act = PD_RELU });
     hidden = pd_fc(net, hidden, 10, &(pd_fc_opts){ .act = PD_SOFTMAX });
-    measure("mlp-784-512-512-10-b128", net, pd_cross_entropy(net, hidden, pd_label(net, "label", 10), NULL), threads, 128);
+    measure("mlp-784-512-512-10-b128", net, pd_cross_entropy(net, hidden, pd_label(net, "label", 10), NULL), threads,
+            128);
     pd_net_free(net);
 }
 
@@ -67,3 +69,5 @@ int main(void) {
     }
     return 0;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

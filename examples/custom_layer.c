@@ -36,8 +36,8 @@ static pd_status swish_backward(pd_layer *l) {
     return PD_OK;
 }
 
-static const pd_layer_type swish_type = { PD_API_VERSION, "swish", 1, 1, 0, 0, 0,
-                                          swish_setup, NULL, swish_forward, swish_backward, NULL };
+static const pd_layer_type swish_type = { PD_API_VERSION, "swish",        1,   1, 0, 0, 0, swish_setup, NULL,
+                                          swish_forward,  swish_backward, NULL };
 
 static pd_layer *swish(pd_net *net, pd_layer *input) { return pd_layer_add(net, &swish_type, NULL, &input, 1, NULL); }
 
@@ -68,8 +68,7 @@ int main(int argc, char **argv) {
            check.worst ? check.worst : "?");
     if (pd_train(trainer, train, 10, &(pd_train_opts){ .test = test }) == PD_OK)
         printf("accuracy %.1f%%\n", 100 * (1 - pd_evaluator_value(error, 0)));
-    else
-        fprintf(stderr, "%s\n", pd_error(net));
+    else fprintf(stderr, "%s\n", pd_error(net));
 
     pd_batch_free(batch);
     pd_reader_free(train);
@@ -78,3 +77,5 @@ int main(int argc, char **argv) {
     pd_net_free(net);
     return !(check.error < bound) || pd_error_status(net) != PD_OK;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

@@ -36,8 +36,9 @@ static void show(const pd_real *pixels, int64_t label, const pd_real *probabilit
             char ink = " .:-=+*#%@"[(int)(pixels[8 * y + x] * 9)];
             printf("%c%c", ink, ink);
         }
-        if (y == 3) printf("   this is a %d, predicted %d (%.1f %%)", (int)label, guess(probabilities),
-                           100 * (double)probabilities[guess(probabilities)]);
+        if (y == 3)
+            printf("   this is a %d, predicted %d (%.1f %%)", (int)label, guess(probabilities),
+                   100 * (double)probabilities[guess(probabilities)]);
         printf("\n");
     }
 }
@@ -78,8 +79,8 @@ int main(int argc, char **argv) {
         right += guess(p + 10 * i) == batch->slots[1].ids[i];
         if (i < 3) show(pixels + 64 * i, batch->slots[1].ids[i], p + 10 * i);
     }
-    printf("digits: accuracy %.1f%% (%d held-out images), %.1f s\n", 100.0 * (double)right / (double)images, (int)images,
-           pd_seconds() - start);
+    printf("digits: accuracy %.1f%% (%d held-out images), %.1f s\n", 100.0 * (double)right / (double)images,
+           (int)images, pd_seconds() - start);
 
     pd_batch_free(batch);
     pd_net_free(loaded);
@@ -89,3 +90,5 @@ int main(int argc, char **argv) {
     pd_net_free(net);
     return 0;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

@@ -5,9 +5,9 @@
 #define PADDLE_IMPLEMENTATION
 #include "../paddle.h"
 
-static const pd_real picture[64] = { 0, 0, 7, 15, 13, 1, 0,  0, 0, 8, 13, 6, 15, 4, 0, 0, 0, 2, 1, 13, 13, 0,
-                                     0, 0, 0, 0,  2,  15, 11, 1, 0, 0, 0, 0,  0, 1, 12, 12, 1, 0, 0, 0,  0,  0,
-                                     1, 10, 8, 0, 0,  0,  8, 4, 5, 14, 9, 0, 0, 0, 7, 13, 13, 9, 0, 0 };
+static const pd_real picture[64] = { 0, 0,  7, 15, 13, 1,  0,  0, 0, 8,  13, 6, 15, 4, 0,  0,  0,  2, 1, 13, 13, 0,
+                                     0, 0,  0, 0,  2,  15, 11, 1, 0, 0,  0,  0, 0,  1, 12, 12, 1,  0, 0, 0,  0,  0,
+                                     1, 10, 8, 0,  0,  0,  8,  4, 5, 14, 9,  0, 0,  0, 7,  13, 13, 9, 0, 0 };
 
 int main(int argc, char **argv) {
     pd_net *net = pd_net_new(NULL);
@@ -27,3 +27,5 @@ int main(int argc, char **argv) {
     pd_net_free(net);
     return p == NULL;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

@@ -40,18 +40,19 @@ int main(int argc, char **argv) {
     pd_net *net = pd_net_new(NULL);
     pd_layer *image = pd_image(net, "image", 3, 224, 224);
     pd_layer *label = pd_label(net, "label", 1000);
-    pd_layer *conv = pd_conv(net, image, 8, 7, &(pd_conv_opts){ .name = "conv", .stride = 2, .act = PD_RELU,
-                                                                .weight.init = pd_normal(0, 0.059) });
+    pd_layer *conv =
+        pd_conv(net, image, 8, 7,
+                &(pd_conv_opts){ .name = "conv", .stride = 2, .act = PD_RELU, .weight.init = pd_normal(0, 0.059) });
     pd_layer *pool = pd_pool(net, conv, 16, &(pd_pool_opts){ .name = "pool", .method = PD_MAX, .stride = 8 });
-    pd_layer *fc = pd_fc(net, pool, 1000, &(pd_fc_opts){ .name = "fc", .act = PD_SOFTMAX,
-                                                         .weight.init = pd_normal(0, 0.001) });
+    pd_layer *fc =
+        pd_fc(net, pool, 1000, &(pd_fc_opts){ .name = "fc", .act = PD_SOFTMAX, .weight.init = pd_normal(0, 0.001) });
     pd_layer *cost = pd_cross_entropy(net, fc, label, NULL);
 
     pd_trainer_opts options = { .l2 = 0.0005 * 128, .sum_gradients = true };
     pd_trainer *trainer = pd_trainer_new(net, cost, pd_momentum(0.02 / 128, 0.9), &options);
     pd_reader *reader = pd_stream_reader(net, next_image, &count);
-    pd_status status = pd_train(trainer, reader, 1, &(pd_train_opts){ .batch_size = 128, .on_event = on_event,
-                                                                      .user = &batches });
+    pd_status status =
+        pd_train(trainer, reader, 1, &(pd_train_opts){ .batch_size = 128, .on_event = on_event, .user = &batches });
     if (status != PD_OK && status != PD_STOPPED) fprintf(stderr, "%s\n", pd_error(net));
     pd_profile(trainer, table, sizeof table);
     printf("%s", table);
@@ -61,3 +62,5 @@ int main(int argc, char **argv) {
     pd_net_free(net);
     return status != PD_OK && status != PD_STOPPED;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

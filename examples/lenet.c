@@ -35,8 +35,8 @@ int main(int argc, char **argv) {
     pd_reader *test = digits(net, directory, "t10k");
     pd_schedule fall = { .kind = PD_SCHEDULE_COSINE, .a = (double)passes * 60000 };
     pd_trainer *trainer = pd_trainer_new(net, cost, pd_adam(0.001), &(pd_trainer_opts){ .schedule = fall });
-    pd_status status = pd_train(trainer, train, passes, &(pd_train_opts){ .batch_size = 64, .test = test,
-                                                                          .progress = true });
+    pd_status status =
+        pd_train(trainer, train, passes, &(pd_train_opts){ .batch_size = 64, .test = test, .progress = true });
     if (status == PD_OK) status = pd_save(net, "lenet.safetensors");
     if (status == PD_OK) printf("lenet: accuracy %.2f%%\n", 100 * (1 - pd_evaluator_value(error, 0)));
     else fprintf(stderr, "%s\n", pd_error(net));
@@ -47,3 +47,5 @@ int main(int argc, char **argv) {
     pd_net_free(net);
     return status != PD_OK;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

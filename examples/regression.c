@@ -46,3 +46,5 @@ int main(int argc, char **argv) {
     pd_net_free(net);
     return status != PD_OK;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

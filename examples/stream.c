@@ -49,7 +49,8 @@ int main(int argc, char **argv) {
         fclose(snapshot);
         status = pd_load(net, p.file, NULL);
     }
-    if (status == PD_OK) status = pd_train(trainer, reader, 1, &(pd_train_opts){ .batch_size = 16, .on_event = on_event, .user = &p });
+    if (status == PD_OK)
+        status = pd_train(trainer, reader, 1, &(pd_train_opts){ .batch_size = 16, .on_event = on_event, .user = &p });
     if (status == PD_OK) status = pd_save(net, p.file);
     if (status != PD_OK) fprintf(stderr, "%s\n", pd_error(net));
 
@@ -58,3 +59,5 @@ int main(int argc, char **argv) {
     pd_net_free(net);
     return status != PD_OK;
 }
+
+/* MIT or public domain (Unlicense), at your choice; the texts are at the end of paddle.h. */

@@ -496,21 +496,21 @@ static void test_class_weights_are_copied(void **state) {
 /* ---- misuse ---- */
 
 /* The expression builds on these layers and must be refused with this status and text. */
-#define REFUSED(wanted, text, expression)                                                                      \
-    do {                                                                                                       \
-        pd_net *net = pd_net_new(NULL);                                                                        \
-        pd_layer *x1 = pd_vector(net, "x1", 1), *x3 = pd_vector(net, "x3", 3), *l2 = pd_label(net, "l2", 2);   \
-        pd_layer *l3 = pd_label(net, "l3", 3), *image = pd_image(net, "image", 1, 2, 2);                       \
-        pd_cost_opts o;                                                                                        \
-        memset(&o, 0, sizeof o);                                                                               \
-        o.name = "cost";                                                                                       \
-        (void)x1, (void)x3, (void)l2, (void)l3, (void)image;                                                   \
-        assert_null(expression);                                                                               \
-        check_contains(pd_error(net), text);                                                                   \
-        assert_int_equal(pd_error_status(net), wanted);                                                        \
-        assert_null(pd_sum_cost(net, x1, NULL));                                                               \
-        check_contains(pd_error(net), text); /* the first message stays */                                     \
-        pd_net_free(net);                                                                                      \
+#define REFUSED(wanted, text, expression)                                                                              \
+    do {                                                                                                               \
+        pd_net *net = pd_net_new(NULL);                                                                                \
+        pd_layer *x1 = pd_vector(net, "x1", 1), *x3 = pd_vector(net, "x3", 3), *l2 = pd_label(net, "l2", 2);           \
+        pd_layer *l3 = pd_label(net, "l3", 3), *image = pd_image(net, "image", 1, 2, 2);                               \
+        pd_cost_opts o;                                                                                                \
+        memset(&o, 0, sizeof o);                                                                                       \
+        o.name = "cost";                                                                                               \
+        (void)x1, (void)x3, (void)l2, (void)l3, (void)image;                                                           \
+        assert_null(expression);                                                                                       \
+        check_contains(pd_error(net), text);                                                                           \
+        assert_int_equal(pd_error_status(net), wanted);                                                                \
+        assert_null(pd_sum_cost(net, x1, NULL));                                                                       \
+        check_contains(pd_error(net), text); /* the first message stays */                                             \
+        pd_net_free(net);                                                                                              \
     } while (0)
 
 static void test_misuse(void **state) {
@@ -538,8 +538,7 @@ static void test_misuse(void **state) {
     REFUSED(PD_E_SHAPE, "input 0: expected numbers of shape 1, got \"x3\"", pd_lambda_rank(net, x3, l3, &o));
     REFUSED(PD_E_SHAPE, "input 1: expected numbers of shape 1, got \"x3\"", pd_lambda_rank(net, x1, x3, &o));
     REFUSED(PD_E_SHAPE, "input 0: expected numbers of shape 3, got \"l3\"", pd_sum_cost(net, l3, &o));
-    REFUSED(PD_E_SHAPE, "input 1: expected numbers of shape 1, got \"x3\"",
-            (o.weight = x3, pd_sum_cost(net, x3, &o)));
+    REFUSED(PD_E_SHAPE, "input 1: expected numbers of shape 1, got \"x3\"", (o.weight = x3, pd_sum_cost(net, x3, &o)));
     REFUSED(PD_E_SHAPE, "input 2: expected numbers of shape 1, got \"l2\" with ids below 2",
             (o.weight = l2, pd_squared_error(net, x3, x3, &o)));
     REFUSED(PD_E_ARGUMENT, "cost: expected delta > 0, got -1", (o.delta = -1, pd_huber(net, x3, x3, &o)));
@@ -547,8 +546,7 @@ static void test_misuse(void **state) {
     REFUSED(PD_E_ARGUMENT, "cost: expected top > 0, got -5", (o.top = -5, pd_lambda_rank(net, x1, l3, &o)));
     REFUSED(PD_E_ARGUMENT, "expected class_weights > 0, got 0 for class 1",
             (o.class_weights = weights, pd_cross_entropy(net, x3, l3, &o)));
-    REFUSED(PD_E_ARGUMENT, "hinge has no option class_weights",
-            (o.class_weights = weights, pd_hinge(net, x3, l3, &o)));
+    REFUSED(PD_E_ARGUMENT, "hinge has no option class_weights", (o.class_weights = weights, pd_hinge(net, x3, l3, &o)));
     REFUSED(PD_E_ARGUMENT, "binary_cross_entropy has no option probabilities",
             (o.probabilities = true, pd_binary_cross_entropy(net, x3, x3, &o)));
     REFUSED(PD_E_ARGUMENT, "squared_error has no option delta", (o.delta = 1, pd_squared_error(net, x3, x3, &o)));
@@ -636,12 +634,9 @@ int main(void) {
 #ifdef PADDLE_DOUBLE
         cmocka_unit_test(test_gradient_checker),
 #endif
-        cmocka_unit_test(test_rank_cost),
-        cmocka_unit_test(test_lambda_rank),
-        cmocka_unit_test(test_extreme_numbers),
-        cmocka_unit_test(test_class_weights_are_copied),
-        cmocka_unit_test(test_misuse),
-        cmocka_unit_test(test_wrong_batches),
+        cmocka_unit_test(test_rank_cost),        cmocka_unit_test(test_lambda_rank),
+        cmocka_unit_test(test_extreme_numbers),  cmocka_unit_test(test_class_weights_are_copied),
+        cmocka_unit_test(test_misuse),           cmocka_unit_test(test_wrong_batches),
         cmocka_unit_test(test_lack_of_memory)
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

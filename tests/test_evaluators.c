@@ -324,15 +324,17 @@ static void test_one_class_only(void **state) {
 
 /* Each kind of wrong number is refused by name, and nothing of the batch is counted. */
 static void test_wrong_numbers(void **state) {
-    static const struct { int slot; double value; const char *text; } wrong[] = {
-        { 0, NAN, "row 1 of \"out\": expected numbers, got" },
-        { 2, NAN, "row 1 of \"target\": expected numbers, got" },
-        { 3, NAN, "row 1 of \"weight\": expected a weight >= 0, got" },
-        { 3, -1, "row 1 of \"weight\": expected a weight >= 0, got -1" },
-        { 3, INFINITY, "row 1 of \"weight\": expected a weight >= 0, got inf" },
-        { 0, 1.5, "auc1: row 1 of \"out\": expected a score from 0 to 1, got 1.5" },
-        { 0, -INFINITY, "auc1: row 1 of \"out\": expected a score from 0 to 1, got -inf" }
-    };
+    static const struct {
+        int slot;
+        double value;
+        const char *text;
+    } wrong[] = { { 0, NAN, "row 1 of \"out\": expected numbers, got" },
+                  { 2, NAN, "row 1 of \"target\": expected numbers, got" },
+                  { 3, NAN, "row 1 of \"weight\": expected a weight >= 0, got" },
+                  { 3, -1, "row 1 of \"weight\": expected a weight >= 0, got -1" },
+                  { 3, INFINITY, "row 1 of \"weight\": expected a weight >= 0, got inf" },
+                  { 0, 1.5, "auc1: row 1 of \"out\": expected a score from 0 to 1, got 1.5" },
+                  { 0, -INFINITY, "auc1: row 1 of \"out\": expected a score from 0 to 1, got -inf" } };
     (void)state;
     for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
         rows r;
@@ -369,22 +371,22 @@ static void test_wrong_numbers(void **state) {
 
 /* ---- misuse ---- */
 
-#define REFUSED(wanted, text, expression)                                                                    \
-    do {                                                                                                     \
-        pd_net *net = pd_net_new(NULL), *other = pd_net_new(NULL);                                           \
-        pd_layer *x1 = pd_vector(net, "x1", 1), *x3 = pd_vector(net, "x3", 3), *l2 = pd_label(net, "l2", 2); \
-        pd_layer *l3 = pd_label(net, "l3", 3), *foreign = pd_vector(other, "foreign", 1);                    \
-        pd_evaluator_opts o;                                                                                 \
-        memset(&o, 0, sizeof o);                                                                             \
-        o.name = "it";                                                                                       \
-        (void)x1, (void)x3, (void)l2, (void)l3, (void)foreign;                                               \
-        assert_null(expression);                                                                             \
-        check_contains(pd_error(net), text);                                                                 \
-        assert_int_equal(pd_error_status(net), wanted);                                                      \
-        assert_null(pd_eval_error(net, x1, l2, NULL));                                                       \
-        check_contains(pd_error(net), text);                                                                 \
-        pd_net_free(net);                                                                                    \
-        pd_net_free(other);                                                                                  \
+#define REFUSED(wanted, text, expression)                                                                              \
+    do {                                                                                                               \
+        pd_net *net = pd_net_new(NULL), *other = pd_net_new(NULL);                                                     \
+        pd_layer *x1 = pd_vector(net, "x1", 1), *x3 = pd_vector(net, "x3", 3), *l2 = pd_label(net, "l2", 2);           \
+        pd_layer *l3 = pd_label(net, "l3", 3), *foreign = pd_vector(other, "foreign", 1);                              \
+        pd_evaluator_opts o;                                                                                           \
+        memset(&o, 0, sizeof o);                                                                                       \
+        o.name = "it";                                                                                                 \
+        (void)x1, (void)x3, (void)l2, (void)l3, (void)foreign;                                                         \
+        assert_null(expression);                                                                                       \
+        check_contains(pd_error(net), text);                                                                           \
+        assert_int_equal(pd_error_status(net), wanted);                                                                \
+        assert_null(pd_eval_error(net, x1, l2, NULL));                                                                 \
+        check_contains(pd_error(net), text);                                                                           \
+        pd_net_free(net);                                                                                              \
+        pd_net_free(other);                                                                                            \
     } while (0)
 
 static void test_misuse(void **state) {
@@ -446,8 +448,8 @@ static void largest_values(const pd_evaluator *e, double *values) { values[0] = 
 static const char *const largest_names[] = { "value" };
 
 static void test_own_evaluator(void **state) {
-    pd_evaluator_type largest = { PD_API_VERSION, "largest", 1, 1, largest_names, largest_setup, largest_update,
-                                  largest_values };
+    pd_evaluator_type largest = { PD_API_VERSION, "largest",     1, 1, largest_names, largest_setup,
+                                  largest_update, largest_values };
     pd_evaluator_type bad = largest;
     rows r;
     bench b;
@@ -481,8 +483,7 @@ static void test_own_evaluator(void **state) {
     REFUSED(PD_E_ARGUMENT, "it: largest takes no label", pd_evaluator_add(net, &largest, x3, l3, &o));
     REFUSED(PD_E_ARGUMENT, "it: expected setup to leave sum_count > 0, got 0",
             pd_evaluator_add(net, &largest, x1, NULL, &o));
-    REFUSED(PD_E_UNSUPPORTED, "it: not supported",
-            pd_evaluator_add(net, &largest, pd_vector(net, "x2", 2), NULL, &o));
+    REFUSED(PD_E_UNSUPPORTED, "it: not supported", pd_evaluator_add(net, &largest, pd_vector(net, "x2", 2), NULL, &o));
     bad.api_version = 99;
     REFUSED(PD_E_ARGUMENT, "largest: evaluator type has interface version 99, expected 1",
             pd_evaluator_add(net, &bad, x3, NULL, &o));
@@ -580,15 +581,9 @@ static void test_lack_of_memory(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_references),
-        cmocka_unit_test(test_list_and_names),
-        cmocka_unit_test(test_one_class_only),
-        cmocka_unit_test(test_wrong_numbers),
-        cmocka_unit_test(test_misuse),
-        cmocka_unit_test(test_own_evaluator),
-        cmocka_unit_test(test_through_pd_test),
-        cmocka_unit_test(test_lack_of_memory)
-    };
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_references),      cmocka_unit_test(test_list_and_names),
+                                        cmocka_unit_test(test_one_class_only),  cmocka_unit_test(test_wrong_numbers),
+                                        cmocka_unit_test(test_misuse),          cmocka_unit_test(test_own_evaluator),
+                                        cmocka_unit_test(test_through_pd_test), cmocka_unit_test(test_lack_of_memory) };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -37,7 +37,8 @@ static inline double fuzz_walk(const pd_batch *batch) {
         const pd_slot *slot = &batch->slots[k];
         if (!slot->sequence && slot->rows != batch->samples) abort();
         if (slot->sequence && slot->starts && slot->starts[batch->samples] != slot->rows) abort();
-        for (int64_t i = 0; slot->kind == PD_SLOT_DENSE && i < slot->rows * slot->width; i++) sum += (double)slot->data[i];
+        for (int64_t i = 0; slot->kind == PD_SLOT_DENSE && i < slot->rows * slot->width; i++)
+            sum += (double)slot->data[i];
         for (int64_t i = 0; slot->kind == PD_SLOT_IDS && i < slot->rows; i++) {
             if (slot->ids[i] < 0 || slot->ids[i] >= slot->width) abort();
             sum += (double)slot->ids[i];

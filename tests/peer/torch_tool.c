@@ -67,9 +67,14 @@ static pd_layer *mlp(pd_net *net) {
 static pd_layer *image(pd_net *net) { return pd_image(net, "x", 4, 9, 7); }
 
 static pd_conv_opts conv_options(void) {
-    return (pd_conv_opts){ .filter_h = count("filter_h"), .stride = count("stride"), .stride_h = count("stride_h"),
-                           .pad = count("pad"), .pad_h = count("pad_h"), .dilation = count("dilation"),
-                           .dilation_h = count("dilation_h"), .groups = count("groups") };
+    return (pd_conv_opts){ .filter_h = count("filter_h"),
+                           .stride = count("stride"),
+                           .stride_h = count("stride_h"),
+                           .pad = count("pad"),
+                           .pad_h = count("pad_h"),
+                           .dilation = count("dilation"),
+                           .dilation_h = count("dilation_h"),
+                           .groups = count("groups") };
 }
 static pd_layer *conv(pd_net *net) {
     pd_conv_opts o = conv_options();
@@ -80,8 +85,11 @@ static pd_layer *conv_transpose(pd_net *net) {
     return pd_conv_transpose(net, image(net), count("filters"), count("filter"), &o);
 }
 static pd_layer *pool(pd_net *net) {
-    pd_pool_opts o = { .method = count("average") ? PD_AVERAGE : PD_MAX, .size_h = count("size_h"),
-                       .stride = count("stride"), .pad = count("pad"), .ceil = count("ceil") != 0 };
+    pd_pool_opts o = { .method = count("average") ? PD_AVERAGE : PD_MAX,
+                       .size_h = count("size_h"),
+                       .stride = count("stride"),
+                       .pad = count("pad"),
+                       .ceil = count("ceil") != 0 };
     return pd_pool(net, image(net), count("size"), &o);
 }
 static pd_layer *batch_norm(pd_net *net) {
@@ -90,8 +98,9 @@ static pd_layer *batch_norm(pd_net *net) {
 }
 static pd_layer *layer_norm(pd_net *net) { return pd_layer_norm(net, pd_vector(net, "x", 6), NULL); }
 static pd_layer *response_norm(pd_net *net) {
-    pd_response_norm_opts o = { .size = count("size"), .alpha = option("alpha"), .beta = option("beta"),
-                                .k = option("k") };
+    pd_response_norm_opts o = {
+        .size = count("size"), .alpha = option("alpha"), .beta = option("beta"), .k = option("k")
+    };
     return pd_response_norm(net, image(net), &o);
 }
 static pd_layer *resize(pd_net *net) { return pd_resize(net, image(net), count("height"), count("width"), NULL); }
