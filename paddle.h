@@ -89,8 +89,8 @@
    it (not with `sum_gradients`, which is how the Paddle of 2016 did it; there, rates were divided by the batch size by
    hand). Order: scale, clip the norm of all (clip_norm; with it no parameter changes before the whole backward pass is
    done), clip each element (clip_value), add l2 times the value (AdamW instead shrinks the value by rate times l2),
-   step, and shrink towards zero by rate times l1. This holds for every optimizer; what an optimizer can't do is refused,
-   not ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
+   step, and shrink towards zero by rate times l1. This holds for every optimizer; what one can't do is refused, not
+   ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
 
    READERS
 
@@ -1161,8 +1161,8 @@ typedef struct pd_train_opts {
 } pd_train_opts;
 
 /* Trains until `passes` passes over the reader are finished, counting those of earlier calls and of a loaded
-   checkpoint; a pass that was stopped goes on where it was. Returns PD_OK, PD_STOPPED, or what failed, with the message in the net;
-   what was learned until then stays. */
+   checkpoint; a pass that was stopped goes on where it was. Returns PD_OK, PD_STOPPED, or what failed, with the message
+   in the net; what was learned until then stays. */
 PD_API pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes, const pd_train_opts *opts);
 /* One step on one batch; *cost (may be NULL) gets its mean cost. */
 PD_API pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, double *cost);
