@@ -8970,6 +8970,12 @@ PD_DEF pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer opti
     return t;
 }
 
+static void pd__free_best(pd_net *net, pd_real **best) {
+    for (int i = 0; best && i < net->param_count; i++)
+        if (best[i]) net->device->free(net->device, best[i]);
+    pd__free(&net->allocator, best);
+}
+
 PD_DEF void pd_trainer_free(pd_trainer *trainer) {
     pd_device *d;
     const pd_allocator *a;
@@ -8986,9 +8992,7 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
             if (tr->sums[k]) d->free(d, tr->sums[k]);
         if (tr->saved) d->free(d, tr->saved);
     }
-    for (int i = 0; trainer->best && i < trainer->net->param_count; i++)
-        if (trainer->best[i]) d->free(d, trainer->best[i]);
-    pd__free(a, trainer->best);
+    pd__free_best(trainer->net, trainer->best);
     pd__free(a, trainer->trained);
     pd__free(a, trainer->targets);
     pd_batch_free(trainer->batch);
@@ -10793,12 +10797,6 @@ static pd_status pd__match_checkpoint(pd__items *items, const pd__tensors *t) {
             return pd__fail(items->net, PD_E_FORMAT, "%.300s: this trainer has no place for tensor \"%s\"", t->path,
                             pd__show(items->net, t->list[i].name));
     return PD_OK;
-}
-
-static void pd__free_best(pd_net *net, pd_real **best) {
-    for (int i = 0; best && i < net->param_count; i++)
-        if (best[i]) net->device->free(net->device, best[i]);
-    pd__free(&net->allocator, best);
 }
 
 /* Memory for the best values, one array per parameter; NULL, with a message, when out of memory. */
