@@ -14,7 +14,7 @@
    the graph in its files (the program that uses a model builds the same graph); run on a GPU or a cluster by itself;
    use float16 in computation; vectorise beyond 16-byte vectors yet.
 
-   CONTENTS: search for ">>name".
+   CONTENTS: search for ">>name", in this comment for the title in capitals.
      This comment     ERRORS, ROWS AND SHAPES, PARAMETERS, TRAINING, GRADIENTS AND OPTIMIZERS, READERS, FILES,
                       WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, MEMORY, OPTIONS AT COMPILE TIME
      Declarations     status hooks tensors parameters net inputs activations layers costs batches running evaluators
@@ -61,7 +61,7 @@
    is one line that names the layer or the file, what was expected and what came:
 
        conv2: filter 7x7 does not fit the padded input 5x5 coming from "pool1" (16x5x5)
-       train.csv:812: column 3: expected a number, got "n/a"
+       train.csv:812: column 3 (pixels): "n/a" is not a number
 
    A failed training step changes no further parameter: what was learned can still be saved.
 
@@ -102,12 +102,29 @@
 
    reads ahead in a thread, shuffles with 100,000 samples in memory, from the files listed in train.list. What a
    reader delivers depends on its seed and the number of the pass alone, so a training that continues from a checkpoint
-   sees the same samples. Bad input gives the file, line or offset, and what was expected.
+   sees the same samples. Bad input gives the file, line or offset, and what was expected. Paths, those in a list too,
+   are as fopen takes them. To hold every fifth sample out for a test, read the file twice:
+
+   ```c
+   pd_reader_opts most = { .folds = 5, .not_fold = true }, rest = { .folds = 5 };
+   reader = pd_csv_reader(net, "data.csv", &most);
+   test_reader = pd_csv_reader(net, "data.csv", &rest);
+   ```
 
    FILES
 
    Values are saved as .safetensors, which Python reads too; checkpoints are such files with more in them. They are
-   written beside the old file, synced, and renamed. For weights trained elsewhere, names and layout are mapped:
+   written beside the old file, synced, and renamed. To make a training one that can be stopped and started again, load
+   the checkpoint if there is one; `passes` counts what was trained before:
+
+   ```c
+   FILE *earlier = fopen("run.checkpoint", "rb");
+   if (earlier) fclose(earlier);
+   if (!earlier || pd_checkpoint_load(trainer, "run.checkpoint") == PD_OK)
+       pd_train(trainer, reader, 10, &(pd_train_opts){ .checkpoint = "run.checkpoint" });
+   ```
+
+   For weights trained elsewhere, names and layout are mapped:
 
    ```c
    pd_load_map map[] = { { "features.0.weight", "conv.weight", false }, { "classifier.weight", "fc.weight", true } };
@@ -267,9 +284,13 @@ typedef struct pd_evaluator pd_evaluator;
 /* The constant one-line text of a status; never NULL. */
 PD_API const char *pd_status_text(pd_status status);
 
-/* The message of the net's failure: of the builder that failed first, else of the call that failed last; "" when
-   nothing failed. Valid until the next call on this net. NULL net: the text for "out of memory". */
+/* The message of the net's failure: of the builder that failed first, which stays, else of the call that failed last,
+   which stays until a run (pd_forward, pd_predict, pd_train, pd_test ..) or pd_clear_error; "" when there is none.
+   Valid until the next call on this net. NULL net: the text for "out of memory". */
 PD_API const char *pd_error(const pd_net *net);
+
+/* Forgets a failure that was not a builder's. */
+PD_API void pd_clear_error(pd_net *net);
 
 /* The status that goes with pd_error. */
 PD_API pd_status pd_error_status(const pd_net *net);
@@ -947,7 +968,7 @@ PD_API double pd_seconds(void);
 /* ======================================================================================================== */
 /* >>layer types                                                                                            */
 
-/* What a layer is. Every layer above is written on this; see ON WRITING A LAYER. */
+/* What a layer is. Every layer above is written on this; see WRITING A LAYER. */
 struct pd_layer_type {
     int api_version; /* PD_API_VERSION */
     const char *name;
@@ -1068,7 +1089,8 @@ struct pd_reader {
 };
 
 /* All constructors return NULL, with the message in the net, when something is wrong; trainers take such a NULL and
-   report it. Free with pd_reader_free, before the net. Paths: a file; "-" for stdin (CSV, LibSVM); or "@list", a text
+   report it, as pd_train does when it has no test reader and some reader has failed since the last pd_clear_error. Free
+   with pd_reader_free, before the net. Paths: a file; "-" for stdin (CSV, LibSVM); or "@list", a text
    file with one path per line. Files are read piece by piece and may be larger than memory. */
 typedef struct pd_reader_opts {
     const char *order;    /* CSV: names of inputs in the order of their columns, "-" for a column to leave out,
@@ -1153,7 +1175,8 @@ typedef struct pd_train_opts {
     int patience;             /* stop after so many tests without a lower test cost; at the end, however it comes, go
                                 back to the best values */
     bool progress;            /* progress bar on stderr if that is a terminal, else a line per pass */
-    const char *csv_log;      /* file to append to: pass, samples, seconds, rate, cost, test cost, evaluators */
+    const char *csv_log;      /* file to append to: passes finished, samples, seconds of this call, rate, cost (of the
+                                 pass, or of the batch), test cost and evaluators (empty where nothing was tested) */
     const char *tensorboard;  /* directory for event files with the same numbers */
     int64_t log_every;        /* a line in the logs after so many batches, beside one per pass; default: per pass */
     const char *checkpoint;   /* file written after every pass .. */
@@ -1220,7 +1243,8 @@ typedef struct pd_gradcheck {
     bool all_zero;   /* every gradient was 0: nothing was really checked */
 } pd_gradcheck;
 /* Compares backward with central differences of sum(w * cost) for all parameters and all dense inputs that want a
-   gradient; `layer` may be any layer: its outputs are weighted by fixed random numbers. PD_OK means it ran. */
+   gradient; `layer` may be any layer: its outputs are weighted by fixed random numbers. PD_OK means it ran. Below 1e-6
+   with PADDLE_DOUBLE the gradient is right; in float differences are rough, some 1e-2, and nets with kinks worse. */
 PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, const pd_gradcheck_opts *opts,
                                     pd_gradcheck *result);
 
@@ -1268,6 +1292,10 @@ PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#endif
+
+#if defined(PD__POSIX) && !defined(CLOCK_MONOTONIC)
+#error "paddle.h: with -std=c99 include it, with PADDLE_IMPLEMENTATION, before other headers, or use -std=gnu99"
 #endif
 
 #ifdef __cplusplus
@@ -1344,7 +1372,8 @@ struct pd_net {
     pd_device *device;
     pd_device *cpu; /* made by the net, when none was given */
     pd_failure failure;
-    bool broken; /* a builder failed: nothing runs any more, and the message stays */
+    pd_failure reader_failure; /* of a reader that could not be made, until a trainer has reported it */
+    bool broken;               /* a builder failed: nothing runs any more, and the message stays */
     pd_layer **layers;
     int64_t layer_count, layer_capacity;
     int slot_count;
@@ -1508,6 +1537,17 @@ static pd_status pd__no_memory(pd_net *net, const char *what) {
 }
 
 PD_DEF const char *pd_error(const pd_net *net) { return net ? net->failure.text : pd__status_texts[PD_E_MEMORY]; }
+
+static void pd__clear_failure(pd_net *net) {
+    net->failure.status = PD_OK;
+    net->failure.text[0] = 0;
+}
+
+PD_DEF void pd_clear_error(pd_net *net) {
+    if (!net || net->broken) return;
+    pd__clear_failure(net);
+    net->reader_failure.status = PD_OK;
+}
 
 PD_DEF pd_status pd_error_status(const pd_net *net) { return net ? net->failure.status : PD_E_MEMORY; }
 
@@ -2787,7 +2827,9 @@ static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const cha
                                int count, const void *opts, pd_layer *origin) {
     pd_layer *l;
     pd_status status;
+    pd_failure earlier; /* of some other call: success here doesn't forget it */
     if (!pd__check_net(net) || pd__check_layer(net, type, name, inputs, count) != PD_OK) return NULL;
+    earlier = net->failure;
     l = pd__new_layer(net, type, name, inputs, count, opts);
     if (!l) {
         pd__fail_build(net, PD_E_MEMORY, "%s: out of memory for the layer", name ? name : type->name);
@@ -2802,6 +2844,7 @@ static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const cha
         net->broken = true;
         return NULL;
     }
+    net->failure = earlier;
     l->wants_grad = pd__layer_learns(l);
     return l;
 }
@@ -3277,12 +3320,18 @@ static pd_status pd__count_users(pd_net *net) {
     return PD_OK;
 }
 
+/* Rows of the batch's ended samples in a slot; -1 when pd_predict left a slot of sequences out. */
+static int64_t pd__slot_rows(const pd_slot *slot, int64_t samples) {
+    if (!slot->sequence) return samples;
+    return samples < slot->start_capacity ? slot->starts[samples] : -1;
+}
+
 static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     const pd_slot *s = &batch->slots[l->own->slot];
-    int64_t rows = s->sequence ? (s->starts ? s->starts[batch->samples] : 0) : batch->samples;
+    int64_t rows = pd__slot_rows(s, batch->samples);
     if (s->width != l->out.width || (s->kind == PD_SLOT_IDS) != l->is_ids || s->sequence != l->is_sequence)
         return pd_layer_fail(l, PD_E_SHAPE, "the batch was made for a net with another input here");
-    if (s->rows < rows || (rows > 0 && s->rows == 0))
+    if (rows < 0 || s->rows < rows || (rows > 0 && s->rows == 0))
         return pd_layer_fail(l, PD_E_SHAPE, "the batch has %lld samples, but %lld rows for this input",
                              (long long)batch->samples, (long long)s->rows);
     l->out.rows = rows;
@@ -3407,6 +3456,15 @@ static pd_status pd__synchronize(pd_net *net) {
     return status;
 }
 
+/* A sample that was begun and not ended would silently be left out. */
+static pd_status pd__check_ended(pd_net *net, const pd_batch *batch) {
+    for (int i = 0; i < batch->slot_count; i++)
+        if (batch->slots[i].rows > pd__max(0, pd__slot_rows(&batch->slots[i], batch->samples)))
+            return pd__fail(net, PD_E_STATE,
+                            "pd_forward: the last sample of the batch has not been ended (pd_batch_end_sample)");
+    return PD_OK;
+}
+
 PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd_layer *const *targets, int count) {
     pd_status status;
     if (!pd__check_net(net)) return pd_error_status(net);
@@ -3416,8 +3474,8 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
                         net->slot_count);
     if (mode != PD_PREDICT && net->origin)
         return pd__fail(net, PD_E_STATE, "pd_forward: a shared net only predicts; train the one it came from");
-    net->failure.status = PD_OK;
-    net->failure.text[0] = 0;
+    if (pd__check_ended(net, batch) != PD_OK) return PD_E_STATE;
+    pd__clear_failure(net);
     net->mode = mode;
     net->ran = NULL;
     status = pd__activate_layers(net, targets, count);
@@ -3511,7 +3569,7 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
     if (net->slot_count < 1 || slot->kind != PD_SLOT_DENSE || slot->sequence || rows < 0 ||
         (rows > 0 && !rows_of_input)) {
         pd__fail(net, PD_E_ARGUMENT,
-                 "pd_predict: needs a net whose first input is a plain vector or image, and its rows");
+                 "pd_predict: needs the rows, and a net whose first input is a plain vector or image");
         return NULL;
     }
     kept = slot->data;
@@ -4338,9 +4396,8 @@ static pd_status pd__reshape_setup(pd_layer *l) {
     for (int i = 0; i < 3; i++)
         if (n[i] < 1 || !pd__multiply_sizes(size, n[i], &size)) size = 0;
     if (size != l->inputs[0]->out.width)
-        return pd_layer_fail(l, PD_E_SHAPE, "%s has other than the %lld numbers of \"%.100s\" (%s)",
-                             pd_shape_text(l, l->shape), (long long)l->inputs[0]->out.width, l->inputs[0]->name,
-                             pd_shape_text(l, l->inputs[0]->shape));
+        return pd_layer_fail(l, PD_E_SHAPE, "%s is not as many numbers as \"%.100s\" has (%s)",
+                             pd_shape_text(l, l->shape), l->inputs[0]->name, pd_shape_text(l, l->inputs[0]->shape));
     pd__plain_box(l, l->shape);
     pd__row_strides(l->shape, ((pd__box *)l->state)->x);
     return pd__want_numbers(l);
@@ -6707,6 +6764,8 @@ static pd_status pd__reader_batch_failed(pd_reader *reader, const pd_batch *batc
 static pd_reader *pd__reader_made(pd_net *net, pd_reader *reader, pd_status status) {
     if (status == PD_OK) return reader;
     pd__fail(net, status, "%s", reader->error.text);
+    net->reader_failure = reader->error;
+    net->reader_failure.status = status;
     pd_reader_free(reader);
     return NULL;
 }
@@ -8822,11 +8881,6 @@ PD_DEF pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const ch
 
 /* ---- what updaters return ---- */
 
-static void pd__clear_failure(pd_net *net) {
-    net->failure.status = PD_OK;
-    net->failure.text[0] = 0;
-}
-
 /* Gives the status a message, if there has come none since pd__clear_failure. */
 static pd_status pd__updater_returned(pd_trainer *t, pd_status status) {
     const char *name = t->updater->name ? t->updater->name : "";
@@ -9154,10 +9208,10 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
 
 /* A reader that could not be made has left its message in the net. */
 static pd_status pd__check_reader(pd_net *net, const char *call, const pd_reader *reader) {
-    pd_failure last = net->failure;
+    const pd_failure *failure = &net->reader_failure;
     if (!reader)
-        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader is NULL%s%.400s", call, last.text[0] ? ": " : "",
-                        last.text);
+        return pd__fail(net, PD_E_ARGUMENT, "%s: the reader is NULL%s%.400s", call, failure->status ? ": " : "",
+                        failure->status ? failure->text : "");
     if (reader->api_version != PD_API_VERSION || !reader->next || !reader->reset)
         return pd__fail(net, PD_E_ARGUMENT, "%s: the reader lacks next or reset, or has another interface version",
                         call);
@@ -9439,6 +9493,9 @@ static pd_status pd__check_train(pd_trainer *t, pd_reader *reader, int64_t passe
     pd_net *net = t->net;
     if (pd__check_reader(net, "pd_train", reader) != PD_OK) return PD_E_ARGUMENT;
     if (o->test && pd__check_reader(net, "pd_train: test", o->test) != PD_OK) return PD_E_ARGUMENT;
+    if (!o->test && net->reader_failure.status != PD_OK) /* no test wanted, or did its reader fail? */
+        return pd__fail(net, PD_E_ARGUMENT, "pd_train: no test reader, and one reader could not be made: %.400s",
+                        net->reader_failure.text);
     if (passes < 0 || o->batch_size < 0 || o->patience < 0 || o->log_every < 0 || o->checkpoint_every < 0)
         return pd__fail(net, PD_E_ARGUMENT,
                         "pd_train: passes, batch_size, patience, log_every and checkpoint_every "
@@ -11071,6 +11128,7 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
     pd_status status = PD_OK;
     if (!pd__check_net(net)) return pd_error_status(net);
     if (!batch || !result) return pd__fail(net, PD_E_ARGUMENT, "pd_check_gradients: the batch or the result is NULL");
+    if (batch->samples == 0) return pd__fail(net, PD_E_ARGUMENT, "pd_check_gradients: the batch has no samples");
     memset(result, 0, sizeof *result);
     result->all_zero = true;
     result->worst = "";

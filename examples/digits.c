@@ -41,6 +41,7 @@ static void show(const pd_real *pixels, int64_t label, const pd_real *probabilit
                    100 * (double)probabilities[guess(probabilities)]);
         printf("\n");
     }
+    printf("\n");
 }
 
 int main(int argc, char **argv) {

@@ -2056,10 +2056,10 @@ static void test_others_refuse(void **state) {
     REFUSED("slice1: 2 channels from -1 on", pd_slice(the.net, the.vec, -1, 2, NULL));
     REFUSED("slice1: ", pd_slice(the.net, the.vec, 2, 0, NULL));
     REFUSED("slice1: ", pd_slice(the.net, the.vec, 2, -1, NULL));
-    REFUSED_EXACTLY("reshape1: 2x5x5 has other than the 40 numbers of \"image\" (2x5x4)",
+    REFUSED_EXACTLY("reshape1: 2x5x5 is not as many numbers as \"image\" has (2x5x4)",
                     pd_reshape(the.net, the.image, shape(2, 5, 5), NULL));
-    REFUSED("reshape1: -2x-5x4 has", pd_reshape(the.net, the.image, shape(-2, -5, 4), NULL));
-    REFUSED("reshape1: 0x5x4 has", pd_reshape(the.net, the.image, shape(0, 5, 4), NULL));
+    REFUSED("reshape1: -2x-5x4 is not", pd_reshape(the.net, the.image, shape(-2, -5, 4), NULL));
+    REFUSED("reshape1: 0x5x4 is not", pd_reshape(the.net, the.image, shape(0, 5, 4), NULL));
     REFUSED_EXACTLY("transpose1: order {0, 1, 1} is not a permutation of 0, 1, 2",
                     pd_transpose(the.net, the.image, (const int[3]){ 0, 1, 1 }, NULL));
     REFUSED("transpose1: order {0, 1, 3}", pd_transpose(the.net, the.image, (const int[3]){ 0, 1, 3 }, NULL));

@@ -1376,6 +1376,48 @@ static void test_updater_does_not_start(void **state) {
 
 /* ---- misuse ---- */
 
+/* What a beginner forgets, or mistypes, must not pass in silence. */
+static void test_oversights(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_vector(net, "x", 2), *words = pd_sequence(pd_vector(net, "words", 2));
+    pd_layer *fc = pd_fc(net, x, 1, NULL), *cost = pd_sum_cost(net, fc, NULL), *sum = pd_sum_cost(net, words, NULL);
+    pd_trainer *trainer = pd_trainer_new(net, cost, pd_sgd(0.1), NULL);
+    pd_real numbers[4] = { 1, 2, 3, 4 };
+    int64_t starts[3] = { 0, 1, 2 };
+    pd_array arrays[2] = { { numbers, NULL, NULL }, { numbers, NULL, starts } };
+    pd_reader *reader = pd_array_reader(net, 2, arrays, 2);
+    pd_batch *batch = pd_batch_new(net);
+    pd_gradcheck check;
+    (void)state;
+    assert_non_null(reader);
+    /* a test reader that could not be made */
+    assert_int_equal(pd_train(trainer, reader, 1, &(pd_train_opts){ .test = pd_csv_reader(net, "none.csv", NULL) }),
+                     PD_E_ARGUMENT);
+    check_contains(pd_error(net), "no test reader, and one reader could not be made: csv reader: ");
+    assert_non_null(pd_fc(net, x, 2, NULL)); /* success of a builder does not forget it */
+    assert_int_equal(pd_error_status(net), PD_E_ARGUMENT);
+    pd_clear_error(net);
+    assert_int_equal(pd_error_status(net), PD_OK);
+    assert_string_equal(pd_error(net), "");
+    assert_int_equal(pd_train(trainer, reader, 1, NULL), PD_OK);
+    /* no samples, and a sample not ended */
+    assert_int_equal(pd_check_gradients(cost, batch, NULL, &check), PD_E_ARGUMENT);
+    check_contains(pd_error(net), "the batch has no samples");
+    memcpy(pd_batch_add_row(batch, 0), numbers, 2 * sizeof *numbers);
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &fc, 1), PD_E_STATE);
+    check_contains(pd_error(net), "has not been ended (pd_batch_end_sample)");
+    assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &fc, 1), PD_OK);
+    /* sequences that pd_predict does not get */
+    assert_non_null(pd_predict(fc, numbers, 2));
+    assert_null(pd_predict(sum, numbers, 2));
+    check_contains(pd_error(net), "words: the batch has 2 samples, but 0 rows for this input");
+    pd_batch_free(batch);
+    pd_reader_free(reader);
+    pd_trainer_free(trainer);
+    pd_net_free(net);
+}
+
 static void test_misuse(void **state) {
     static const struct {
         pd_train_opts opts;
@@ -1514,6 +1556,7 @@ int main(void) {
         cmocka_unit_test(test_updater_applies),
         cmocka_unit_test(test_updater_failures),
         cmocka_unit_test(test_updater_does_not_start),
+        cmocka_unit_test(test_oversights),
         cmocka_unit_test(test_misuse),
         cmocka_unit_test(test_wrong_costs),
         cmocka_unit_test(test_shared_nets_are_not_trained),

@@ -16,6 +16,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     };
     pd_vector(net, "x", choice & 1 ? 1 : 3);
     pd_label(net, "label", 4);
+    if (pd_error_status(net) != PD_OK) abort();
     fuzz_reader(net, pd_csv_reader(net, fuzz_file(0, data, size), &opts));
     pd_net_free(net);
     return 0;

@@ -18,6 +18,7 @@ static inline void fuzz_two_files(const uint8_t *data, size_t size, open_files o
     const char *paths[2];
     pd_image(net, "image", 1, 2, 3);
     pd_label(net, "label", 10);
+    if (pd_error_status(net) != PD_OK) abort();
     paths[0] = fuzz_file(0, data, first);
     paths[1] = fuzz_file(1, data + first, size - first);
     fuzz_reader(net, open(net, paths, 2, &opts));
