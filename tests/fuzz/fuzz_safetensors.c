@@ -46,7 +46,7 @@ static double walk(FILE *file) {
 /* What could be loaded can be used, saved, and loaded again. */
 static void use(bool checkpoint) {
     static const pd_real x[3] = { 1, 2, 3 };
-    static unsigned char chunk[PD__CHUNK];
+    static unsigned char chunk[PD__FILE_CHUNK];
     char *saved = NULL;
     size_t size = 0;
     pd__items items = PD__ZERO;
