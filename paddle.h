@@ -2921,7 +2921,7 @@ PD_DEF int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count) {
 }
 
 PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
-    pd__copy *c = size <= INT64_MAX - sizeof(pd__copy)
+    pd__copy *c = size <= (size_t)PTRDIFF_MAX - sizeof(pd__copy)
                       ? (pd__copy *)pd__alloc(&layer->net->allocator, (int64_t)(size + sizeof(pd__copy)), 1)
                       : NULL;
     if (!c) {
