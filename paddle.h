@@ -11,12 +11,13 @@
    before other headers, and `cc -O2 -fopenmp app.c -lm` (or without -fopenmp). Other files just include it.
 
    paddle.h DOES NOT: record arbitrary programs and differentiate them (a net is a graph of layers, built once); store
-   the graph in its files (the program that uses a model builds the same graph); run on a GPU or a cluster by itself;
-   use float16 in computation; vectorise beyond 16-byte vectors yet.
+   the graph in its files (the program that uses a model builds the same graph); run on a GPU or a cluster by itself
+   (paddle_cuda.cu and paddle_mpi.c do); use float16 in computation; vectorise beyond 16-byte vectors yet.
 
    CONTENTS: search for ">>name", in this comment for the title in capitals.
-     This comment     ERRORS, ROWS AND SHAPES, PARAMETERS, TRAINING, GRADIENTS AND OPTIMIZERS, READERS, FILES,
-                      WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, MEMORY, OPTIONS AT COMPILE TIME
+     This comment     ERRORS, ROWS AND SHAPES, SEQUENCES AND SPARSE ROWS, PARAMETERS, GRADIENTS AND OPTIMIZERS,
+                      READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, MEMORY, OPTIONS AT
+                      COMPILE TIME
      Declarations     status hooks tensors parameters net inputs activations layers costs batches running evaluators
                       optimizers device updater readers trainer files
                       (and "layer types", "gradient check")
@@ -71,6 +72,25 @@
    plain number of values) is settled when the layer is built, the number of rows by each batch. A sample is one row,
    or, for inputs marked by pd_sequence, any number of rows: sequences lie end to end with a list of offsets, nothing is
    padded, and layers that work row by row need not know. Labels and words are ids, 64-bit integers.
+
+   SEQUENCES AND SPARSE ROWS
+
+   A sentence is a sequence of ids. This reads sentences, looks the words up, runs a recurrent layer over them, and
+   takes its last row:
+
+   ```c
+   pd_layer *words = pd_sequence(pd_ids(net, "words", 50000));
+   pd_layer *rows = pd_embedding(net, words, 32, &(pd_embedding_opts){ .weight.sparse = true });
+   pd_layer *last = pd_sequence_pool(net, pd_gru(net, rows, 64, NULL), PD_LAST, NULL);
+   pd_layer *output = pd_fc(net, last, 10, &(pd_fc_opts){ .act = PD_SOFTMAX });
+   ```
+
+   Recurrent layers run the sequences of a batch side by side, the longest first, and go on with fewer when the short
+   ones have ended. Vectors of which few numbers are not zero (pd_sparse) hold pairs of column and number, and go to
+   pd_fc. A parameter marked `sparse` has a gradient for the rows that the batch named, and a step costs what these
+   rows cost, not what the table does. What the others would have moved, by momentum and l2, is made up for when they
+   are next read (and, a 1024th of the table in each step, before too much of that is due): the result is that of dense
+   training, up to rounding. Optimizers that would have to touch every row are refused.
 
    PARAMETERS
 
@@ -160,7 +180,7 @@
        return PD_OK;
    }
    static const pd_layer_type swish = { PD_API_VERSION, "swish", 1, 1, 0, 0, 0,
-                                        swish_setup, NULL, swish_forward, swish_backward, NULL };
+                                        swish_setup, NULL, swish_forward, swish_backward, NULL, NULL };
    ```
 
    It is added with pd_layer_add(net, &swish, "name", &input, 1, NULL). pd_check_gradients says whether backward is the
@@ -170,7 +190,8 @@
 
    A device (pd_device) is memory and the operations layers are written in; an updater (pd_updater) is what becomes of
    gradients. Both are tables of functions, so that a GPU or a cluster can be plugged in without a change to layers or
-   programs. The CPU device and the local updater are built in. For now a device must have host memory.
+   programs. The CPU device and the local updater are built in. On a device without host memory a layer that it can't
+   run runs on the CPU, and its numbers are carried there and back.
 
    THREADS AND DETERMINISM
 
@@ -330,7 +351,19 @@ typedef struct pd_tensor {
     const int64_t *ids;    /* rows ids (labels, words); NULL when the rows are numbers. Always host memory. */
     int64_t sequences;     /* number of sequences; 0 when the rows are independent */
     const int64_t *starts; /* sequences + 1 row offsets, first 0, last rows; NULL when independent. Host memory. */
+    /* Sparse rows, in host memory: row r has the entries row_starts[r] .. row_starts[r + 1] - 1; entry k is the number
+       values[k] in column ids[k]. NULL row_starts: one id per row. NULL values: all 1. */
+    const int64_t *row_starts;
+    const pd_real *values;
 } pd_tensor;
+
+/* A sparse matrix by rows (CSR), in host memory, as pd_tensor describes sparse rows. */
+typedef struct pd_csr {
+    int64_t rows;
+    const int64_t *starts;  /* rows + 1; NULL: one entry per row */
+    const int64_t *columns; /* one per entry */
+    const pd_real *values;  /* one per entry; NULL: all 1 */
+} pd_csr;
 
 /* ======================================================================================================== */
 /* >>parameters                                                                                             */
@@ -367,9 +400,18 @@ typedef struct pd_param_opts {
     double clip;      /* bound on each element of the gradient, > 0; default: the trainer's clip_value */
     double prune;     /* 0 <= prune < 1: this share of the smallest magnitudes is set to zero when training
                             starts and held there (a pruning mask); default 0 */
+    bool sparse;      /* for tables read by ids (pd_embedding) or sparse inputs (pd_fc): a step costs little more
+                            than the rows in the batch; see SEQUENCES AND SPARSE ROWS. With sgd, momentum
+                            and nesterov only; not with l1, prune and model averaging */
 } pd_param_opts;
 
 #define PD_MAX_DIMS 4
+
+/* The rows of a sparse parameter that have a gradient. Host memory. */
+typedef struct pd_rows {
+    int64_t count;
+    const int64_t *ids; /* each once, in the order in which they were first named */
+} pd_rows;
 
 /* One named array of learned numbers. Read-only for users; value and grad are in the device's memory. */
 struct pd_param {
@@ -378,16 +420,19 @@ struct pd_param {
     int64_t dims[PD_MAX_DIMS];
     int64_t size; /* product of dims */
     pd_real *value;
-    pd_real *grad; /* SUM over the samples of the batch; NULL when static or not training. Backward adds. */
+    pd_real *grad; /* SUM over the samples of the batch; NULL when static or not training. Backward adds. Of a sparse
+                      parameter: rows.count x dims[1], row i being that of row rows.ids[i] of the table */
+    pd_rows rows;  /* of a sparse parameter: those touched since its gradient was last zeroed */
     pd_param_opts opts;
     bool is_buffer;      /* statistics kept by a layer, such as a running mean: saved, never given a gradient */
     unsigned char *mask; /* size bytes, 0 = held at zero; NULL = no pruning. Host memory. */
     pd_net *net;         /* the net that owns it */
     int64_t fan_in, fan_out;
-    int users;      /* the net's: layers of this step that have not yet added their gradient */
-    int trained;    /* the trainer's: 1 + its place among the trained ones, 0 = not trained */
-    bool announced; /* the net's: param_needed was called in this step */
-    pd_param *next; /* in order of creation */
+    int users;                   /* the net's: layers of this step that have not yet added their gradient */
+    int trained;                 /* the trainer's: 1 + its place among the trained ones, 0 = not trained */
+    bool announced;              /* the net's: param_needed was called in this step */
+    struct pd__touched *touched; /* the net's: how rows are found; NULL unless sparse */
+    pd_param *next;              /* in order of creation */
 };
 
 PD_API pd_param *pd_param_find(pd_net *net, const char *name); /* NULL when there is none; no error */
@@ -414,7 +459,9 @@ PD_API pd_net *pd_net_new(const pd_net_opts *opts);
 PD_API void pd_net_free(pd_net *net);
 
 /* A second net with the same layers that reads the same parameters, for predicting in another thread at the same
-   time. It can't be trained, must be freed before `net`, and `net` must not be trained while it is in use.
+   time. It can't be trained, must be freed before `net`, and `net` must not be trained while it is in use. (Where
+   `net` is trained between two uses by pd_train_batch, call pd_sync. On a device given in pd_net_opts both nets use that
+   one, so in turn.)
    NULL, with the message in `net`, when it can't be made. */
 PD_API pd_net *pd_net_share(pd_net *net);
 
@@ -433,6 +480,8 @@ PD_API pd_layer *pd_image(pd_net *net, const char *name, int64_t channels, int64
 PD_API pd_layer *pd_vector(pd_net *net, const char *name, int64_t size);
 PD_API pd_layer *pd_label(pd_net *net, const char *name, int64_t classes); /* ids 0 .. classes - 1 */
 PD_API pd_layer *pd_ids(pd_net *net, const char *name, int64_t count);     /* the same, for words and the like */
+/* Vectors of `size` numbers of which few are not zero, given as pairs of column and number; for pd_fc. */
+PD_API pd_layer *pd_sparse(pd_net *net, const char *name, int64_t size);
 /* Makes an input carry sequences: each sample is any number of rows. Returns `input`. */
 PD_API pd_layer *pd_sequence(pd_layer *input);
 
@@ -476,10 +525,12 @@ typedef struct pd_fc_opts {
     const char *name;
     pd_act act;
     bool no_bias;
-    pd_param_opts weight; /* in x size; "LAYER.weight", and "LAYER.weight1" .. for further inputs */
+    pd_param_opts weight; /* in x size; "LAYER.weight", and "LAYER.weight1" .. for further inputs. `sparse` only if
+                             all inputs are sparse */
     pd_param_opts bias;   /* size; starts at 0 */
 } pd_fc_opts;
-/* Fully connected: y = act(x W + b). Row-wise; images are taken as vectors. */
+/* Fully connected: y = act(x W + b). Row-wise; images are taken as vectors; the cost of sparse inputs is that of their
+   entries. */
 PD_API pd_layer *pd_fc(pd_net *net, pd_layer *input, int64_t size, const pd_fc_opts *opts);
 /* The same over several inputs with equal rows: y = act(sum_k x_k W_k + b). */
 PD_API pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts);
@@ -507,7 +558,9 @@ typedef enum pd_pool_method {
     PD_MAX,
     PD_AVERAGE, /* over the cells of the window that lie inside the image */
     PD_SUM,
-    PD_SQRT_N /* sum / sqrt(cells inside the image) */
+    PD_SQRT_N, /* sum / sqrt(cells inside the image) */
+    PD_FIRST,  /* pd_sequence_pool only */
+    PD_LAST    /* the same */
 } pd_pool_method;
 typedef struct pd_pool_opts {
     const char *name;
@@ -614,6 +667,31 @@ typedef struct pd_prelu_opts {
 } pd_prelu_opts;
 PD_API pd_layer *pd_prelu(pd_net *net, pd_layer *input, const pd_prelu_opts *opts);
 
+typedef struct pd_embedding_opts {
+    const char *name;
+    pd_act act;
+    pd_param_opts weight; /* ids x size; starts normal with deviation 1/sqrt(size) */
+} pd_embedding_opts;
+/* Row-wise: the row of a table that the id names. Of ids (pd_ids, pd_label) only; sparse inputs go to pd_fc. */
+PD_API pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd_embedding_opts *opts);
+
+typedef struct pd_gru_opts {
+    const char *name;
+    bool reverse;                 /* from the last row of each sequence to the first */
+    pd_param_opts weight;         /* in x 3 size: update, reset, candidate */
+    pd_param_opts recurrent;      /* size x 3 size */
+    pd_param_opts bias;           /* 3 size; starts at 0 */
+    pd_param_opts recurrent_bias; /* size: b_u below; starts at 0 */
+} pd_gru_opts;
+/* Gated recurrent units over sequences (Cho et al. 2014, with the reset gate behind the product as in cuDNN), h_0 = 0:
+   z = sigmoid(x W_z + h U_z + b_z); r = sigmoid(x W_r + h U_r + b_r); c = tanh(x W_c + b_c + r (h U_c + b_u));
+   h' = (1 - z) c + z h. Every row's h' is put out. Sequences run side by side without padding. */
+PD_API pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts);
+
+/* One row per sequence: its first or last row, or the largest, mean, sum, or sum / sqrt(rows) of each column. An empty
+   sequence gives zeros. */
+PD_API pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method method, const pd_layer_opts *opts);
+
 /* ======================================================================================================== */
 /* >>costs                                                                                                  */
 
@@ -655,7 +733,7 @@ PD_API pd_layer *pd_sum_cost(pd_net *net, pd_layer *input, const pd_cost_opts *o
 /* ======================================================================================================== */
 /* >>batches                                                                                                */
 
-typedef enum pd_slot_kind { PD_SLOT_DENSE, PD_SLOT_IDS } pd_slot_kind;
+typedef enum pd_slot_kind { PD_SLOT_DENSE, PD_SLOT_IDS, PD_SLOT_SPARSE } pd_slot_kind;
 
 /* One input's share of a batch. Host memory, grown as needed and kept. */
 typedef struct pd_slot {
@@ -663,10 +741,12 @@ typedef struct pd_slot {
     bool sequence;
     int64_t width; /* numbers per row; the number of ids for PD_SLOT_IDS */
     int64_t rows;
-    pd_real *data;   /* rows x width, or NULL */
-    int64_t *ids;    /* rows, or NULL */
-    int64_t *starts; /* samples + 1 row offsets when `sequence`, else NULL */
-    int64_t row_capacity, start_capacity;
+    pd_real *data;       /* rows x width, or NULL */
+    int64_t *ids;        /* rows, or entries of sparse rows, or NULL */
+    int64_t *row_starts; /* rows + 1 entry offsets of sparse rows, else NULL */
+    pd_real *values;     /* one per entry of sparse rows, else NULL */
+    int64_t *starts;     /* samples + 1 row offsets when `sequence`, else NULL */
+    int64_t row_capacity, entry_capacity, value_capacity, start_capacity;
     const char *name; /* of the input layer; owned by the net */
 } pd_slot;
 
@@ -675,6 +755,7 @@ struct pd_batch {
     int slot_count;
     pd_slot *slots;
     pd_failure error; /* of the last pd_batch_ call that failed on it */
+    bool refused;     /* .. which was about the sample that has not ended */
     pd_net *net;      /* gives the allocator */
 };
 
@@ -686,8 +767,13 @@ PD_API void pd_batch_clear(pd_batch *batch); /* no samples; keeps the memory */
 PD_API pd_real *pd_batch_add_row(pd_batch *batch, int slot);
 /* Adds an id; it must lie in 0 .. width - 1. */
 PD_API pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id);
-/* Ends a sample: every slot must have got one row, or any number if it carries sequences; inputs that the run won't
-   need may be left out of the whole batch. Otherwise PD_E_SHAPE, and the unfinished sample's rows are taken away. */
+/* Adds a sparse row: `count` pairs of a column in 0 .. width - 1 and a finite number (equal columns add up). values
+   NULL: all 1. */
+PD_API pd_status pd_batch_add_sparse(pd_batch *batch, int slot, const int64_t *columns, const pd_real *values,
+                                     int64_t count);
+/* Ends a sample, with what the last call that failed since its beginning returned, if one did. Otherwise: every slot
+   must have got one row, or any number if it carries sequences; inputs that the run won't
+   need may be left out of the whole batch; else PD_E_SHAPE. When it fails, the sample's rows are taken away. */
 PD_API pd_status pd_batch_end_sample(pd_batch *batch);
 /* Takes away the rows added since the last pd_batch_end_sample. */
 PD_API void pd_batch_drop_sample(pd_batch *batch);
@@ -715,7 +801,8 @@ PD_API pd_status pd_want_gradient(pd_layer *input);
 
 /* A layer's last output, in host memory: rows x width, owned by the net, valid until the next run. NULL on failure. */
 PD_API const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width);
-/* Predicts `rows` rows of the net's first input from an array; the other inputs must not be needed. */
+/* Predicts `rows` rows of the net's first input, a plain vector or image, from an array; the other inputs must not be
+   needed. For sequences, ids and sparse rows: pd_batch_new, pd_forward, pd_output. */
 PD_API const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input, int64_t rows);
 
 /* ======================================================================================================== */
@@ -869,19 +956,22 @@ typedef struct pd_pool_shape {
 
 /* The operations that layers are written in, by bit, for pd_layer_type.needs and pd_device.supports. */
 enum {
-    PD_OP_BASIC = 1 << 0, /* fill, muladd, gemm, sum_squares, update: every device has these */
-    PD_OP_ACTIVATION = 1 << 1,
+    PD_OP_BASIC = 1 << 0,      /* fill, muladd, gemm, sum_squares, update, update_rows: every device has these .. */
+    PD_OP_ACTIVATION = 1 << 1, /* .. and these */
     PD_OP_CONV = 1 << 2,
     PD_OP_POOL = 1 << 3,
     PD_OP_CROSS_ENTROPY = 1 << 4,
     PD_OP_DROPOUT = 1 << 5,
     PD_OP_BATCH_NORM = 1 << 6,
     PD_OP_LAYER_NORM = 1 << 7,
-    PD_OP_RESPONSE_NORM = 1 << 8
+    PD_OP_RESPONSE_NORM = 1 << 8,
+    PD_OP_SPARSE = 1 << 9,
+    PD_OP_GRU = 1 << 10
 };
 
-/* Where a net lives and computes. All numbers are in the device's memory, ids and offsets in the host's. Operations
-   may run later but in order; a failure is kept and told by `synchronize`. "Adds" means += into the result. */
+/* Where a net lives and computes. All numbers are in the device's memory, except where "host memory" is said; ids and
+   offsets are in the host's, and may change as soon as the operation returns. Operations may run later but in order; a
+   failure is kept and told by `synchronize`. "Adds" means += into the result. */
 struct pd_device {
     int api_version; /* PD_API_VERSION */
     const char *name;
@@ -909,6 +999,14 @@ struct pd_device {
     /* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
     void (*update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g, const unsigned char *mask,
                    pd_real *const *states);
+
+    /* Steps on rows of a table: row rows[i] of w goes with row state_rows[i] of the state and row i of g (count x
+       width). First, where carry is not NULL, the steps without a gradient since the row was last touched are made up
+       for with the four numbers from carry[4 i] on: (w, state) = (c0 w + c1 state, c2 w + c3 state). Then, where g is
+       not NULL, one step as `update` makes it. SGD (state NULL) and MOMENTUM only. No row comes twice. Host memory:
+       rows, state_rows, carry. */
+    void (*update_rows)(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
+                        const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g, pd_real *state);
 
     /* y = f(x) for rows x width numbers; x may be y. alpha: see pd_activation_opts. */
     void (*activate)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
@@ -957,6 +1055,17 @@ struct pd_device {
     void (*response_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
                                    double alpha, double beta, const pd_real *x, const pd_real *scales,
                                    const pd_real *dy, pd_real *dx);
+    /* y (s.rows x width) += S x: row r of y gets the sum of values[k] times row columns[k] of x. Look-ups, their
+       gradients (with the transposed S), permutations of rows and sums over sequences are all this. */
+    void (*sparse_product)(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y);
+    /* One step of GRUs. gates: rows x 3 width, in: x W + b, out: z, r, c. recurrent: rows x 3 width, h U with b_u in
+       its last third. before: rows x width, h (NULL: 0). after: h'. See pd_gru. */
+    void (*gru)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
+                const pd_real *before, pd_real *after);
+    /* From dafter, the gradient of h': gates and recurrent, as `gru` left them, become their own gradients (of x W + b
+       and of h U + b_u); adds the part that goes straight to dbefore (NULL: not wanted). */
+    void (*gru_backward)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
+                         const pd_real *before, const pd_real *dafter, pd_real *dbefore);
 };
 
 /* 64 random bits from a key and a counter (SplitMix64's finaliser); the same on every device and for any threads. */
@@ -976,7 +1085,9 @@ struct pd_layer_type {
     size_t opts_size;           /* of the options struct; the layer gets its own copy */
     size_t state_size;          /* of the layer's own state, zeroed before setup */
     unsigned needs;             /* PD_OP_ bits of the device operations it is written in; 0: it touches the numbers
-                                   itself, so on a device without host memory the net carries them to the host */
+                                   itself. A layer that needs what the net's device doesn't have, or touches numbers
+                                   on one without host memory, runs on the CPU: what it reads and writes is carried
+                                   there and back */
     /* Checks inputs and options, sets layer->shape (and act), declares parameters with pd_layer_param. */
     pd_status (*setup)(pd_layer *layer);
     /* (optional) Sets layer->out.rows and the sequence offsets for this batch. Default: those of input 0. */
@@ -988,6 +1099,10 @@ struct pd_layer_type {
     pd_status (*backward)(pd_layer *layer);
     /* (optional) Frees what setup took other than through pd_layer_ functions. */
     void (*teardown)(pd_layer *layer);
+    /* (optional) Before the batch's first forward: names the rows of the layer's sparse parameters that it will read or
+       give gradients to, with pd_param_touch. Only inputs of the net have been filled by then. A type without prefetch
+       has no sparse parameters. */
+    pd_status (*prefetch)(pd_layer *layer);
 };
 
 /* A layer in a net. Layer types read it; only setup and resize write, where noted. */
@@ -995,7 +1110,7 @@ struct pd_layer {
     const pd_layer_type *type;
     const char *name;
     pd_net *net;
-    pd_device *device; /* what its operations run on */
+    pd_device *device; /* what its operations run on: the net's, or the CPU */
     pd_layer **inputs;
     int input_count;
     pd_param **params; /* in the order of pd_layer_param */
@@ -1006,6 +1121,7 @@ struct pd_layer {
     pd_act act;       /* applied by the net after forward; set by setup */
     double act_alpha; /* set by setup; 0 = the activation's default */
     bool is_ids;      /* the output is ids, not numbers */
+    bool is_sparse;   /* the output is sparse rows, not numbers; is_ids too is set then */
     bool is_sequence; /* rows come in sequences; default: if input 0's do. Setup may change it. */
     bool wants_grad;  /* something below it learns */
     pd_tensor out;
@@ -1021,11 +1137,18 @@ PD_API pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
                                 int64_t fan_out, pd_init init, const pd_param_opts *opts);
 /* For setup: statistics that are saved with the parameters but not learned. */
 PD_API pd_param *pd_layer_buffer(pd_layer *layer, const char *suffix, int64_t size, double value);
-/* Device memory of the layer's own that lasts until the net is freed, grown to `count` numbers; slot 0 .. 3. NULL
+/* Device memory of the layer's own that lasts until the net is freed, grown to `count` numbers; slot 0 .. 7. NULL
    (message set) when out of memory. Contents are lost when it grows. */
 PD_API pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count);
-/* The same in host memory, for offsets: `count` int64_t; slot 0 .. 1. */
+/* The same in host memory, for offsets: `count` int64_t; slot 0 .. 3. */
 PD_API int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count);
+/* The same in host memory, for the values of a pd_csr. */
+PD_API pd_real *pd_layer_values(pd_layer *layer, int64_t count);
+/* For prefetch: the batch needs these rows (host memory; repeats are fine) of a sparse parameter. Of others: nothing
+   happens. */
+PD_API pd_status pd_param_touch(pd_param *param, const int64_t *rows, int64_t count);
+/* The place of a row that was touched in param->rows, and so in param->grad; -1 if it was not. */
+PD_API int64_t pd_param_place(const pd_param *param, int64_t row);
 /* A copy of `size` bytes that is freed with the layer; for options that point to arrays. */
 PD_API void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size);
 /* Fails with a message that begins with the layer's name. Returns `status`. */
@@ -1048,18 +1171,42 @@ struct pd_updater {
     int api_version; /* PD_API_VERSION */
     const char *name;
     void *self;
+    /* All parameters have their first values. */
     pd_status (*start)(pd_updater *u, pd_trainer *trainer);
+    /* The rows that the batch needs of each sparse parameter are in its `rows`. samples may be 0: see end_batch. */
     pd_status (*begin_batch)(pd_updater *u, int64_t samples);
-    pd_status (*param_needed)(pd_updater *u, pd_param *param); /* (optional) value must be current on return */
+    pd_status (*param_needed)(pd_updater *u, pd_param *param); /* (optional) value (of its rows) must be current then */
     pd_status (*grad_final)(pd_updater *u, pd_param *param);
     pd_status (*poll)(pd_updater *u); /* (optional) */
-    pd_status (*end_batch)(pd_updater *u);
-    pd_status (*sync)(pd_updater *u); /* (optional) every value current here */
-    void (*stop)(pd_updater *u);      /* (optional) */
+    /* This worker's steps have all been made when it returns; values may come later, until param_needed. *samples,
+       those of this worker's batch, becomes those of all workers' batches. A worker whose reader has ended
+       goes on with empty batches until that sum is 0, when the pass is over for all; nothing is learned from that. */
+    pd_status (*end_batch)(pd_updater *u, int64_t *samples);
+    pd_status (*sync)(pd_updater *u); /* (optional) every value current here; all workers call it */
+    /* (optional) Adds up `count` numbers over all workers; all call it. NULL: there is only one worker. */
+    pd_status (*reduce)(pd_updater *u, double *sums, int64_t count);
+    void (*stop)(pd_updater *u); /* (optional) */
 };
-/* For updaters: one optimizer step on the whole parameter from its grad, summed over `samples` samples; then zeroes
-   grad. `clip_scale` is 1 or the factor of global-norm clipping. PD_E_NUMERIC, and no step, if grad isn't finite. */
+/* For updaters, in start: this trainer keeps optimizer state for, and steps on, share `rank` of `ranks` only. */
+PD_API pd_status pd_trainer_shard(pd_trainer *trainer, int rank, int ranks);
+/* Who has what: a dense parameter is cut into `ranks` runs of numbers, here is the one of `rank`; of a sparse one, row
+   r belongs to rank r % ranks (and this gives nothing). */
+PD_API void pd_param_share(const pd_param *param, int rank, int ranks, int64_t *first, int64_t *count);
+/* For updaters: one optimizer step on this trainer's share of the parameter from its grad, summed over `samples`
+   samples; then zeroes all of grad. `clip_scale` is 1 or the factor of global-norm clipping. PD_E_NUMERIC, and no step,
+   if grad isn't finite. Sparse parameters: on the touched rows (which must all be in the share). */
 PD_API pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t samples, double clip_scale);
+/* The same for a sparse parameter, from other rows than those of this worker's batch: `count` rows of the share, each
+   once, and their summed gradients (count x dims[1], device memory, left as they are). To be called in every batch,
+   also without rows: it is what tells the other rows that a step has passed. */
+PD_API pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
+                                       const pd_real *grad, int64_t samples, double clip_scale);
+/* For updaters: brings rows of a sparse parameter (of the share) up to date; to be called before they are read. */
+PD_API pd_status pd_trainer_refresh(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows);
+/* For updaters, in sync: the same for all rows of the share of all sparse parameters. */
+PD_API pd_status pd_trainer_refresh_all(pd_trainer *trainer);
+/* For updaters: the trained parameters, in order of creation; NULL past the end. */
+PD_API pd_param *pd_trainer_param(const pd_trainer *trainer, int index);
 /* For updaters: the factor of global-norm clipping from the squared norm of the whole summed gradient. */
 PD_API double pd_trainer_clip_scale(const pd_trainer *trainer, double sum_squares, int64_t samples);
 /* For updaters: does the trainer clip by global norm, so that no step may be taken before every gradient is final? */
@@ -1067,6 +1214,7 @@ PD_API bool pd_trainer_clips_norm(const pd_trainer *trainer);
 /* Fails with a message kept by the trainer's net. Returns `status`. */
 PD_API pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const char *format, ...) PD_PRINTF(3, 4);
 PD_API pd_net *pd_trainer_net(pd_trainer *trainer);
+PD_API pd_layer *pd_trainer_cost(pd_trainer *trainer);
 
 /* ======================================================================================================== */
 /* >>readers                                                                                                */
@@ -1108,6 +1256,8 @@ typedef struct pd_array {
     const pd_real *data;
     const int64_t *ids;
     const int64_t *starts;
+    const int64_t *row_starts; /* sparse: rows + 1 offsets into ids (columns) and values */
+    const pd_real *values;     /* sparse: one per entry; NULL: all 1 */
 } pd_array;
 PD_API pd_reader *pd_array_reader(pd_net *net, int64_t samples, const pd_array *arrays, int count);
 /* Text, one sample per line; every input takes its width in columns, an id one. Numbers have a decimal point, whatever
@@ -1115,15 +1265,17 @@ PD_API pd_reader *pd_array_reader(pd_net *net, int64_t samples, const pd_array *
 PD_API pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
 /* One IDX file (the format of MNIST) per input, in order; big-endian, any element type. */
 PD_API pd_reader *pd_idx_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
-/* "label index:value .. # comment", indices from 1 and rising; the net's inputs are a dense vector and a label, or a
-   vector of width 1 for regression. Of two classes, -1 is read as 0. With "label qid:n index:value .." and inputs that
-   carry sequences, lines of one query (they stand together) are one sample. */
+/* "label index:value .. # comment", indices from 1 (which is column 0) and rising; the net's inputs are a vector
+   (pd_vector or pd_sparse) and a label, or a vector of width 1 for regression. Of two classes, -1 is read as 0. With
+   "label qid:n index:value .." and inputs that carry sequences, lines of one query (they stand together) are one
+   sample. */
 PD_API pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
 /* One NumPy .npy file (version 1 to 3, C order; float, integer or bool of any size) per input, first axis = samples. */
 PD_API pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
 /* Endless: `next` adds one sample with the pd_batch_ functions (without pd_batch_end_sample) and returns PD_OK, or
-   PD_END. It can't be reset or skipped: every pass goes on where the last one ended. Under pd_prefetch, a thread calls
-   `next`. */
+   PD_END, which ends the pass: without one pd_train goes on until on_event stops it. It can't be reset or skipped:
+   every pass goes on where the last one ended. Sharded, it is called for all samples and keeps its share. Under
+   pd_prefetch, a thread calls `next`. */
 PD_API pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user);
 
 /* The following own `reader` and free it; a NULL reader gives NULL. */
@@ -1194,6 +1346,10 @@ PD_API pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, doub
 PD_API pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost);
 /* Swaps averaged values in (true) and out (false); what pd_test and pd_checkpoint do by themselves. */
 PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
+/* Every parameter's value becomes current, where an updater or sparse rows leave some for later. pd_train does it at
+   its end, unless it fails; pd_test, saving, loading and predicting do it by themselves. With workers in several
+   processes all call it. */
+PD_API pd_status pd_sync(pd_trainer *trainer);
 PD_API int64_t pd_trainer_samples(const pd_trainer *trainer); /* seen so far */
 /* A table of time and memory by layer, and the share of time spent waiting for data. Like snprintf. */
 PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
@@ -1346,12 +1502,20 @@ struct pd__layer {
     int uses;              /* layers of this run that read this one's output and pass gradients to it */
     pd_layer *origin;      /* in the net that a shared net was made from */
     pd_real *data, *grad;  /* memory of out.data and out.grad */
-    pd_real *x;            /* input of the activation, for derivatives that need it */
+    /* On a device without host memory: copies of out.data and out.grad in the host's. */
+    pd_real *host_data, *host_grad;
+    int64_t host_data_capacity, host_grad_capacity;
+    bool host_current;          /* host_data is that of the run in progress, or last run */
+    bool at_host;               /* out.data, and out.grad, are the copies for now: a layer on the host is at work */
+    struct pd__shadow *shadows; /* of the parameters of a layer on the host; NULL before its first run */
+    pd_real *x;                 /* input of the activation, for derivatives that need it */
     int64_t data_capacity, grad_capacity, x_capacity; /* numbers */
-    pd_real *memory[4];
-    int64_t memory_capacity[4];
-    int64_t *integers[2];
-    int64_t integer_capacity[2];
+    pd_real *memory[8];
+    int64_t memory_capacity[8];
+    int64_t *integers[4];
+    int64_t integer_capacity[4];
+    pd_real *values; /* of pd_layer_values */
+    int64_t value_capacity;
     int64_t param_capacity;
     struct pd__copy *copies; /* freed with the layer */
     double forward_seconds, backward_seconds;
@@ -1370,7 +1534,7 @@ struct pd_net {
     uint64_t seed;
     uint64_t step; /* training steps so far: the part of random keys that changes */
     pd_device *device;
-    pd_device *cpu; /* made by the net, when none was given */
+    pd_device *cpu; /* made by the net, when none was given, or that one has no host memory */
     pd_failure failure;
     pd_failure reader_failure; /* of a reader that could not be made, until a trainer has reported it */
     bool broken;               /* a builder failed: nothing runs any more, and the message stays */
@@ -1382,7 +1546,8 @@ struct pd_net {
     pd_evaluator *evaluators;
     pd_mode mode;
     pd_updater *updater; /* during a trainer's step */
-    pd_layer *ran;       /* last target of the last forward with gradients */
+    pd_trainer *trainers;
+    pd_layer *ran; /* last target of the last forward with gradients */
     const pd_batch *batch;
     pd_batch *predict_batch;
     pd_net *origin; /* of a shared net */
@@ -2005,6 +2170,30 @@ static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real 
     }
 }
 
+/* SGD and momentum only, which have no bias correction and one state at most. */
+static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
+                                const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
+                                pd_real *state) {
+    (void)d;
+    PD__PARALLEL(d, count * width * 4)
+    for (int64_t i = 0; i < count; i++) {
+        pd_real unused = 0, *value = w + rows[i] * width;
+        const double *c = carry ? carry + 4 * i : NULL;
+        for (int64_t k = 0; k < width; k++) {
+            pd_real *s = state ? state + state_rows[i] * width + k : &unused;
+            double before = (double)value[k];
+            if (c) {
+                value[k] = (pd_real)(c[0] * before + c[1] * (double)*s);
+                *s = (pd_real)(c[2] * before + c[3] * (double)*s);
+            }
+            if (g)
+                value[k] =
+                    (pd_real)pd__update_one(u, 1, 1, (double)value[k],
+                                            pd__update_gradient(u, u->l2, value[k], g[i * width + k]), s, NULL, NULL);
+        }
+    }
+}
+
 /* ---- activations ---- */
 
 static const double pd__stanh_a = 1.7159, pd__stanh_b = 2.0 / 3.0;
@@ -2539,6 +2728,63 @@ static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t c
     }
 }
 
+/* ---- sparse rows ---- */
+
+static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y) {
+    int64_t entries = s->starts && s->rows > 0 ? s->starts[s->rows] - s->starts[0] : s->rows;
+    (void)d;
+    (void)entries; /* also only named by PD__PARALLEL */
+    PD__PARALLEL(d, entries * width)
+    for (int64_t r = 0; r < s->rows; r++) {
+        int64_t first = s->starts ? s->starts[r] : r, end = s->starts ? s->starts[r + 1] : r + 1;
+        pd_real *to = y + r * width;
+        for (int64_t k = first; k < end; k++) {
+            const pd_real *from = x + s->columns[k] * width;
+            pd_real value = s->values ? s->values[k] : 1;
+            for (int64_t i = 0; i < width; i++) to[i] += value * from[i];
+        }
+    }
+}
+
+/* ---- recurrent units ---- */
+
+static void pd__cpu_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
+                        const pd_real *before, pd_real *after) {
+    (void)d;
+    PD__PARALLEL(d, rows * width * 16)
+    for (int64_t r = 0; r < rows; r++) {
+        pd_real *z = gates + r * 3 * width, *reset = z + width, *c = reset + width;
+        const pd_real *uz = recurrent + r * 3 * width, *ur = uz + width, *uc = ur + width;
+        for (int64_t i = 0; i < width; i++) {
+            z[i] = pd__sigmoid(z[i] + uz[i]);
+            reset[i] = pd__sigmoid(reset[i] + ur[i]);
+            c[i] = PD__M(tanh)(c[i] + reset[i] * uc[i]);
+            after[r * width + i] = (1 - z[i]) * c[i] + (before ? z[i] * before[r * width + i] : 0);
+        }
+    }
+}
+
+static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
+                                 const pd_real *before, const pd_real *dafter, pd_real *dbefore) {
+    (void)d;
+    PD__PARALLEL(d, rows * width * 16)
+    for (int64_t r = 0; r < rows; r++) {
+        pd_real *z = gates + r * 3 * width, *reset = z + width, *c = reset + width;
+        pd_real *uz = recurrent + r * 3 * width, *ur = uz + width, *uc = ur + width;
+        for (int64_t i = 0; i < width; i++) {
+            pd_real dh = dafter[r * width + i], h = before ? before[r * width + i] : 0;
+            pd_real dz = dh * (h - c[i]) * z[i] * (1 - z[i]), dc = dh * (1 - z[i]) * (1 - c[i] * c[i]);
+            pd_real dr = dc * uc[i] * reset[i] * (1 - reset[i]);
+            if (dbefore) dbefore[r * width + i] += dh * z[i];
+            uz[i] = z[i] = dz;
+            ur[i] = dr;
+            uc[i] = dc * reset[i];
+            reset[i] = dr;
+            c[i] = dc;
+        }
+    }
+}
+
 /* ---- the table ---- */
 
 static const pd_device pd__cpu_table = {
@@ -2557,6 +2803,7 @@ static const pd_device pd__cpu_table = {
     pd__cpu_gemm,
     pd__cpu_sum_squares,
     pd__cpu_update,
+    pd__cpu_update_rows,
     pd__cpu_activate,
     pd__cpu_activate_backward,
     pd__cpu_conv,
@@ -2574,6 +2821,9 @@ static const pd_device pd__cpu_table = {
     pd__cpu_layer_norm_backward,
     pd__cpu_response_norm,
     pd__cpu_response_norm_backward,
+    pd__cpu_sparse_product,
+    pd__cpu_gru,
+    pd__cpu_gru_backward,
 };
 
 /* A CPU device for one net; threads 0: all. NULL when out of memory. */
@@ -2605,6 +2855,13 @@ static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
 /* >>net                                                                                                    */
 
 static void pd__evaluators_free(pd_net *net);
+static void pd__touched_free(pd_net *net, struct pd__touched *touched);
+
+/* The net that owns the parameters: the origin of a shared one. */
+static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
+
+/* Makes every value current that trainers, but for `besides`, have left for later. Defined with >>trainer. */
+static pd_status pd__settle(pd_net *net, const pd_trainer *besides);
 
 static bool pd__check_net(pd_net *net) { return net && !net->broken; }
 
@@ -2627,17 +2884,30 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     else if (o->device && o->device->api_version != PD_API_VERSION)
         pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: device has interface version %d, expected %d",
                        o->device->api_version, PD_API_VERSION);
-    else if (o->device && !o->device->host_memory)
-        pd__fail_build(net, PD_E_UNSUPPORTED, "pd_net_new: device \"%s\" has no host memory, which this version needs",
-                       o->device->name);
-    if (!net->device) {
-        net->device = net->cpu = pd__cpu_new(&net->allocator, o->threads);
+    if (!net->device || !net->device->host_memory) {
+        net->cpu = pd__cpu_new(&net->allocator, o->threads);
         if (!net->cpu) {
             pd_net_free(net);
             return NULL;
         }
+        if (!net->device) net->device = net->cpu;
     }
     return net;
+}
+
+/* A parameter as a layer on the host sees it: the same, but with its numbers in host memory. */
+typedef struct pd__shadow {
+    pd_param param, *real;
+    int64_t value_capacity, grad_capacity;
+} pd__shadow;
+
+static void pd__shadows_free(pd_layer *l) {
+    const pd_allocator *a = &l->net->allocator;
+    for (int k = 0; l->own->shadows && k < l->param_count; k++) {
+        pd__free(a, l->own->shadows[k].param.value);
+        pd__free(a, l->own->shadows[k].param.grad);
+    }
+    pd__free(a, l->own->shadows);
 }
 
 static void pd__layer_free(pd_layer *l) {
@@ -2649,10 +2919,14 @@ static void pd__layer_free(pd_layer *l) {
         pd__copy *c, *next;
         if (own->data) d->free(d, own->data);
         if (own->grad) d->free(d, own->grad);
-        if (own->x) d->free(d, own->x);
+        if (own->x) l->device->free(l->device, own->x);
         for (int i = 0; i < PD__COUNT(own->memory); i++)
-            if (own->memory[i]) d->free(d, own->memory[i]);
+            if (own->memory[i]) l->device->free(l->device, own->memory[i]);
+        pd__free(a, own->host_data);
+        pd__free(a, own->host_grad);
+        pd__shadows_free(l);
         for (int i = 0; i < PD__COUNT(own->integers); i++) pd__free(a, own->integers[i]);
+        pd__free(a, own->values);
         for (c = own->copies; c; c = next) {
             next = c->next;
             pd__free(a, c);
@@ -2671,6 +2945,7 @@ static void pd__param_free(pd_net *net, pd_param *p) {
     pd_device *d = net->device;
     if (p->value) d->free(d, p->value);
     if (p->grad) d->free(d, p->grad);
+    pd__touched_free(net, p->touched);
     pd__free(&net->allocator, p->mask);
     pd__free(&net->allocator, (void *)p->name);
     pd__free(&net->allocator, p);
@@ -2757,6 +3032,9 @@ static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const c
         if (inputs[i]->net != net)
             return pd__fail_build(net, PD_E_ARGUMENT, "%s: input %d, \"%s\", belongs to another net", who, i,
                                   inputs[i]->name);
+        if (inputs[i]->is_sparse && !type->prefetch)
+            return pd__fail_build(net, PD_E_SHAPE, "%s: %s takes no sparse input such as \"%.100s\"; pd_fc does", who,
+                                  type->name, inputs[i]->name);
     }
     return PD_OK;
 }
@@ -2773,6 +3051,8 @@ static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const cha
     l->type = type;
     l->net = net;
     l->device = net->device;
+    if (!net->device->host_memory && (type->needs == 0 || !net->device->supports(net->device, type->needs)))
+        l->device = net->cpu;
     l->name = name ? pd__copy_text(a, name) : pd__default_name(net, type);
     l->own = (struct pd__layer *)pd__alloc(a, 1, sizeof *l->own);
     l->inputs = (pd_layer **)pd__alloc(a, count, sizeof *l->inputs);
@@ -2884,8 +3164,7 @@ PD_DEF uint64_t pd_layer_key(const pd_layer *layer) {
 }
 
 /* Device memory of *capacity numbers, at least `count` of them. */
-static bool pd__device_grow(pd_net *net, pd_real **memory, int64_t *capacity, int64_t count) {
-    pd_device *d = net->device;
+static bool pd__grow_on(pd_device *d, pd_real **memory, int64_t *capacity, int64_t count) {
     size_t bytes;
     pd_real *bigger;
     if (count <= *capacity && *memory) return true;
@@ -2899,10 +3178,14 @@ static bool pd__device_grow(pd_net *net, pd_real **memory, int64_t *capacity, in
     return true;
 }
 
+static bool pd__device_grow(pd_net *net, pd_real **memory, int64_t *capacity, int64_t count) {
+    return pd__grow_on(net->device, memory, capacity, count);
+}
+
 PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
     struct pd__layer *own = layer->own;
     if (slot < 0 || slot >= PD__COUNT(own->memory)) return NULL;
-    if (!pd__device_grow(layer->net, &own->memory[slot], &own->memory_capacity[slot], count)) {
+    if (!pd__grow_on(layer->device, &own->memory[slot], &own->memory_capacity[slot], count)) {
         pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
         return NULL;
     }
@@ -2918,6 +3201,16 @@ PD_DEF int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count) {
         return NULL;
     }
     return own->integers[slot];
+}
+
+PD_DEF pd_real *pd_layer_values(pd_layer *layer, int64_t count) {
+    struct pd__layer *own = layer->own;
+    if (!pd__grow(&layer->net->allocator, (void **)&own->values, &own->value_capacity, pd__max(count, 1),
+                  sizeof(pd_real))) {
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
+        return NULL;
+    }
+    return own->values;
 }
 
 PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
@@ -2944,11 +3237,12 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
         pd__fail(net, PD_E_STATE, "pd_net_share: this net is itself shared; share the one it came from");
         return NULL;
     }
+    if (pd__settle(net, NULL) != PD_OK) return NULL;
     opts.seed = net->seed;
     opts.allocator = net->allocator;
     opts.logger = net->logger;
     opts.threads = net->cpu ? pd__cpu_threads(net->cpu) : 0;
-    opts.device = net->cpu ? NULL : net->device;
+    opts.device = net->device == net->cpu ? NULL : net->device;
     copy = pd_net_new(&opts);
     if (copy) copy->origin = net;
     for (int64_t i = 0; copy && !copy->broken && i < net->layer_count; i++) {
@@ -2984,9 +3278,6 @@ PD_DEF pd_init pd_normal(double mean, double deviation) { return pd__init(PD_INI
 PD_DEF pd_init pd_uniform(double low, double high) { return pd__init(PD_INIT_UNIFORM, low, high); }
 PD_DEF pd_init pd_xavier(void) { return pd__init(PD_INIT_XAVIER, 0, 0); }
 PD_DEF pd_init pd_he(void) { return pd__init(PD_INIT_HE, 0, 0); }
-
-/* The net that owns the parameters: the origin of a shared one. */
-static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
 
 PD_DEF pd_param *pd_param_first(pd_net *net) { return net ? pd__owner(net)->first_param : NULL; }
 
@@ -3035,6 +3326,18 @@ static pd_status pd__check_param_opts(pd_layer *l, const char *name, const pd_pa
     return PD_OK;
 }
 
+static pd_status pd__check_sparse(pd_layer *l, const char *name, int dim_count, const pd_param_opts *o) {
+    if (!o->sparse) return PD_OK;
+    if (!l->type->prefetch || dim_count != 2)
+        return pd_layer_fail(l, PD_E_ARGUMENT,
+                             "parameter \"%.100s\" can't be sparse: that is for tables read by ids or sparse inputs",
+                             name);
+    if (o->l1 > 0 || o->prune > 0)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\" is sparse, which goes with neither l1 nor prune",
+                             name);
+    return PD_OK;
+}
+
 static bool pd__same_dims(const pd_param *p, int dim_count, const int64_t *dims) {
     bool same = p->dim_count == dim_count;
     for (int i = 0; same && i < dim_count; i++) same = p->dims[i] == dims[i];
@@ -3059,6 +3362,64 @@ static bool pd__layer_takes(pd_layer *l, pd_param *p) {
     }
     l->params[l->param_count++] = p;
     return true;
+}
+
+/* ---- rows of sparse parameters ---- */
+
+/* A set of rows that is emptied by setting its count to 0 (Briggs and Torczon 1993): row r is in it at place where[r],
+   if that is below the count and ids[where[r]] is r. Gradient memory behind the last row is always zero. */
+struct pd__touched {
+    int64_t *ids;
+    int64_t capacity;      /* of ids */
+    int64_t *where;        /* one per row of the table */
+    int64_t grad_capacity; /* rows of param->grad */
+};
+
+static void pd__touched_free(pd_net *net, struct pd__touched *touched) {
+    if (!touched) return;
+    pd__free(&net->allocator, touched->ids);
+    pd__free(&net->allocator, touched->where);
+    pd__free(&net->allocator, touched);
+}
+
+static bool pd__touched_new(pd_param *p) {
+    const pd_allocator *a = &p->net->allocator;
+    p->touched = (struct pd__touched *)pd__alloc(a, 1, sizeof *p->touched);
+    if (!p->touched) return false;
+    p->touched->where = (int64_t *)pd__alloc(a, p->dims[0], sizeof *p->touched->where);
+    return p->touched->where != NULL;
+}
+
+PD_DEF int64_t pd_param_place(const pd_param *param, int64_t row) {
+    int64_t place = param->touched && row >= 0 && row < param->dims[0] ? param->touched->where[row] : -1;
+    return place >= 0 && place < param->rows.count && param->rows.ids[place] == row ? place : -1;
+}
+
+PD_DEF pd_status pd_param_touch(pd_param *param, const int64_t *rows, int64_t count) {
+    struct pd__touched *t = param->touched;
+    for (int64_t i = 0; t && i < count; i++) {
+        if (rows[i] < 0 || rows[i] >= param->dims[0])
+            return pd__fail(param->net, PD_E_FORMAT, "parameter \"%.100s\": row %lld, expected 0 to %lld", param->name,
+                            (long long)rows[i], (long long)param->dims[0] - 1);
+        if (pd_param_place(param, rows[i]) >= 0) continue;
+        if (!pd__grow(&param->net->allocator, (void **)&t->ids, &t->capacity, param->rows.count + 1, sizeof *t->ids))
+            return pd__fail(param->net, PD_E_MEMORY, "out of memory for the rows of \"%.100s\"", param->name);
+        param->rows.ids = t->ids;
+        t->where[rows[i]] = param->rows.count;
+        t->ids[param->rows.count++] = rows[i];
+    }
+    return PD_OK;
+}
+
+/* Rows of a sparse parameter that have a gradient: all touched ones, unless memory for them ran out. */
+static int64_t pd__grad_rows(const pd_param *p) { return pd__min(p->rows.count, p->touched->grad_capacity); }
+
+/* Numbers that grad holds now. */
+static int64_t pd__grad_size(const pd_param *p) { return p->touched ? pd__grad_rows(p) * p->dims[1] : p->size; }
+
+static void pd__zero_grad(pd_param *p) {
+    if (p->grad) p->net->device->fill(p->net->device, pd__grad_size(p), 0, p->grad);
+    p->rows.count = 0;
 }
 
 /* A parameter with memory for its value, at the end of the net's list; NULL (message set) when out of memory. */
@@ -3089,11 +3450,11 @@ static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, con
 /* A layer that shares a parameter either says nothing more about it, or the same as the one that created it. */
 static bool pd__may_share(const pd_param_opts *o, const pd_param_opts *created) {
     bool silent = o->init.kind == PD_INIT_DEFAULT && o->rate == 0 && o->l1 == 0 && o->l2 == 0 && !o->no_decay &&
-                  !o->is_static && o->clip == 0 && o->prune == 0;
+                  !o->is_static && o->clip == 0 && o->prune == 0 && !o->sparse;
     return silent || (o->init.kind == created->init.kind && o->init.a == created->init.a &&
                       o->init.b == created->init.b && o->rate == created->rate && o->l1 == created->l1 &&
                       o->l2 == created->l2 && o->no_decay == created->no_decay && o->is_static == created->is_static &&
-                      o->clip == created->clip && o->prune == created->prune);
+                      o->clip == created->clip && o->prune == created->prune && o->sparse == created->sparse);
 }
 
 PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_count, const int64_t *dims, int64_t fan_in,
@@ -3122,6 +3483,7 @@ PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
                       pd__dims_text(net, p->dim_count, p->dims), pd__dims_text(net, dim_count, dims));
         return NULL;
     }
+    if (pd__check_sparse(layer, name, dim_count, p ? &p->opts : o) != PD_OK) return NULL;
     if (p && (p->is_buffer || !pd__may_share(o, &p->opts))) {
         pd_layer_fail(layer, PD_E_ARGUMENT,
                       p->is_buffer ? "parameter \"%.100s\" is another layer's statistics"
@@ -3137,6 +3499,10 @@ PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
         p->fan_in = fan_in;
         p->fan_out = fan_out;
         pd__init_param(p, o->init.kind == PD_INIT_DEFAULT ? &init : &o->init);
+        if (o->sparse && !pd__touched_new(p)) {
+            pd_layer_fail(layer, PD_E_MEMORY, "out of memory for the rows of parameter \"%.100s\"", name);
+            return NULL;
+        }
     }
     return pd__layer_takes(layer, p) ? p : NULL;
 }
@@ -3165,6 +3531,7 @@ static pd_status pd__check_count(const pd_param *p, const void *values, int64_t 
 
 PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_set");
+    if (status == PD_OK) status = pd__settle(param->net, NULL);
     if (status == PD_OK)
         param->net->device->upload(param->net->device, param->value, values, (size_t)count * sizeof *values);
     return status;
@@ -3172,9 +3539,19 @@ PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t co
 
 PD_DEF pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_get");
+    if (status == PD_OK) status = pd__settle(param->net, NULL);
     if (status == PD_OK)
         param->net->device->download(param->net->device, values, param->value, (size_t)count * sizeof *values);
     return status;
+}
+
+/* The rows of a gradient, in the places that they have in the table. */
+static void pd__get_sparse_grad(const pd_param *p, pd_real *values) {
+    pd_device *d = p->net->device;
+    int64_t width = p->dims[1];
+    for (int64_t i = 0; i < p->size; i++) values[i] = 0;
+    for (int64_t i = 0; i < pd__grad_rows(p); i++)
+        d->download(d, values + p->rows.ids[i] * width, p->grad + i * width, (size_t)width * sizeof *values);
 }
 
 PD_DEF pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64_t count) {
@@ -3182,17 +3559,38 @@ PD_DEF pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64
     if (status != PD_OK) return status;
     if (!param->grad)
         return pd__fail(param->net, PD_E_STATE, "pd_param_get_grad: parameter \"%.100s\" has no gradient", param->name);
-    param->net->device->download(param->net->device, values, param->grad, (size_t)count * sizeof *values);
+    if (param->touched) pd__get_sparse_grad(param, values);
+    else param->net->device->download(param->net->device, values, param->grad, (size_t)count * sizeof *values);
     return PD_OK;
+}
+
+/* Memory, all zero, for the gradient of the rows touched so far; what is there is kept. */
+static bool pd__grow_sparse_grad(pd_param *p) {
+    struct pd__touched *t = p->touched;
+    pd_device *d = p->net->device;
+    int64_t kept = t->grad_capacity * p->dims[1], capacity = 0;
+    int64_t rows = pd__max(p->rows.count, pd__min(p->dims[0], 1 + t->grad_capacity + t->grad_capacity / 2));
+    int64_t size[4] = { 1, 1, 1, 0 }, line[4] = { 0, 0, 0, 1 };
+    pd_real *grad = NULL;
+    if (p->grad && p->rows.count <= t->grad_capacity) return true;
+    if (!pd__device_grow(p->net, &grad, &capacity, rows * p->dims[1])) return false; /* no more than the table: fits */
+    d->fill(d, capacity, 0, grad);
+    size[3] = kept;
+    if (kept > 0) d->muladd(d, size, 1, p->grad, line, NULL, line, grad, line);
+    if (p->grad) d->free(d, p->grad);
+    p->grad = grad;
+    t->grad_capacity = rows;
+    return true;
 }
 
 /* Memory for the gradient of a parameter that learns. */
 static pd_status pd__need_grad(pd_param *p) {
     int64_t capacity = 0;
-    if (p->opts.is_static || p->grad) return PD_OK;
-    if (!pd__device_grow(p->net, &p->grad, &capacity, p->size))
-        return pd__fail(p->net, PD_E_MEMORY, "out of memory for the gradient of \"%.100s\"", p->name);
-    p->net->device->fill(p->net->device, p->size, 0, p->grad);
+    bool made;
+    if (p->opts.is_static || (p->grad && !p->touched)) return PD_OK;
+    made = p->touched ? pd__grow_sparse_grad(p) : pd__device_grow(p->net, &p->grad, &capacity, p->size);
+    if (!made) return pd__fail(p->net, PD_E_MEMORY, "out of memory for the gradient of \"%.100s\"", p->name);
+    if (!p->touched) p->net->device->fill(p->net->device, p->size, 0, p->grad);
     return PD_OK;
 }
 
@@ -3200,9 +3598,12 @@ PD_DEF pd_status pd_zero_grads(pd_net *net) {
     if (!pd__check_net(net)) return pd_error_status(net);
     if (net->origin) return pd__fail(net, PD_E_STATE, "pd_zero_grads: a shared net has no gradients");
     for (pd_param *p = net->first_param; p; p = p->next) {
-        pd_status status = pd__need_grad(p);
+        int64_t rows = p->rows.count;
+        pd_status status;
+        pd__zero_grad(p);
+        if (net->ran) p->rows.count = rows; /* a backward is still to come */
+        status = pd__need_grad(p);
         if (status != PD_OK) return status;
-        if (p->grad) net->device->fill(net->device, p->size, 0, p->grad);
     }
     return PD_OK;
 }
@@ -3212,15 +3613,16 @@ PD_DEF pd_status pd_zero_grads(pd_net *net) {
 
 typedef struct pd__input_opts {
     pd_shape shape; /* ids: {count, 1, 1} */
-    bool is_ids;
+    pd_slot_kind kind;
 } pd__input_opts;
 
 static pd_status pd__input_setup(pd_layer *l) {
     const pd__input_opts *o = (const pd__input_opts *)l->opts;
     l->own->slot = l->net->slot_count++;
     l->shape = o->shape;
-    l->is_ids = o->is_ids;
-    if (o->is_ids && o->shape.channels < 1)
+    l->is_ids = o->kind != PD_SLOT_DENSE;
+    l->is_sparse = o->kind == PD_SLOT_SPARSE;
+    if (o->kind == PD_SLOT_IDS && o->shape.channels < 1)
         return pd_layer_fail(l, PD_E_SHAPE, "number of ids is %lld, expected at least 1", (long long)o->shape.channels);
     return PD_OK;
 }
@@ -3232,31 +3634,34 @@ static pd_status pd__input_forward(pd_layer *l) {
 }
 
 static const pd_layer_type pd__input_type = {
-    PD_API_VERSION, "input",           0,    0,   sizeof(pd__input_opts), 0, PD_OP_BASIC, pd__input_setup,
-    NULL,           pd__input_forward, NULL, NULL
+    PD_API_VERSION,    "input", 0,    0,   sizeof(pd__input_opts), 0, PD_OP_BASIC, pd__input_setup, NULL,
+    pd__input_forward, NULL,    NULL, NULL
 };
 
-static pd_layer *pd__add_input(pd_net *net, const char *name, int64_t c, int64_t h, int64_t w, bool is_ids) {
+static pd_layer *pd__add_input(pd_net *net, const char *name, int64_t c, int64_t h, int64_t w, pd_slot_kind kind) {
     pd__input_opts o;
     memset(&o, 0, sizeof o);
     o.shape.channels = c;
     o.shape.height = h;
     o.shape.width = w;
-    o.is_ids = is_ids;
+    o.kind = kind;
     return pd_layer_add(net, &pd__input_type, name, NULL, 0, &o);
 }
 
 PD_DEF pd_layer *pd_image(pd_net *net, const char *name, int64_t channels, int64_t height, int64_t width) {
-    return pd__add_input(net, name, channels, height, width, false);
+    return pd__add_input(net, name, channels, height, width, PD_SLOT_DENSE);
 }
 PD_DEF pd_layer *pd_vector(pd_net *net, const char *name, int64_t size) {
-    return pd__add_input(net, name, size, 1, 1, false);
+    return pd__add_input(net, name, size, 1, 1, PD_SLOT_DENSE);
 }
 PD_DEF pd_layer *pd_label(pd_net *net, const char *name, int64_t classes) {
-    return pd__add_input(net, name, classes, 1, 1, true);
+    return pd__add_input(net, name, classes, 1, 1, PD_SLOT_IDS);
 }
 PD_DEF pd_layer *pd_ids(pd_net *net, const char *name, int64_t count) {
-    return pd__add_input(net, name, count, 1, 1, true);
+    return pd__add_input(net, name, count, 1, 1, PD_SLOT_IDS);
+}
+PD_DEF pd_layer *pd_sparse(pd_net *net, const char *name, int64_t size) {
+    return pd__add_input(net, name, size, 1, 1, PD_SLOT_SPARSE);
 }
 
 PD_DEF pd_layer *pd_sequence(pd_layer *input) {
@@ -3328,8 +3733,10 @@ static int64_t pd__slot_rows(const pd_slot *slot, int64_t samples) {
 
 static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     const pd_slot *s = &batch->slots[l->own->slot];
+    pd_device *d = l->net->device;
     int64_t rows = pd__slot_rows(s, batch->samples);
-    if (s->width != l->out.width || (s->kind == PD_SLOT_IDS) != l->is_ids || s->sequence != l->is_sequence)
+    if (s->width != l->out.width || (s->kind != PD_SLOT_DENSE) != l->is_ids ||
+        (s->kind == PD_SLOT_SPARSE) != l->is_sparse || s->sequence != l->is_sequence)
         return pd_layer_fail(l, PD_E_SHAPE, "the batch was made for a net with another input here");
     if (rows < 0 || s->rows < rows || (rows > 0 && s->rows == 0))
         return pd_layer_fail(l, PD_E_SHAPE, "the batch has %lld samples, but %lld rows for this input",
@@ -3337,12 +3744,16 @@ static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     l->out.rows = rows;
     l->out.data = l->is_ids ? NULL : s->data;
     l->out.ids = l->is_ids ? s->ids : NULL;
+    l->out.row_starts = s->row_starts;
+    l->out.values = s->values;
     l->out.sequences = s->sequence ? batch->samples : 0;
     l->out.starts = s->sequence ? s->starts : NULL;
-    if (!l->is_ids && !l->out.data) { /* no rows; but layers may rely on an address to add 0 to */
-        if (!pd__device_grow(l->net, &l->own->data, &l->own->data_capacity, 1))
-            return pd_layer_fail(l, PD_E_MEMORY, "out of memory for an empty batch");
+    l->own->host_current = false;
+    if (!l->is_ids && (!l->out.data || !d->host_memory)) { /* without rows layers may rely on an address to add 0 to */
+        if (!pd__device_grow(l->net, &l->own->data, &l->own->data_capacity, rows * l->out.width))
+            return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows", (long long)rows);
         l->out.data = l->own->data;
+        if (rows > 0) d->upload(d, l->out.data, s->data, (size_t)(rows * l->out.width) * sizeof *s->data);
     }
     return PD_OK;
 }
@@ -3371,16 +3782,18 @@ static pd_status pd__size_output(pd_layer *l) {
         return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)l->out.rows,
                              (long long)l->out.width);
     l->out.data = l->own->data;
+    l->own->host_current = false;
     return PD_OK;
 }
 
 static pd_status pd__ready_grad(pd_layer *l) {
+    pd_device *d = l->net->device;
     int64_t numbers = l->out.rows * l->out.width;
     l->out.grad = NULL;
     if (l->net->mode == PD_PREDICT || !l->wants_grad) return PD_OK;
     if (!pd__device_grow(l->net, &l->own->grad, &l->own->grad_capacity, numbers))
         return pd_layer_fail(l, PD_E_MEMORY, "out of memory for the gradient of %lld rows", (long long)l->out.rows);
-    l->device->fill(l->device, numbers, 0, l->own->grad);
+    d->fill(d, numbers, 0, l->own->grad);
     l->out.grad = l->own->grad;
     return PD_OK;
 }
@@ -3405,7 +3818,7 @@ static pd_status pd__forward_layer(pd_layer *l) {
     pd_real *y = l->out.data;
     pd_status status;
     if (keep_x) {
-        if (!pd__device_grow(l->net, &l->own->x, &l->own->x_capacity, l->out.rows * l->out.width))
+        if (!pd__grow_on(d, &l->own->x, &l->own->x_capacity, l->out.rows * l->out.width))
             return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows", (long long)l->out.rows);
         l->out.data = l->own->x;
     }
@@ -3418,6 +3831,123 @@ static pd_status pd__forward_layer(pd_layer *l) {
     if (l->act != PD_LINEAR)
         d->activate(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, keep_x ? l->own->x : y, y);
     return PD_OK;
+}
+
+/* ---- layers on the host ----
+   On a device without host memory, a layer that touches numbers itself, or needs what the device doesn't have, runs on
+   the net's CPU: for the time of its forward and backward, what it reads and writes is carried to the host, and the
+   tensors and parameters that it sees are those of the copies. */
+
+static pd_status pd__host_memory_fail(pd_net *net) { return pd__no_memory(net, "carrying numbers to the host"); }
+
+/* A layer's output in host memory; NULL when out of memory. */
+static pd_real *pd__host_data(pd_layer *l) {
+    pd_device *d = l->net->device;
+    int64_t n = l->out.rows * l->out.width;
+    struct pd__layer *own = l->own;
+    if (d->host_memory || own->at_host) return l->out.data;
+    if (own->host_current) return own->host_data;
+    if (!pd__grow(&l->net->allocator, (void **)&own->host_data, &own->host_data_capacity, pd__max(n, 1),
+                  sizeof(pd_real))) {
+        pd__host_memory_fail(l->net);
+        return NULL;
+    }
+    if (n > 0) d->download(d, own->host_data, l->out.data, (size_t)n * sizeof(pd_real));
+    own->host_current = true;
+    return own->host_data;
+}
+
+/* Puts the copies in the place of a layer's output and, if `grad`, its gradient. */
+static pd_status pd__tensor_to_host(pd_layer *l, bool grad) {
+    pd_device *d = l->net->device;
+    struct pd__layer *own = l->own;
+    int64_t n = l->out.rows * l->out.width;
+    if (own->at_host || !l->out.data) return PD_OK;
+    if (!pd__host_data(l) || !pd__grow(&l->net->allocator, (void **)&own->host_grad, &own->host_grad_capacity,
+                                       grad ? pd__max(n, 1) : 0, sizeof(pd_real)))
+        return pd__host_memory_fail(l->net);
+    if (grad && l->out.grad && n > 0) d->download(d, own->host_grad, l->out.grad, (size_t)n * sizeof(pd_real));
+    l->out.data = own->host_data;
+    if (grad && l->out.grad) l->out.grad = own->host_grad;
+    own->at_host = true;
+    return PD_OK;
+}
+
+static void pd__tensor_to_device(pd_layer *l, bool data, bool grad) {
+    pd_device *d = l->net->device;
+    struct pd__layer *own = l->own;
+    size_t bytes = (size_t)(l->out.rows * l->out.width) * sizeof(pd_real);
+    if (!own->at_host) return;
+    own->at_host = false;
+    if (data && bytes) d->upload(d, own->data, own->host_data, bytes);
+    if (grad && l->out.grad && bytes) d->upload(d, own->grad, own->host_grad, bytes);
+    l->out.data = own->data;
+    if (l->out.grad) l->out.grad = own->grad;
+}
+
+/* Puts shadows in the place of the first `count` parameters, with copies of what the device has. */
+static pd_status pd__param_to_host(pd_layer *l, int k) {
+    pd_device *d = l->net->device;
+    const pd_allocator *a = &l->net->allocator;
+    pd__shadow *s = &l->own->shadows[k];
+    pd_param *p = s->real = l->params[k];
+    pd_real *value = s->param.value, *grad = s->param.grad;
+    int64_t grads = p->grad ? pd__grad_size(p) : 0;
+    bool ok = pd__grow(a, (void **)&value, &s->value_capacity, p->size, sizeof *value) &&
+              pd__grow(a, (void **)&grad, &s->grad_capacity, pd__max(grads, p->grad != NULL), sizeof *grad);
+    if (ok) s->param = *p;
+    s->param.value = value;
+    s->param.grad = grad; /* without one it stays NULL: nothing was taken */
+    if (!ok) return pd__host_memory_fail(l->net);
+    d->download(d, value, p->value, (size_t)p->size * sizeof *value);
+    if (grads > 0) d->download(d, grad, p->grad, (size_t)grads * sizeof *grad);
+    l->params[k] = &s->param;
+    for (int i = 0; i < k; i++) /* one that stands there twice has one shadow */
+        if (l->own->shadows[i].real == p) l->params[k] = &l->own->shadows[i].param;
+    return PD_OK;
+}
+
+static void pd__param_to_device(pd_layer *l, int k, bool backward) {
+    pd_device *d = l->net->device;
+    pd__shadow *s = &l->own->shadows[k];
+    const pd_param *p = s->real;
+    bool first = l->params[k] == &s->param;
+    l->params[k] = s->real;
+    if (first && p->is_buffer && !backward) d->upload(d, p->value, s->param.value, (size_t)p->size * sizeof(pd_real));
+    if (first && backward && p->grad) d->upload(d, p->grad, s->param.grad, (size_t)pd__grad_size(p) * sizeof(pd_real));
+}
+
+/* What the layer will see on the host. *moved: so many parameters are shadows now. */
+static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
+    struct pd__layer *own = l->own;
+    const pd_allocator *a = &l->net->allocator;
+    pd_status status = PD_OK;
+    if (!own->shadows) own->shadows = (pd__shadow *)pd__alloc(a, l->param_count, sizeof *own->shadows);
+    if (!own->shadows || (!backward && !pd__grow(a, (void **)&own->host_data, &own->host_data_capacity,
+                                                 pd__max(l->out.rows * l->out.width, 1), sizeof(pd_real))))
+        return pd__host_memory_fail(l->net);
+    own->host_current = own->host_current || !backward; /* forward fills it */
+    for (int k = 0; status == PD_OK && k < l->input_count; k++) status = pd__tensor_to_host(l->inputs[k], backward);
+    if (status == PD_OK) status = pd__tensor_to_host(l, backward);
+    while (status == PD_OK && *moved < l->param_count) {
+        status = pd__param_to_host(l, *moved);
+        *moved += status == PD_OK;
+    }
+    return status;
+}
+
+/* Runs `work` of a layer, with its numbers on the host if it must. */
+static pd_status pd__on_host(pd_layer *l, bool backward, pd_status (*work)(pd_layer *l)) {
+    int moved = 0;
+    pd_status status;
+    if (l->device == l->net->device) return work(l);
+    status = pd__carry(l, backward, &moved);
+    if (status == PD_OK) status = work(l);
+    while (moved > 0) pd__param_to_device(l, --moved, backward);
+    pd__tensor_to_device(l, !backward, false);
+    for (int k = 0; k < l->input_count; k++) pd__tensor_to_device(l->inputs[k], false, backward);
+    if (status != PD_OK && !backward) l->own->host_current = false;
+    return status;
 }
 
 /* A call of the updater between two layers, if it has one to make. */
@@ -3437,12 +3967,29 @@ static pd_status pd__need_params(pd_layer *l) {
     return PD_OK;
 }
 
-static pd_status pd__run_layer(pd_layer *l, const pd_batch *batch) {
+/* What comes before the layers: the rows at the inputs, and the rows of sparse parameters that the batch names. */
+static pd_status pd__bind(pd_net *net, const pd_batch *batch) {
+    pd_status status = PD_OK;
+    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
+        if (net->layers[i]->own->active && net->layers[i]->own->slot >= 0)
+            status = pd__bind_input(net->layers[i], batch);
+    for (int64_t i = 0; status == PD_OK && net->mode != PD_PREDICT && i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        if (!l->own->active || !l->type->prefetch) continue;
+        status = l->type->prefetch(l);
+        if (status != PD_OK && net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
+        for (int k = 0; status == PD_OK && k < l->param_count; k++)
+            if (l->params[k]->touched && l->wants_grad) status = pd__need_grad(l->params[k]);
+    }
+    return status;
+}
+
+static pd_status pd__run_layer(pd_layer *l) {
     double start = pd_seconds();
     pd_status status = pd__need_params(l);
-    if (status == PD_OK) status = l->own->slot >= 0 ? pd__bind_input(l, batch) : pd__size_output(l);
+    if (status == PD_OK && l->own->slot < 0) status = pd__size_output(l);
     if (status == PD_OK) status = pd__ready_grad(l);
-    if (status == PD_OK && l->own->slot < 0) status = pd__forward_layer(l);
+    if (status == PD_OK && l->own->slot < 0) status = pd__on_host(l, false, pd__forward_layer);
     if (status == PD_OK) status = pd__poll(l->net);
     l->own->forward_seconds += pd_seconds() - start;
     l->own->runs++;
@@ -3478,10 +4025,13 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
     pd__clear_failure(net);
     net->mode = mode;
     net->ran = NULL;
-    status = pd__activate_layers(net, targets, count);
+    status = net->updater || net->origin ? PD_OK : pd__settle(net, NULL);
+    if (status == PD_OK) status = pd__activate_layers(net, targets, count);
     if (status == PD_OK && mode != PD_PREDICT) status = pd__count_users(net);
+    if (status == PD_OK) status = pd__bind(net, batch);
+    if (status == PD_OK && net->updater) status = net->updater->begin_batch(net->updater, batch->samples);
     for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
-        if (net->layers[i]->own->active) status = pd__run_layer(net->layers[i], batch);
+        if (net->layers[i]->own->active) status = pd__run_layer(net->layers[i]);
     if (status == PD_OK) status = pd__synchronize(net);
     if (status == PD_OK && mode != PD_PREDICT && count == 1) net->ran = targets[0];
     return status;
@@ -3506,14 +4056,17 @@ static pd_status pd__report_grads(pd_layer *l) {
     return PD_OK;
 }
 
-static pd_status pd__backward_layer(pd_layer *l) {
+static pd_status pd__differentiate(pd_layer *l) {
     pd_device *d = l->device;
-    double start = pd_seconds();
-    pd_status status = PD_OK;
     if (l->act != PD_LINEAR && !l->own->fused)
         d->activate_backward(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, l->own->x, l->out.data,
                              l->out.grad);
-    if (l->type->backward) status = l->type->backward(l);
+    return l->type->backward ? l->type->backward(l) : PD_OK;
+}
+
+static pd_status pd__backward_layer(pd_layer *l) {
+    double start = pd_seconds();
+    pd_status status = pd__on_host(l, true, pd__differentiate);
     if (status != PD_OK && l->net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
     if (status == PD_OK) status = pd__report_grads(l);
     if (status == PD_OK) status = pd__poll(l->net);
@@ -3550,7 +4103,7 @@ PD_DEF const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width) 
     }
     if (rows) *rows = layer->out.rows;
     if (width) *width = layer->out.width;
-    return layer->out.data;
+    return pd__host_data(layer);
 }
 
 PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input, int64_t rows) {
@@ -3569,7 +4122,8 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
     if (net->slot_count < 1 || slot->kind != PD_SLOT_DENSE || slot->sequence || rows < 0 ||
         (rows > 0 && !rows_of_input)) {
         pd__fail(net, PD_E_ARGUMENT,
-                 "pd_predict: needs the rows, and a net whose first input is a plain vector or image");
+                 "pd_predict: needs the rows, and a net whose first input is a plain vector or image (others: see "
+                 "pd_forward)");
         return NULL;
     }
     kept = slot->data;
@@ -3586,8 +4140,11 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
 /* Each layer: what its builder hands over, shape rule, forward, backward, type, builder. */
 
 #define PD__TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward)                       \
-    static const pd_layer_type variable = { PD_API_VERSION, name,  min,    max,     sizeof(spec), state,               \
-                                            needs,          setup, resize, forward, backward,     NULL }
+    PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, NULL)
+/* .. whose parameters may be sparse */
+#define PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, prefetch)       \
+    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state,   needs,   \
+                                            setup,          resize, forward, backward, NULL,         prefetch }
 
 /* Declares a zeroed spec `s` whose first member `o` is the user's options. */
 #define PD__SPEC(type)                                                                                                 \
@@ -3674,6 +4231,91 @@ static void pd__add_bias_grad(pd_layer *l, pd_param *bias) {
         pd__muladd2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
 }
 
+/* ---- tables: parameters of which ids or sparse rows pick rows; for fc and embedding ---- */
+
+/* The first row whose id is out of range, or -1: a user's layer may have made them. */
+static int64_t pd__bad_id(const pd_layer *input) {
+    int64_t count = pd_shape_size(input->shape);
+    for (int64_t r = 0; input->is_ids && r < input->out.rows; r++)
+        if (input->out.ids[r] < 0 || input->out.ids[r] >= count) return r;
+    return -1;
+}
+
+/* For forward: input k's ids, if it has ids, are in range. */
+static pd_status pd__check_ids(pd_layer *l, int k) {
+    const pd_layer *input = l->inputs[k];
+    int64_t r = pd__bad_id(input);
+    if (r < 0) return PD_OK;
+    return pd_layer_fail(l, PD_E_FORMAT, "row %lld of \"%.100s\": expected an id below %lld, got %lld", (long long)r,
+                         input->name, (long long)pd_shape_size(input->shape), (long long)input->out.ids[r]);
+}
+
+static int64_t pd__entries(const pd_tensor *x) { return x->row_starts ? x->row_starts[x->rows] : x->rows; }
+
+/* The matrix that the ids or sparse rows of a layer are: row by row, a number for each row of the table. */
+static pd_csr pd__picked(const pd_tensor *x) {
+    pd_csr s;
+    s.rows = x->rows;
+    s.starts = x->row_starts;
+    s.columns = x->ids;
+    s.values = x->values;
+    return s;
+}
+
+/* For setup: a sparse parameter is read by input k's ids, which must be known before the first layer runs. */
+static pd_status pd__want_picked(pd_layer *l, int k, const pd_param *table) {
+    if (!table->opts.sparse || (l->inputs[k]->is_ids && l->inputs[k]->own->slot >= 0)) return PD_OK;
+    return pd_layer_fail(l, PD_E_ARGUMENT,
+                         "parameter \"%.100s\" is sparse, but \"%.100s\" is not an input of ids or sparse rows",
+                         table->name, l->inputs[k]->name);
+}
+
+/* For prefetch: input k reads the table in the parameter k. */
+static pd_status pd__touch_tables(pd_layer *l) {
+    pd_status status = PD_OK;
+    for (int k = 0; status == PD_OK && k < l->input_count; k++)
+        if (l->params[k]->opts.sparse) {
+            const pd_tensor *x = &l->inputs[k]->out;
+            status = pd_param_touch(l->params[k], x->ids, pd__entries(x));
+        }
+    return status;
+}
+
+/* y += S W */
+static void pd__add_picked(pd_layer *l, const pd_tensor *x, const pd_param *table) {
+    pd_csr s = pd__picked(x);
+    l->device->sparse_product(l->device, &s, l->out.width, table->value, l->out.data);
+}
+
+/* dW += S^T dy, S transposed by counting: starts[r + 1] is where the next entry of the gradient's row r goes, at first
+   the start of row r, at last that of row r + 1. */
+static pd_status pd__add_picked_grad(pd_layer *l, const pd_tensor *x, pd_param *table) {
+    int64_t entries = pd__entries(x), rows = table->opts.sparse ? table->rows.count : table->dims[0];
+    int64_t *starts = pd_layer_integers(l, 0, rows + 2), *columns = pd_layer_integers(l, 1, entries);
+    int64_t *places = pd_layer_integers(l, 2, entries);
+    pd_real *values = x->values ? pd_layer_values(l, entries) : NULL;
+    pd_csr t;
+    if (!starts || !columns || !places || (x->values && !values)) return PD_E_MEMORY;
+    memset(starts, 0, (size_t)(rows + 2) * sizeof *starts);
+    for (int64_t k = 0; k < entries; k++) {
+        places[k] = table->opts.sparse ? pd_param_place(table, x->ids[k]) : x->ids[k];
+        starts[places[k] + 2]++;
+    }
+    for (int64_t r = 0; r < rows; r++) starts[r + 2] += starts[r + 1];
+    for (int64_t r = 0, k = 0; r < x->rows; r++)
+        for (int64_t end = x->row_starts ? x->row_starts[r + 1] : r + 1; k < end; k++) {
+            int64_t to = starts[places[k] + 1]++;
+            columns[to] = r;
+            if (values) values[to] = x->values[k];
+        }
+    t.rows = rows;
+    t.starts = starts;
+    t.columns = columns;
+    t.values = values;
+    l->device->sparse_product(l->device, &t, l->out.width, l->out.grad, table->grad);
+    return PD_OK;
+}
+
 /* ---- fc ---- */
 
 typedef struct pd__fc_spec {
@@ -3683,18 +4325,21 @@ typedef struct pd__fc_spec {
 
 static pd_status pd__fc_setup(pd_layer *l) {
     const pd__fc_spec *s = (const pd__fc_spec *)l->opts;
-    pd_status status = pd__want_least(l, "size", s->size, 1);
-    if (status == PD_OK) status = pd__want_numbers(l);
-    if (status != PD_OK) return status;
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK) return PD_E_ARGUMENT;
     for (int k = 0; k < l->input_count; k++) {
+        pd_param *w;
         pd_param_opts o = s->o.weight;
         int64_t dims[2] = { l->inputs[k]->out.width, 0 };
         char suffix[32];
         dims[1] = s->size;
         snprintf(suffix, sizeof suffix, k ? "weight%d" : "weight", k);
         if (k) o.name = NULL;
-        if (!pd_layer_param(l, suffix, 2, dims, dims[0], dims[1], pd_normal(0, 1 / sqrt((double)dims[0])), &o))
-            return pd_error_status(l->net);
+        if (l->inputs[k]->is_ids && !l->inputs[k]->is_sparse)
+            return pd_layer_fail(l, PD_E_SHAPE,
+                                 "input \"%.100s\" holds ids, expected numbers; pd_embedding makes them of ids",
+                                 l->inputs[k]->name);
+        w = pd_layer_param(l, suffix, 2, dims, dims[0], dims[1], pd_normal(0, 1 / sqrt((double)dims[0])), &o);
+        if (!w || pd__want_picked(l, k, w) != PD_OK) return pd_error_status(l->net);
     }
     if (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias))
         return pd_error_status(l->net);
@@ -3707,8 +4352,13 @@ static pd_status pd__fc_forward(pd_layer *l) {
     pd_device *d = l->device;
     for (int k = 0; k < l->input_count; k++) {
         const pd_tensor *x = pd__in(l, k);
-        d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
-                l->out.width, k > 0, l->out.data, l->out.width);
+        if (l->inputs[k]->is_sparse) {
+            if (k == 0) pd__clear_output(l);
+            pd__add_picked(l, x, l->params[k]);
+        } else {
+            d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
+                    l->out.width, k > 0, l->out.data, l->out.width);
+        }
     }
     if (l->param_count > l->input_count) pd__add_bias(l, l->params[l->input_count]);
     return PD_OK;
@@ -3721,6 +4371,10 @@ static pd_status pd__fc_backward(pd_layer *l) {
     for (int k = 0; k < l->input_count; k++) {
         const pd_tensor *x = pd__in(l, k);
         pd_param *w = l->params[k];
+        if (l->inputs[k]->is_sparse) {
+            if (w->grad && pd__add_picked_grad(l, x, w) != PD_OK) return PD_E_MEMORY;
+            continue;
+        }
         if (w->grad)
             d->gemm(d, true, false, x->width, size, x->rows, 1, x->data, x->width, l->out.grad, size, 1, w->grad, size);
         if (x->grad)
@@ -3733,10 +4387,16 @@ static pd_status pd__fc_backward(pd_layer *l) {
 
 PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP_BASIC, pd__fc_setup, NULL, pd__fc_forward, pd__fc_backward);
 
+/* The same with sparse inputs among others, which asks more of the device. */
+PD__TABLE_TYPE(pd__sparse_fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP_BASIC | PD_OP_SPARSE, pd__fc_setup, NULL,
+               pd__fc_forward, pd__fc_backward, pd__touch_tables);
+
 PD_DEF pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts) {
+    bool sparse = false;
     PD__SPEC(pd__fc_spec);
     s.size = size;
-    return pd_layer_add(net, &pd__fc_type, s.o.name, inputs, count, &s);
+    for (int k = 0; inputs && k < count; k++) sparse = sparse || (inputs[k] && inputs[k]->is_sparse);
+    return pd_layer_add(net, sparse ? &pd__sparse_fc_type : &pd__fc_type, s.o.name, inputs, count, &s);
 }
 PD_DEF pd_layer *pd_fc(pd_net *net, pd_layer *input, int64_t size, const pd_fc_opts *opts) {
     return pd_fc_sum(net, &input, 1, size, opts);
@@ -3947,6 +4607,9 @@ static pd_status pd__pool_setup(pd_layer *l) {
         pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
         pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK)
         return pd_error_status(l->net);
+    if (o->method == PD_FIRST || o->method == PD_LAST)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "%s is a method of pd_sequence_pool, not of pd_pool",
+                             o->method == PD_FIRST ? "PD_FIRST" : "PD_LAST");
     if ((unsigned)o->method > PD_SQRT_N) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)o->method);
     if (s->pad_h >= s->size_h || s->pad_w >= s->size_w)
         return pd_layer_fail(l, PD_E_ARGUMENT, "padding %lldx%lld must be below the size %lldx%lld",
@@ -5017,6 +5680,342 @@ PD__TYPE(pd__prelu_type, "prelu", 1, 1, pd_prelu_opts, 0, 0, pd__prelu_setup, NU
 PD_DEF pd_layer *pd_prelu(pd_net *net, pd_layer *input, const pd_prelu_opts *opts) {
     return pd_layer_add(net, &pd__prelu_type, opts ? opts->name : NULL, &input, 1, opts);
 }
+
+/* ---- embedding ---- */
+
+typedef struct pd__embedding_spec {
+    pd_embedding_opts o;
+    int64_t size;
+} pd__embedding_spec;
+
+static pd_status pd__embedding_setup(pd_layer *l) {
+    const pd__embedding_spec *s = (const pd__embedding_spec *)l->opts;
+    const pd_layer *ids = l->inputs[0];
+    int64_t dims[2];
+    pd_param *table;
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK) return PD_E_ARGUMENT;
+    if (!ids->is_ids || ids->is_sparse)
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" holds %s, expected ids; pd_fc takes them", ids->name,
+                             ids->is_sparse ? "sparse rows" : "numbers");
+    dims[0] = ids->out.width, dims[1] = s->size;
+    table = pd_layer_param(l, "weight", 2, dims, 1, s->size, pd_normal(0, 1 / sqrt((double)s->size)), &s->o.weight);
+    if (!table || pd__want_picked(l, 0, table) != PD_OK) return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    l->act = s->o.act;
+    return PD_OK;
+}
+
+static pd_status pd__embedding_forward(pd_layer *l) {
+    pd_status status = pd__check_ids(l, 0);
+    if (status != PD_OK) return status;
+    pd__clear_output(l);
+    pd__add_picked(l, pd__in(l, 0), l->params[0]);
+    return PD_OK;
+}
+
+static pd_status pd__embedding_backward(pd_layer *l) {
+    return l->params[0]->grad ? pd__add_picked_grad(l, pd__in(l, 0), l->params[0]) : PD_OK;
+}
+
+PD__TABLE_TYPE(pd__embedding_type, "embedding", 1, 1, pd__embedding_spec, 0, PD_OP_BASIC | PD_OP_SPARSE,
+               pd__embedding_setup, NULL, pd__embedding_forward, pd__embedding_backward, pd__touch_tables);
+
+PD_DEF pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd_embedding_opts *opts) {
+    PD__SPEC(pd__embedding_spec);
+    s.size = size;
+    return pd_layer_add(net, &pd__embedding_type, s.o.name, &ids, 1, &s);
+}
+
+/* ---- gru ---- */
+
+/* Inside, rows lie in order of time: step t has row t (from the end if reversed) of every sequence that is longer than
+   t, longer sequences first. So each step's sequences are the first ones of the step before, and what a step needs of
+   it stands in one piece. */
+typedef struct pd__gru {
+    int64_t steps;
+    const int64_t *begins; /* steps + 1 offsets of the steps' rows */
+    const int64_t *order;  /* for each row inside, the one outside, */
+    const int64_t *places; /* and the reverse */
+    const int64_t *before; /* for each row inside from step 1 on, the one of its sequence in the step before */
+} pd__gru;
+
+typedef struct pd__gru_spec {
+    pd_gru_opts o;
+    int64_t size;
+} pd__gru_spec;
+
+enum { PD__GRU_WEIGHT, PD__GRU_RECURRENT, PD__GRU_BIAS, PD__GRU_RECURRENT_BIAS }; /* parameters */
+
+/* For setup: input 0 carries sequences. */
+static pd_status pd__want_sequences(pd_layer *l) {
+    if (l->inputs[0]->is_sequence) return PD_OK;
+    return pd_layer_fail(l, PD_E_SHAPE,
+                         "input \"%.100s\" carries no sequences; pd_sequence makes a net's input carry them",
+                         l->inputs[0]->name);
+}
+
+static pd_status pd__gru_setup(pd_layer *l) {
+    const pd__gru_spec *s = (const pd__gru_spec *)l->opts;
+    int64_t in = l->inputs[0]->out.width, dims[2];
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK || pd__want_numbers(l) != PD_OK ||
+        pd__want_sequences(l) != PD_OK)
+        return pd_error_status(l->net);
+    if (!pd__multiply_sizes(3, s->size, &dims[1]))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "size %lld is too large", (long long)s->size);
+    dims[0] = in;
+    if (!pd_layer_param(l, "weight", 2, dims, in, s->size, pd_normal(0, 1 / sqrt((double)in)), &s->o.weight))
+        return pd_error_status(l->net);
+    dims[0] = s->size;
+    if (!pd_layer_param(l, "recurrent", 2, dims, s->size, s->size, pd_normal(0, 1 / sqrt((double)s->size)),
+                        &s->o.recurrent) ||
+        !pd_layer_param(l, "bias", 1, &dims[1], 1, 1, pd_constant(0), &s->o.bias) ||
+        !pd_layer_param(l, "recurrent_bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.recurrent_bias))
+        return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    return PD_OK;
+}
+
+/* Puts the rows in order, with sequences sorted by counting their lengths. */
+static pd_status pd__gru_resize(pd_layer *l) {
+    pd__gru *g = (pd__gru *)l->state;
+    const pd_tensor *x = pd__in(l, 0);
+    bool reverse = ((const pd__gru_spec *)l->opts)->o.reverse;
+    int64_t *begins, *order, *places, *next, longer = 0;
+    g->steps = 0;
+    for (int64_t q = 0; q < x->sequences; q++) g->steps = pd__max(g->steps, x->starts[q + 1] - x->starts[q]);
+    g->begins = begins = pd_layer_integers(l, 0, g->steps + 1);
+    g->order = order = pd_layer_integers(l, 1, x->rows);
+    g->places = places = pd_layer_integers(l, 2, x->rows);
+    g->before = next = pd_layer_integers(l, 3, pd__max(g->steps + 1, x->rows));
+    if (!begins || !order || !places || !next) return PD_E_MEMORY;
+    memset(next, 0, (size_t)(g->steps + 1) * sizeof *next);
+    for (int64_t q = 0; q < x->sequences; q++) next[x->starts[q + 1] - x->starts[q]]++;
+    for (int64_t length = g->steps; length >= 0; length--) { /* next: the sequences longer than that */
+        int64_t equal = next[length];
+        next[length] = longer;
+        longer += equal;
+    }
+    begins[0] = 0;
+    for (int64_t t = 0; t < g->steps; t++) begins[t + 1] = begins[t] + next[t];
+    for (int64_t q = 0; q < x->sequences; q++) {
+        int64_t length = x->starts[q + 1] - x->starts[q], at = next[length]++;
+        for (int64_t t = 0; t < length; t++) {
+            int64_t row = x->starts[q] + (reverse ? length - 1 - t : t);
+            order[begins[t] + at] = row;
+            places[row] = begins[t] + at;
+        }
+    }
+    for (int64_t t = 1; t < g->steps; t++)
+        for (int64_t i = begins[t]; i < begins[t + 1]; i++) next[i] = i - begins[t] + begins[t - 1];
+    return PD_OK;
+}
+
+/* y (rows x width) = rows `columns` of x, or, with `add`, += */
+static void pd__take_rows(pd_layer *l, int64_t rows, const int64_t *columns, int64_t width, const pd_real *x,
+                          pd_real *y, bool add) {
+    pd_csr s;
+    s.rows = rows;
+    s.starts = NULL;
+    s.columns = columns;
+    s.values = NULL;
+    if (!add) l->device->fill(l->device, rows * width, 0, y);
+    l->device->sparse_product(l->device, &s, width, x, y);
+}
+
+/* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_device.gru. */
+typedef struct pd__gru_memory {
+    pd_real *x, *gates, *recurrent, *h;
+} pd__gru_memory;
+
+static bool pd__gru_remember(pd_layer *l, pd__gru_memory *m) {
+    m->x = pd_layer_memory(l, 0, l->out.rows * pd__in(l, 0)->width);
+    m->gates = pd_layer_memory(l, 1, pd__numbers(l) * 3);
+    m->recurrent = pd_layer_memory(l, 2, pd__numbers(l) * 3);
+    m->h = pd_layer_memory(l, 3, pd__numbers(l));
+    return m->x && m->gates && m->recurrent && m->h;
+}
+
+static pd_status pd__gru_forward(pd_layer *l) {
+    const pd__gru *g = (const pd__gru *)l->state;
+    pd_device *d = l->device;
+    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
+    pd__gru_memory m;
+    if (!pd__gru_remember(l, &m)) return PD_E_MEMORY;
+    pd__take_rows(l, rows, g->order, in, pd__in(l, 0)->data, m.x, false);
+    d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n);
+    pd__muladd2(l, rows, 3 * n, 1, l->params[PD__GRU_BIAS]->value, 0, 1, NULL, 0, 0, m.gates, 3 * n, 1);
+    d->fill(d, rows * 3 * n, 0, m.recurrent);
+    pd__muladd2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
+                1);
+    for (int64_t t = 0; t < g->steps; t++) {
+        int64_t first = g->begins[t], count = g->begins[t + 1] - first;
+        const pd_real *before = t ? m.h + g->begins[t - 1] * n : NULL;
+        if (t)
+            d->gemm(d, false, false, count, 3 * n, n, 1, before, n, l->params[PD__GRU_RECURRENT]->value, 3 * n, 1,
+                    m.recurrent + first * 3 * n, 3 * n);
+        d->gru(d, count, n, m.gates + first * 3 * n, m.recurrent + first * 3 * n, before, m.h + first * n);
+    }
+    pd__take_rows(l, rows, g->places, n, m.h, l->out.data, false);
+    return PD_OK;
+}
+
+/* From the last step to the first, gates and recurrent become their own gradients, and dh the whole gradient of h. */
+static void pd__gru_backward_steps(pd_layer *l, const pd__gru_memory *m, pd_real *dh) {
+    const pd__gru *g = (const pd__gru *)l->state;
+    pd_device *d = l->device;
+    int64_t n = l->out.width;
+    for (int64_t t = g->steps; t-- > 0;) {
+        int64_t first = g->begins[t], count = g->begins[t + 1] - first, last = t ? g->begins[t - 1] : 0;
+        pd_real *drecurrent = m->recurrent + first * 3 * n, *dbefore = t ? dh + last * n : NULL;
+        d->gru_backward(d, count, n, m->gates + first * 3 * n, drecurrent, t ? m->h + last * n : NULL, dh + first * n,
+                        dbefore);
+        if (t)
+            d->gemm(d, false, true, count, n, 3 * n, 1, drecurrent, 3 * n, l->params[PD__GRU_RECURRENT]->value, 3 * n,
+                    1, dbefore, n);
+    }
+}
+
+/* Once dh and x have done their duty, they are reused: for the h that each row began with, and for dx. */
+static pd_status pd__gru_backward(pd_layer *l) {
+    const pd__gru *g = (const pd__gru *)l->state;
+    pd_device *d = l->device;
+    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width, later = g->steps > 1 ? g->begins[1] : rows;
+    pd_real *dh = pd_layer_memory(l, 4, rows * n);
+    pd_param *const *p = l->params;
+    pd__gru_memory m;
+    if (!dh || !pd__gru_remember(l, &m)) return PD_E_MEMORY;
+    pd__take_rows(l, rows, g->order, n, l->out.grad, dh, false);
+    pd__gru_backward_steps(l, &m, dh);
+    if (p[PD__GRU_BIAS]->grad)
+        pd__muladd2(l, rows, 3 * n, 1, m.gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
+    if (p[PD__GRU_RECURRENT_BIAS]->grad)
+        pd__muladd2(l, rows, n, 1, m.recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
+    if (p[PD__GRU_WEIGHT]->grad)
+        d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n);
+    if (p[PD__GRU_RECURRENT]->grad) {
+        pd__take_rows(l, rows - later, g->before + later, n, m.h, dh, false);
+        d->gemm(d, true, false, n, 3 * n, rows - later, 1, dh, n, m.recurrent + later * 3 * n, 3 * n, 1,
+                p[PD__GRU_RECURRENT]->grad, 3 * n);
+    }
+    if (pd__in(l, 0)->grad) {
+        d->gemm(d, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, p[PD__GRU_WEIGHT]->value, 3 * n, 0, m.x, in);
+        pd__take_rows(l, rows, g->places, in, m.x, pd__in(l, 0)->grad, true);
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__gru_type, "gru", 1, 1, pd__gru_spec, sizeof(pd__gru), PD_OP_BASIC | PD_OP_SPARSE | PD_OP_GRU,
+         pd__gru_setup, pd__gru_resize, pd__gru_forward, pd__gru_backward);
+
+PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts) {
+    PD__SPEC(pd__gru_spec);
+    s.size = size;
+    return pd_layer_add(net, &pd__gru_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- sequence_pool: the method is n[0] ---- */
+
+static pd_status pd__sequence_pool_setup(pd_layer *l) {
+    int64_t method = pd__spec_of(l)->n[0];
+    if (pd__like_input(l, 0) != PD_OK || pd__want_sequences(l) != PD_OK) return pd_error_status(l->net);
+    if (method < 0 || method > PD_LAST) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)method);
+    l->is_sequence = false;
+    return PD_OK;
+}
+
+static pd_status pd__sequence_pool_resize(pd_layer *l) {
+    l->out.rows = pd__in(l, 0)->sequences;
+    return PD_OK;
+}
+
+/* Pooling as a matrix with a row per sequence and a column per row of the input, or its transpose. */
+static pd_status pd__sequence_pool_matrix(pd_layer *l, bool transposed, pd_csr *s) {
+    const pd_tensor *x = pd__in(l, 0);
+    int64_t method = pd__spec_of(l)->n[0], rows = transposed ? x->rows : x->sequences, entries = 0;
+    int64_t *starts = pd_layer_integers(l, 0, rows + 1), *columns = pd_layer_integers(l, 1, x->rows);
+    pd_real *values = pd_layer_values(l, x->rows);
+    if (!starts || !columns || !values) return PD_E_MEMORY;
+    for (int64_t q = 0; q < x->sequences; q++) {
+        int64_t first = x->starts[q], end = x->starts[q + 1];
+        double n = (double)pd__max(end - first, 1), value = method == PD_AVERAGE  ? 1 / n
+                                                            : method == PD_SQRT_N ? 1 / sqrt(n)
+                                                                                  : 1;
+        if (!transposed) starts[q] = entries;
+        for (int64_t r = first; r < end; r++) {
+            if (transposed) starts[r] = entries;
+            if ((method == PD_FIRST && r > first) || (method == PD_LAST && r < end - 1)) continue;
+            columns[entries] = transposed ? q : r;
+            values[entries++] = (pd_real)value;
+        }
+    }
+    starts[rows] = entries;
+    s->rows = rows;
+    s->starts = starts;
+    s->columns = columns;
+    s->values = values;
+    return PD_OK;
+}
+
+static pd_status pd__sequence_pool_forward(pd_layer *l) {
+    pd_csr s;
+    if (pd__sequence_pool_matrix(l, false, &s) != PD_OK) return PD_E_MEMORY;
+    pd__clear_output(l);
+    l->device->sparse_product(l->device, &s, l->out.width, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__sequence_pool_backward(pd_layer *l) {
+    pd_csr s;
+    if (!pd__in(l, 0)->grad) return PD_OK;
+    if (pd__sequence_pool_matrix(l, true, &s) != PD_OK) return PD_E_MEMORY;
+    l->device->sparse_product(l->device, &s, l->out.width, l->out.grad, pd__in(l, 0)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__sequence_pool_type, "sequence_pool", 1, 1, pd__spec, 0, PD_OP_BASIC | PD_OP_SPARSE,
+         pd__sequence_pool_setup, pd__sequence_pool_resize, pd__sequence_pool_forward, pd__sequence_pool_backward);
+
+/* The element of a column that is a sequence's largest, the first of equals or NaNs; -1 in an empty sequence. */
+static int64_t pd__sequence_largest(const pd_tensor *x, int64_t sequence, int64_t column) {
+    int64_t best = -1;
+    for (int64_t r = x->starts[sequence]; r < x->starts[sequence + 1]; r++) {
+        int64_t i = r * x->width + column;
+        if (best < 0 || x->data[i] > x->data[best] || (x->data[i] != x->data[i] && x->data[best] == x->data[best]))
+            best = i;
+    }
+    return best;
+}
+
+static pd_status pd__sequence_max_forward(pd_layer *l) {
+    const pd_tensor *x = pd__in(l, 0);
+    PD__PARALLEL(l->device, x->rows * x->width)
+    for (int64_t i = 0; i < pd__numbers(l); i++) {
+        int64_t largest = pd__sequence_largest(x, i / x->width, i % x->width);
+        l->out.data[i] = largest >= 0 ? x->data[largest] : 0;
+    }
+    return PD_OK;
+}
+
+static pd_status pd__sequence_max_backward(pd_layer *l) {
+    const pd_tensor *x = pd__in(l, 0);
+    if (!x->grad) return PD_OK;
+    PD__PARALLEL(l->device, x->rows * x->width)
+    for (int64_t i = 0; i < pd__numbers(l); i++) {
+        int64_t largest = pd__sequence_largest(x, i / x->width, i % x->width);
+        if (largest >= 0) x->grad[largest] += l->out.grad[i];
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__sequence_max_type, "sequence_pool", 1, 1, pd__spec, 0, 0, pd__sequence_pool_setup,
+         pd__sequence_pool_resize, pd__sequence_max_forward, pd__sequence_max_backward);
+
+PD_DEF pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method method, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = (int64_t)method;
+    return pd_layer_add(net, method == PD_MAX ? &pd__sequence_max_type : &pd__sequence_pool_type, s.o.name, &input, 1,
+                        &s);
+}
 /* ======================================================================================================== */
 /* >>costs                                                                                                  */
 
@@ -5065,14 +6064,6 @@ static bool pd__holds(pd_layer *input, bool ids, int64_t size, char text[256]) {
     return false;
 }
 
-/* The first row whose id is out of range, or -1: a user's layer may have made them. */
-static int64_t pd__bad_id(const pd_layer *input) {
-    int64_t count = pd_shape_size(input->shape);
-    for (int64_t r = 0; input->is_ids && r < input->out.rows; r++)
-        if (input->out.ids[r] < 0 || input->out.ids[r] >= count) return r;
-    return -1;
-}
-
 static pd_status pd__cost_input(pd_layer *layer, int k, bool ids, int64_t size) {
     char text[256];
     if (pd__holds(layer->inputs[k], ids, size, text)) return PD_OK;
@@ -5104,12 +6095,8 @@ static pd_status pd__cost_setup(pd_layer *layer, unsigned has) {
    rows are equal. */
 static pd_status pd__cost_begin(pd_layer *layer, pd_real **costs) {
     for (int k = 1; k < layer->input_count; k++) {
-        const pd_layer *input = layer->inputs[k];
-        int64_t r = pd__bad_id(input);
-        if (r >= 0)
-            return pd_layer_fail(layer, PD_E_FORMAT, "row %lld of \"%.100s\": expected an id below %lld, got %lld",
-                                 (long long)r, input->name, (long long)pd_shape_size(input->shape),
-                                 (long long)input->out.ids[r]);
+        pd_status status = pd__check_ids(layer, k);
+        if (status != PD_OK) return status;
     }
     *costs = pd_layer_memory(layer, PD__COST_SCRATCH, layer->out.rows);
     return *costs ? PD_OK : PD_E_MEMORY;
@@ -5213,6 +6200,7 @@ static const pd_layer_type pd__cross_entropy_type = { PD_API_VERSION,
                                                       NULL,
                                                       pd__cross_entropy_forward,
                                                       pd__cross_entropy_backward,
+                                                      NULL,
                                                       NULL };
 
 PD_DEF pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
@@ -5270,7 +6258,7 @@ static pd_status pd__element_setup(pd_layer *layer, unsigned has, pd__element_co
 #define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                            \
     {                                                                                                                  \
         PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, setup,   \
-            NULL, pd__element_forward, backward, NULL                                                                  \
+            NULL, pd__element_forward, backward, NULL, NULL                                                            \
     }
 
 /* log(1 + e^x) - t x without overflow: binary cross-entropy of sigmoid(x). */
@@ -5483,6 +6471,7 @@ static const pd_layer_type pd__hinge_type = { PD_API_VERSION,
                                               NULL,
                                               pd__hinge_forward,
                                               pd__hinge_backward,
+                                              NULL,
                                               NULL };
 
 PD_DEF pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
@@ -5535,6 +6524,7 @@ static const pd_layer_type pd__rank_cost_type = { PD_API_VERSION,
                                                   NULL,
                                                   pd__rank_cost_forward,
                                                   pd__rank_cost_backward,
+                                                  NULL,
                                                   NULL };
 
 PD_DEF pd_layer *pd_rank_cost(pd_net *net, pd_layer *left, pd_layer *right, pd_layer *p, const pd_cost_opts *opts) {
@@ -5661,6 +6651,7 @@ static const pd_layer_type pd__lambda_rank_type = { PD_API_VERSION,
                                                     NULL,
                                                     pd__lambda_rank_forward,
                                                     pd__lambda_rank_backward,
+                                                    NULL,
                                                     NULL };
 
 PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevance, const pd_cost_opts *opts) {
@@ -6049,6 +7040,10 @@ static pd_evaluator *pd__new_evaluator(pd_net *net, const pd_evaluator_type *typ
 /* Checks, the type's setup, and memory for the sums. */
 static pd_status pd__setup_evaluator(pd_evaluator *e) {
     pd_status status = pd__check_evaluator(e);
+    for (int k = 0; status == PD_OK && k < PD__COUNT(e->inputs); k++)
+        if (e->inputs[k] && e->inputs[k]->is_sparse)
+            status = pd__eval_fail(e, PD_E_SHAPE, "\"%.100s\" holds sparse rows, expected numbers or ids",
+                                   e->inputs[k]->name);
     if (status == PD_OK && pd__find_evaluator(e->net, e->name))
         status = pd__eval_fail(e, PD_E_ARGUMENT, "the name is already used by another evaluator");
     if (status == PD_OK) status = e->type->setup(e);
@@ -6083,9 +7078,8 @@ PD_DEF pd_evaluator *pd_evaluator_add(pd_net *net, const pd_evaluator_type *type
 }
 
 /* Checks an input's values so that no type has to: ids in range, numbers, weights that are not negative. */
-static pd_status pd__check_evaluated(pd_evaluator *e, int k) {
+static pd_status pd__check_evaluated(pd_evaluator *e, int k, const pd_tensor *t) {
     const pd_layer *input = e->inputs[k];
-    const pd_tensor *t = &input->out;
     int64_t count = pd_shape_size(input->shape), rows = e->inputs[0]->out.rows, bad = pd__bad_id(input);
     if (t->rows != rows)
         return pd__eval_fail(e, PD_E_SHAPE, "expected %lld rows as in \"%.100s\", got %lld in \"%.100s\"",
@@ -6104,11 +7098,15 @@ static pd_status pd__check_evaluated(pd_evaluator *e, int k) {
 static pd_status pd__evaluators_update(pd_net *net) {
     for (pd_evaluator *e = net->evaluators; e; e = e->next) {
         const pd_tensor *inputs[4] = { NULL, NULL, NULL, NULL };
+        pd_tensor at_host[4];
         pd_status status = PD_OK;
         for (int k = 0; status == PD_OK && k < 4; k++)
             if (e->inputs[k]) {
-                status = pd__check_evaluated(e, k);
-                inputs[k] = &e->inputs[k]->out;
+                at_host[k] = e->inputs[k]->out;
+                if (at_host[k].data) at_host[k].data = pd__host_data(e->inputs[k]);
+                if (at_host[k].data || e->inputs[k]->is_ids) status = pd__check_evaluated(e, k, &at_host[k]);
+                else status = PD_E_MEMORY;
+                inputs[k] = &at_host[k];
             }
         if (status == PD_OK) status = e->type->update(e, inputs);
         if (status != PD_OK && net->failure.status == PD_OK) pd__eval_fail(e, status, "%s", pd_status_text(status));
@@ -6147,6 +7145,8 @@ typedef struct pd__trained {
     pd_param *param;
     pd_real *states[PD_MAX_STATES]; /* device memory, as many as pd_optimizer_states says, else NULL */
     int64_t step;                   /* updates so far */
+    int64_t stepped;                /* the trainer's attempt at which `step` was last counted up */
+    struct pd__lazy *lazy;          /* of a sparse parameter: how far each row is; NULL when no row ever lags */
     pd_real *sums[3];               /* of model averaging, device memory; NULL without */
     pd_real *saved;                 /* the current value while the averaged one is swapped in; NULL without averaging */
 } pd__trained;
@@ -6177,6 +7177,12 @@ struct pd_trainer {
     pd_batch *batch;                   /* reused by pd_train and pd_test */
     pd_layer **targets;                /* reused by pd_test */
     int64_t target_capacity;
+    int rank, ranks;         /* the share of every parameter that is stepped on here; 0, 1: all of it */
+    int64_t attempt;         /* steps begun, failed ones too */
+    bool started;            /* the updater's start is over */
+    bool unsettled;          /* values have been left for later since the last sync */
+    struct pd__chunk *chunk; /* with sparse parameters */
+    pd_trainer *next;        /* of the same net */
 };
 
 static pd_optimizer pd__optimizer(pd_optimizer_kind kind, double rate, double epsilon) {
@@ -6348,20 +7354,197 @@ static const char *pd__layer_of(const pd_param *p) {
     return "?";
 }
 
+PD_DEF void pd_param_share(const pd_param *param, int rank, int ranks, int64_t *first, int64_t *count) {
+    int64_t each = param->size / ranks, more = param->size % ranks;
+    *first = param->touched ? 0 : each * rank + pd__min(rank, more);
+    *count = param->touched ? 0 : each + (rank < more);
+}
+
+/* Rows of a sparse parameter in this trainer's share. */
+static int64_t pd__share_rows(const pd_trainer *t, const pd_param *p) {
+    return (p->dims[0] - t->rank + t->ranks - 1) / t->ranks;
+}
+
+/* Numbers of a parameter in this trainer's share: what is kept for each by the optimizer. */
+static int64_t pd__share_size(const pd_trainer *t, const pd_param *p) {
+    int64_t first, count;
+    if (p->touched) return pd__share_rows(t, p) * p->dims[1];
+    pd_param_share(p, t->rank, t->ranks, &first, &count);
+    return count;
+}
+
+PD_DEF pd_param *pd_trainer_param(const pd_trainer *trainer, int index) {
+    return trainer && index >= 0 && index < trainer->trained_count ? trainer->trained[index].param : NULL;
+}
+
+static pd_status pd__check_finite(pd_trainer *t, const pd_param *p, int64_t n, const pd_real *grad) {
+    pd_device *d = t->net->device;
+    if (pd__finite(d->sum_squares(d, n, grad))) return PD_OK;
+    return pd_trainer_fail(t, PD_E_NUMERIC,
+                           "%.100s: the gradient of parameter \"%.100s\" is not finite in batch %lld of pass %lld",
+                           pd__layer_of(p), p->name, (long long)t->pass_batches, (long long)t->pass);
+}
+
+/* Counts a parameter's update, once per step of the trainer. Was it the first in this one? */
+static bool pd__count_update(pd_trainer *t, pd__trained *tr) {
+    bool first = tr->stepped != t->attempt;
+    tr->step += first;
+    tr->stepped = t->attempt;
+    return first;
+}
+
 PD_DEF pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t samples, double clip_scale) {
     pd_device *d = trainer->net->device;
     pd__trained *tr = pd__trained_of(trainer, param);
     pd_update u;
+    int64_t first, count;
+    pd_status status;
     if (!tr || !param->grad) return PD_OK; /* part of the net, but not of this training */
-    if (!pd__finite(d->sum_squares(d, param->size, param->grad)))
-        return pd_trainer_fail(trainer, PD_E_NUMERIC,
-                               "%.100s: the gradient of parameter \"%.100s\" is not finite in batch %lld of pass %lld",
-                               pd__layer_of(param), param->name, (long long)trainer->pass_batches,
-                               (long long)trainer->pass);
-    tr->step++;
+    if (param->touched) {
+        status =
+            pd_trainer_apply_rows(trainer, param, param->rows.count, param->rows.ids, param->grad, samples, clip_scale);
+    } else {
+        pd_param_share(param, trainer->rank, trainer->ranks, &first, &count);
+        status = pd__check_finite(trainer, param, count, param->grad + first);
+        if (status == PD_OK) {
+            pd__count_update(trainer, tr);
+            u = pd__update_of(trainer, tr, pd__gradient_scale(trainer, samples) * clip_scale);
+            d->update(d, &u, count, param->value + first, param->grad + first, param->mask ? param->mask + first : NULL,
+                      tr->states);
+        }
+    }
+    if (status == PD_OK) pd__zero_grad(param);
+    return status;
+}
+
+/* ---- sparse parameters ----
+   A row that no gradient reaches still moves, by its momentum and its l2. Such a step is the same linear map for every
+   number, (w, state) -> M (w, state) with M of 2 x 2, and so are several in turn. So rows are left behind, and when one
+   is read or gets a gradient, it is multiplied with the product of the matrices that it missed. The products of the
+   last 1, 2, .. PD__WINDOW steps are kept; each step brings the next few rows of the table up to date, in turn, so that
+   none falls further behind. This is the dense method to the last rounding, with any schedule. (The sparse momentum of
+   the 2016 platform did it with three running scalars, which had to be restarted before they overflowed.) */
+
+enum { PD__WINDOW = 1024, PD__CHUNK_ROWS = 1024 };
+
+typedef struct pd__lazy {
+    double window[PD__WINDOW + 1][4]; /* [k]: the product of the last k steps; [0] the identity */
+    int64_t *times;                   /* for each row of the share: the step that it is current for */
+    int64_t count;                    /* rows of the share */
+} pd__lazy;
+
+/* Arguments of the device's update_rows. */
+typedef struct pd__chunk {
+    int64_t rows[PD__CHUNK_ROWS], state_rows[PD__CHUNK_ROWS];
+    double carry[PD__CHUNK_ROWS][4];
+} pd__chunk;
+
+static pd_status pd__lazy_new(pd_trainer *t, pd__trained *tr) {
+    const pd_allocator *a = &t->net->allocator;
+    const pd_update u = pd__update_of(t, tr, 1);
+    if (!t->chunk) t->chunk = (pd__chunk *)pd__alloc(a, 1, sizeof *t->chunk);
+    if (!t->chunk) return pd__no_memory(t->net, "sparse parameters");
+    if (t->optimizer.kind == PD_OPT_SGD && u.l2 == 0) return PD_OK; /* a row without a gradient stays as it is */
+    tr->lazy = (pd__lazy *)pd__alloc(a, 1, sizeof *tr->lazy);
+    if (tr->lazy) {
+        tr->lazy->count = pd__share_rows(t, tr->param);
+        tr->lazy->window[0][0] = tr->lazy->window[0][3] = 1;
+        tr->lazy->times = (int64_t *)pd__alloc(a, tr->lazy->count, sizeof *tr->lazy->times);
+    }
+    if (!tr->lazy || !tr->lazy->times) return pd__no_memory(t->net, "sparse parameters");
+    return PD_OK;
+}
+
+static void pd__lazy_free(const pd_allocator *a, pd__lazy *lazy) {
+    if (lazy) pd__free(a, lazy->times);
+    pd__free(a, lazy);
+}
+
+/* Takes the step just counted into all products. */
+static void pd__lazy_step(pd__lazy *lazy, const pd_update *u) {
+    double m = u->optimizer.kind == PD_OPT_MOMENTUM ? u->optimizer.momentum : 0, decay = u->rate * u->l2;
+    double next =
+        u->optimizer.nesterov ? m : 1; /* w += next (m state - decay w), minus decay w once more if nesterov */
+    double w_w = 1 - next * decay - (u->optimizer.nesterov ? decay : 0), w_s = next * m, s_w = -decay, s_s = m;
+    for (int k = PD__WINDOW; k > 0; k--) {
+        double *to = lazy->window[k];
+        const double *from = lazy->window[k - 1];
+        double a = from[0], b = from[1], c = from[2], d = from[3];
+        to[0] = w_w * a + w_s * c;
+        to[1] = w_w * b + w_s * d;
+        to[2] = s_w * a + s_s * c;
+        to[3] = s_w * b + s_s * d;
+    }
+}
+
+/* Brings `count` rows up to date: those listed, or, if `rows` is NULL, the rows first, first + 1, .. of the share. */
+static void pd__catch_up(pd_trainer *t, pd__trained *tr, int64_t first, int64_t count, const int64_t *rows) {
+    pd_device *d = t->net->device;
+    pd_param *p = tr->param;
+    pd__lazy *lazy = tr->lazy;
+    pd__chunk *c = t->chunk;
+    const pd_update u = pd__update_of(t, tr, 1);
+    int64_t n = 0;
+    for (int64_t i = 0; lazy && i < count; i++) {
+        int64_t local = rows ? rows[i] / t->ranks : first + i, behind = tr->step - lazy->times[local];
+        if (behind > 0) {
+            c->rows[n] = local * t->ranks + t->rank;
+            c->state_rows[n] = local;
+            memcpy(c->carry[n++], lazy->window[behind], sizeof c->carry[0]);
+            lazy->times[local] = tr->step;
+        }
+        if (n > 0 && (n == PD__CHUNK_ROWS || i + 1 == count)) {
+            d->update_rows(d, &u, n, p->dims[1], c->rows, c->state_rows, c->carry[0], p->value, NULL, tr->states[0]);
+            n = 0;
+        }
+    }
+}
+
+PD_DEF pd_status pd_trainer_refresh(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows) {
+    pd__trained *tr = pd__trained_of(trainer, param);
+    if (tr && param->touched) pd__catch_up(trainer, tr, 0, count, rows);
+    return PD_OK;
+}
+
+PD_DEF pd_status pd_trainer_refresh_all(pd_trainer *trainer) {
+    for (int i = 0; i < trainer->trained_count; i++)
+        if (trainer->trained[i].lazy)
+            pd__catch_up(trainer, &trainer->trained[i], 0, trainer->trained[i].lazy->count, NULL);
+    return PD_OK;
+}
+
+PD_DEF pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
+                                       const pd_real *grad, int64_t samples, double clip_scale) {
+    pd_device *d = trainer->net->device;
+    pd__trained *tr = pd__trained_of(trainer, param);
+    pd__chunk *c = trainer->chunk;
+    pd_update u;
+    int64_t width = param->dims[1];
+    bool first_step;
+    pd_status status;
+    if (!tr || !param->touched) return PD_OK;
+    status = pd__check_finite(trainer, param, count * width, grad);
+    if (status != PD_OK) return status;
+    pd__catch_up(trainer, tr, 0, count, rows);
+    first_step = pd__count_update(trainer, tr);
     u = pd__update_of(trainer, tr, pd__gradient_scale(trainer, samples) * clip_scale);
-    d->update(d, &u, param->size, param->value, param->grad, param->mask, tr->states);
-    d->fill(d, param->size, 0, param->grad);
+    for (int64_t first = 0; first < count; first += PD__CHUNK_ROWS) {
+        int64_t n = pd__min(PD__CHUNK_ROWS, count - first);
+        for (int64_t i = 0; i < n; i++) {
+            c->rows[i] = rows[first + i];
+            c->state_rows[i] = rows[first + i] / trainer->ranks;
+            if (tr->lazy) tr->lazy->times[c->state_rows[i]] = tr->step;
+        }
+        d->update_rows(d, &u, n, width, c->rows, c->state_rows, NULL, param->value, grad + first * width,
+                       tr->states[0]);
+    }
+    if (tr->lazy && first_step) { /* the rows whose turn it is */
+        int64_t each = pd__ceil_div(tr->lazy->count, PD__WINDOW),
+                turns = each ? pd__ceil_div(tr->lazy->count, each) : 1;
+        int64_t from = tr->step % turns * each;
+        pd__lazy_step(tr->lazy, &u);
+        pd__catch_up(trainer, tr, from, pd__min(each, tr->lazy->count - from), NULL);
+    }
     return PD_OK;
 }
 
@@ -6380,8 +7563,14 @@ static pd_status pd__local_start(pd_updater *u, pd_trainer *trainer) {
 }
 
 static pd_status pd__local_begin(pd_updater *u, int64_t samples) {
-    ((pd_trainer *)u->self)->batch_samples = samples;
-    return PD_OK;
+    pd_trainer *t = (pd_trainer *)u->self;
+    pd_status status = PD_OK;
+    t->batch_samples = samples;
+    for (int i = 0; status == PD_OK && i < t->trained_count; i++) {
+        pd_param *p = t->trained[i].param;
+        if (p->touched) status = pd_trainer_refresh(t, p, p->rows.count, p->rows.ids);
+    }
+    return status;
 }
 
 static pd_status pd__local_grad_final(pd_updater *u, pd_param *param) {
@@ -6389,14 +7578,17 @@ static pd_status pd__local_grad_final(pd_updater *u, pd_param *param) {
     return pd_trainer_clips_norm(t) ? PD_OK : pd_trainer_apply(t, param, t->batch_samples, 1);
 }
 
-static pd_status pd__local_end(pd_updater *u) {
+static pd_status pd__local_sync(pd_updater *u) { return pd_trainer_refresh_all((pd_trainer *)u->self); }
+
+static pd_status pd__local_end(pd_updater *u, int64_t *samples) {
     pd_trainer *t = (pd_trainer *)u->self;
     pd_device *d = t->net->device;
     double squares = 0, scale;
     pd_status status = PD_OK;
+    (void)samples; /* there is no other worker */
     if (!pd_trainer_clips_norm(t)) return PD_OK;
     for (int i = 0; i < t->trained_count; i++) {
-        double sum = d->sum_squares(d, t->trained[i].param->size, t->trained[i].param->grad);
+        double sum = d->sum_squares(d, pd__grad_size(t->trained[i].param), t->trained[i].param->grad);
         if (!pd__finite(sum)) return pd_trainer_apply(t, t->trained[i].param, t->batch_samples, 1); /* which says so */
         squares += sum;
     }
@@ -6407,8 +7599,8 @@ static pd_status pd__local_end(pd_updater *u) {
 }
 
 static const pd_updater pd__local_updater = {
-    PD_API_VERSION, "local", NULL, pd__local_start, pd__local_begin, NULL, pd__local_grad_final, NULL,
-    pd__local_end,  NULL,    NULL
+    PD_API_VERSION, "local", NULL, pd__local_start, pd__local_begin, NULL, pd__local_grad_final, NULL, pd__local_end,
+    pd__local_sync, NULL,    NULL
 };
 
 /* ---- model averaging ----
@@ -6496,6 +7688,7 @@ PD_DEF pd_status pd_use_average(pd_trainer *trainer, bool on) {
 
 PD_PRINTF(3, 4) static pd_status pd__batch_fail(pd_batch *batch, pd_status status, const char *format, ...) {
     va_list args;
+    batch->refused = true;
     va_start(args, format);
     pd__set_failure(&batch->error, status, format, args);
     va_end(args);
@@ -6503,11 +7696,13 @@ PD_PRINTF(3, 4) static pd_status pd__batch_fail(pd_batch *batch, pd_status statu
 }
 
 static bool pd__slot_init(const pd_allocator *a, pd_slot *slot, const pd_layer *input) {
-    slot->kind = input->is_ids ? PD_SLOT_IDS : PD_SLOT_DENSE;
+    bool sparse = input->is_sparse;
+    slot->kind = sparse ? PD_SLOT_SPARSE : input->is_ids ? PD_SLOT_IDS : PD_SLOT_DENSE;
     slot->sequence = input->is_sequence;
     slot->width = input->out.width;
     slot->name = input->name;
-    return !slot->sequence || pd__grow(a, (void **)&slot->starts, &slot->start_capacity, 1, sizeof *slot->starts);
+    return (!slot->sequence || pd__grow(a, (void **)&slot->starts, &slot->start_capacity, 1, sizeof *slot->starts)) &&
+           (!sparse || pd__grow(a, (void **)&slot->row_starts, &slot->row_capacity, 1, sizeof *slot->row_starts));
 }
 
 PD_DEF pd_batch *pd_batch_new(pd_net *net) {
@@ -6537,6 +7732,8 @@ PD_DEF void pd_batch_free(pd_batch *batch) {
     for (int i = 0; i < batch->slot_count; i++) {
         pd__free(a, batch->slots[i].data);
         pd__free(a, batch->slots[i].ids);
+        pd__free(a, batch->slots[i].row_starts);
+        pd__free(a, batch->slots[i].values);
         pd__free(a, batch->slots[i].starts);
     }
     pd__free(a, batch->slots);
@@ -6546,6 +7743,7 @@ PD_DEF void pd_batch_free(pd_batch *batch) {
 PD_DEF void pd_batch_clear(pd_batch *batch) {
     if (!batch) return;
     batch->samples = 0;
+    batch->refused = false;
     for (int i = 0; i < batch->slot_count; i++) batch->slots[i].rows = 0;
 }
 
@@ -6559,24 +7757,33 @@ static int64_t pd__sample_rows(const pd_slot *slot, int64_t index, int64_t *firs
     return slot->sequence ? slot->starts[index + 1] - *first : slot->rows > 0;
 }
 
+static const char *const pd__slot_kinds[] = { "numbers", "ids", "sparse rows" };
+
+/* Makes room for `more` rows (their entries apart); false when there is none. */
+static bool pd__slot_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
+    void **memory = slot->kind == PD_SLOT_DENSE ? (void **)&slot->data
+                    : slot->kind == PD_SLOT_IDS ? (void **)&slot->ids
+                                                : (void **)&slot->row_starts;
+    size_t size = sizeof(int64_t);
+    int64_t extra = slot->kind == PD_SLOT_SPARSE;
+    return (slot->kind != PD_SLOT_DENSE || pd__bytes(slot->width, sizeof(pd_real), &size)) &&
+           more < INT64_MAX - slot->rows && pd__grow(a, memory, &slot->row_capacity, slot->rows + more + extra, size);
+}
+
 /* The slot, of this kind and with room for `more` rows; NULL (batch->error) when it can't be had. */
 static pd_slot *pd__slot_open(pd_batch *batch, int index, pd_slot_kind kind, int64_t more) {
     pd_slot *slot = batch && index >= 0 && index < batch->slot_count ? &batch->slots[index] : NULL;
-    void **memory;
-    size_t size = sizeof(int64_t);
     if (!batch) return NULL;
     if (!slot || slot->kind != kind) {
         pd__batch_fail(batch, PD_E_ARGUMENT, "slot %d is not an input of %s; the batch has %d slots", index,
-                       kind == PD_SLOT_IDS ? "ids" : "numbers", batch->slot_count);
+                       pd__slot_kinds[kind], batch->slot_count);
         return NULL;
     }
     if (!slot->sequence && slot->rows < batch->samples) {
         pd__batch_fail(batch, PD_E_SHAPE, "input \"%.100s\" was left out of the samples before this one", slot->name);
         return NULL;
     }
-    memory = kind == PD_SLOT_IDS ? (void **)&slot->ids : (void **)&slot->data;
-    if ((kind == PD_SLOT_DENSE && !pd__bytes(slot->width, sizeof(pd_real), &size)) || more > INT64_MAX - slot->rows ||
-        !pd__grow(&batch->net->allocator, memory, &slot->row_capacity, slot->rows + more, size)) {
+    if (!pd__slot_grow(&batch->net->allocator, slot, more)) {
         pd__batch_fail(batch, PD_E_MEMORY, "out of memory for row %lld of input \"%.100s\"", (long long)slot->rows + 1,
                        slot->name);
         return NULL;
@@ -6599,7 +7806,42 @@ PD_DEF pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id) {
     return PD_OK;
 }
 
+/* Room for `more` entries behind those of the last row. */
+static bool pd__entries_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
+    int64_t used = slot->row_starts[slot->rows];
+    return more <= INT64_MAX / 2 - used &&
+           pd__grow(a, (void **)&slot->ids, &slot->entry_capacity, used + more, sizeof *slot->ids) &&
+           pd__grow(a, (void **)&slot->values, &slot->value_capacity, used + more, sizeof *slot->values);
+}
+
+PD_DEF pd_status pd_batch_add_sparse(pd_batch *batch, int slot, const int64_t *columns, const pd_real *values,
+                                     int64_t count) {
+    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_SPARSE, 1);
+    int64_t first;
+    if (!s) return batch ? batch->error.status : PD_E_ARGUMENT;
+    if (count < 0 || (count > 0 && !columns))
+        return pd__batch_fail(batch, PD_E_ARGUMENT, "input \"%.100s\": %lld entries%s", s->name, (long long)count,
+                              columns ? "" : " at NULL");
+    if (!pd__entries_grow(&batch->net->allocator, s, count))
+        return pd__batch_fail(batch, PD_E_MEMORY, "out of memory for %lld entries of input \"%.100s\"",
+                              (long long)count, s->name);
+    first = s->row_starts[s->rows];
+    for (int64_t k = 0; k < count; k++) {
+        if (columns[k] < 0 || columns[k] >= s->width)
+            return pd__batch_fail(batch, PD_E_FORMAT, "input \"%.100s\": column %lld, expected 0 to %lld", s->name,
+                                  (long long)columns[k], (long long)s->width - 1);
+        if (values && !pd__finite((double)values[k]))
+            return pd__batch_fail(batch, PD_E_NUMERIC, "input \"%.100s\": the number in column %lld is not finite",
+                                  s->name, (long long)columns[k]);
+        s->ids[first + k] = columns[k];
+        s->values[first + k] = values ? values[k] : 1;
+    }
+    s->row_starts[++s->rows] = first + count;
+    return PD_OK;
+}
+
 PD_DEF void pd_batch_drop_sample(pd_batch *batch) {
+    if (batch) batch->refused = false;
     for (int i = 0; batch && i < batch->slot_count; i++) batch->slots[i].rows = pd__ended_rows(batch, &batch->slots[i]);
 }
 
@@ -6635,7 +7877,7 @@ static pd_status pd__reserve_starts(pd_batch *batch) {
 PD_DEF pd_status pd_batch_end_sample(pd_batch *batch) {
     pd_status status;
     if (!batch) return PD_E_ARGUMENT;
-    status = pd__check_sample(batch);
+    status = batch->refused ? batch->error.status : pd__check_sample(batch);
     if (status == PD_OK) status = pd__reserve_starts(batch);
     if (status != PD_OK) {
         pd_batch_drop_sample(batch);
@@ -6657,10 +7899,16 @@ static bool pd__batches_alike(const pd_batch *a, const pd_batch *b) {
     return alike;
 }
 
-/* Copies rows within one kind of slot, also onto themselves. */
+/* Copies rows within one kind of slot, also onto themselves or down. Sparse rows need room for their entries. */
 static void pd__copy_rows(pd_slot *to, int64_t to_row, const pd_slot *from, int64_t from_row, int64_t rows) {
     if (rows == 0) return;
-    if (to->kind == PD_SLOT_IDS) memmove(to->ids + to_row, from->ids + from_row, (size_t)rows * sizeof *to->ids);
+    if (to->kind == PD_SLOT_SPARSE) {
+        int64_t first = from->row_starts[from_row], n = from->row_starts[from_row + rows] - first;
+        int64_t at = to->row_starts[to_row];
+        if (n > 0) memmove(to->ids + at, from->ids + first, (size_t)n * sizeof *to->ids);
+        if (n > 0) memmove(to->values + at, from->values + first, (size_t)n * sizeof *to->values);
+        for (int64_t i = 1; i <= rows; i++) to->row_starts[to_row + i] = from->row_starts[from_row + i] - first + at;
+    } else if (to->kind == PD_SLOT_IDS) memmove(to->ids + to_row, from->ids + from_row, (size_t)rows * sizeof *to->ids);
     else
         memmove(to->data + to_row * to->width, from->data + from_row * to->width,
                 (size_t)(rows * to->width) * sizeof *to->data);
@@ -6675,13 +7923,20 @@ PD_DEF pd_status pd_batch_copy_sample(pd_batch *batch, const pd_batch *from, int
                               (long long)index, (long long)from->samples);
     for (int i = 0; i < batch->slot_count; i++) {
         int64_t first, rows = pd__sample_rows(&from->slots[i], index, &first);
-        pd_slot *slot = rows == 0 ? NULL : pd__slot_open(batch, i, from->slots[i].kind, rows);
+        const pd_slot *source = &from->slots[i];
+        pd_slot *slot = rows == 0 ? NULL : pd__slot_open(batch, i, source->kind, rows);
+        if (slot && slot->kind == PD_SLOT_SPARSE &&
+            !pd__entries_grow(&batch->net->allocator, slot,
+                              source->row_starts[first + rows] - source->row_starts[first])) {
+            pd__batch_fail(batch, PD_E_MEMORY, "out of memory for the entries of input \"%.100s\"", slot->name);
+            slot = NULL;
+        }
         if (rows > 0 && !slot) {
             pd_batch_drop_sample(batch);
             return batch->error.status;
         }
         if (slot) {
-            pd__copy_rows(slot, slot->rows, &from->slots[i], first, rows);
+            pd__copy_rows(slot, slot->rows, source, first, rows);
             slot->rows += rows;
         }
     }
@@ -7120,9 +8375,15 @@ static pd_status pd__array_read_rows(pd__source *s, pd_batch *batch, int slot, i
                (size_t)(rows * to->width) * sizeof *to->data);
         to->rows += rows;
     }
-    for (int64_t i = 0; to->kind == PD_SLOT_IDS && i < rows; i++)
-        if (pd_batch_add_id(batch, slot, array->ids[first + i]) != PD_OK)
-            return pd__reader_batch_failed(&s->reader, batch);
+    for (int64_t i = first; to->kind != PD_SLOT_DENSE && i < first + rows; i++) {
+        int64_t at = to->kind == PD_SLOT_SPARSE ? array->row_starts[i] : 0;
+        pd_status status =
+            to->kind == PD_SLOT_IDS
+                ? pd_batch_add_id(batch, slot, array->ids[i])
+                : pd_batch_add_sparse(batch, slot, array->ids ? array->ids + at : NULL,
+                                      array->values ? array->values + at : NULL, array->row_starts[i + 1] - at);
+        if (status != PD_OK) return pd__reader_batch_failed(&s->reader, batch);
+    }
     return PD_OK;
 }
 
@@ -7141,11 +8402,15 @@ static void pd__array_close(pd__source *s) { pd__free(&s->net->allocator, ((pd__
 
 static pd_status pd__check_array(pd__source *s, int64_t samples, const pd_array *array, const pd_slot *slot) {
     pd_reader *r = &s->reader;
-    const void *wanted = slot->kind == PD_SLOT_IDS ? (const void *)array->ids : (const void *)array->data;
-    const void *other = slot->kind == PD_SLOT_IDS ? (const void *)array->data : (const void *)array->ids;
-    if (other || (samples > 0 && !wanted && !(array->starts && array->starts[samples] == 0)))
+    bool sparse = slot->kind == PD_SLOT_SPARSE, dense = slot->kind == PD_SLOT_DENSE;
+    int64_t rows = array->starts && samples > 0 ? array->starts[samples] : samples;
+    bool wrong = dense ? array->ids != NULL : array->data != NULL;
+    if (wrong || (rows > 0 && (dense ? !array->data : !sparse && !array->ids)) || (array->values && !sparse) ||
+        sparse != (array->row_starts != NULL))
         return pd_reader_fail(r, PD_E_ARGUMENT, "array reader: input \"%.100s\" takes %s, and nothing else", slot->name,
-                              slot->kind == PD_SLOT_IDS ? "ids" : "data");
+                              dense    ? "data"
+                              : sparse ? "row_starts, ids and values"
+                                       : "ids");
     if (slot->sequence != (array->starts != NULL))
         return pd_reader_fail(r, PD_E_ARGUMENT, "array reader: input \"%.100s\" %s", slot->name,
                               slot->sequence ? "carries sequences and needs starts" : "has starts but no sequences");
@@ -7154,6 +8419,11 @@ static pd_status pd__check_array(pd__source *s, int64_t samples, const pd_array 
             return pd_reader_fail(r, PD_E_ARGUMENT,
                                   "array reader: input \"%.100s\": starts[%lld] is %lld; they must rise from 0",
                                   slot->name, (long long)i, (long long)array->starts[i]);
+    for (int64_t i = 0; sparse && i <= rows; i++)
+        if (array->row_starts[i] < (i == 0 ? 0 : array->row_starts[i - 1]) || (array->row_starts[i] > 0 && !array->ids))
+            return pd_reader_fail(
+                r, PD_E_ARGUMENT, "array reader: input \"%.100s\": row_starts[%lld] is %lld; they must rise%s",
+                slot->name, (long long)i, (long long)array->row_starts[i], array->ids ? "" : ", and there are no ids");
     return PD_OK;
 }
 
@@ -7528,6 +8798,9 @@ static pd_status pd__csv_add_group(pd__csv *c, int slot) {
     const pd_slot *input = slot < 0 ? NULL : &c->source.model->slots[slot];
     pd_reader *r = &c->source.reader;
     int64_t columns = input && input->kind == PD_SLOT_DENSE ? input->width : 1;
+    if (input && input->kind == PD_SLOT_SPARSE)
+        return pd_reader_fail(r, PD_E_SHAPE, "csv reader: input \"%.100s\" is sparse; see pd_libsvm_reader",
+                              input->name);
     for (int64_t g = 0; input && g < c->group_count; g++)
         if (c->groups[g].slot == slot)
             return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: order names \"%.100s\" twice", input->name);
@@ -7668,8 +8941,49 @@ static pd_status pd__libsvm_label(pd__libsvm *c, pd_batch *batch, const char *te
     return status == PD_OK ? PD_OK : pd__locate(&s->reader, "label");
 }
 
+/* The row that a line is read into: of a dense input its numbers, of a sparse one the entries so far. */
+typedef struct pd__libsvm_row {
+    pd_real *numbers; /* NULL: sparse */
+    pd_batch *batch;
+    pd_slot *slot;
+    int64_t entries;
+} pd__libsvm_row;
+
+static bool pd__libsvm_open_row(pd__libsvm *c, pd_batch *batch, pd__libsvm_row *row) {
+    pd__source *s = &c->source;
+    memset(row, 0, sizeof *row);
+    row->batch = batch;
+    if (s->model->slots[c->x].kind == PD_SLOT_SPARSE) {
+        row->slot = pd__slot_open(batch, c->x, PD_SLOT_SPARSE, 1);
+        if (!row->slot) pd__reader_batch_failed(&s->reader, batch);
+        return row->slot != NULL;
+    }
+    row->numbers = pd__add_row(s, batch, c->x);
+    for (int64_t i = 0; row->numbers && i < s->model->slots[c->x].width; i++)
+        row->numbers[i] = (pd_real)s->opts.shift; /* of absent zeros */
+    return row->numbers != NULL;
+}
+
+/* Where the number of a column goes; NULL when out of memory. */
+static pd_real *pd__libsvm_place(pd__libsvm_row *row, int64_t column) {
+    int64_t at;
+    if (row->numbers) return &row->numbers[column];
+    if (!pd__entries_grow(&row->batch->net->allocator, row->slot, row->entries + 1)) return NULL;
+    at = row->slot->row_starts[row->slot->rows] + row->entries++;
+    row->slot->ids[at] = column;
+    return &row->slot->values[at];
+}
+
+static void pd__libsvm_close_row(pd__libsvm_row *row) {
+    pd_slot *s = row->slot;
+    if (!s) return;
+    s->row_starts[s->rows + 1] = s->row_starts[s->rows] + row->entries;
+    s->rows++;
+}
+
 /* Puts one "index:value" into the row; *last is the index before it. */
-static pd_status pd__libsvm_pair(pd__libsvm *c, const char *text, const char *end, int64_t *last, pd_real *row) {
+static pd_status pd__libsvm_pair(pd__libsvm *c, const char *text, const char *end, int64_t *last, pd__libsvm_row *row) {
+    pd_real *to;
     pd_reader *r = &c->source.reader;
     int64_t width = c->source.model->slots[c->x].width;
     const char *colon = (const char *)memchr(text, ':', (size_t)(end - text));
@@ -7684,8 +8998,10 @@ static pd_status pd__libsvm_pair(pd__libsvm *c, const char *text, const char *en
                               "index %.15g, expected %lld to %lld: they rise, and the input has that width", index,
                               (long long)*last + 1, (long long)width);
     *last = (int64_t)index;
+    to = pd__libsvm_place(row, *last - 1);
+    if (!to) return pd__reader_no_memory(r, "a row");
     status = pd__read_number(r, colon + 1, end, &value);
-    if (status == PD_OK) status = pd__scale_number(&c->source, value, &row[*last - 1]);
+    if (status == PD_OK) status = pd__scale_number(&c->source, value, to);
     return status == PD_OK ? PD_OK : pd__locate(r, "value of index %lld", (long long)*last);
 }
 
@@ -7696,17 +9012,17 @@ static pd_status pd__libsvm_parse(pd__libsvm *c, pd_batch *batch) {
     const char *text, *end;
     double query;
     int64_t last = 0;
-    pd_real *row;
+    pd__libsvm_row row;
     pd_status status = pd__libsvm_query(c, &query);
     bool has_query = status == PD_OK;
     if (status != PD_OK && status != PD_END) return status;
     pd__next_token(&f, &text, &end);
     status = pd__libsvm_label(c, batch, text, end);
     if (has_query) pd__next_token(&f, &text, &end);
-    row = status == PD_OK ? pd__add_row(s, batch, c->x) : NULL;
-    if (!row) return s->reader.error.status;
-    for (int64_t i = 0; i < s->model->slots[c->x].width; i++) row[i] = (pd_real)s->opts.shift; /* of absent zeros */
-    while (status == PD_OK && pd__next_token(&f, &text, &end)) status = pd__libsvm_pair(c, text, end, &last, row);
+    if (status != PD_OK) return status;
+    if (!pd__libsvm_open_row(c, batch, &row)) return s->reader.error.status;
+    while (status == PD_OK && pd__next_token(&f, &text, &end)) status = pd__libsvm_pair(c, text, end, &last, &row);
+    if (status == PD_OK) pd__libsvm_close_row(&row);
     return status;
 }
 
@@ -7769,15 +9085,22 @@ static void pd__libsvm_close(pd__source *s) { pd__lines_free(&((pd__libsvm *)s)-
 static pd_status pd__libsvm_inputs(pd__libsvm *c) {
     const pd_slot *slots = c->source.model->slots;
     bool ok = c->source.model->slot_count == 2;
-    if (ok) c->y = slots[1].kind == PD_SLOT_IDS || (slots[0].kind == PD_SLOT_DENSE && slots[1].width == 1) ? 1 : 0;
+    if (ok)
+        c->y = slots[1].kind == PD_SLOT_IDS ||
+               (slots[1].kind == PD_SLOT_DENSE && slots[0].kind != PD_SLOT_IDS && slots[1].width == 1);
     c->x = 1 - c->y;
-    ok = ok && slots[c->x].kind == PD_SLOT_DENSE && (slots[c->y].kind == PD_SLOT_IDS || slots[c->y].width == 1);
+    ok = ok && slots[c->x].kind != PD_SLOT_IDS &&
+         (slots[c->y].kind == PD_SLOT_IDS || (slots[c->y].kind == PD_SLOT_DENSE && slots[c->y].width == 1));
     ok = ok && slots[0].sequence == slots[1].sequence;
     if (!ok)
         return pd_reader_fail(
             &c->source.reader, PD_E_SHAPE,
-            "libsvm reader: the net must have two inputs, a vector, and a label or a vector of width 1; "
-            "both or none carry sequences");
+            "libsvm reader: the net must have two inputs, a vector (sparse or not), and a label or a vector of width "
+            "1; both or none carry sequences");
+    if (slots[c->x].kind == PD_SLOT_SPARSE && c->source.opts.shift != 0)
+        return pd_reader_fail(&c->source.reader, PD_E_ARGUMENT,
+                              "libsvm reader: shift is %g, but input \"%.100s\" is sparse: absent numbers stay 0",
+                              c->source.opts.shift, slots[c->x].name);
     c->queries = slots[0].sequence;
     return PD_OK;
 }
@@ -7941,8 +9264,12 @@ static pd_status pd__check_block_size(pd_reader *r, FILE *file, const char *path
 static pd_status pd__block_open(pd__blocks *s, pd__block *b, const char *path, const pd_slot *slot) {
     pd_reader *r = &s->source.reader;
     int64_t row, expected = slot->kind == PD_SLOT_IDS ? 1 : slot->width;
-    FILE *file = pd__open_data(r, path);
+    FILE *file;
     pd_status status = PD_E_IO;
+    if (slot->kind == PD_SLOT_SPARSE)
+        return pd_reader_fail(r, PD_E_SHAPE, "%.200s: input \"%.100s\" is sparse; see pd_libsvm_reader", path,
+                              slot->name);
+    file = pd__open_data(r, path);
     if (file) status = s->header(r, file, path, b, &row);
     if (status == PD_OK && row != expected)
         status = pd_reader_fail(r, PD_E_SHAPE, "%.200s: %lld numbers per sample, but input \"%.100s\" takes %lld", path,
@@ -8889,10 +10216,45 @@ static pd_status pd__updater_returned(pd_trainer *t, pd_status status) {
     return status;
 }
 
-static pd_status pd__sync(pd_trainer *t) {
-    if (!t->updater->sync) return PD_OK;
+PD_DEF pd_status pd_sync(pd_trainer *trainer) {
+    pd_net *net = trainer ? trainer->net : NULL;
+    pd_failure earlier; /* success here doesn't forget it */
+    pd_status status;
+    if (!trainer) return PD_E_ARGUMENT;
+    trainer->unsettled = false;
+    if (!trainer->updater->sync) return PD_OK;
+    earlier = net->failure;
+    pd__clear_failure(net);
+    status = pd__updater_returned(trainer, trainer->updater->sync(trainer->updater));
+    trainer->unsettled = status != PD_OK;
+    if (status == PD_OK) net->failure = earlier;
+    return status;
+}
+
+static pd_status pd__settle(pd_net *net, const pd_trainer *besides) {
+    pd_status status = PD_OK;
+    for (pd_trainer *t = pd__owner(net)->trainers; status == PD_OK && t && !net->updater; t = t->next)
+        if (t->unsettled && t != besides) status = pd_sync(t);
+    return status;
+}
+
+/* The sum over all workers. */
+static pd_status pd__reduce(pd_trainer *t, double *sums, int64_t count) {
+    if (!t->updater->reduce) return PD_OK;
     pd__clear_failure(t->net);
-    return pd__updater_returned(t, t->updater->sync(t->updater));
+    return pd__updater_returned(t, t->updater->reduce(t->updater, sums, count));
+}
+
+PD_DEF pd_layer *pd_trainer_cost(pd_trainer *trainer) { return trainer ? trainer->cost : NULL; }
+
+PD_DEF pd_status pd_trainer_shard(pd_trainer *trainer, int rank, int ranks) {
+    if (!trainer || ranks < 1 || rank < 0 || rank >= ranks) return PD_E_ARGUMENT;
+    if (trainer->started) return pd_trainer_fail(trainer, PD_E_STATE, "pd_trainer_shard: only in the updater's start");
+    if (ranks > 1 && trainer->opts.average_window > 0)
+        return pd_trainer_fail(trainer, PD_E_UNSUPPORTED, "pd_trainer_new: no model averaging with %d workers", ranks);
+    trainer->rank = rank;
+    trainer->ranks = ranks;
+    return PD_OK;
 }
 
 /* ---- making one ---- */
@@ -8947,23 +10309,40 @@ static pd_status pd__prune(pd_param *p) {
     return PD_OK;
 }
 
-/* Memory for all that is kept about one parameter. */
+/* What an optimizer or option can't do with a sparse parameter, or NULL. */
+static const char *pd__sparse_fault(const pd_trainer *t) {
+    if (t->optimizer.kind != PD_OPT_SGD && t->optimizer.kind != PD_OPT_MOMENTUM)
+        return "which goes with sgd and momentum; this optimizer would have to change every row in every step";
+    if (t->opts.l1 > 0) return "which does not go with l1";
+    if (t->opts.average_window > 0) return "which does not go with model averaging";
+    return NULL;
+}
+
+/* What a parameter needs before the updater starts. */
 static pd_status pd__start_training(pd_trainer *t, pd__trained *tr, pd_param *p) {
-    pd_net *net = t->net;
-    int states = pd_optimizer_states(&t->optimizer), averages = t->opts.average_window > 0 ? 3 : 0;
-    pd_status status = pd__need_grad(p);
+    const char *fault = p->touched ? pd__sparse_fault(t) : NULL;
+    pd_status status;
+    if (fault)
+        return pd__fail(t->net, PD_E_UNSUPPORTED, "pd_trainer_new: parameter \"%.100s\" is sparse, %s", p->name, fault);
+    status = pd__need_grad(p);
     if (status == PD_OK) status = pd__prune(p);
-    if (status != PD_OK) return status;
     tr->param = p;
     p->trained = (int)(tr - t->trained) + 1;
+    return status;
+}
+
+/* Memory for what is kept about a parameter, or about the share of it that is stepped on here. */
+static pd_status pd__start_states(pd_trainer *t, pd__trained *tr) {
+    pd_net *net = t->net;
+    int states = pd_optimizer_states(&t->optimizer), averages = t->opts.average_window > 0 ? 3 : 0;
     for (int k = 0; k < states + averages + (averages > 0); k++) {
         pd_real **memory = k < states ? &tr->states[k] : k < states + averages ? &tr->sums[k - states] : &tr->saved;
-        int64_t capacity = 0;
-        if (!pd__device_grow(net, memory, &capacity, p->size))
-            return pd__fail(net, PD_E_MEMORY, "out of memory for training \"%.100s\"", p->name);
-        net->device->fill(net->device, p->size, 0, *memory);
+        int64_t capacity = 0, size = k < states ? pd__share_size(t, tr->param) : tr->param->size;
+        if (!pd__device_grow(net, memory, &capacity, size))
+            return pd__fail(net, PD_E_MEMORY, "out of memory for training \"%.100s\"", tr->param->name);
+        net->device->fill(net->device, size, 0, *memory);
     }
-    return PD_OK;
+    return tr->param->touched ? pd__lazy_new(t, tr) : PD_OK;
 }
 
 /* Everything `cost` depends on that learns. */
@@ -9013,15 +10392,23 @@ PD_DEF pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer opti
     t->local = pd__local_updater;
     t->updater = t->opts.updater ? t->opts.updater : &t->local;
     t->best_cost = HUGE_VAL;
+    t->ranks = 1;
+    t->next = net->trainers;
+    net->trainers = t;
     status = pd__collect_trained(t);
     if (status == PD_OK) t->batch = pd_batch_new(net);
-    if (status == PD_OK && t->batch) status = pd__updater_returned(t, t->updater->start(t->updater, t));
     if (status != PD_OK || !t->batch) {
         t->updater = &t->local; /* there is nothing to stop */
         pd_trainer_free(t);
         return NULL;
     }
-    return t;
+    status = pd__updater_returned(t, t->updater->start(t->updater, t));
+    if (status != PD_OK) t->updater = &t->local;
+    t->started = true;
+    for (int i = 0; status == PD_OK && i < t->trained_count; i++) status = pd__start_states(t, &t->trained[i]);
+    if (status == PD_OK) return t;
+    pd_trainer_free(t);
+    return NULL;
 }
 
 static void pd__free_best(pd_net *net, pd_real **best) {
@@ -9036,8 +10423,14 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
     if (!trainer) return;
     d = trainer->net->device;
     a = &trainer->net->allocator;
+    if (trainer->updater == &trainer->local && trainer->unsettled) pd_sync(trainer); /* others can't be waited for */
     if (trainer->updater->stop) trainer->updater->stop(trainer->updater);
     pd_use_average(trainer, false);
+    for (pd_trainer **at = &trainer->net->trainers; *at; at = *at == trainer ? at : &(*at)->next)
+        if (*at == trainer) {
+            *at = trainer->next;
+            break;
+        }
     for (int i = 0; i < trainer->trained_count; i++) {
         pd__trained *tr = &trainer->trained[i];
         for (int k = 0; k < PD_MAX_STATES; k++)
@@ -9045,7 +10438,9 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
         for (int k = 0; k < 3; k++)
             if (tr->sums[k]) d->free(d, tr->sums[k]);
         if (tr->saved) d->free(d, tr->saved);
+        pd__lazy_free(a, tr->lazy);
     }
+    pd__free(a, trainer->chunk);
     pd__free_best(trainer->net, trainer->best);
     pd__free(a, trainer->trained);
     pd__free(a, trainer->targets);
@@ -9055,13 +10450,12 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
 
 /* ---- one step ---- */
 
-/* Sum of a cost's rows; NaN when there is no output. */
-static double pd__cost_sum(pd_layer *cost) {
+/* Adds a cost's rows. */
+static pd_status pd__cost_sum(pd_layer *cost, double *sum) {
     int64_t rows = 0, width = 0;
     const pd_real *c = pd_output(cost, &rows, &width);
-    double sum = 0;
-    for (int64_t i = 0; c && i < rows; i++) sum += (double)c[i];
-    return c ? sum : (double)NAN;
+    for (int64_t i = 0; c && i < rows; i++) *sum += (double)c[i];
+    return c ? PD_OK : pd_error_status(cost->net);
 }
 
 /* The first row of a layer's output that holds a number that isn't finite. */
@@ -9093,17 +10487,20 @@ static pd_status pd__blame(pd_trainer *t) {
     return PD_OK;
 }
 
-/* Forward, backward and updates; *sum gets the summed cost. */
-static pd_status pd__step(pd_trainer *t, const pd_batch *batch, double *sum) {
+/* Forward, backward and updates; *sum gets the summed cost, *samples the samples of all workers. */
+static pd_status pd__step(pd_trainer *t, const pd_batch *batch, double *sum, int64_t *samples) {
     pd_net *net = t->net;
     pd_updater *u = t->updater;
     pd_status status;
     pd__clear_failure(net);
-    status = u->begin_batch(u, batch->samples);
-    for (pd_param *p = net->first_param; p; p = p->next) p->announced = false;
-    if (status == PD_OK) status = pd_forward(net, batch, PD_TRAIN, &t->cost, 1);
+    for (pd_param *p = net->first_param; p; p = p->next) {
+        p->announced = false;
+        if (p->touched) pd__zero_grad(p); /* with an updater that steps on other rows they may still be there */
+    }
+    status = pd_forward(net, batch, PD_TRAIN, &t->cost, 1);
     if (status != PD_OK) return status;
-    *sum = pd__cost_sum(t->cost);
+    status = pd__cost_sum(t->cost, sum);
+    if (status != PD_OK) return status;
     if (!pd__finite(*sum)) {
         status = pd__blame(t);
         if (status != PD_OK) return status;
@@ -9111,37 +10508,52 @@ static pd_status pd__step(pd_trainer *t, const pd_batch *batch, double *sum) {
                         t->cost->name, (long long)t->pass_batches, (long long)t->pass);
     }
     status = pd_backward(net, t->cost);
-    if (status == PD_OK) status = u->end_batch(u);
+    if (status == PD_OK) status = u->end_batch(u, samples);
     if (status == PD_E_NUMERIC) pd__blame(t); /* a bounded activation may have hidden where it began */
     return status;
 }
 
+/* A step with the batch, and *samples of all workers; *sum is this worker's summed cost. */
+static pd_status pd__train_step(pd_trainer *t, const pd_batch *batch, double *sum, int64_t *samples) {
+    pd_net *net = t->net;
+    double start = pd_seconds();
+    pd_status status;
+    *samples = batch->samples;
+    if (t->averaged) pd_use_average(t, false);
+    status = pd__settle(net, t);
+    if (status != PD_OK) return status;
+    net->updater = t->updater;
+    t->attempt++;
+    t->unsettled = t->updater != &t->local || t->chunk;
+    status = pd__step(t, batch, sum, samples);
+    net->updater = NULL;
+    t->step_seconds += pd_seconds() - start;
+    pd__updater_returned(t, status);
+    if (status != PD_OK) { /* leave no half-summed gradients behind */
+        for (int i = 0; i < t->trained_count; i++) pd__zero_grad(t->trained[i].param);
+        return status;
+    }
+    if (*samples == 0) return PD_OK; /* nothing was learned */
+    pd__average_step(t);
+    net->step++;
+    t->steps++;
+    t->samples += *samples;
+    t->pass_batches++;
+    return PD_OK;
+}
+
 PD_DEF pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, double *cost) {
     pd_net *net = trainer ? trainer->net : NULL;
-    double sum = 0, start = pd_seconds();
+    double sum = 0;
+    int64_t samples;
     pd_status status;
     if (cost) *cost = 0;
     if (!pd__check_net(net)) return pd_error_status(net);
     if (!batch) return pd__fail(net, PD_E_ARGUMENT, "pd_train_batch: the batch is NULL");
     if (batch->samples == 0 && trainer->updater == &trainer->local) return PD_OK;
-    if (trainer->averaged) pd_use_average(trainer, false);
-    net->updater = trainer->updater;
-    status = pd__step(trainer, batch, &sum);
-    net->updater = NULL;
-    trainer->step_seconds += pd_seconds() - start;
-    pd__updater_returned(trainer, status);
-    if (status != PD_OK) { /* leave no half-summed gradients behind */
-        for (int i = 0; i < trainer->trained_count; i++)
-            net->device->fill(net->device, trainer->trained[i].param->size, 0, trainer->trained[i].param->grad);
-        return status;
-    }
-    pd__average_step(trainer);
-    net->step++;
-    trainer->steps++;
-    trainer->samples += batch->samples;
-    trainer->pass_batches++;
-    if (cost) *cost = sum / (double)pd__max(batch->samples, 1);
-    return PD_OK;
+    status = pd__train_step(trainer, batch, &sum, &samples);
+    if (status == PD_OK && cost) *cost = sum / (double)pd__max(batch->samples, 1);
+    return status;
 }
 
 /* ---- testing ---- */
@@ -9188,7 +10600,7 @@ static pd_status pd__test_targets(pd_trainer *t, int *count) {
 static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, double *cost) {
     pd_net *net = t->net;
     int count;
-    double sum = 0;
+    double sum = 0, sums[2];
     int64_t samples = 0;
     pd_status status = pd__test_targets(t, &count), end = PD_OK;
     if (status == PD_OK) status = pd__reset(t, r, 0);
@@ -9199,11 +10611,17 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
         status = pd_forward(net, t->batch, PD_PREDICT, t->targets, count);
         if (status != PD_OK) break;
         samples += t->batch->samples;
-        sum += pd__cost_sum(t->cost);
-        status = pd__evaluators_update(net);
+        status = pd__cost_sum(t->cost, &sum);
+        if (status == PD_OK) status = pd__evaluators_update(net);
     }
-    *cost = samples > 0 ? sum / (double)samples : (double)NAN;
-    return status != PD_OK ? status : end == PD_END ? PD_OK : end;
+    if (status == PD_OK && end != PD_OK && end != PD_END) status = end;
+    sums[0] = sum;
+    sums[1] = (double)samples;
+    if (status == PD_OK) status = pd__reduce(t, sums, 2);
+    for (pd_evaluator *e = net->evaluators; status == PD_OK && e; e = e->next)
+        status = pd__reduce(t, e->sums, e->sum_count);
+    *cost = sums[1] > 0 ? sums[0] / sums[1] : (double)NAN;
+    return status;
 }
 
 /* A reader that could not be made has left its message in the net. */
@@ -9227,7 +10645,7 @@ PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_s
     if (!pd__check_net(net)) return pd_error_status(net);
     if (pd__check_reader(net, "pd_test", reader) != PD_OK) return PD_E_ARGUMENT;
     if (batch_size < 0) return pd__fail(net, PD_E_ARGUMENT, "pd_test: batch size %lld", (long long)batch_size);
-    status = pd__sync(trainer);
+    status = pd_sync(trainer);
     if (status != PD_OK) return status;
     pd_use_average(trainer, true);
     status = pd__test(trainer, reader, batch_size ? batch_size : 32, &mean);
@@ -9453,9 +10871,14 @@ static pd_status pd__after_batch(pd__run *run, double cost) {
 
 static pd_status pd__end_pass(pd__run *run) {
     pd_trainer *t = run->t;
-    double cost = t->pass_cost / (double)pd__max(t->pass_samples, 1), test_cost = (double)NAN;
-    pd_status status = PD_OK;
-    if (t->pass_samples == 0)
+    double sums[2], cost, test_cost = (double)NAN;
+    pd_status status;
+    sums[0] = t->pass_cost;
+    sums[1] = (double)t->pass_samples;
+    status = pd__reduce(t, sums, 2);
+    if (status != PD_OK) return status;
+    cost = sums[0] / (sums[1] > 0 ? sums[1] : 1);
+    if (sums[1] == 0)
         return pd__fail(t->net, PD_E_FORMAT, "reader %s: pass %lld has no samples", run->reader->name,
                         (long long)t->pass);
     t->pass++;
@@ -9471,18 +10894,21 @@ static pd_status pd__end_pass(pd__run *run) {
 
 static pd_status pd__run_pass(pd__run *run) {
     pd_trainer *t = run->t;
-    int64_t batch_size = run->o->batch_size ? run->o->batch_size : 32;
+    int64_t batch_size = run->o->batch_size ? run->o->batch_size : 32, samples = 1;
+    bool alone = t->updater->reduce == NULL;
     pd_status status = pd__begin_pass(run), end = PD_OK;
-    while (status == PD_OK && end == PD_OK) {
-        double cost = 0;
-        end = pd__next(t, run->reader, batch_size);
+    while (status == PD_OK && samples > 0) {
+        double sum = 0;
+        if (end == PD_OK) end = pd__next(t, run->reader, batch_size);
+        else pd_batch_clear(t->batch); /* other workers may have more */
         if (end != PD_OK && end != PD_END && t->batch->samples == 0) return end;
-        if (t->batch->samples == 0 && end == PD_END) break;
-        status = pd_train_batch(t, t->batch, &cost);
+        if (t->batch->samples == 0 && alone) break;
+        status = pd__train_step(t, t->batch, &sum, &samples);
         if (status != PD_OK) break;
         t->pass_samples += t->batch->samples;
-        t->pass_cost += cost * (double)t->batch->samples;
-        status = pd__after_batch(run, cost);
+        t->pass_cost += sum;
+        if (samples > 0) status = pd__after_batch(run, sum / (double)pd__max(t->batch->samples, 1));
+        if (end != PD_OK && (alone || end != PD_END)) break;
     }
     if (status == PD_OK && end != PD_OK && end != PD_END) /* the samples before the bad one have been used */
         return pd__reader_failed(t, run->reader, end);
@@ -9532,11 +10958,14 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
         if (run.o->patience > 0 && trainer->bad_tests >= run.o->patience) break;
     }
     if (run.terminal && status != PD_OK) fputc('\n', stderr);
+    if (status == PD_OK || status == PD_STOPPED) {
+        pd_status synced = pd_sync(trainer);
+        if (synced != PD_OK) status = synced;
+    }
     if (status == PD_OK && run.o->patience > 0 && trainer->best) {
         status = pd__copy_best(trainer, true);
         pd__forget_averages(trainer);
     }
-    if (status == PD_OK) status = pd__sync(trainer);
     if (run.csv) fclose(run.csv);
     if (run.events) pd__events_close(run.events);
     return status;
@@ -10456,6 +11885,8 @@ PD_DEF pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts
     if (!path) return pd__fail(net, PD_E_ARGUMENT, "pd_load: no path");
     if (net->origin)
         return pd__fail(net, PD_E_STATE, "pd_load: a shared net reads another's parameters; load into that one");
+    status = pd__settle(net, NULL); /* so that nothing left for later comes on top of the new values */
+    if (status != PD_OK) return status;
     file = pd__open_to_read(net, path);
     if (!file) return PD_E_IO;
     status = pd__load_file(net, file, path, opts);
@@ -10703,6 +12134,8 @@ PD_DEF pd_status pd_save(pd_net *net, const char *path) {
     pd_status status;
     if (!pd__check_net(net)) return pd_error_status(net);
     if (!path) return pd__fail(net, PD_E_ARGUMENT, "pd_save: no path");
+    status = pd__settle(net, NULL);
+    if (status != PD_OK) return status;
     status = pd__items_of_net(&items, net);
     if (status == PD_OK) status = pd__save_items(&items, path, NULL);
     pd__items_free(&items);
@@ -10753,7 +12186,13 @@ PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
     if (!trainer) return PD_E_ARGUMENT;
     if (!pd__check_net(trainer->net)) return pd_error_status(trainer->net);
     if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_save: no path");
-    if (trainer->updater->sync) status = trainer->updater->sync(trainer->updater);
+    if (trainer->ranks > 1)
+        return pd__fail(
+            trainer->net, PD_E_UNSUPPORTED,
+            "%.300s: no checkpoints yet with %d workers, each of which has a share of the optimizer's state", path,
+            trainer->ranks);
+    status = pd__settle(trainer->net, trainer);
+    if (status == PD_OK) status = pd_sync(trainer);
     if (status != PD_OK) return status;
     status = pd__items_of_trainer(&items, trainer, trainer->best, true);
     if (status == PD_OK) status = pd__save_items(&items, path, trainer);
@@ -10831,7 +12270,9 @@ static pd_status pd__read_updates(const pd__tensors *t, pd_trainer *trainer, boo
         pd__trained *trained = &trainer->trained[i];
         uint64_t count;
         status = pd__read_count(t, "updates/", trained->param->name, PD__COUNT_MAX, &count);
-        if (status == PD_OK && set) trained->step = (int64_t)count;
+        if (status != PD_OK || !set) continue;
+        trained->step = (int64_t)count;
+        for (int64_t k = 0; trained->lazy && k < trained->lazy->count; k++) trained->lazy->times[k] = trained->step;
     }
     return status;
 }
@@ -10922,6 +12363,11 @@ PD_DEF pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path) {
     if (!trainer) return PD_E_ARGUMENT;
     if (!pd__check_net(trainer->net)) return pd_error_status(trainer->net);
     if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_load: no path");
+    if (trainer->ranks > 1)
+        return pd__fail(trainer->net, PD_E_UNSUPPORTED, "%.300s: no checkpoints yet with %d workers", path,
+                        trainer->ranks);
+    status = pd__settle(trainer->net, NULL);
+    if (status != PD_OK) return status;
     file = pd__open_to_read(trainer->net, path);
     if (!file) return PD_E_IO;
     status = pd__checkpoint_load_file(trainer, file, path);

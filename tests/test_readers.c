@@ -211,6 +211,7 @@ static void test_batch_left_out(void **state) {
         assert_int_equal(pd_batch_end_sample(b), PD_OK);
         assert_null(pd_batch_add_row(b, 0));
         check_contains(b->error.text, "\"x\" was left out of the samples before");
+        pd_batch_drop_sample(b);
     }
     assert_string_equal(batch_text(b), "|0\n|1\n");
     assert_int_equal(pd_batch_copy_sample(c, b, 1), PD_OK);

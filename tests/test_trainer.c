@@ -1229,9 +1229,10 @@ static pd_status record_poll(pd_updater *u) {
     return r->failing && strcmp(r->failing, "poll") == 0 ? PD_E_IO : PD_OK;
 }
 /* The simplest distributed updater: all steps at the end. */
-static pd_status record_end(pd_updater *u) {
+static pd_status record_end(pd_updater *u, int64_t *samples) {
     record *r = (record *)u->self;
     pd_status status = note_call(u, "end", "");
+    assert_int_equal(*samples, r->samples);
     for (pd_param *p = pd_param_first(pd_trainer_net(r->trainer)); p && status == PD_OK; p = p->next)
         status = pd_trainer_apply(r->trainer, p, r->samples, 1);
     return status;
@@ -1241,7 +1242,7 @@ static void record_stop(pd_updater *u) { note_call(u, "stop", ""); }
 
 static void start_record(void) {
     const pd_updater u = { PD_API_VERSION, "record",    &current,   record_start, record_begin, record_needed,
-                           record_final,   record_poll, record_end, record_sync,  record_stop };
+                           record_final,   record_poll, record_end, record_sync,  NULL,         record_stop };
     memset(&current, 0, sizeof current);
     current.updater = u;
 }
@@ -1260,8 +1261,8 @@ static pd_status probe_backward(pd_layer *l) {
     for (int64_t i = 0; i < l->out.rows * l->out.width; i++) l->inputs[0]->out.grad[i] += l->out.grad[i];
     return PD_OK;
 }
-static const pd_layer_type probe = { PD_API_VERSION, "probe",        1,   1, 0, 0, 0, probe_setup, NULL,
-                                     probe_forward,  probe_backward, NULL };
+static const pd_layer_type probe = { PD_API_VERSION, "probe",        1,    1,   0, 0, 0, probe_setup, NULL,
+                                     probe_forward,  probe_backward, NULL, NULL };
 
 /* x -> a (W) -> p1 -> b (W again, static bias) -> p2 -> c (weight, bias) -> p3 -> cost; d is not used. */
 static pd_net *recorded_net(pd_layer **cost) {
@@ -1384,7 +1385,7 @@ static void test_oversights(void **state) {
     pd_trainer *trainer = pd_trainer_new(net, cost, pd_sgd(0.1), NULL);
     pd_real numbers[4] = { 1, 2, 3, 4 };
     int64_t starts[3] = { 0, 1, 2 };
-    pd_array arrays[2] = { { numbers, NULL, NULL }, { numbers, NULL, starts } };
+    pd_array arrays[2] = { { .data = numbers }, { .data = numbers, .starts = starts } };
     pd_reader *reader = pd_array_reader(net, 2, arrays, 2);
     pd_batch *batch = pd_batch_new(net);
     pd_gradcheck check;

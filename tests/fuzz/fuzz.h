@@ -39,7 +39,9 @@ static inline double fuzz_walk(const pd_batch *batch) {
         if (slot->sequence && slot->starts && slot->starts[batch->samples] != slot->rows) abort();
         for (int64_t i = 0; slot->kind == PD_SLOT_DENSE && i < slot->rows * slot->width; i++)
             sum += (double)slot->data[i];
-        for (int64_t i = 0; slot->kind == PD_SLOT_IDS && i < slot->rows; i++) {
+        int64_t ids = slot->kind == PD_SLOT_SPARSE ? slot->row_starts[slot->rows] : slot->rows;
+        for (int64_t i = 0; slot->kind == PD_SLOT_SPARSE && i < ids; i++) sum += (double)slot->values[i];
+        for (int64_t i = 0; slot->kind != PD_SLOT_DENSE && i < ids; i++) {
             if (slot->ids[i] < 0 || slot->ids[i] >= slot->width) abort();
             sum += (double)slot->ids[i];
         }

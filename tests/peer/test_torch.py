@@ -8,7 +8,9 @@ Where the same thing means something else, the PyTorch side below is written to 
 - its losses are means over all numbers, ours sum over a row; its hinge loss is divided by the number of classes;
 - its cross entropy with class weights divides by their sum, ours by the number of samples;
 - it clips to max_norm / (norm + 1e-6), ours to max_norm / norm;
-- its average pooling counts the padding unless told not to; its linear layer's weight is out x in."""
+- its average pooling counts the padding unless told not to; its linear layer's weight is out x in;
+- its recurrent units have the gates r, z, n where ours are z, r, c, and biases of h U for r and z too, which ours leave
+  to those of x W."""
 import os
 import shutil
 import subprocess
@@ -30,6 +32,8 @@ if not CC:
     sys.exit(77)
 
 ROWS, BATCHES, STEPS = 6, 3, 10
+LENGTHS = [4, 1, 7, 3, 7, 2]  # rows of each sample in the inputs named here
+SEQUENCES = ("words", "sequence")
 
 # ---- what torch_tool.c builds. inputs: shapes by name, or the number of ids ----
 
@@ -78,6 +82,45 @@ COSTS = [
     (dict(cost="binary_cross_entropy", sigmoid=1), lambda x, t: summed(F.binary_cross_entropy)(torch.sigmoid(x), t)),
 ]
 NETS = [("cnn", {}, *CNN, cnn)] + [("mlp", options, *MLP, mlp(cost)) for options, cost in COSTS]
+
+
+
+def gru(x, w, u, b, recurrent_bias, reverse=False):
+    """Rows of x of all sequences, end to end; the result too."""
+    def ours(tensor):
+        z, r, c = tensor.chunk(3, -1)
+        return torch.cat([r, z, c], -1).T
+
+    def turned(sequences):
+        return [s.flip(0) for s in sequences] if reverse else sequences
+
+    zeros = torch.zeros(2 * len(recurrent_bias), dtype=x.dtype)
+    unit = torch.nn.GRU(x.shape[1], len(recurrent_bias), dtype=x.dtype)
+    for name, tensor in (("weight_ih_l0", ours(w)), ("weight_hh_l0", ours(u)), ("bias_ih_l0", ours(b)),
+                         ("bias_hh_l0", torch.cat([zeros, recurrent_bias]))):
+        delattr(unit, name)  # a parameter, which could not be a function of ours
+        setattr(unit, name, tensor)
+    packed = torch.nn.utils.rnn.pack_sequence(turned(x.split(LENGTHS)), enforce_sorted=False)
+    y, lengths = torch.nn.utils.rnn.pad_packed_sequence(unit(packed)[0], batch_first=True)
+    return torch.cat(turned([s[:length] for s, length in zip(y, lengths)]))
+
+
+def pool_sequences(function):
+    return lambda x: torch.stack([function(s) for s in x.split(LENGTHS)])
+
+
+def rnn(words, label, table, w1, u1, b1, c1, w2, u2, b2, c2, w3, w4, b3, training=True):
+    x = F.embedding(words, table)
+    there = pool_sequences(lambda s: s[-1])(gru(x, w1, u1, b1, c1))
+    back = pool_sequences(lambda s: s[0])(gru(x, w2, u2, b2, c2, reverse=True))
+    return F.cross_entropy(there @ w3 + back @ w4 + b3, label, reduction="none")
+
+
+GRU = {"w": (5, 12), "u": (4, 12), "b": (12,), "recurrent_bias": (4,)}
+RNN = ({"words": 40, "label": 3},
+       {"table": (40, 5), **{name + way: shape for way in ("1", "2") for name, shape in GRU.items()},
+        "w3": (4, 3), "w4": (4, 3), "b3": (3,)})
+RNNS = [("rnn", dict(sparse=sparse), *RNN, rnn) for sparse in (0, 1)]
 
 IMAGE = {"x": (4, 9, 7)}
 VECTOR = {"x": (6,)}
@@ -161,6 +204,13 @@ LAYERS += [
     ("rank_cost", {}, {"left": (1,), "right": (1,), "t": (1,)}, {},
      lambda a, b, t: F.binary_cross_entropy_with_logits(a - b, t, reduction="none")),
 ]
+METHODS = [lambda s: s.max(0)[0], lambda s: s.mean(0), lambda s: s.sum(0), lambda s: s.sum(0) / len(s)**0.5,
+           lambda s: s[0], lambda s: s[-1]]
+LAYERS += [("embedding", dict(sparse=sparse), {"words": 40}, {"w": (40, 5)}, F.embedding) for sparse in (0, 1)]
+LAYERS += [("gru", dict(reverse=reverse), {"sequence": (5,)}, GRU, lambda *a, r=reverse: gru(*a, reverse=r))
+           for reverse in (0, 1)]
+LAYERS += [("sequence_pool", dict(method=i), {"sequence": (5,)}, {}, pool_sequences(method))
+           for i, method in enumerate(METHODS)]
 
 OPTIMIZERS = [
     dict(optimizer="sgd", rate=0.1),
@@ -220,9 +270,10 @@ def learns(name):
 def make(random, shapes, rows, dtype):
     """Random inputs of one batch of `rows`, or parameters (rows None): ids, targets and variances in their range."""
     def tensor(name, shape):
+        count = sum(LENGTHS) if name in SEQUENCES else rows
         if isinstance(shape, int):
-            return torch.from_numpy(random.integers(shape, size=rows))
-        size = shape if rows is None else (rows, *shape)
+            return torch.from_numpy(random.integers(shape, size=count))
+        size = shape if rows is None else (count, *shape)
         fan_in = 1 if rows or len(shape) == 1 else numpy.prod(shape[1:] if len(shape) > 2 else shape[:1])
         bounded = name in ("t", "running_var")
         values = random.uniform(0.1, 0.9, size) if bounded else random.normal(0, fan_in**-0.5, size)
@@ -231,7 +282,9 @@ def make(random, shapes, rows, dtype):
 
 
 def side_by_side(tensors):
-    return torch.cat([t.detach().double().reshape(ROWS, -1) for t in tensors], 1)
+    """The numbers of one sample after the other."""
+    parts = [t.detach().double().split(LENGTHS if len(t) == sum(LENGTHS) else 1) for t in tensors]
+    return torch.cat([part.reshape(-1) for sample in zip(*parts) for part in sample])
 
 
 def run_tool(tool, name, options, tensors, dtype):
@@ -314,12 +367,12 @@ torch.set_num_threads(1)
 try:
     for flags, dtype, tolerance in (([], torch.float32, 1e-5), (["-DPADDLE_DOUBLE"], torch.float64, 1e-10)):
         tool = build(flags)
-        for seed, case in enumerate(NETS + LAYERS):
+        for seed, case in enumerate(NETS + RNNS + LAYERS):
             test_gradients(tool, dtype, tolerance, seed, *case)
         for seed, optimizer in enumerate(OPTIMIZERS):
             if dtype == torch.float32 and optimizer["optimizer"] in ADAPTIVE:
                 optimizer = {**optimizer, "epsilon": 1e-3}  # else the rounding of a tiny gradient decides a whole step
-            for net in NETS[:2]:
+            for net in NETS[:2] + RNNS[:1] + (RNNS[1:] if optimizer["optimizer"] in ("sgd", "momentum") else []):
                 test_training(tool, dtype, tolerance, seed, optimizer, *net)
 finally:
     shutil.rmtree(folder)

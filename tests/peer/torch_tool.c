@@ -1,10 +1,11 @@
 /* torch_tool NET IN OUT rows=N [NAME=VALUE ..]                   outputs and gradients of a net or a single layer
    torch_tool NET IN OUT rows=N optimizer=KIND [NAME=VALUE ..]    losses and parameters of `steps` steps on `batches`
    batches. For test_torch.py, which knows the nets as well and names their options. Files are raw numbers of type
-   pd_real. IN holds the parameters in order of creation, then the batches, each row by row, with the inputs side by
-   side (ids as numbers). OUT, without an optimizer: the output y; then, for the cost sum(c y) with c the last input,
-   the gradients of the inputs but targets ("t") and of the parameters. With one: the loss before each step, the
-   parameters after the last, and the outputs when predicting for the first batch. */
+   pd_real. IN holds the parameters in order of creation, then the batches, each sample by sample, with the inputs side
+   by side (ids as numbers; of a sequence as many rows as `lengths` says). OUT, without an optimizer: the output y;
+   then, for the cost sum(c y) with c the last input, the gradients of the inputs but targets ("t") and of the
+   parameters. With one: the loss before each step, the parameters after the last, and the outputs when predicting for
+   the first batch. */
 #define PADDLE_IMPLEMENTATION
 #include "paddle.h"
 
@@ -60,6 +61,31 @@ static pd_layer *mlp(pd_net *net) {
     x = pd_fc(net, x, 6, &(pd_fc_opts){ .act = PD_SOFTRELU });
     x = pd_fc(net, x, 5, &(pd_fc_opts){ .act = count("sigmoid") ? PD_SIGMOID : PD_LINEAR });
     return number_cost(net, x, t);
+}
+
+/* ---- sequences ---- */
+
+static const int64_t lengths[] = { 4, 1, 7, 3, 7, 2 };
+
+static pd_layer *embedding(pd_net *net) {
+    pd_layer *ids = pd_sequence(pd_ids(net, "words", 40));
+    return pd_embedding(net, ids, 5, &(pd_embedding_opts){ .weight.sparse = count("sparse") != 0 });
+}
+static pd_layer *gru(pd_net *net) {
+    pd_layer *x = pd_sequence(pd_vector(net, "sequence", 5));
+    return pd_gru(net, x, 4, &(pd_gru_opts){ .reverse = count("reverse") != 0 });
+}
+static pd_layer *sequence_pool(pd_net *net) {
+    pd_layer *x = pd_sequence(pd_vector(net, "sequence", 5));
+    return pd_sequence_pool(net, x, (pd_pool_method)count("method"), NULL);
+}
+
+/* There and back over words, for a class of each sentence. */
+static pd_layer *rnn(pd_net *net) {
+    pd_layer *x = embedding(net), *label = pd_label(net, "label", 3), *ends[2];
+    ends[0] = pd_sequence_pool(net, pd_gru(net, x, 4, NULL), PD_LAST, NULL);
+    ends[1] = pd_sequence_pool(net, pd_gru(net, x, 4, &(pd_gru_opts){ .reverse = true }), PD_FIRST, NULL);
+    return pd_cross_entropy(net, pd_fc_sum(net, ends, 2, 3, NULL), label, NULL);
 }
 
 /* ---- single layers: images are 4x9x7, vectors 6 ---- */
@@ -159,6 +185,10 @@ static const struct {
     { "soft_cross_entropy", soft_cross_entropy },
     { "hinge", hinge },
     { "rank_cost", rank_cost },
+    { "embedding", embedding },
+    { "gru", gru },
+    { "sequence_pool", sequence_pool },
+    { "rnn", rnn },
 };
 
 /* One of the above, or an activation by its name; NULL when it is neither. */
@@ -215,14 +245,15 @@ static pd_batch *read_batch(pd_net *net) {
     pd_batch *batch = pd_batch_new(net);
     if (!batch) fail(pd_error(net));
     for (int64_t r = 0; r < count("rows"); r++) {
-        for (int k = 0; k < batch->slot_count; k++) {
-            const pd_slot *slot = &batch->slots[k];
-            bool ids = slot->kind == PD_SLOT_IDS;
-            const pd_real *x = read_numbers(ids ? 1 : slot->width);
-            pd_real *row = ids ? NULL : pd_batch_add_row(batch, k);
-            if (row) memcpy(row, x, (size_t)slot->width * sizeof *x);
-            if (ids) pd_batch_add_id(batch, k, (int64_t)*x);
-        }
+        for (int k = 0; k < batch->slot_count; k++)
+            for (int64_t left = batch->slots[k].sequence ? lengths[r] : 1; left > 0; left--) {
+                const pd_slot *slot = &batch->slots[k];
+                bool ids = slot->kind == PD_SLOT_IDS;
+                const pd_real *x = read_numbers(ids ? 1 : slot->width);
+                pd_real *row = ids ? NULL : pd_batch_add_row(batch, k);
+                if (row) memcpy(row, x, (size_t)slot->width * sizeof *x);
+                if (ids) pd_batch_add_id(batch, k, (int64_t)*x);
+            }
         if (pd_batch_end_sample(batch) != PD_OK) fail(batch->error.text);
     }
     return batch;
@@ -234,7 +265,7 @@ static bool is_input(const pd_layer *layer) { return layer->input_count == 0 && 
 
 static pd_status gradients(pd_net *net, pd_layer *y) {
     pd_layer *c = pd_image(net, "c", y->shape.channels, y->shape.height, y->shape.width), *layer;
-    pd_layer *total = pd_sum_cost(net, pd_multiply(net, y, c, NULL), NULL);
+    pd_layer *total = pd_sum_cost(net, pd_multiply(net, y, y->is_sequence ? pd_sequence(c) : c, NULL), NULL);
     pd_batch *batch;
     pd_status status;
     for (int i = 0; (layer = pd_layer_at(net, i)); i++)

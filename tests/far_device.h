@@ -1,0 +1,198 @@
+/* A device without host memory, for tests without a GPU: the CPU under other addresses. What `alloc` gives can't be read
+   or written by anyone but the device's own operations, so code that takes numbers of the device for the host's crashes.
+   It can also be told that it lacks operations. Included after paddle.h. */
+#ifndef PADDLE_TESTS_FAR_DEVICE_H
+#define PADDLE_TESTS_FAR_DEVICE_H
+
+typedef struct far_device {
+    pd_device device;
+    pd_device *cpu;
+    unsigned ops; /* PD_OP_ bits that it has, beside PD_OP_BASIC and PD_OP_ACTIVATION */
+} far_device;
+
+/* No processor of today has memory there. */
+#define FAR_OFFSET ((uintptr_t)1 << 62)
+
+static inline void *near_bytes(const void *memory) { return memory ? (void *)((uintptr_t)memory - FAR_OFFSET) : NULL; }
+static inline pd_real *near(const pd_real *numbers) { return (pd_real *)near_bytes(numbers); }
+static inline pd_device *far_cpu(pd_device *d) { return ((far_device *)d->self)->cpu; }
+
+static bool far_supports(pd_device *d, unsigned ops) {
+    return (ops & ~(((far_device *)d->self)->ops | PD_OP_BASIC | PD_OP_ACTIVATION)) == 0;
+}
+static void *far_alloc(pd_device *d, size_t size) {
+    void *memory = far_cpu(d)->alloc(far_cpu(d), size);
+    return memory ? (void *)((uintptr_t)memory + FAR_OFFSET) : NULL;
+}
+static void far_free(pd_device *d, void *memory) { far_cpu(d)->free(far_cpu(d), near_bytes(memory)); }
+static void far_upload(pd_device *d, void *to, const void *from_host, size_t size) {
+    far_cpu(d)->upload(far_cpu(d), near_bytes(to), from_host, size);
+}
+static void far_download(pd_device *d, void *to_host, const void *from, size_t size) {
+    far_cpu(d)->download(far_cpu(d), to_host, near_bytes(from), size);
+}
+static pd_status far_synchronize(pd_device *d, char *message, size_t size) {
+    return far_cpu(d)->synchronize(far_cpu(d), message, size);
+}
+static void far_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
+    far_cpu(d)->fill(far_cpu(d), n, value, near(y));
+}
+static void far_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                       const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    far_cpu(d)->muladd(far_cpu(d), size, alpha, near(a), as, near(b), bs, near(y), ys);
+}
+static void far_gemm(pd_device *d, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, pd_real alpha,
+                     const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                     int64_t ldc) {
+    far_cpu(d)->gemm(far_cpu(d), transpose_a, transpose_b, m, n, k, alpha, near(a), lda, near(b), ldb, beta, near(c),
+                     ldc);
+}
+static double far_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
+    return far_cpu(d)->sum_squares(far_cpu(d), n, near(x));
+}
+static void far_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
+                       const unsigned char *mask, pd_real *const *states) {
+    pd_real *near_states[PD_MAX_STATES];
+    for (int k = 0; k < PD_MAX_STATES; k++) near_states[k] = near(states[k]);
+    far_cpu(d)->update(far_cpu(d), u, n, near(w), near(g), mask, near_states);
+}
+static void far_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
+                            const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
+                            pd_real *state) {
+    far_cpu(d)->update_rows(far_cpu(d), u, count, width, rows, state_rows, carry, near(w), near(g), near(state));
+}
+static void far_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                         pd_real *y) {
+    far_cpu(d)->activate(far_cpu(d), act, alpha, rows, width, near(x), near(y));
+}
+static void far_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
+                                  const pd_real *x, const pd_real *y, pd_real *grad) {
+    far_cpu(d)->activate_backward(far_cpu(d), act, alpha, rows, width, near(x), near(y), near(grad));
+}
+static void far_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
+    far_cpu(d)->conv(far_cpu(d), s, near(x), near(w), near(y));
+}
+static void far_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
+                                   pd_real *dx) {
+    far_cpu(d)->conv_backward_data(far_cpu(d), s, near(w), near(dy), near(dx));
+}
+static void far_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
+                                     pd_real *dw) {
+    far_cpu(d)->conv_backward_filter(far_cpu(d), s, near(x), near(dy), near(dw));
+}
+static void far_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
+    far_cpu(d)->pool(far_cpu(d), s, near(x), near(y));
+}
+static void far_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
+                              const pd_real *dy, pd_real *dx) {
+    far_cpu(d)->pool_backward(far_cpu(d), s, near(x), near(y), near(dy), near(dx));
+}
+static void far_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
+                              const pd_real *soft, const pd_real *class_weights, pd_real *cost) {
+    far_cpu(d)->cross_entropy(far_cpu(d), rows, width, near(p), ids, near(soft), near(class_weights), near(cost));
+}
+static void far_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
+                                       const pd_real *soft, const pd_real *class_weights, const pd_real *dcost,
+                                       bool fused, pd_real *dx) {
+    far_cpu(d)->cross_entropy_backward(far_cpu(d), rows, width, near(p), ids, near(soft), near(class_weights),
+                                       near(dcost), fused, near(dx));
+}
+static void far_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y) {
+    far_cpu(d)->dropout(far_cpu(d), n, key, rate, near(x), near(y));
+}
+static void far_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                pd_real *mean, pd_real *variance) {
+    far_cpu(d)->channel_moments(far_cpu(d), rows, channels, area, near(x), near(mean), near(variance));
+}
+static void far_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                           const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
+                           const pd_real *bias, pd_real *y) {
+    far_cpu(d)->batch_norm(far_cpu(d), rows, channels, area, near(x), near(mean), near(variance), epsilon, near(weight),
+                           near(bias), near(y));
+}
+static void far_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                    const pd_real *mean, const pd_real *variance, double epsilon, bool batch_moments,
+                                    const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
+                                    pd_real *dbias) {
+    far_cpu(d)->batch_norm_backward(far_cpu(d), rows, channels, area, near(x), near(mean), near(variance), epsilon,
+                                    batch_moments, near(weight), near(dy), near(dx), near(dweight), near(dbias));
+}
+static void far_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
+                           const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
+    far_cpu(d)->layer_norm(far_cpu(d), rows, width, near(x), epsilon, near(weight), near(bias), near(moments), near(y));
+}
+static void far_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *moments,
+                                    const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
+                                    pd_real *dbias) {
+    far_cpu(d)->layer_norm_backward(far_cpu(d), rows, width, near(x), near(moments), near(weight), near(dy), near(dx),
+                                    near(dweight), near(dbias));
+}
+static void far_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
+                              double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
+    far_cpu(d)->response_norm(far_cpu(d), rows, channels, area, size, alpha, beta, k, near(x), near(scales), near(y));
+}
+static void far_response_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                       double alpha, double beta, const pd_real *x, const pd_real *scales,
+                                       const pd_real *dy, pd_real *dx) {
+    far_cpu(d)->response_norm_backward(far_cpu(d), rows, channels, area, size, alpha, beta, near(x), near(scales),
+                                       near(dy), near(dx));
+}
+static void far_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y) {
+    far_cpu(d)->sparse_product(far_cpu(d), s, width, near(x), near(y));
+}
+static void far_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
+                    const pd_real *before, pd_real *after) {
+    far_cpu(d)->gru(far_cpu(d), rows, width, near(gates), near(recurrent), near(before), near(after));
+}
+static void far_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
+                             const pd_real *before, const pd_real *dafter, pd_real *dbefore) {
+    far_cpu(d)->gru_backward(far_cpu(d), rows, width, near(gates), near(recurrent), near(before), near(dafter),
+                             near(dbefore));
+}
+
+/* A far twin of `cpu`, which must outlive it. */
+static far_device make_far(pd_device *cpu, unsigned ops) {
+    const pd_device table = { PD_API_VERSION,
+                              "far",
+                              NULL,
+                              false,
+                              far_supports,
+                              far_alloc,
+                              far_free,
+                              far_upload,
+                              far_download,
+                              far_synchronize,
+                              far_fill,
+                              far_muladd,
+                              far_gemm,
+                              far_sum_squares,
+                              far_update,
+                              far_update_rows,
+                              far_activate,
+                              far_activate_backward,
+                              far_conv,
+                              far_conv_backward_data,
+                              far_conv_backward_filter,
+                              far_pool,
+                              far_pool_backward,
+                              far_cross_entropy,
+                              far_cross_entropy_backward,
+                              far_dropout,
+                              far_channel_moments,
+                              far_batch_norm,
+                              far_batch_norm_backward,
+                              far_layer_norm,
+                              far_layer_norm_backward,
+                              far_response_norm,
+                              far_response_norm_backward,
+                              far_sparse_product,
+                              far_gru,
+                              far_gru_backward };
+    far_device far;
+    far.device = table;
+    far.cpu = cpu;
+    far.ops = ops;
+    return far;
+}
+
+#endif

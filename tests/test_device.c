@@ -1,0 +1,270 @@
+/* Training and using whole nets on a device without host memory: the same bits as on the CPU, whether the device has
+   all operations, some, or next to none. */
+#define PADDLE_IMPLEMENTATION
+#include "../paddle.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+#include "far_device.h"
+#include "support.h"
+
+enum { SAMPLES = 37, SIDE = 6, CLASSES = 3 };
+
+static pd_real images[SAMPLES * SIDE * SIDE], targets[SAMPLES * CLASSES];
+static int64_t labels[SAMPLES];
+
+static void make_data(void) {
+    random_seed(7);
+    for (int64_t i = 0; i < SAMPLES * SIDE * SIDE; i++) images[i] = (pd_real)uniform(-1, 1);
+    for (int64_t i = 0; i < SAMPLES * CLASSES; i++) targets[i] = (pd_real)uniform(0.1, 0.9);
+    for (int64_t i = 0; i < SAMPLES; i++) labels[i] = below(CLASSES);
+}
+
+/* ---- a layer of one's own: y = b x, written for the host ---- */
+
+static pd_status scale_setup(pd_layer *l) {
+    l->shape = l->inputs[0]->shape;
+    return pd_layer_param(l, "b", 1, &l->shape.channels, 1, 1, pd_constant(1.5), NULL) ? PD_OK : PD_E_MEMORY;
+}
+static pd_status scale_forward(pd_layer *l) {
+    const pd_tensor *x = &l->inputs[0]->out;
+    int64_t area = l->shape.height * l->shape.width;
+    for (int64_t i = 0; i < x->rows * x->width; i++)
+        l->out.data[i] = x->data[i] * l->params[0]->value[i / area % l->shape.channels];
+    return PD_OK;
+}
+static pd_status scale_backward(pd_layer *l) {
+    const pd_tensor *x = &l->inputs[0]->out;
+    pd_param *b = l->params[0];
+    int64_t area = l->shape.height * l->shape.width;
+    for (int64_t i = 0; i < x->rows * x->width; i++) {
+        int64_t c = i / area % l->shape.channels;
+        if (x->grad) x->grad[i] += l->out.grad[i] * b->value[c];
+        if (b->grad) b->grad[c] += l->out.grad[i] * x->data[i];
+    }
+    return PD_OK;
+}
+static const pd_layer_type scale_type = { PD_API_VERSION, "scale_by",     1,    1,   0, 0, 0, scale_setup, NULL,
+                                          scale_forward,  scale_backward, NULL, NULL };
+
+/* ---- a net with something of everything ---- */
+
+typedef struct model {
+    pd_net *net;
+    pd_layer *output, *cost;
+    pd_reader *reader;
+    pd_trainer *trainer;
+} model;
+
+static model build(pd_device *device, pd_optimizer optimizer, const pd_trainer_opts *opts) {
+    static const double weights[CLASSES] = { 1, 2, 0.5 };
+    model m;
+    pd_array arrays[3] = { { .data = images }, { .ids = labels }, { .data = targets } };
+    m.net = pd_net_new(&(pd_net_opts){ .seed = 3, .device = device });
+    pd_layer *image = pd_image(m.net, "image", 1, SIDE, SIDE), *label = pd_label(m.net, "label", CLASSES);
+    pd_layer *target = pd_vector(m.net, "target", CLASSES);
+    pd_layer *conv = pd_conv(m.net, image, 4, 3, &(pd_conv_opts){ .pad = 1, .act = PD_GELU });
+    pd_layer *norm = pd_batch_norm(m.net, conv, &(pd_batch_norm_opts){ .act = PD_RELU });
+    pd_layer *own = pd_layer_add(m.net, &scale_type, NULL, &norm, 1, NULL);
+    pd_layer *pool = pd_dropout(m.net, pd_pool(m.net, own, 2, NULL), 0.2, NULL);
+    pd_layer *square = pd_multiply(m.net, pool, pool, NULL);
+    m.output = pd_fc(m.net, square, CLASSES, &(pd_fc_opts){ .act = PD_SOFTMAX });
+    pd_layer *costs[5];
+    costs[0] = pd_cross_entropy(m.net, m.output, label, &(pd_cost_opts){ .class_weights = weights });
+    costs[1] = pd_squared_error(m.net, m.output, target, NULL);
+    costs[2] =
+        pd_binary_cross_entropy(m.net, pd_fc(m.net, pool, CLASSES, &(pd_fc_opts){ .act = PD_SIGMOID }), target, NULL);
+    costs[3] = pd_hinge(m.net, pd_fc(m.net, pool, CLASSES, NULL), label, NULL);
+    costs[4] = pd_cross_entropy(m.net, pd_fc(m.net, pool, CLASSES, NULL), target, NULL);
+    m.cost = pd_add(m.net, costs, 5, NULL);
+    pd_eval_error(m.net, m.output, label, NULL);
+    pd_eval_auc(m.net, pd_slice(m.net, m.output, 0, 1, NULL), pd_slice(m.net, target, 0, 1, NULL), NULL);
+    m.reader = pd_array_reader(m.net, SAMPLES, arrays, 3);
+    m.trainer = pd_trainer_new(m.net, m.cost, optimizer, opts);
+    if (!m.trainer || !m.reader) fail_msg("%s", pd_error(m.net));
+    return m;
+}
+
+static void free_model(model *m) {
+    pd_reader_free(m->reader);
+    pd_trainer_free(m->trainer);
+    pd_net_free(m->net);
+}
+
+static void train(model *m, int64_t passes, const pd_train_opts *opts) {
+    if (pd_train(m->trainer, m->reader, passes, opts) != PD_OK) fail_msg("%s", pd_error(m->net));
+}
+
+/* Parameters, predictions, test cost and evaluators. */
+static void check_equal(model *a, model *b, const char *what) {
+    double cost_a = 0, cost_b = 0;
+    for (pd_param *p = pd_param_first(a->net), *q = pd_param_first(b->net); p; p = p->next, q = q->next) {
+        pd_real *x = (pd_real *)calloc((size_t)p->size, sizeof *x), *y = (pd_real *)calloc((size_t)p->size, sizeof *y);
+        assert_int_equal(pd_param_get(p, x, p->size), PD_OK);
+        assert_int_equal(pd_param_get(q, y, q->size), PD_OK);
+        if (memcmp(x, y, (size_t)p->size * sizeof *x) != 0) fail_msg("%s: parameter %s differs", what, p->name);
+        free(x);
+        free(y);
+    }
+    assert_int_equal(pd_test(a->trainer, a->reader, 10, &cost_a), PD_OK);
+    assert_int_equal(pd_test(b->trainer, b->reader, 10, &cost_b), PD_OK);
+    assert_true(cost_a == cost_b && cost_a > 0);
+    for (pd_evaluator *e = pd_evaluator_first(a->net), *f = pd_evaluator_first(b->net); e; e = e->next, f = f->next)
+        assert_true(pd_evaluator_value(e, 0) == pd_evaluator_value(f, 0));
+    const pd_real *p = pd_predict(a->output, images, SAMPLES), *q = pd_predict(b->output, images, SAMPLES);
+    assert_memory_equal(p, q, SAMPLES * CLASSES * sizeof *p);
+}
+
+static const unsigned kinds[] = { ~0u, 0, PD_OP_CONV | PD_OP_CROSS_ENTROPY, PD_OP_POOL | PD_OP_BATCH_NORM };
+
+static void test_training(void **state) {
+    pd_optimizer optimizers[] = { pd_momentum(0.05, 0.9), pd_adam(0.01) };
+    pd_net *host = pd_net_new(NULL);
+    (void)state;
+    for (int o = 0; o < 2; o++) {
+        pd_trainer_opts opts = { .l2 = 0.01, .clip_norm = o ? 1 : 0, .average_window = o ? 0.5 : 0 };
+        model cpu = build(NULL, optimizers[o], &opts);
+        train(&cpu, 3, &(pd_train_opts){ .batch_size = 8 });
+        for (int k = 0; k < PD__COUNT(kinds); k++) {
+            far_device far = make_far(host->device, kinds[k]);
+            far.device.self = &far;
+            model m = build(&far.device, optimizers[o], &opts);
+            train(&m, 3, &(pd_train_opts){ .batch_size = 8 });
+            check_equal(&cpu, &m, "after training");
+            free_model(&m);
+        }
+        free_model(&cpu);
+    }
+    pd_net_free(host);
+}
+
+/* A checkpoint of one device goes on on the other. */
+static void test_checkpoint(void **state) {
+    char path[] = "/tmp/paddle-device-XXXXXX";
+    pd_net *host = pd_net_new(NULL);
+    far_device far = make_far(host->device, PD_OP_CONV | PD_OP_POOL);
+    model cpu = build(NULL, pd_adam(0.01), NULL), m, other;
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    far.device.self = &far;
+    m = build(&far.device, pd_adam(0.01), NULL);
+    other = build(&far.device, pd_adam(0.01), NULL);
+    train(&cpu, 2, NULL);
+    train(&m, 1, &(pd_train_opts){ .checkpoint = path, .test = m.reader, .patience = 2 });
+    assert_int_equal(pd_checkpoint_load(other.trainer, path), PD_OK);
+    train(&other, 2, NULL);
+    check_equal(&cpu, &other, "after a checkpoint");
+    assert_int_equal(pd_save(other.net, path), PD_OK);
+    assert_int_equal(pd_load(m.net, path, NULL), PD_OK);
+    check_equal(&cpu, &m, "after a load");
+    free_model(&cpu);
+    free_model(&m);
+    free_model(&other);
+    pd_net_free(host);
+    remove(path);
+}
+
+static void test_gradient_check(void **state) {
+    pd_net *host = pd_net_new(NULL);
+    far_device far = make_far(host->device, PD_OP_CONV);
+    pd_gradcheck check;
+    pd_batch *batch;
+    model m;
+    (void)state;
+    far.device.self = &far;
+    m = build(&far.device, pd_sgd(0.01), NULL);
+    batch = pd_batch_new(m.net);
+    m.reader->reset(m.reader, 0);
+    assert_int_equal(m.reader->next(m.reader, batch, 4), PD_OK);
+    assert_int_equal(pd_check_gradients(m.cost, batch, NULL, &check), PD_OK);
+    if (sizeof(pd_real) == 8 && !(check.error < 1e-5)) fail_msg("%s: %g", check.worst, check.error);
+    assert_false(check.all_zero);
+    pd_batch_free(batch);
+    free_model(&m);
+    pd_net_free(host);
+}
+
+/* After the largest batch a step takes no memory, on the host and on the device. */
+static void test_steady_state(void **state) {
+    failing_allocator f = { 0, -1, 0 };
+    pd_net *host = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
+    (void)state;
+    for (int k = 0; k < PD__COUNT(kinds); k++) {
+        far_device far = make_far(host->device, kinds[k]);
+        pd_net_opts opts = { .device = &far.device, .allocator = { failing_alloc, failing_free, &f } };
+        pd_net *net;
+        pd_layer *x, *y;
+        pd_trainer *trainer;
+        pd_batch *batch;
+        int64_t calls;
+        far.device.self = &far;
+        net = pd_net_new(&opts);
+        x = pd_vector(net, "x", 4);
+        y = pd_layer_add(net, &scale_type, NULL, &x, 1, NULL);
+        y = pd_fc(net, y, 3, &(pd_fc_opts){ .act = PD_GELU });
+        trainer = pd_trainer_new(net, pd_sum_cost(net, y, NULL), pd_momentum(0.1, 0.9), NULL);
+        batch = pd_batch_new(net);
+        for (int i = 0; i < 20; i++) {
+            memcpy(pd_batch_add_row(batch, 0), images + 4 * i, 4 * sizeof *images);
+            assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+        }
+        assert_int_equal(pd_train_batch(trainer, batch, NULL), PD_OK);
+        calls = failing_calls(&f);
+        for (int i = 0; i < 5; i++) assert_int_equal(pd_train_batch(trainer, batch, NULL), PD_OK);
+        assert_int_equal(failing_calls(&f), calls);
+        pd_batch_free(batch);
+        pd_trainer_free(trainer);
+        pd_net_free(net);
+    }
+    pd_net_free(host);
+    assert_int_equal(f.in_use, 0);
+}
+
+/* Every allocation fails once, while a layer is carried to the host. */
+static void test_no_memory(void **state) {
+    pd_net *host = pd_net_new(NULL);
+    far_device far = make_far(host->device, 0);
+    (void)state;
+    far.device.self = &far;
+    for (int64_t fail_at = 0;; fail_at++) {
+        failing_allocator f = { 0, fail_at, 0 };
+        pd_net *net =
+            pd_net_new(&(pd_net_opts){ .device = &far.device, .allocator = { failing_alloc, failing_free, &f } });
+        pd_layer *x = net ? pd_vector(net, "x", 4) : NULL;
+        pd_layer *y = net ? pd_layer_add(net, &scale_type, NULL, &x, 1, NULL) : NULL;
+        pd_trainer *trainer = net ? pd_trainer_new(net, pd_sum_cost(net, y, NULL), pd_momentum(0.1, 0.9), NULL) : NULL;
+        pd_batch *batch = trainer ? pd_batch_new(net) : NULL;
+        pd_real *row = batch ? pd_batch_add_row(batch, 0) : NULL;
+        bool ok;
+        if (row) memcpy(row, images, 4 * sizeof *row);
+        ok = row && pd_batch_end_sample(batch) == PD_OK && pd_train_batch(trainer, batch, NULL) == PD_OK;
+        if (net && !ok && !batch) assert_int_equal(pd_error_status(net), PD_E_MEMORY);
+        pd_batch_free(batch);
+        pd_trainer_free(trainer);
+        pd_net_free(net);
+        assert_int_equal(f.in_use, 0);
+        if (f.calls <= fail_at) {
+            assert_true(ok);
+            break;
+        }
+        assert_false(ok);
+    }
+    pd_net_free(host);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_training),     cmocka_unit_test(test_checkpoint), cmocka_unit_test(test_gradient_check),
+        cmocka_unit_test(test_steady_state), cmocka_unit_test(test_no_memory),
+    };
+    make_data();
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

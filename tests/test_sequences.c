@@ -1,0 +1,907 @@
+/* Layers over sequences, ids and sparse rows (embedding, fc, gru, sequence_pool): against straight-line twins in
+   double, gradients against central differences, sparse gradients against dense ones; batches with empty, short and no
+   sequences, in any order, in any number of threads; shared tables and nets; misuse; lack of memory. */
+#define _POSIX_C_SOURCE 200809L
+#define PADDLE_IMPLEMENTATION
+#include "../paddle.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "support.h"
+
+#define IS_DOUBLE (sizeof(pd_real) == 8)
+
+/* ======================================================================================================== */
+/* Random problems: a net with one layer under test, and a batch                                             */
+
+typedef struct problem {
+    const struct layer_case *c;
+    uint64_t seed;
+    pd_net *net;
+    pd_layer *layer, *cost;
+    pd_batch *batch;
+    /* wishes */
+    bool sparse; /* parameters of layers that can have such */
+    bool large;  /* so large that threads are used */
+    int threads;
+    pd_allocator allocator;
+    /* what build chose */
+    pd_act act;
+    pd_pool_method method;
+    bool reverse, sequence;
+    bool kinks; /* in float, a step of the gradient check may make another number the maximum */
+} problem;
+
+typedef struct layer_case {
+    const char *name;
+    pd_layer *(*build)(problem *p);
+    void (*twin)(const problem *p, double *y); /* before the activation */
+} layer_case;
+
+#define FAIL_AT(p, format, ...)                                                                                        \
+    fail_msg("%s (seed %llu): " format, (p)->c->name, (unsigned long long)(p)->seed, __VA_ARGS__)
+
+static int64_t size(const problem *p, int64_t most, int64_t large) { return p->large ? large : 1 + below(most); }
+
+static pd_layer *input(pd_layer *x, bool sequence) { return sequence ? pd_sequence(x) : x; }
+
+static pd_layer *vectors(problem *p, bool sequence) {
+    pd_layer *x = input(pd_vector(p->net, NULL, size(p, 5, 24)), sequence);
+    pd_want_gradient(x);
+    return x;
+}
+
+/* ---- batches ---- */
+
+/* Small ids are frequent, as words are. */
+static int64_t any_id(int64_t width) { return below(1 + below(width)); }
+
+/* A third of the columns, or none; sometimes all 1. */
+static void add_sparse(pd_batch *batch, int slot) {
+    int64_t columns[256], count = 0, width = batch->slots[slot].width;
+    pd_real values[256];
+    for (int64_t c = below(4) ? 0 : width; c < width; c++)
+        if (below(3) == 0) {
+            values[count] = (pd_real)uniform(-2, 2);
+            columns[count++] = c;
+        }
+    assert_int_equal(pd_batch_add_sparse(batch, slot, columns, below(3) ? values : NULL, count), PD_OK);
+}
+
+/* A sample of `rows` rows in slots of sequences, one in others. */
+static void add_sample(pd_batch *batch, int64_t rows) {
+    for (int k = 0; k < batch->slot_count; k++)
+        for (int64_t r = batch->slots[k].sequence ? rows : 1; r > 0; r--) {
+            const pd_slot *s = &batch->slots[k];
+            pd_real *row;
+            if (s->kind == PD_SLOT_SPARSE) add_sparse(batch, k);
+            if (s->kind == PD_SLOT_IDS) assert_int_equal(pd_batch_add_id(batch, k, any_id(s->width)), PD_OK);
+            if (s->kind != PD_SLOT_DENSE) continue;
+            row = pd_batch_add_row(batch, k);
+            for (int64_t i = 0; i < s->width; i++) row[i] = (pd_real)uniform(-1.5, 1.5);
+        }
+    if (pd_batch_end_sample(batch) != PD_OK) fail_msg("%s", batch->error.text);
+}
+
+/* Ragged: many of length 0 and 1. */
+static int64_t any_length(const problem *p) {
+    switch (below(4)) {
+    case 0: return 0;
+    case 1: return 1;
+    default: return below(p->large ? 40 : 7);
+    }
+}
+
+static pd_batch *any_batch(const problem *p) {
+    pd_batch *batch = pd_batch_new(p->net);
+    int64_t samples = p->large ? 100 : 1 + below(5), last = below(samples);
+    for (int64_t i = 0; i < samples; i++) add_sample(batch, i == last ? 1 + below(5) : any_length(p));
+    return batch;
+}
+
+/* The samples of `from` in another order. */
+static pd_batch *batch_in_order(const problem *p, const pd_batch *from, const int64_t *order, int64_t count) {
+    pd_batch *batch = pd_batch_new(p->net);
+    for (int64_t i = 0; i < count; i++) assert_int_equal(pd_batch_copy_sample(batch, from, order[i]), PD_OK);
+    return batch;
+}
+
+/* ---- the problem of a case and a seed ---- */
+
+static void free_problem(problem *p) {
+    pd_batch_free(p->batch);
+    pd_net_free(p->net);
+}
+
+/* The cost is a sum of squares, so that every output's gradient is different. */
+static void make(problem *p) {
+    static const pd_act acts[] = { PD_LINEAR, PD_LINEAR, PD_TANH };
+    p->net = pd_net_new(&(pd_net_opts){ .seed = p->seed, .threads = p->threads, .allocator = p->allocator });
+    random_seed(p->seed);
+    p->act = acts[below(3)];
+    p->sequence = below(2) == 0;
+    p->reverse = below(2) == 0;
+    p->layer = p->c->build(p);
+    p->cost = pd_sum_cost(p->net, pd_multiply(p->net, p->layer, p->layer, NULL), NULL);
+    if (!p->cost) FAIL_AT(p, "%s", pd_error(p->net));
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next)
+        for (int64_t i = 0; i < q->size; i++) q->value[i] = (pd_real)uniform(-0.8, 0.8);
+    p->batch = any_batch(p);
+}
+
+static problem make_problem(const layer_case *c, uint64_t seed) {
+    problem p;
+    memset(&p, 0, sizeof p);
+    p.c = c;
+    p.seed = seed;
+    make(&p);
+    return p;
+}
+
+static void forward(problem *p, const pd_batch *batch, pd_mode mode) {
+    if (pd_forward(p->net, batch, mode, &p->cost, 1) != PD_OK) FAIL_AT(p, "%s", pd_error(p->net));
+}
+
+/* Adds to the gradients. */
+static void backward(problem *p, const pd_batch *batch) {
+    forward(p, batch, PD_TRAIN);
+    if (pd_backward(p->net, p->cost) != PD_OK) FAIL_AT(p, "%s", pd_error(p->net));
+}
+
+static pd_real *copy(const pd_real *from, int64_t count) {
+    pd_real *to = (pd_real *)malloc((size_t)(count + 1) * sizeof *to);
+    for (int64_t i = 0; i < count; i++) to[i] = from[i];
+    return to;
+}
+
+static pd_real *output_of(const problem *p) {
+    return copy(p->layer->out.data, p->layer->out.rows * p->layer->out.width);
+}
+
+static pd_real *gradient_of(const problem *p, const pd_param *q) {
+    pd_real *g = (pd_real *)malloc((size_t)q->size * sizeof *g);
+    if (pd_param_get_grad(q, g, q->size) != PD_OK) FAIL_AT(p, "%s", pd_error(p->net));
+    return g;
+}
+
+/* ======================================================================================================== */
+/* The layers: what builds one with random sizes and options, and the definition of its output                */
+
+static const pd_tensor *in(const problem *p, int k) { return &p->layer->inputs[k]->out; }
+static double value(const problem *p, int param, int64_t i) { return (double)p->layer->params[param]->value[i]; }
+
+/* ---- embedding, fc ---- */
+
+static pd_layer *build_embedding(problem *p) {
+    pd_layer *ids = input(pd_ids(p->net, NULL, size(p, 12, 200)), p->sequence);
+    pd_embedding_opts o = { .act = p->act, .weight.sparse = p->sparse };
+    return pd_embedding(p->net, ids, size(p, 5, 40), &o);
+}
+
+static void twin_embedding(const problem *p, double *y) {
+    int64_t n = p->layer->out.width;
+    for (int64_t i = 0; i < in(p, 0)->rows * n; i++) y[i] = value(p, 0, in(p, 0)->ids[i / n] * n + i % n);
+}
+
+static pd_layer *sparse_input(problem *p) { return input(pd_sparse(p->net, NULL, size(p, 12, 200)), p->sequence); }
+
+static pd_layer *build_sparse_fc(problem *p) {
+    pd_fc_opts o = { .act = p->act, .no_bias = below(3) == 0, .weight.sparse = p->sparse };
+    return pd_fc(p->net, sparse_input(p), size(p, 5, 40), &o);
+}
+
+static pd_layer *build_fc_sum(problem *p) {
+    pd_fc_opts o = { .act = p->act, .no_bias = below(3) == 0, .weight.sparse = p->sparse };
+    int count = 2 + (int)below(2);
+    pd_layer *inputs[3];
+    for (int k = 0; k < count; k++) inputs[k] = sparse_input(p);
+    return pd_fc_sum(p->net, inputs, count, size(p, 5, 40), &o);
+}
+
+static pd_layer *build_mixed_fc(problem *p) {
+    pd_fc_opts o = { .act = p->act, .no_bias = below(3) == 0 };
+    int count = 2 + (int)below(2), dense = (int)below(count);
+    pd_layer *inputs[3];
+    for (int k = 0; k < count; k++) inputs[k] = k == dense ? vectors(p, p->sequence) : sparse_input(p);
+    return pd_fc_sum(p->net, inputs, count, size(p, 5, 40), &o);
+}
+
+static void twin_fc(const problem *p, double *y) {
+    int64_t n = p->layer->out.width, rows = in(p, 0)->rows;
+    int count = p->layer->input_count;
+    for (int64_t i = 0; i < rows * n; i++) y[i] = p->layer->param_count > count ? value(p, count, i % n) : 0;
+    for (int k = 0; k < count; k++)
+        for (int64_t i = 0; i < rows * n; i++) {
+            const pd_tensor *x = in(p, k);
+            int64_t r = i / n;
+            for (int64_t j = 0; x->data && j < x->width; j++)
+                y[i] += (double)x->data[r * x->width + j] * value(p, k, j * n + i % n);
+            for (int64_t e = x->data ? 0 : x->row_starts[r]; !x->data && e < x->row_starts[r + 1]; e++)
+                y[i] += (x->values ? (double)x->values[e] : 1) * value(p, k, x->ids[e] * n + i % n);
+        }
+}
+
+/* ---- gru ---- */
+
+static pd_layer *build_gru(problem *p) {
+    pd_gru_opts o = { .reverse = p->reverse };
+    p->act = PD_LINEAR;
+    return pd_gru(p->net, vectors(p, true), size(p, 5, 24), &o);
+}
+
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+/* Column j of x w, w being `width` wide. */
+static double product(const pd_real *x, const double *h, int64_t m, const pd_real *w, int64_t width, int64_t j) {
+    double sum = 0;
+    for (int64_t i = 0; i < m; i++) sum += (x ? (double)x[i] : h[i]) * (double)w[i * width + j];
+    return sum;
+}
+
+/* One row after the other, from the definition. */
+static void twin_gru(const problem *p, double *y) {
+    const pd_tensor *x = in(p, 0);
+    pd_param **params = p->layer->params;
+    int64_t n = p->layer->out.width;
+    for (int64_t q = 0; q < x->sequences; q++) {
+        double h[64] = { 0 }, next[64];
+        int64_t length = x->starts[q + 1] - x->starts[q];
+        for (int64_t t = 0; t < length; t++) {
+            int64_t row = x->starts[q] + (p->reverse ? length - 1 - t : t);
+            for (int64_t j = 0; j < n; j++) {
+                double a[3], u[3], z, r, c;
+                for (int gate = 0; gate < 3; gate++) {
+                    int64_t column = gate * n + j;
+                    a[gate] = product(x->data + row * x->width, NULL, x->width, params[0]->value, 3 * n, column) +
+                              value(p, 2, column);
+                    u[gate] = product(NULL, h, n, params[1]->value, 3 * n, column);
+                }
+                z = sigmoid(a[0] + u[0]);
+                r = sigmoid(a[1] + u[1]);
+                c = tanh(a[2] + r * (u[2] + value(p, 3, j)));
+                y[row * n + j] = next[j] = (1 - z) * c + z * h[j];
+            }
+            memcpy(h, next, sizeof h);
+        }
+    }
+}
+
+/* ---- sequence_pool ---- */
+
+static pd_layer *build_pool_by(problem *p, pd_pool_method method) {
+    int64_t channels = size(p, 3, 5), height = size(p, 2, 3);
+    pd_layer *x = pd_image(p->net, NULL, channels, height, size(p, 2, 2));
+    p->method = method;
+    p->kinks = method == PD_MAX;
+    pd_sequence(x);
+    pd_want_gradient(x);
+    return pd_sequence_pool(p->net, x, method, &(pd_layer_opts){ .act = p->act });
+}
+static pd_layer *build_max(problem *p) { return build_pool_by(p, PD_MAX); }
+static pd_layer *build_average(problem *p) { return build_pool_by(p, PD_AVERAGE); }
+static pd_layer *build_sum(problem *p) { return build_pool_by(p, PD_SUM); }
+static pd_layer *build_sqrt_n(problem *p) { return build_pool_by(p, PD_SQRT_N); }
+static pd_layer *build_first(problem *p) { return build_pool_by(p, PD_FIRST); }
+static pd_layer *build_last(problem *p) { return build_pool_by(p, PD_LAST); }
+
+static void twin_pool(const problem *p, double *y) {
+    const pd_tensor *x = in(p, 0);
+    for (int64_t i = 0; i < x->sequences * x->width; i++) {
+        int64_t first = x->starts[i / x->width], end = x->starts[i / x->width + 1];
+        double sum = 0, largest = -HUGE_VAL, n = (double)(end - first);
+        y[i] = 0;
+        if (n == 0) continue;
+        for (int64_t r = first; r < end; r++) {
+            double v = (double)x->data[r * x->width + i % x->width];
+            sum += v;
+            largest = fmax(largest, v);
+        }
+        if (p->method == PD_MAX) y[i] = largest;
+        if (p->method == PD_AVERAGE) y[i] = sum / n;
+        if (p->method == PD_SUM) y[i] = sum;
+        if (p->method == PD_SQRT_N) y[i] = sum / sqrt(n);
+        if (p->method == PD_FIRST) y[i] = (double)x->data[first * x->width + i % x->width];
+        if (p->method == PD_LAST) y[i] = (double)x->data[(end - 1) * x->width + i % x->width];
+    }
+}
+
+static const layer_case cases[] = {
+    { "embedding", build_embedding, twin_embedding },
+    { "fc of sparse rows", build_sparse_fc, twin_fc },
+    { "fc of several sparse rows", build_fc_sum, twin_fc },
+    { "fc of sparse and dense rows", build_mixed_fc, twin_fc },
+    { "gru", build_gru, twin_gru },
+    { "sequence_pool: max", build_max, twin_pool },
+    { "sequence_pool: average", build_average, twin_pool },
+    { "sequence_pool: sum", build_sum, twin_pool },
+    { "sequence_pool: sqrt_n", build_sqrt_n, twin_pool },
+    { "sequence_pool: first", build_first, twin_pool },
+    { "sequence_pool: last", build_last, twin_pool },
+};
+enum { CASES = sizeof cases / sizeof *cases, TABLES = 3 /* the first ones have parameters that may be sparse */ };
+
+#define FOR_SEEDS(count, c, seed)                                                                                      \
+    for (const layer_case *c = cases; c < cases + (count); c++)                                                        \
+        for (uint64_t seed = 1000 * (uint64_t)(c - cases); seed % 1000 < 60; seed++)
+
+/* ======================================================================================================== */
+/* Values and gradients                                                                                      */
+
+static void check_shape(const problem *p) {
+    const pd_tensor *x = in(p, 0), *y = &p->layer->out;
+    bool pooled = p->c->twin == twin_pool;
+    assert_int_equal(y->rows, pooled ? x->sequences : x->rows);
+    assert_int_equal(y->sequences, pooled ? 0 : x->sequences);
+    assert_ptr_equal(y->starts, pooled ? NULL : x->starts);
+    assert_true(p->layer->is_sequence == (!pooled && p->layer->inputs[0]->is_sequence));
+    if (pooled) assert_true(pd__same_shape(p->layer->shape, p->layer->inputs[0]->shape));
+}
+
+static void check_values(problem *p) {
+    int64_t count = p->layer->out.rows * p->layer->out.width;
+    double *y = (double *)calloc((size_t)count + 1, sizeof *y);
+    p->c->twin(p, y);
+    for (int64_t i = 0; i < count; i++)
+        check_near((double)p->layer->out.data[i], p->act == PD_TANH ? tanh(y[i]) : y[i], 10 * REAL_TOLERANCE,
+                   p->c->name);
+    free(y);
+}
+
+static void test_values(void **state) {
+    (void)state;
+    FOR_SEEDS(CASES, c, seed) {
+        problem p = make_problem(c, seed);
+        forward(&p, p.batch, PD_PREDICT);
+        check_shape(&p);
+        check_values(&p);
+        backward(&p, p.batch);
+        check_values(&p);
+        free_problem(&p);
+    }
+}
+
+static void check_gradients(problem *p) {
+    pd_gradcheck r;
+    if (pd_check_gradients(p->layer, p->batch, &(pd_gradcheck_opts){ .seed = p->seed }, &r) != PD_OK)
+        FAIL_AT(p, "%s", pd_error(p->net));
+    if (r.error > (IS_DOUBLE ? 1e-6 : p->kinks ? 2 : 5e-2))
+        FAIL_AT(p, "gradient of %s[%lld] is %g, differences say %g", r.worst, (long long)r.worst_index, r.analytic,
+                r.numeric);
+    if (r.accumulation > REAL_TOLERANCE) FAIL_AT(p, "twice a gradient is off by %g", r.accumulation);
+}
+
+static void test_gradients(void **state) {
+    (void)state;
+    FOR_SEEDS(CASES, c, seed) {
+        for (int sparse = 0; sparse < (c < cases + TABLES ? 2 : 1); sparse++) {
+            problem p = { .c = c, .seed = seed, .sparse = sparse != 0 };
+            make(&p);
+            check_gradients(&p);
+            free_problem(&p);
+        }
+    }
+}
+
+/* Every layer's input has other users, which add to the same gradient. */
+static void test_gradients_of_many_users(void **state) {
+    static const layer_case many = { "many users", NULL, NULL };
+    (void)state;
+    for (uint64_t seed = 0; seed < 20; seed++) {
+        problem p = { .c = &many, .seed = seed, .kinks = true };
+        pd_layer *x[3], *joined, *pools[PD_LAST + 1];
+        p.net = pd_net_new(&(pd_net_opts){ .seed = seed });
+        random_seed(seed);
+        x[0] = vectors(&p, true);
+        x[1] = pd_gru(p.net, x[0], 3, NULL);
+        x[2] = pd_gru(p.net, x[0], 2, &(pd_gru_opts){ .reverse = true });
+        joined = pd_concat(p.net, x, 3, NULL);
+        for (int method = 0; method <= PD_LAST; method++)
+            pools[method] = pd_sequence_pool(p.net, joined, (pd_pool_method)method, NULL);
+        p.layer = pd_concat(p.net, pools, PD_LAST + 1, NULL);
+        p.batch = any_batch(&p);
+        check_gradients(&p);
+        free_problem(&p);
+    }
+}
+
+/* Same bits, over two batches, and only the rows of these batches have a place. */
+static void test_sparse_is_dense(void **state) {
+    (void)state;
+    FOR_SEEDS(TABLES, c, seed) {
+        problem dense = { .c = c, .seed = seed }, sparse = { .c = c, .seed = seed, .sparse = true };
+        problem *both[] = { &dense, &sparse };
+        for (int i = 0; i < 2; i++) {
+            problem *p = both[i];
+            make(p);
+            for (int again = 0; again < 2; again++) {
+                backward(p, p->batch);
+                pd_batch_free(p->batch);
+                p->batch = any_batch(p);
+            }
+        }
+        for (pd_param *a = pd_param_first(dense.net), *b = pd_param_first(sparse.net); a; a = a->next, b = b->next) {
+            pd_real *expected = gradient_of(&dense, a), *actual = gradient_of(&sparse, b);
+            int64_t rows = 0;
+            assert_memory_equal(actual, expected, (size_t)a->size * sizeof *actual);
+            for (int64_t r = 0; b->opts.sparse && r < b->dims[0]; r++) {
+                bool zero = true;
+                for (int64_t i = 0; i < b->dims[1]; i++) zero = zero && expected[r * b->dims[1] + i] == 0;
+                if (!zero) assert_true(pd_param_place(b, r) >= 0);
+                rows += pd_param_place(b, r) >= 0;
+            }
+            assert_int_equal(b->rows.count, rows);
+            assert_true(b->opts.sparse == (b->dim_count == 2));
+            free(expected);
+            free(actual);
+        }
+        free_problem(&dense);
+        free_problem(&sparse);
+    }
+}
+
+/* The gradient of a largest number that stands there twice goes to the first; a NaN is the largest. */
+static void test_ties(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_vector(net, "x", 1)), *y = pd_sequence_pool(net, x, PD_MAX, NULL);
+    pd_layer *cost = pd_sum_cost(net, y, NULL);
+    pd_batch *batch = pd_batch_new(net);
+    const pd_real numbers[] = { -2, -1, -3, -1 };
+    (void)state;
+    pd_want_gradient(x);
+    for (int i = 0; i < 4; i++) *pd_batch_add_row(batch, 0) = numbers[i];
+    pd_batch_end_sample(batch);
+    assert_int_equal(pd_forward(net, batch, PD_TRAIN, &cost, 1), PD_OK);
+    assert_true(*pd_output(y, NULL, NULL) == -1);
+    assert_int_equal(pd_backward(net, cost), PD_OK);
+    for (int i = 0; i < 4; i++) assert_true(x->out.grad[i] == (i == 1 ? 1 : 0));
+    batch->slots[0].data[2] = (pd_real)NAN;
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_OK);
+    assert_true(isnan((double)*pd_output(y, NULL, NULL)));
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+/* ======================================================================================================== */
+/* Batches                                                                                                   */
+
+/* Where sample i begins in the layer's output. */
+static int64_t row_of(const problem *p, int64_t sample) {
+    const pd_tensor *y = &p->layer->out;
+    return y->starts ? y->starts[sample] : sample;
+}
+
+/* Every sample alone puts out the same. */
+static void test_alone(void **state) {
+    (void)state;
+    FOR_SEEDS(CASES, c, seed) {
+        problem p = make_problem(c, seed);
+        int64_t samples = p.batch->samples, n = p.layer->out.width, at[8] = { 0 };
+        pd_real *together;
+        forward(&p, p.batch, PD_PREDICT);
+        together = output_of(&p);
+        for (int64_t i = 0; i <= samples; i++) at[i] = row_of(&p, i);
+        for (int64_t i = 0; i < samples; i++) {
+            pd_batch *one = batch_in_order(&p, p.batch, &i, 1);
+            forward(&p, one, PD_PREDICT);
+            assert_int_equal(p.layer->out.rows, at[i + 1] - at[i]);
+            for (int64_t k = 0; k < p.layer->out.rows * n; k++)
+                check_near((double)p.layer->out.data[k], (double)together[at[i] * n + k], REAL_TOLERANCE, c->name);
+            pd_batch_free(one);
+        }
+        free(together);
+        free_problem(&p);
+    }
+}
+
+/* Backwards, all samples put out the same, and the gradients of parameters are the same. */
+static void test_order(void **state) {
+    (void)state;
+    FOR_SEEDS(CASES, c, seed) {
+        problem p = make_problem(c, seed);
+        int64_t samples = p.batch->samples, n = p.layer->out.width, order[8] = { 0 }, at[9] = { 0 };
+        pd_real *there, *gradients[8] = { NULL };
+        pd_batch *reversed;
+        int k = 0;
+        for (int64_t i = 0; i < samples; i++) order[i] = samples - 1 - i;
+        reversed = batch_in_order(&p, p.batch, order, samples);
+        backward(&p, p.batch);
+        there = output_of(&p);
+        for (int64_t i = 0; i <= samples; i++) at[i] = row_of(&p, i);
+        for (pd_param *q = pd_param_first(p.net); q; q = q->next) gradients[k++] = gradient_of(&p, q);
+        pd_zero_grads(p.net);
+        backward(&p, reversed);
+        for (int64_t i = 0; i < samples; i++)
+            for (int64_t j = 0; j < (at[i + 1] - at[i]) * n; j++)
+                check_near((double)p.layer->out.data[row_of(&p, order[i]) * n + j], (double)there[at[i] * n + j],
+                           REAL_TOLERANCE, c->name);
+        k = 0;
+        for (pd_param *q = pd_param_first(p.net); q; q = q->next, k++) {
+            pd_real *again = gradient_of(&p, q);
+            for (int64_t i = 0; i < q->size; i++)
+                check_near((double)again[i], (double)gradients[k][i], 10 * REAL_TOLERANCE, q->name);
+            free(again);
+            free(gradients[k]);
+        }
+        free(there);
+        pd_batch_free(reversed);
+        free_problem(&p);
+    }
+}
+
+/* Without samples, or with sequences without rows, before and after others: nothing is learned, pools give zeros. */
+static void test_empty(void **state) {
+    (void)state;
+    FOR_SEEDS(CASES, c, seed) {
+        problem p = { .c = c, .seed = seed, .sparse = c < cases + TABLES };
+        pd_batch *empty;
+        bool sequences;
+        make(&p);
+        sequences = p.layer->inputs[0]->is_sequence;
+        empty = pd_batch_new(p.net);
+        for (int turn = 0; turn < 4; turn++) {
+            if (turn == 2 && sequences)
+                for (int i = 0; i < 3; i++) add_sample(empty, 0);
+            forward(&p, empty, PD_PREDICT);
+            assert_int_equal(pd_zero_grads(p.net), PD_OK);
+            backward(&p, empty);
+            assert_int_equal(p.layer->out.rows, c->twin == twin_pool ? empty->samples : 0);
+            for (int64_t i = 0; i < p.layer->out.rows * p.layer->out.width; i++) assert_true(p.layer->out.data[i] == 0);
+            for (pd_param *q = pd_param_first(p.net); q; q = q->next) {
+                pd_real *g = gradient_of(&p, q);
+                for (int64_t i = 0; i < q->size; i++) assert_true(g[i] == 0);
+                free(g);
+            }
+            backward(&p, p.batch);
+            check_values(&p);
+        }
+        pd_batch_free(empty);
+        free_problem(&p);
+    }
+}
+
+/* All output and gradients of a large problem. */
+static pd_real *run_large(const layer_case *c, uint64_t seed, int threads, int64_t *count) {
+    problem p = { .c = c, .seed = seed, .sparse = c < cases + TABLES, .large = true, .threads = threads };
+    pd_real *numbers;
+    make(&p);
+    backward(&p, p.batch);
+    *count = p.layer->out.rows * p.layer->out.width;
+    numbers = (pd_real *)malloc((size_t)*count * sizeof *numbers);
+    memcpy(numbers, p.layer->out.data, (size_t)*count * sizeof *numbers);
+    for (pd_param *q = pd_param_first(p.net); q; q = q->next) {
+        pd_real *g = gradient_of(&p, q);
+        numbers = (pd_real *)realloc(numbers, (size_t)(*count + q->size) * sizeof *numbers);
+        memcpy(numbers + *count, g, (size_t)q->size * sizeof *g);
+        *count += q->size;
+        free(g);
+    }
+    for (int k = 0; k < p.layer->input_count; k++) {
+        const pd_tensor *x = in(&p, k);
+        int64_t n = x->grad ? x->rows * x->width : 0;
+        numbers = (pd_real *)realloc(numbers, (size_t)(*count + n) * sizeof *numbers);
+        for (int64_t i = 0; i < n; i++) numbers[(*count)++] = x->grad[i];
+    }
+    check_values(&p);
+    free_problem(&p);
+    return numbers;
+}
+
+static void test_threads(void **state) {
+    (void)state;
+    for (const layer_case *c = cases; c < cases + CASES; c++)
+        for (uint64_t seed = 1; seed < 3; seed++) {
+            int64_t count, again;
+            pd_real *one = run_large(c, seed, 1, &count);
+            for (int threads = 2; threads < 5; threads++) {
+                pd_real *more = run_large(c, seed, threads, &again);
+                assert_int_equal(count, again);
+                assert_memory_equal(one, more, (size_t)count * sizeof *one);
+                free(more);
+            }
+            free(one);
+        }
+}
+
+static void test_shared_net(void **state) {
+    (void)state;
+    FOR_SEEDS(CASES, c, seed) {
+        problem p = { .c = c, .seed = seed, .sparse = c < cases + TABLES };
+        pd_net *shared;
+        pd_layer *twin;
+        pd_real *y;
+        make(&p);
+        forward(&p, p.batch, PD_PREDICT);
+        y = output_of(&p);
+        shared = pd_net_share(p.net);
+        if (!shared) FAIL_AT(&p, "%s", pd_error(p.net));
+        twin = pd_layer_find(shared, p.layer->name);
+        assert_int_equal(pd_forward(shared, p.batch, PD_PREDICT, &twin, 1), PD_OK);
+        assert_memory_equal(twin->out.data, y, (size_t)(twin->out.rows * twin->out.width) * sizeof *y);
+        free(y);
+        pd_net_free(shared);
+        free_problem(&p);
+    }
+}
+
+/* ======================================================================================================== */
+/* Tables                                                                                                    */
+
+/* Two embeddings and a sparse fc that read one table: its gradient is the sum of those of three tables. */
+static pd_net *three_readers(bool shared, bool sparse, pd_layer **cost) {
+    const char *name = shared ? "table" : NULL;
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *a = pd_ids(net, "a", 7), *b = pd_ids(net, "b", 7), *c = pd_sparse(net, "c", 7), *parts[3];
+    pd_embedding_opts embedding = { .weight = { .name = name, .init = pd_constant(0.5), .sparse = sparse } };
+    pd_fc_opts fc = { .no_bias = true, .weight = embedding.weight };
+    parts[0] = pd_embedding(net, a, 3, &embedding);
+    parts[1] = pd_embedding(net, b, 3, shared ? &(pd_embedding_opts){ .weight.name = name } : &embedding);
+    parts[2] = pd_fc(net, c, 3, &fc);
+    *cost = pd_concat(net, parts, 3, NULL);
+    *cost = pd_sum_cost(net, pd_multiply(net, *cost, *cost, NULL), NULL);
+    if (!*cost) fail_msg("%s", pd_error(net));
+    return net;
+}
+
+static void test_shared_table(void **state) {
+    (void)state;
+    for (int sparse = 0; sparse < 2; sparse++) {
+        pd_layer *cost[2];
+        pd_net *nets[2] = { three_readers(true, sparse != 0, &cost[0]), three_readers(false, sparse != 0, &cost[1]) };
+        pd_real sum[21] = { 0 }, g[21];
+        pd_param *table = pd_param_find(nets[0], "table");
+        assert_ptr_equal(table, pd_param_first(nets[0]));
+        assert_null(table->next);
+        for (int i = 0; i < 2; i++) {
+            pd_batch *batch = pd_batch_new(nets[i]);
+            random_seed(5);
+            for (int k = 0; k < 4; k++) add_sample(batch, 1);
+            assert_int_equal(pd_forward(nets[i], batch, PD_TRAIN, &cost[i], 1), PD_OK);
+            assert_int_equal(pd_backward(nets[i], cost[i]), PD_OK);
+            pd_batch_free(batch);
+        }
+        for (pd_param *p = pd_param_first(nets[1]); p; p = p->next) {
+            assert_int_equal(pd_param_get_grad(p, g, 21), PD_OK);
+            for (int i = 0; i < 21; i++) sum[i] += g[i];
+        }
+        assert_int_equal(pd_param_get_grad(table, g, 21), PD_OK);
+        for (int i = 0; i < 21; i++) check_near((double)g[i], (double)sum[i], REAL_TOLERANCE, "shared table");
+        for (int i = 0; i < 2; i++) pd_net_free(nets[i]);
+    }
+}
+
+/* A layer that makes ids of numbers. */
+static int64_t made_ids[8];
+static pd_status round_setup(pd_layer *l) {
+    l->shape = (pd_shape){ 5, 1, 1 };
+    l->is_ids = true;
+    return PD_OK;
+}
+static pd_status round_forward(pd_layer *l) {
+    for (int64_t r = 0; r < l->out.rows; r++) made_ids[r] = (int64_t)l->inputs[0]->out.data[r];
+    l->out.ids = made_ids;
+    return PD_OK;
+}
+static const pd_layer_type round_type = { PD_API_VERSION, "round",       1,    1,    0,   0, 0, round_setup,
+                                          NULL,           round_forward, NULL, NULL, NULL };
+
+/* Ids need not be an input of the net, except for sparse tables, and are checked. */
+static void test_ids_of_a_layer(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_vector(net, "x", 1), *ids = pd_layer_add(net, &round_type, "ids", &x, 1, NULL);
+    pd_layer *y = pd_embedding(net, ids, 2, &(pd_embedding_opts){ .name = "words" });
+    pd_layer *cost = pd_sum_cost(net, y, NULL);
+    pd_batch *batch = pd_batch_new(net);
+    pd_real g[10];
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        *pd_batch_add_row(batch, 0) = i == 1 ? 4 : 0;
+        pd_batch_end_sample(batch);
+    }
+    assert_int_equal(pd_forward(net, batch, PD_TRAIN, &cost, 1), PD_OK);
+    assert_int_equal(pd_backward(net, cost), PD_OK);
+    pd_param_get_grad(pd_param_first(net), g, 10);
+    for (int i = 0; i < 10; i++) assert_true(g[i] == (i < 2 ? 2 : i < 8 ? 0 : 1));
+    for (int wrong = -1; wrong < 6; wrong += 6) {
+        batch->slots[0].data[2] = (pd_real)wrong;
+        assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_E_FORMAT);
+        check_contains(pd_error(net),
+                       wrong < 0 ? "words: row 2 of \"ids\": expected an id below 5, got -1" : "below 5, got 5");
+    }
+    pd_batch_free(batch);
+    assert_null(pd_embedding(net, ids, 2, &(pd_embedding_opts){ .weight.sparse = true }));
+    assert_string_equal(pd_error(net), "embedding2: parameter \"embedding2.weight\" is sparse, but \"ids\" is not an "
+                                       "input of ids or sparse rows");
+    pd_net_free(net);
+}
+
+/* Deviation 1/sqrt(size), other numbers for other seeds. */
+static void test_initial_values(void **state) {
+    pd_net *net = pd_net_new(&(pd_net_opts){ .seed = 3 });
+    pd_layer *ids = pd_ids(net, "ids", 1000);
+    pd_param *table;
+    double squares = 0;
+    (void)state;
+    pd_embedding(net, ids, 16, NULL);
+    table = pd_param_first(net);
+    assert_string_equal(table->name, "embedding1.weight");
+    for (int64_t i = 0; i < table->size; i++) squares += (double)table->value[i] * (double)table->value[i];
+    check_near(squares / (double)table->size, 1.0 / 16, 2e-3, "variance");
+    pd_net_free(net);
+}
+
+/* A step on a batch of a size seen before takes no memory. */
+static void test_steady_memory(void **state) {
+    (void)state;
+    FOR_SEEDS(CASES, c, seed) {
+        failing_allocator f = { 0, -1, 0 };
+        problem p = { .c = c, .seed = seed, .sparse = c < cases + TABLES };
+        int64_t calls;
+        p.allocator = (pd_allocator){ failing_alloc, failing_free, &f };
+        make(&p);
+        backward(&p, p.batch);
+        calls = f.calls;
+        for (int again = 0; again < 2; again++) {
+            backward(&p, p.batch);
+            pd_zero_grads(p.net);
+        }
+        if (f.calls != calls) FAIL_AT(&p, "%lld allocations in a step", (long long)(f.calls - calls));
+        free_problem(&p);
+        assert_int_equal(f.in_use, 0);
+    }
+}
+
+/* ======================================================================================================== */
+/* Misuse, lack of memory                                                                                    */
+
+static struct {
+    pd_net *net;
+    pd_layer *vec, *vecs, *ids, *words, *rare, *rares;
+} the;
+
+static void begin(void) {
+    pd_net *net = the.net = pd_net_new(NULL);
+    the.vec = pd_vector(net, "vec", 6);
+    the.vecs = pd_sequence(pd_vector(net, "vecs", 6));
+    the.ids = pd_ids(net, "ids", 6);
+    the.words = pd_sequence(pd_ids(net, "words", 6));
+    the.rare = pd_sparse(net, "rare", 6);
+    the.rares = pd_sequence(pd_sparse(net, "rares", 6));
+    pd_embedding(net, the.ids, 9, &(pd_embedding_opts){ .weight = { .name = "table", .sparse = true } });
+}
+
+static void check_refused(int line, const pd_layer *layer, const char *message) {
+    if (layer) fail_msg("line %d: was accepted, expected\n  %s", line, message);
+    if (strcmp(pd_error(the.net), message) != 0)
+        fail_msg("line %d: expected the message\n  %s\ngot\n  %s", line, message, pd_error(the.net));
+    pd_net_free(the.net);
+}
+#define REFUSED(message, ...) (begin(), check_refused(__LINE__, (__VA_ARGS__), message))
+
+static void test_refused(void **state) {
+    const int64_t huge = INT64_MAX / 2;
+    const pd_param_opts table = { .name = "table" }, sparse = { .sparse = true };
+    (void)state;
+    REFUSED("embedding: input 0 is NULL", pd_embedding(the.net, NULL, 3, NULL));
+    REFUSED("embedding2: size is 0, expected at least 1", pd_embedding(the.net, the.ids, 0, NULL));
+    REFUSED("embedding2: unknown activation 99", pd_embedding(the.net, the.ids, 3, &(pd_embedding_opts){ .act = 99 }));
+    REFUSED("embedding2: input \"vec\" holds numbers, expected ids; pd_fc takes them",
+            pd_embedding(the.net, the.vec, 3, NULL));
+    REFUSED("embedding2: input \"rare\" holds sparse rows, expected ids; pd_fc takes them",
+            pd_embedding(the.net, the.rare, 3, NULL));
+    REFUSED("embedding2: parameter \"table\" is 6x9, but 6x3 is needed here",
+            pd_embedding(the.net, the.ids, 3, &(pd_embedding_opts){ .weight = table }));
+    REFUSED("embedding2: parameter \"embedding2.weight\" would have impossible dimensions",
+            pd_embedding(the.net, the.ids, huge, NULL));
+
+    REFUSED("fc1: input \"ids\" holds ids, expected numbers; pd_embedding makes them of ids",
+            pd_fc(the.net, the.ids, 3, NULL));
+    REFUSED("fc1: input \"ids\" holds ids, expected numbers; pd_embedding makes them of ids",
+            pd_fc_sum(the.net, (pd_layer *[]){ the.rare, the.ids }, 2, 3, NULL));
+    REFUSED("fc: input 1 is NULL", pd_fc_sum(the.net, (pd_layer *[]){ the.rare, NULL }, 2, 3, NULL));
+    REFUSED("fc1: size is 0, expected at least 1", pd_fc(the.net, the.rare, 0, NULL));
+    REFUSED("fc1: parameter \"fc1.weight\" can't be sparse: that is for tables read by ids or sparse inputs",
+            pd_fc(the.net, the.vec, 3, &(pd_fc_opts){ .weight = sparse }));
+    REFUSED("fc1: parameter \"fc1.bias\" can't be sparse: that is for tables read by ids or sparse inputs",
+            pd_fc(the.net, the.rare, 3, &(pd_fc_opts){ .bias = sparse }));
+    REFUSED("fc1: parameter \"fc1.weight1\" is sparse, but \"vec\" is not an input of ids or sparse rows",
+            pd_fc_sum(the.net, (pd_layer *[]){ the.rare, the.vec }, 2, 3, &(pd_fc_opts){ .weight = sparse }));
+    REFUSED("fc1: parameter \"table\" can't be sparse: that is for tables read by ids or sparse inputs",
+            pd_fc(the.net, the.vec, 9, &(pd_fc_opts){ .weight = table }));
+
+    REFUSED("gru: input 0 is NULL", pd_gru(the.net, NULL, 3, NULL));
+    REFUSED("gru1: size is -1, expected at least 1", pd_gru(the.net, the.vecs, -1, NULL));
+    REFUSED("gru1: input \"vec\" carries no sequences; pd_sequence makes a net's input carry them",
+            pd_gru(the.net, the.vec, 3, NULL));
+    REFUSED("gru1: input \"words\" holds ids, expected numbers", pd_gru(the.net, the.words, 3, NULL));
+    REFUSED("gru: gru takes no sparse input such as \"rares\"; pd_fc does", pd_gru(the.net, the.rares, 3, NULL));
+    REFUSED("gru1: size 4611686018427387903 is too large", pd_gru(the.net, the.vecs, huge, NULL));
+    REFUSED("gru1: parameter \"table\" can't be sparse: that is for tables read by ids or sparse inputs",
+            pd_gru(the.net, the.vecs, 3, &(pd_gru_opts){ .weight = table }));
+    REFUSED("gru1: parameter \"gru1.recurrent\" can't be sparse: that is for tables read by ids or sparse inputs",
+            pd_gru(the.net, the.vecs, 3, &(pd_gru_opts){ .recurrent = sparse }));
+
+    REFUSED("sequence_pool: input 0 is NULL", pd_sequence_pool(the.net, NULL, PD_SUM, NULL));
+    REFUSED("sequence_pool1: input \"vec\" carries no sequences; pd_sequence makes a net's input carry them",
+            pd_sequence_pool(the.net, the.vec, PD_MAX, NULL));
+    REFUSED("sequence_pool1: input \"words\" holds ids, expected numbers",
+            pd_sequence_pool(the.net, the.words, PD_LAST, NULL));
+    REFUSED("sequence_pool: sequence_pool takes no sparse input such as \"rares\"; pd_fc does",
+            pd_sequence_pool(the.net, the.rares, PD_SUM, NULL));
+    REFUSED("sequence_pool1: unknown method 6", pd_sequence_pool(the.net, the.vecs, (pd_pool_method)6, NULL));
+    REFUSED("sequence_pool1: unknown method -1", pd_sequence_pool(the.net, the.vecs, (pd_pool_method)-1, NULL));
+
+    REFUSED("pool1: PD_LAST is a method of pd_sequence_pool, not of pd_pool",
+            pd_pool(the.net, the.vec, 1, &(pd_pool_opts){ .method = PD_LAST }));
+    REFUSED("pool1: PD_FIRST is a method of pd_sequence_pool, not of pd_pool",
+            pd_pool(the.net, the.vecs, 1, &(pd_pool_opts){ .method = PD_FIRST }));
+}
+
+/* All layers in one net, built, run forward and back twice, shared; every allocation fails once. */
+static pd_status use_all(pd_net *net, pd_failure *failure) {
+    pd_layer *words = pd_sequence(pd_ids(net, "words", 9)), *rare = pd_sparse(net, "rare", 9), *pools[3], *cost;
+    pd_layer *x = pd_embedding(net, words, 3, &(pd_embedding_opts){ .weight.sparse = true });
+    pd_layer *h = pd_gru(net, x, 3, &(pd_gru_opts){ .reverse = true });
+    pd_batch *batch = pd_batch_new(net);
+    pd_status status;
+    pools[0] = pd_sequence_pool(net, h, PD_MAX, NULL);
+    pools[1] = pd_sequence_pool(net, h, PD_SQRT_N, NULL);
+    pools[2] = pd_fc(net, rare, 3, &(pd_fc_opts){ .weight.sparse = true });
+    cost = pd_sum_cost(net, pd_concat(net, pools, 3, NULL), NULL);
+    status = cost && batch ? PD_OK : pd_error_status(net);
+    for (int i = 0; i < 12 && status == PD_OK; i++) {
+        const int64_t columns[2] = { i % 9, (i + 4) % 9 };
+        const pd_real values[2] = { 1, 2 };
+        for (int k = 0; k < i && status == PD_OK; k++) status = pd_batch_add_id(batch, 0, (i + k) % 9);
+        if (status == PD_OK) status = pd_batch_add_sparse(batch, 1, columns, i > 3 ? values : NULL, 2);
+        if (status == PD_OK) status = pd_batch_end_sample(batch);
+        if (status == PD_OK && i % 4 == 1) status = pd_forward(net, batch, PD_TRAIN, &cost, 1);
+        if (status == PD_OK && i % 4 == 1) status = pd_backward(net, cost);
+    }
+    snprintf(failure->text, sizeof failure->text, "%s",
+             batch && batch->error.status ? batch->error.text : pd_error(net));
+    pd_batch_free(batch);
+    return status;
+}
+
+static void test_no_memory(void **state) {
+    bool failed = true;
+    (void)state;
+    for (int64_t fail_at = 0; failed; fail_at++) {
+        failing_allocator f = { 0, fail_at, 0 };
+        pd_net *net = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
+        pd_failure failure = { PD_OK, "out of memory" };
+        pd_status status = net ? use_all(net, &failure) : PD_E_MEMORY;
+        failed = f.calls > fail_at;
+        if (failed ? status != PD_E_MEMORY || !strstr(failure.text, "out of memory") : status != PD_OK)
+            fail_msg("status %d, message \"%s\" without allocation %lld", (int)status, failure.text,
+                     (long long)fail_at);
+        pd_net_free(net);
+        assert_int_equal(f.in_use, 0);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_values),
+        cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_gradients_of_many_users),
+        cmocka_unit_test(test_sparse_is_dense),
+        cmocka_unit_test(test_ties),
+        cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_order),
+        cmocka_unit_test(test_empty),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_shared_net),
+        cmocka_unit_test(test_shared_table),
+        cmocka_unit_test(test_ids_of_a_layer),
+        cmocka_unit_test(test_initial_values),
+        cmocka_unit_test(test_steady_memory),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_no_memory),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

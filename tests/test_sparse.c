@@ -1,0 +1,687 @@
+/* Sparse inputs and sparse parameters. The oracle is the same net with dense gradients: what lags behind and is caught up
+   later must end where stepping on every row in every batch ends. */
+#define _POSIX_C_SOURCE 200809L
+#define PADDLE_IMPLEMENTATION
+#include "../paddle.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <unistd.h>
+#include <cmocka.h>
+
+#include "far_device.h"
+#include "support.h"
+
+/* Values differ by rounding: the dense run rounds a row that nothing touches once per step, the sparse one once in all. */
+#define CLOSE (sizeof(pd_real) == 8 ? 1e-12 : 1e-5)
+
+/* ---- two nets that differ in `sparse` only ---- */
+
+typedef struct model {
+    pd_net *net;
+    pd_layer *words, *features, *label, *cost, *output;
+    pd_trainer *trainer;
+    pd_batch *batch;
+} model;
+
+/* words (sequences of ids) -> embedding -> average; features (sparse rows) -> fc; both -> fc -> cross-entropy. The table
+   is used twice. */
+static model build(bool sparse, int64_t height, pd_optimizer optimizer, const pd_trainer_opts *opts,
+                   const pd_net_opts *net_opts) {
+    model m;
+    pd_embedding_opts table = { .weight = { .name = "table", .sparse = sparse, .l2 = 0 } };
+    pd_fc_opts wide = { .name = "wide", .weight = { .sparse = sparse, .rate = 0.5 } };
+    pd_layer *both[2];
+    m.net = pd_net_new(net_opts);
+    m.words = pd_sequence(pd_ids(m.net, "words", height));
+    m.features = pd_sparse(m.net, "features", height + 3);
+    m.label = pd_label(m.net, "label", 3);
+    table.name = "first";
+    both[0] = pd_sequence_pool(m.net, pd_embedding(m.net, m.words, 4, &table), PD_AVERAGE, NULL);
+    table.name = "second";
+    both[1] = pd_sequence_pool(m.net, pd_embedding(m.net, m.words, 4, &table), PD_LAST, NULL);
+    both[0] = pd_concat(m.net, both, 2, NULL);
+    both[1] = pd_fc(m.net, m.features, 5, &wide);
+    m.output = pd_fc_sum(m.net, both, 2, 3, &(pd_fc_opts){ .name = "out", .act = PD_SOFTMAX });
+    m.cost = pd_cross_entropy(m.net, m.output, m.label, NULL);
+    m.trainer = pd_trainer_new(m.net, m.cost, optimizer, opts);
+    if (!m.trainer) fail_msg("%s", pd_error(m.net));
+    m.batch = pd_batch_new(m.net);
+    return m;
+}
+
+static void free_model(model *m) {
+    pd_batch_free(m->batch);
+    pd_trainer_free(m->trainer);
+    pd_net_free(m->net);
+}
+
+/* A batch that follows from its number alone; small ids are frequent. */
+static void fill(pd_batch *batch, int64_t height, uint64_t number) {
+    random_seed(1000 + number);
+    pd_batch_clear(batch);
+    for (int64_t samples = 1 + below(5); samples > 0; samples--) {
+        int64_t columns[4], length = below(4), entries = below(5);
+        pd_real values[4];
+        for (int64_t i = 0; i < length; i++)
+            assert_int_equal(pd_batch_add_id(batch, 0, below(1 + below(height))), PD_OK);
+        for (int64_t i = 0; i < entries; i++) {
+            columns[i] = i * (height / 4) + below(height / 4);
+            values[i] = (pd_real)uniform(-1, 1);
+        }
+        assert_int_equal(pd_batch_add_sparse(batch, 1, columns, below(2) ? values : NULL, entries), PD_OK);
+        assert_int_equal(pd_batch_add_id(batch, 2, below(3)), PD_OK);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+}
+
+static double step(model *m, int64_t height, uint64_t number) {
+    double cost = 0;
+    fill(m->batch, height, number);
+    if (pd_train_batch(m->trainer, m->batch, &cost) != PD_OK) fail_msg("%s", pd_error(m->net));
+    return cost;
+}
+
+static void check_values(model *a, model *b, double tolerance, const char *what) {
+    for (pd_param *p = pd_param_first(a->net), *q = pd_param_first(b->net); p; p = p->next, q = q->next) {
+        pd_real *x = (pd_real *)calloc((size_t)p->size, sizeof *x), *y = (pd_real *)calloc((size_t)p->size, sizeof *y);
+        assert_int_equal(pd_param_get(p, x, p->size), PD_OK);
+        assert_int_equal(pd_param_get(q, y, q->size), PD_OK);
+        for (int64_t i = 0; i < p->size; i++)
+            if (!(fabs((double)x[i] - (double)y[i]) <= tolerance * (1 + fabs((double)y[i]))))
+                fail_msg("%s: %s[%lld] is %.9g, expected %.9g", what, p->name, (long long)i, (double)x[i],
+                         (double)y[i]);
+        free(x);
+        free(y);
+    }
+}
+
+/* ---- equal to dense ---- */
+
+typedef struct method {
+    const char *name;
+    pd_optimizer optimizer;
+    pd_trainer_opts opts;
+} method;
+
+static int method_list(method *list) {
+    const pd_schedule fall = { .kind = PD_SCHEDULE_EXP, .a = 0.7, .b = 100 };
+    int n = 0;
+    list[n++] = (method){ "sgd", pd_sgd(0.1), { .l2 = 0 } };
+    list[n++] = (method){ "sgd, l2", pd_sgd(0.1), { .l2 = 0.03 } };
+    list[n++] = (method){ "momentum", pd_momentum(0.1, 0.9), { .l2 = 0 } };
+    list[n++] = (method){ "momentum 0", pd_momentum(0.1, 0), { .l2 = 0.1 } };
+    list[n++] = (method){ "momentum, l2", pd_momentum(0.1, 0.9), { .l2 = 0.03 } };
+    list[n++] = (method){ "momentum 0.99, l2, schedule", pd_momentum(0.05, 0.99), { .l2 = 0.01, .schedule = fall } };
+    list[n++] = (method){ "nesterov, l2, schedule", pd_nesterov(0.1, 0.8), { .l2 = 0.03, .schedule = fall } };
+    list[n++] = (method){ "clip", pd_momentum(0.1, 0.9), { .l2 = 0.03, .clip_value = 0.02 } };
+    list[n++] = (method){ "clip_norm", pd_momentum(0.1, 0.9), { .l2 = 0.03, .clip_norm = 0.1 } };
+    list[n++] = (method){ "sum", pd_momentum(0.05, 0.5), { .sum_gradients = true, .l2 = 0.01 } };
+    return n;
+}
+
+/* After every step the costs agree, so what is read is current; in between and at the end so does every row. */
+static void test_equals_dense(void **state) {
+    method methods[16];
+    int count = method_list(methods);
+    (void)state;
+    for (int k = 0; k < count; k++)
+        for (int64_t height = 8; height <= 200; height += 192) {
+            model sparse = build(true, height, methods[k].optimizer, &methods[k].opts, NULL);
+            model dense = build(false, height, methods[k].optimizer, &methods[k].opts, NULL);
+            for (uint64_t i = 0; i < 60; i++) {
+                check_near(step(&sparse, height, i), step(&dense, height, i), 10 * CLOSE, methods[k].name);
+                if (i % 25 == 10) check_values(&sparse, &dense, CLOSE, methods[k].name);
+            }
+            check_values(&sparse, &dense, CLOSE, methods[k].name);
+            free_model(&sparse);
+            free_model(&dense);
+        }
+}
+
+/* The reference's case: one gradient, then nothing for long; the momentum's tail must arrive all the same. */
+static void test_tail(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *id = pd_ids(net, "id", 3000);
+    pd_layer *row =
+        pd_embedding(net, id, 1, &(pd_embedding_opts){ .weight = { .sparse = true, .init = pd_constant(1) } });
+    pd_trainer *trainer = pd_trainer_new(net, pd_sum_cost(net, row, NULL), pd_momentum(0.1, 0.9), NULL);
+    pd_batch *batch = pd_batch_new(net);
+    pd_real *values = (pd_real *)calloc(3000, sizeof *values);
+    (void)state;
+    for (int i = 0; i < 2500; i++) { /* beyond the window */
+        pd_batch_clear(batch);
+        pd_batch_add_id(batch, 0, i == 5 ? 7 : 8 + i);
+        pd_batch_end_sample(batch);
+        assert_int_equal(pd_train_batch(trainer, batch, NULL), PD_OK);
+    }
+    assert_int_equal(pd_param_get(pd_param_first(net), values, 3000), PD_OK);
+    check_near((double)values[7], 0, 1e-6, "the row with one gradient");
+    check_near((double)values[9], 0, 1e-6, "another");
+    assert_true(values[0] == 1);
+    check_near((double)values[8 + 2499], 0.9, 1e-6, "the last one");
+    check_near((double)values[8 + 2498], 1 - 0.1 - 0.09, 1e-6, "the one before");
+    free(values);
+    pd_batch_free(batch);
+    pd_trainer_free(trainer);
+    pd_net_free(net);
+}
+
+/* A long run with rows that come back after any time, over several rounds of the table. */
+static void test_long_run(void **state) {
+    const pd_schedule fall = { .kind = PD_SCHEDULE_POLY, .a = 0.001, .b = 0.5 };
+    pd_trainer_opts opts = { .l2 = 0.001, .schedule = fall };
+    model sparse = build(true, 40, pd_momentum(0.02, 0.95), &opts, NULL);
+    model dense = build(false, 40, pd_momentum(0.02, 0.95), &opts, NULL);
+    (void)state;
+    for (uint64_t i = 0; i < 2600; i++) {
+        step(&sparse, 40, i % 7 ? i % 3 : i);
+        step(&dense, 40, i % 7 ? i % 3 : i);
+    }
+    check_values(&sparse, &dense, 20 * CLOSE, "long run");
+    free_model(&sparse);
+    free_model(&dense);
+}
+
+static void test_gradient_equals_dense(void **state) {
+    model sparse = build(true, 30, pd_sgd(0.1), NULL, NULL), dense = build(false, 30, pd_sgd(0.1), NULL, NULL);
+    (void)state;
+    pd_zero_grads(sparse.net);
+    pd_zero_grads(dense.net);
+    for (uint64_t i = 0; i < 5; i++) { /* added up over batches */
+        model *both[2] = { &sparse, &dense };
+        for (int k = 0; k < 2; k++) {
+            fill(both[k]->batch, 30, i);
+            assert_int_equal(pd_forward(both[k]->net, both[k]->batch, PD_TRAIN, &both[k]->cost, 1), PD_OK);
+            assert_int_equal(pd_backward(both[k]->net, both[k]->cost), PD_OK);
+        }
+        for (pd_param *p = pd_param_first(sparse.net), *q = pd_param_first(dense.net); p; p = p->next, q = q->next) {
+            pd_real x[400], y[400];
+            assert_int_equal(pd_param_get_grad(p, x, p->size), PD_OK);
+            assert_int_equal(pd_param_get_grad(q, y, q->size), PD_OK);
+            for (int64_t j = 0; j < p->size; j++) check_near((double)x[j], (double)y[j], REAL_TOLERANCE, p->name);
+            if (p->opts.sparse) assert_true(p->rows.count > 0 && p->rows.count < p->dims[0]);
+        }
+    }
+    assert_int_equal(pd_zero_grads(sparse.net), PD_OK);
+    assert_int_equal(pd_param_find(sparse.net, "table")->rows.count, 0);
+    free_model(&sparse);
+    free_model(&dense);
+}
+
+static void test_gradients(void **state) {
+    (void)state;
+    for (int sparse = 0; sparse < 2; sparse++) {
+        model m = build(sparse, 20, pd_sgd(0.1), NULL, NULL);
+        pd_gradcheck check;
+        fill(m.batch, 20, 3);
+        assert_int_equal(pd_check_gradients(m.cost, m.batch, NULL, &check), PD_OK);
+        assert_false(check.all_zero);
+        if (sizeof(pd_real) == 8 && !(check.error < 1e-6 && check.accumulation < 1e-12))
+            fail_msg("%s: %g, %g", check.worst, check.error, check.accumulation);
+        free_model(&m);
+    }
+}
+
+/* ---- reading what lags: saving, predicting, sharing, a second trainer, a checkpoint ---- */
+
+static void test_values_are_current(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    model sparse = build(true, 50, pd_momentum(0.1, 0.9), NULL, NULL);
+    model dense = build(false, 50, pd_momentum(0.1, 0.9), NULL, NULL);
+    model loaded = build(false, 50, pd_momentum(0.1, 0.9), NULL, NULL);
+    pd_layer *twin;
+    pd_net *shared;
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (uint64_t i = 0; i < 30; i++) step(&sparse, 50, i), step(&dense, 50, i);
+    assert_int_equal(pd_save(sparse.net, path), PD_OK);
+    assert_int_equal(pd_load(loaded.net, path, NULL), PD_OK);
+    check_values(&loaded, &dense, CLOSE, "saved");
+    for (uint64_t i = 30; i < 40; i++) step(&sparse, 50, i), step(&dense, 50, i);
+    shared = pd_net_share(sparse.net);
+    twin = pd_layer_find(shared, sparse.output->name);
+    fill(dense.batch, 50, 77);
+    fill(sparse.batch, 50, 77);
+    assert_int_equal(pd_forward(dense.net, dense.batch, PD_PREDICT, &dense.output, 1), PD_OK);
+    assert_int_equal(pd_forward(shared, sparse.batch, PD_PREDICT, &twin, 1), PD_OK);
+    for (int64_t i = 0; i < twin->out.rows * 3; i++)
+        check_near((double)twin->out.data[i], (double)dense.output->out.data[i], 10 * CLOSE, "shared net");
+    pd_net_free(shared);
+    for (uint64_t i = 40; i < 50; i++) step(&sparse, 50, i), step(&dense, 50, i);
+    assert_int_equal(pd_forward(dense.net, dense.batch, PD_PREDICT, &dense.output, 1), PD_OK);
+    assert_int_equal(pd_forward(sparse.net, sparse.batch, PD_PREDICT, &sparse.output, 1), PD_OK);
+    for (int64_t i = 0; i < sparse.output->out.rows * 3; i++)
+        check_near((double)sparse.output->out.data[i], (double)dense.output->out.data[i], 10 * CLOSE, "prediction");
+    /* loading in the middle: momentum goes on from the new values, as in the dense net */
+    assert_int_equal(pd_load(sparse.net, path, NULL), PD_OK);
+    assert_int_equal(pd_load(dense.net, path, NULL), PD_OK);
+    for (uint64_t i = 50; i < 60; i++) step(&sparse, 50, i), step(&dense, 50, i);
+    check_values(&sparse, &dense, CLOSE, "trained on after loading");
+    free_model(&sparse);
+    free_model(&dense);
+    free_model(&loaded);
+    remove(path);
+}
+
+static void test_two_trainers(void **state) {
+    model sparse = build(true, 30, pd_momentum(0.1, 0.9), NULL, NULL);
+    model dense = build(false, 30, pd_momentum(0.1, 0.9), NULL, NULL);
+    pd_trainer_opts opts = { .l2 = 0.1 };
+    pd_trainer *second[2] = { pd_trainer_new(sparse.net, sparse.cost, pd_sgd(0.2), &opts),
+                              pd_trainer_new(dense.net, dense.cost, pd_sgd(0.2), &opts) };
+    (void)state;
+    for (uint64_t i = 0; i < 40; i++) {
+        step(&sparse, 30, i);
+        step(&dense, 30, i);
+        if (i % 3) continue;
+        assert_int_equal(pd_train_batch(second[0], sparse.batch, NULL), PD_OK);
+        assert_int_equal(pd_train_batch(second[1], dense.batch, NULL), PD_OK);
+    }
+    check_values(&sparse, &dense, CLOSE, "two trainers");
+    pd_trainer_free(second[0]); /* what it has left for later is done first */
+    pd_trainer_free(second[1]);
+    step(&sparse, 30, 99);
+    step(&dense, 30, 99);
+    check_values(&sparse, &dense, CLOSE, "one trainer left");
+    free_model(&sparse);
+    free_model(&dense);
+}
+
+/* Zeroed between forward and backward, the gradient is that of the one backward. */
+static void test_zeroed_in_between(void **state) {
+    model m = build(true, 20, pd_sgd(0.1), NULL, NULL);
+    pd_param *p = pd_param_find(m.net, "table");
+    double squares = 0;
+    pd_real grad[80];
+    (void)state;
+    fill(m.batch, 20, 3);
+    assert_int_equal(pd_forward(m.net, m.batch, PD_TRAIN, &m.cost, 1), PD_OK);
+    assert_int_equal(pd_zero_grads(m.net), PD_OK);
+    assert_int_equal(pd_backward(m.net, m.cost), PD_OK);
+    assert_int_equal(pd_param_get_grad(p, grad, 80), PD_OK);
+    for (int i = 0; i < 80; i++) squares += (double)grad[i] * (double)grad[i];
+    assert_true(squares > 0);
+    free_model(&m);
+}
+
+/* What one trainer has left for later is in the checkpoint of another, and a message outlives both. */
+static void test_settled_by_others(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    model m = build(true, 30, pd_momentum(0.1, 0.9), NULL, NULL), loaded = build(true, 30, pd_sgd(0.2), NULL, NULL);
+    pd_trainer *second = pd_trainer_new(m.net, m.cost, pd_sgd(0.2), NULL);
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (uint64_t i = 0; i < 10; i++) step(&m, 30, i);
+    assert_int_equal(pd_checkpoint_save(second, path), PD_OK);
+    assert_int_equal(pd_checkpoint_load(loaded.trainer, path), PD_OK);
+    check_values(&loaded, &m, 0, "the checkpoint of another trainer");
+    step(&m, 30, 11);
+    assert_int_equal(pd_save(m.net, "/nowhere/at.all"), PD_E_IO);
+    m.net->trainers->unsettled = true;
+    pd_trainer_free(second);
+    pd_trainer_free(m.trainer);
+    m.trainer = NULL;
+    check_contains(pd_error(m.net), "/nowhere/at.all");
+    free_model(&m);
+    free_model(&loaded);
+    remove(path);
+}
+
+/* Nets over the same parameters predict in turn, with layers that are carried to the host. */
+typedef struct predictor {
+    pd_net *net;
+    pd_layer *output;
+    const pd_batch *batch;
+    pd_real expected[64];
+} predictor;
+
+static void predict(predictor *p) {
+    const pd_real *y;
+    assert_int_equal(pd_forward(p->net, p->batch, PD_PREDICT, &p->output, 1), PD_OK);
+    y = pd_output(p->output, NULL, NULL);
+    assert_non_null(y);
+    assert_memory_equal(y, p->expected, (size_t)p->output->out.rows * 3 * sizeof *y);
+}
+
+static void test_shared_on_a_far_device(void **state) {
+    pd_net *host = pd_net_new(&(pd_net_opts){ .threads = 1 });
+    far_device far = make_far(host->device, 0);
+    predictor p[2];
+    model m;
+    (void)state;
+    far.device.self = &far;
+    m = build(true, 40, pd_momentum(0.1, 0.9), NULL, &(pd_net_opts){ .device = &far.device, .threads = 1 });
+    for (uint64_t i = 0; i < 5; i++) step(&m, 40, i);
+    fill(m.batch, 40, 7);
+    assert_int_equal(pd_forward(m.net, m.batch, PD_PREDICT, &m.output, 1), PD_OK);
+    for (int k = 0; k < 2; k++) {
+        const pd_real *y = pd_output(m.output, NULL, NULL);
+        memcpy(p[k].expected, y, (size_t)m.output->out.rows * 3 * sizeof *y);
+    }
+    for (int k = 0; k < 2; k++) {
+        p[k].net = pd_net_share(m.net);
+        p[k].output = pd_layer_find(p[k].net, m.output->name);
+        p[k].batch = m.batch;
+    }
+    for (int i = 0; i < 6; i++) predict(&p[i % 2]);
+    for (int k = 0; k < 2; k++) pd_net_free(p[k].net);
+    free_model(&m);
+    pd_net_free(host);
+}
+
+static void test_checkpoint(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    pd_trainer_opts opts = { .l2 = 0.01 };
+    model a = build(true, 60, pd_momentum(0.1, 0.9), &opts, NULL),
+          b = build(true, 60, pd_momentum(0.1, 0.9), &opts, NULL);
+    model dense = build(false, 60, pd_momentum(0.1, 0.9), &opts, NULL);
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (uint64_t i = 0; i < 25; i++) step(&a, 60, i);
+    assert_int_equal(pd_checkpoint_save(a.trainer, path), PD_OK);
+    assert_int_equal(pd_checkpoint_load(b.trainer, path), PD_OK);
+    assert_int_equal(pd_checkpoint_load(dense.trainer, path), PD_OK); /* the same state, so the same file */
+    for (uint64_t i = 25; i < 50; i++) step(&a, 60, i), step(&b, 60, i), step(&dense, 60, i);
+    check_values(&a, &b, 0, "resumed"); /* to the bit */
+    check_values(&a, &dense, CLOSE, "resumed densely");
+    free_model(&a);
+    free_model(&b);
+    free_model(&dense);
+    remove(path);
+}
+
+/* ---- the cost is that of the rows; threads; devices ---- */
+
+static void test_threads(void **state) {
+    model one = build(true, 3000, pd_momentum(0.1, 0.9), NULL, &(pd_net_opts){ .threads = 1 });
+    (void)state;
+    for (uint64_t i = 0; i < 20; i++) step(&one, 3000, i);
+    for (int threads = 2; threads <= 4; threads++) {
+        model more = build(true, 3000, pd_momentum(0.1, 0.9), NULL, &(pd_net_opts){ .threads = threads });
+        for (uint64_t i = 0; i < 20; i++) step(&more, 3000, i);
+        check_values(&more, &one, 0, "threads");
+        free_model(&more);
+    }
+    free_model(&one);
+}
+
+static void test_far_device(void **state) {
+    static const unsigned kinds[] = { ~0u, 0, PD_OP_SPARSE };
+    pd_net *host = pd_net_new(NULL);
+    model cpu = build(true, 40, pd_momentum(0.1, 0.9), NULL, NULL);
+    (void)state;
+    for (uint64_t i = 0; i < 20; i++) step(&cpu, 40, i);
+    for (int k = 0; k < PD__COUNT(kinds); k++) {
+        far_device far = make_far(host->device, kinds[k]);
+        model m;
+        far.device.self = &far;
+        m = build(true, 40, pd_momentum(0.1, 0.9), NULL, &(pd_net_opts){ .device = &far.device });
+        for (uint64_t i = 0; i < 20; i++) step(&m, 40, i);
+        check_values(&m, &cpu, 0, "far device");
+        free_model(&m);
+    }
+    free_model(&cpu);
+    pd_net_free(host);
+}
+
+static void test_steady_state(void **state) {
+    failing_allocator f = { 0, -1, 0 };
+    model m = build(true, 500, pd_momentum(0.1, 0.9), NULL,
+                    &(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
+    int64_t calls;
+    (void)state;
+    for (uint64_t i = 0; i < 200; i++) step(&m, 500, i);
+    calls = failing_calls(&f);
+    for (uint64_t i = 0; i < 200; i++) step(&m, 500, i);
+    assert_int_equal(failing_calls(&f), calls);
+    free_model(&m);
+    assert_int_equal(f.in_use, 0);
+}
+
+static void test_no_memory(void **state) {
+    (void)state;
+    for (int64_t fail_at = 0;; fail_at++) {
+        failing_allocator f = { 0, fail_at, 0 };
+        pd_net *net = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
+        pd_layer *x = net ? pd_sparse(net, "x", 9) : NULL, *y;
+        pd_trainer *trainer = NULL;
+        pd_batch *batch = NULL;
+        int64_t columns[2] = { 3, 5 };
+        bool ok;
+        y = net ? pd_fc(net, x, 2, &(pd_fc_opts){ .weight.sparse = true }) : NULL;
+        if (net) trainer = pd_trainer_new(net, pd_sum_cost(net, y, NULL), pd_momentum(0.1, 0.9), NULL);
+        if (trainer) batch = pd_batch_new(net);
+        ok = batch && pd_batch_add_sparse(batch, 0, columns, NULL, 2) == PD_OK && pd_batch_end_sample(batch) == PD_OK &&
+             pd_train_batch(trainer, batch, NULL) == PD_OK;
+        if (net && !ok && !batch) assert_int_equal(pd_error_status(net), PD_E_MEMORY);
+        pd_batch_free(batch);
+        pd_trainer_free(trainer);
+        pd_net_free(net);
+        assert_int_equal(f.in_use, 0);
+        if (f.calls <= fail_at) {
+            assert_true(ok);
+            break;
+        }
+        assert_false(ok);
+    }
+}
+
+/* ---- batches ---- */
+
+static void test_batches(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_sparse(net, "x", 6));
+    pd_batch *a = pd_batch_new(net), *b = pd_batch_new(net);
+    const int64_t columns[3] = { 4, 0, 2 };
+    const pd_real values[3] = { 1, (pd_real)-0.5, 3 };
+    unsigned char marks[3] = { 0, 1, 0 };
+    (void)state;
+    (void)x;
+    for (int64_t sample = 0; sample < 3; sample++) { /* of 1, 2, 3 rows with 0 .. 3 entries */
+        for (int64_t row = 0; row <= sample; row++)
+            assert_int_equal(pd_batch_add_sparse(a, 0, columns, row ? values : NULL, (sample + row) % 4), PD_OK);
+        assert_int_equal(pd_batch_end_sample(a), PD_OK);
+    }
+    assert_int_equal(a->slots[0].row_starts[6], 0 + 1 + 2 + 2 + 3 + 0);
+    for (int64_t i = 2; i >= 0; i--) assert_int_equal(pd_batch_copy_sample(b, a, i), PD_OK);
+    assert_int_equal(b->slots[0].rows, 6);
+    assert_int_equal(b->slots[0].row_starts[1], 2);
+    assert_true(b->slots[0].values[2] == 1 && b->slots[0].values[3] == (pd_real)-0.5);
+    assert_int_equal(b->slots[0].ids[4], 2);
+    pd__remove_samples(b, marks);
+    assert_int_equal(b->samples, 2);
+    assert_int_equal(b->slots[0].starts[2], 4);
+    assert_int_equal(b->slots[0].row_starts[4], 5);
+    /* refused, and the batch stays as it was */
+    assert_int_equal(pd_batch_add_sparse(a, 0, (int64_t[]){ 6 }, NULL, 1), PD_E_FORMAT);
+    check_contains(a->error.text, "input \"x\": column 6, expected 0 to 5");
+    assert_int_equal(pd_batch_add_sparse(a, 0, columns, (pd_real[]){ (pd_real)NAN }, 1), PD_E_NUMERIC);
+    assert_int_equal(pd_batch_add_sparse(a, 0, NULL, NULL, 2), PD_E_ARGUMENT);
+    assert_int_equal(pd_batch_add_sparse(a, 0, columns, NULL, -1), PD_E_ARGUMENT);
+    assert_int_equal(pd_batch_add_id(a, 0, 1), PD_E_ARGUMENT);
+    check_contains(a->error.text, "slot 0 is not an input of ids");
+    assert_int_equal(a->slots[0].rows, 6);
+    assert_int_equal(a->slots[0].row_starts[6], 8);
+    pd_batch_free(a);
+    pd_batch_free(b);
+    pd_net_free(net);
+}
+
+/* A word that is refused fails its sample, though other words of the sentence were fine, and nothing of it stays. */
+static void test_refused_word(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_batch *batch;
+    (void)state;
+    pd_sequence(pd_ids(net, "words", 10));
+    batch = pd_batch_new(net);
+    assert_int_equal(pd_batch_add_id(batch, 0, 3), PD_OK);
+    assert_int_equal(pd_batch_add_id(batch, 0, 10), PD_E_FORMAT);
+    assert_int_equal(pd_batch_add_id(batch, 0, 4), PD_OK);
+    assert_int_equal(pd_batch_end_sample(batch), PD_E_FORMAT);
+    check_contains(batch->error.text, "input \"words\": id 10, expected 0 to 9");
+    assert_true(batch->samples == 0 && batch->slots[0].rows == 0);
+    assert_int_equal(pd_batch_add_id(batch, 0, 5), PD_OK); /* the next one is new */
+    assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    assert_int_equal(pd_batch_add_id(batch, 1, 5), PD_E_ARGUMENT);
+    pd_batch_drop_sample(batch);
+    assert_int_equal(pd_batch_end_sample(batch), PD_OK); /* an empty sentence */
+    assert_int_equal(batch->samples, 2);
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+/* ---- readers ---- */
+
+/* "label index:value" into a sparse input is what it is into a dense one. */
+static void test_libsvm(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    const char *text = "1 1:0.5 4:2\n0\n2 7:-1 8:3 # comment\n1 2:1\n";
+    int file = mkstemp(path);
+    pd_net *nets[2];
+    pd_real rows[2][4][8];
+    (void)state;
+    memset(rows, 0, sizeof rows);
+    assert_true(file >= 0 && write(file, text, strlen(text)) == (ssize_t)strlen(text));
+    close(file);
+    for (int sparse = 0; sparse < 2; sparse++) {
+        pd_net *net = nets[sparse] = pd_net_new(NULL);
+        pd_batch *batch;
+        pd_reader *reader;
+        if (sparse) pd_sparse(net, "x", 8);
+        else pd_vector(net, "x", 8);
+        pd_label(net, "y", 3);
+        batch = pd_batch_new(net);
+        reader = pd_shuffle(net, pd_libsvm_reader(net, path, &(pd_reader_opts){ .scale = 2 }), 3, 5);
+        if (!reader) fail_msg("%s", pd_error(net));
+        assert_int_equal(reader->reset(reader, 0), PD_OK);
+        assert_int_equal(reader->next(reader, batch, 10), PD_END);
+        assert_int_equal(batch->samples, 4);
+        for (int64_t r = 0; r < 4; r++) {
+            const pd_slot *s = &batch->slots[0];
+            if (!sparse) memcpy(rows[0][r], s->data + 8 * r, sizeof rows[0][r]);
+            for (int64_t k = sparse ? s->row_starts[r] : 0; sparse && k < s->row_starts[r + 1]; k++)
+                rows[1][r][s->ids[k]] = s->values[k];
+        }
+        pd_batch_free(batch);
+        pd_reader_free(reader);
+    }
+    assert_memory_equal(rows[0], rows[1], sizeof rows[0]);
+    assert_null(pd_libsvm_reader(nets[1], path, &(pd_reader_opts){ .shift = 1 }));
+    check_contains(pd_error(nets[1]), "input \"x\" is sparse: absent numbers stay 0");
+    assert_null(pd_csv_reader(nets[1], path, NULL));
+    check_contains(pd_error(nets[1]), "input \"x\" is sparse");
+    pd_net_free(nets[0]);
+    pd_net_free(nets[1]);
+    remove(path);
+}
+
+static void test_arrays(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    const int64_t starts[4] = { 0, 2, 2, 3 }, ids[3] = { 1, 4, 0 }, falling[4] = { 0, 2, 1, 3 };
+    const pd_real values[3] = { 1, 2, 3 };
+    pd_array array = { .ids = ids, .row_starts = starts, .values = values };
+    pd_reader *reader;
+    pd_batch *batch;
+    (void)state;
+    pd_sparse(net, "x", 5);
+    batch = pd_batch_new(net);
+    reader = pd_array_reader(net, 3, &array, 1);
+    if (!reader) fail_msg("%s", pd_error(net));
+    assert_int_equal(reader->reset(reader, 0), PD_OK);
+    assert_int_equal(reader->next(reader, batch, 3), PD_OK);
+    assert_int_equal(batch->slots[0].row_starts[3], 3);
+    assert_true(batch->slots[0].ids[2] == 0 && batch->slots[0].values[2] == 3);
+    pd_reader_free(reader);
+    array.row_starts = falling;
+    assert_null(pd_array_reader(net, 3, &array, 1));
+    check_contains(pd_error(net), "row_starts[2] is 1; they must rise");
+    array.row_starts = NULL;
+    assert_null(pd_array_reader(net, 3, &array, 1));
+    check_contains(pd_error(net), "input \"x\" takes row_starts, ids and values");
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+/* ---- misuse ---- */
+
+static pd_net *with_table(pd_layer **cost, const pd_param_opts *weight) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *row = pd_embedding(net, pd_ids(net, "id", 9), 2, &(pd_embedding_opts){ .name = "e", .weight = *weight });
+    *cost = row ? pd_sum_cost(net, row, NULL) : NULL;
+    return net;
+}
+
+static void test_refused(void **state) {
+    static const pd_optimizer_kind lacking[] = { PD_OPT_ADAGRAD, PD_OPT_ADAM, PD_OPT_RMSPROP };
+    pd_layer *cost;
+    pd_net *net;
+    (void)state;
+    for (int k = 0; k < 3; k++) {
+        net = with_table(&cost, &(pd_param_opts){ .sparse = true });
+        pd_optimizer o = k == 0 ? pd_adagrad(0.1) : k == 1 ? pd_adam(0.1) : pd_rmsprop(0.1);
+        assert_int_equal(o.kind, lacking[k]);
+        assert_null(pd_trainer_new(net, cost, o, NULL));
+        check_contains(pd_error(net), "parameter \"e.weight\" is sparse, which goes with sgd and momentum");
+        pd_net_free(net);
+    }
+    net = with_table(&cost, &(pd_param_opts){ .sparse = true });
+    assert_null(pd_trainer_new(net, cost, pd_sgd(0.1), &(pd_trainer_opts){ .l1 = 0.1 }));
+    check_contains(pd_error(net), "which does not go with l1");
+    pd_net_free(net);
+    net = with_table(&cost, &(pd_param_opts){ .sparse = true });
+    assert_null(pd_trainer_new(net, cost, pd_sgd(0.1), &(pd_trainer_opts){ .average_window = 0.1 }));
+    check_contains(pd_error(net), "which does not go with model averaging");
+    pd_net_free(net);
+    net = with_table(&cost, &(pd_param_opts){ .sparse = true, .prune = 0.5 });
+    check_contains(pd_error(net), "e: parameter \"e.weight\" is sparse, which goes with neither l1 nor prune");
+    pd_net_free(net);
+    net = pd_net_new(NULL);
+    assert_null(pd_conv(net, pd_image(net, "i", 1, 4, 4), 2, 3, &(pd_conv_opts){ .name = "c", .weight.sparse = true }));
+    check_contains(pd_error(net), "c: parameter \"c.weight\" can't be sparse: that is for tables read by ids");
+    pd_net_free(net);
+    net = pd_net_new(NULL);
+    assert_null(pd_add(net, (pd_layer *[]){ pd_sparse(net, "s", 4) }, 1, NULL));
+    check_contains(pd_error(net), "takes no sparse input such as \"s\"; pd_fc does");
+    pd_net_free(net);
+    net = pd_net_new(NULL);
+    pd_sparse(net, "s", 4);
+    assert_null(pd_eval_error(net, pd_vector(net, "x", 2), pd_layer_find(net, "s"), NULL));
+    check_contains(pd_error(net), "sparse");
+    pd_net_free(net);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_equals_dense),
+        cmocka_unit_test(test_tail),
+        cmocka_unit_test(test_long_run),
+        cmocka_unit_test(test_gradient_equals_dense),
+        cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_values_are_current),
+        cmocka_unit_test(test_two_trainers),
+        cmocka_unit_test(test_checkpoint),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_far_device),
+        cmocka_unit_test(test_steady_state),
+        cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_batches),
+        cmocka_unit_test(test_libsvm),
+        cmocka_unit_test(test_arrays),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_zeroed_in_between),
+        cmocka_unit_test(test_settled_by_others),
+        cmocka_unit_test(test_shared_on_a_far_device),
+        cmocka_unit_test(test_refused_word),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
