@@ -1,0 +1,60 @@
+#!/bin/sh
+# paddle_cuda.cu: by nvcc, where there is one, for the GPUs that it is meant for, without a warning and with every kernel
+# in registers; then tests/test_cuda.c with CUDA on the CPU. Ends with the line that tests/run counts.
+tools=tests/cuda_on_cpu
+$tools/headers >/dev/null || { echo 'skipped: no CUDA headers; tests/cuda_on_cpu/setup gets them'; exit 77; }
+out=build/cuda
+passed=0 failed=0 skipped=0
+mkdir -p $out
+export TSAN_OPTIONS="${TSAN_OPTIONS:+$TSAN_OPTIONS:}atexit_sleep_ms=0"
+randomly=
+! setarch "$(uname -m)" -R true 2>/dev/null || randomly="setarch $(uname -m) -R" # old TSan wants low addresses
+
+fail() {
+    failed=$((failed + 1))
+    echo "FAILED $*"
+}
+
+nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+[ -n "$nvcc" ] || { skipped=$((skipped + 1)) && echo 'skipped: no nvcc'; }
+for number in ${nvcc:+float double}; do
+    define=
+    [ $number = float ] || define=-DPADDLE_DOUBLE
+    for arch in 75 80 86 89 90; do
+        if ! "$nvcc" -std=c++17 -O2 -arch=sm_$arch $define -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v \
+            -c paddle_cuda.cu -o $out/nvcc.o >$out/nvcc.log 2>&1; then
+            fail "nvcc for sm_$arch, $number"
+            tail -n 20 $out/nvcc.log
+        elif ! grep -q 'bytes spill' $out/nvcc.log || grep 'bytes spill' $out/nvcc.log | grep -qv ' 0 bytes spill stores'
+        then fail "sm_$arch, $number: a kernel spills registers; see $out/nvcc.log"
+        else passed=$((passed + 1))
+        fi
+    done
+done
+
+# program KIND NUMBER SEED [TESTS NOT_THESE]
+program() {
+    define= run=$randomly
+    [ "$2" = float ] || define=-DPADDLE_DOUBLE
+    [ "$1" = tsan ] || run=
+    name=$out/$1.$2
+    [ -x "$name" ] && [ "$name" -nt paddle_cuda.cu ] && [ "$name" -nt paddle.h ] && [ "$name" -nt tests/test_cuda.c ] &&
+        [ "$name" -nt $tools/runtime.cpp ] ||
+        $tools/build "$1" "$name" paddle_cuda.cu tests/test_cuda.c -DSTAND_IN -Itests $define -lcmocka ||
+        { fail "$1 $2 does not build"; return; }
+    timeout 800 $run "$name" "$3" "${4:-*}" "${5:-nothing}" >"$name.log" 2>&1
+    status=$?
+    good=$(grep -c '^\[ *OK \]' "$name.log") bad=$(grep -c '^\[ *RUN *\]' "$name.log")
+    bad=$((bad - good))
+    [ $status = 0 ] && [ $good -gt 0 ] || [ $bad -gt 0 ] || bad=1
+    passed=$((passed + good)) failed=$((failed + bad))
+    [ $bad = 0 ] || { echo "FAILED $1 $2:" && grep -vE '^\[ +(RUN|OK) +\]' "$name.log" | tail -n 40; }
+}
+
+program plain float 1
+program plain double 2 '*' test_failures
+program asan float 3 '*' test_failures
+program asan double 4 test_failures
+program tsan float 5 '*' test_gradient_check # which would take minutes
+[ $skipped = 0 ] && echo "$passed passed, $failed failed" || echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
