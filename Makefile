@@ -2,6 +2,8 @@
 # make run           train on real handwritten digits and predict some: needs a C compiler and make, nothing else
 # make setup test    install what the tests use (Debian, Ubuntu), then run them all
 # make fuzz          FUZZ_RUNS (a million) hostile inputs for everything that reads files
+# make seams         two nets on the CPU, a GPU's stand-in and 1 to 3 ranks of mpiexec: the same results, in a table
+# make gpu-check     the GPU's tests on a real one, with a report in bench/results; without one it only says so
 # make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
 # make bench         build and run bench/
 # make lib           build/libpaddle.a and libpaddle.so; make install PREFIX=/usr/local DESTDIR=
@@ -18,13 +20,18 @@ OPENMP := $(shell mkdir -p build; echo 'int main(void) { return omp_get_max_thre
 LIBS    = -lm -pthread
 COMPILE = $(CC) -std=c99 -Wall -Wextra $(CFLAGS) $(OPENMP) -I.
 
-EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+MPI_ONLY = build/cluster
+EXAMPLES = $(filter-out $(MPI_ONLY),$(patsubst examples/%.c,build/%,$(wildcard examples/*.c))) \
+           $(if $(shell command -v mpicc 2>/dev/null),$(MPI_ONLY))
 BENCHES  = $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
 
 all: $(EXAMPLES)
 
 build/%: examples/%.c paddle.h
 	$(COMPILE) $< -o $@ $(LIBS)
+
+$(MPI_ONLY): override CC = mpicc
+$(MPI_ONLY): paddle_mpi.c
 
 # Threads that spin while they wait are slow beside other programs; see README.md.
 run: build/digits
@@ -68,17 +75,18 @@ build/paddle.pc: always
 
 install: lib
 	mkdir -p $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
-	cp paddle.h $(DESTDIR)$(PREFIX)/include/
+	cp paddle.h paddle_mpi.c paddle_cuda.cu $(DESTDIR)$(PREFIX)/include/
 	cp -P build/libpaddle.a build/libpaddle.so* $(DESTDIR)$(PREFIX)/lib/
 	cp build/paddle.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
 
 # ---- tests; see tests/Makefile ----
 
-# tests/setup explains the bars. The Python packages are for tests/peer.
+# tests/setup explains the bars. The Python packages are for tests/peer, which makes what tests/cuda_on_cpu adds to.
 setup:
-	@tests/setup g++ libcmocka-dev valgrind pkg-config clang 'libclang-rt-dev|' libomp-dev \
+	@tests/setup g++ libcmocka-dev valgrind pkg-config clang 'libclang-rt-dev|' libomp-dev mpich libmpich-dev \
 	    python3-venv python3-numpy 'python3-torch|'
 	@tests/peer/setup
+	@tests/cuda_on_cpu/setup
 
 setup-portability:
 	@tests/setup gcc g++ clang tcc musl-tools gcc-mingw-w64-x86-64 'wine64|wine' gcc-aarch64-linux-gnu \
@@ -94,15 +102,22 @@ test: build/paddle.c
 fuzz: build/paddle.c
 	$(TESTS) -k fuzz
 
+# KIND=asan or tsan: under sanitizers.
+seams:
+	@tests/seams/run $(KIND)
+
+gpu-check:
+	@tests/gpu_check
+
 portability:
 	@tests/portability/run
 
 format:
-	clang-format -i $(wildcard *.h *.c examples/*.c bench/*.c tests/*.c tests/*.h tests/*/*.c tests/*/*.h)
+	clang-format -i $(wildcard *.h *.c examples/*.c bench/*.c tests/*.c tests/*.h tests/*/*.c tests/*/*.h tests/*/*.cpp tests/*/*.cu)
 
 clean:
 	rm -rf build
 
 always:
-.PHONY: all run bench lib install setup setup-portability test fuzz portability format clean always
+.PHONY: all run bench lib install setup setup-portability test fuzz seams gpu-check portability format clean always
 .DELETE_ON_ERROR:

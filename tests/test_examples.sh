@@ -44,6 +44,10 @@ check stream '^[0-9]+ samples, cost 0\.' sh -c "cat examples/data/* examples/dat
 check image_config '.' "$programs/image_config" 1
 make_idx
 check lenet '^lenet: accuracy 9[0-9]\.' "$programs/lenet" . 4
+check wordorder '^wordorder: accuracy (99|100)\.' "$programs/wordorder"
+if command -v mpiexec >/dev/null && [ -x "$programs/cluster" ]; then
+    check cluster '^cluster: accuracy 9[5-9]\.' env OMP_NUM_THREADS=1 mpiexec -n 2 "$programs/cluster"
+fi
 
 # In double the gradient of the example's layer is checked sharply.
 check custom_layer_of_double '^accuracy 9[5-9]\.' sh -c \

@@ -1,0 +1,154 @@
+#!/bin/sh
+# Builds tests/mpi/worker.c and starts it on 1 to 4 ranks: paddle_mpi.c against training in one process, counted bytes,
+# and all sorts of failures. Ends with the line `N passed, N failed`.
+command -v mpicc >/dev/null && command -v mpiexec >/dev/null || { echo 'skipped: MPI is not here'; exit 77; }
+passed=0 failed=0 dir=build/mpi
+mkdir -p $dir
+warnings='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror'
+export OMP_WAIT_POLICY=passive
+export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
+
+result() { # STATUS NAME
+    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $2" && cat $dir/log; fi
+}
+check() { # COMMAND..
+    "$@" >$dir/log 2>&1
+    result $? "$*"
+}
+# RANKS BUILD WORD.. on this machine, or with HOSTS=..: as if every rank were on its own.
+start() {
+    n=$1 build=$2
+    shift 2
+    timeout -k 5 60 mpiexec $HOSTS -n "$n" $dir/"$build" "$@"
+}
+works() { check start "$@"; }
+
+# ---- building ----
+
+build() { # NAME FLAG..
+    name=$1
+    shift
+    MPICH_CC=${compiler:-${CC:-cc}} OMPI_CC=${compiler:-${CC:-cc}} \
+        mpicc -std=c99 -g $warnings "$@" tests/mpi/worker.c -o $dir/$name -lm -pthread
+}
+sanitize='-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all'
+check build float -O2
+check build double -O2 -DPADDLE_DOUBLE
+check build pieces -O2 -DPD__MPI_PIECE=100 -DPD__MPI_BOX=40
+check build asan $sanitize
+check build static -O1 -DPADDLE_STATIC -DPADDLE_NO_THREADS
+for compiler in gcc clang; do
+    command -v $compiler >/dev/null || continue
+    check build $compiler -O1
+    check build $compiler -O1 -DPADDLE_DOUBLE -fopenmp
+    check $compiler -std=c99 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o
+    case $compiler in gcc) plus=g++ ;; *) plus=clang++ ;; esac
+    check $plus -x c++ -std=c++11 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o
+done
+
+# ---- the same as one process ----
+
+for n in 1 2 3 4; do
+    works $n float compare mlp momentum
+    works $n double compare conv sgd uneven
+    works $n double compare rows nesterov l2 schedule
+    works $n double compare words momentum l2 clip uneven
+done
+for method in sgd momentum nesterov adagrad adadelta rmsprop decayed_adagrad adam adamw adamax; do
+    works 3 double compare mlp $method l2 schedule
+done
+works 3 double compare mlp adam clip
+works 3 float compare wide momentum
+works 4 double compare wide far uneven clip
+works 3 double compare conv far momentum
+works 4 double compare words far momentum l2 uneven
+works 3 pieces compare wide momentum
+works 3 pieces compare words momentum l2
+works 3 pieces compare rows far uneven
+works 3 float again words momentum
+for n in 1 2 4; do
+    works $n double reduce conv
+done
+
+# ---- the example ----
+
+check mpicc -std=c99 -O2 $warnings examples/cluster.c -o $dir/cluster -lm -pthread
+data=$PWD/examples/data/digits.csv
+(cd $dir && timeout -k 5 100 mpiexec -n 3 ./cluster "$data") >$dir/log 2>&1 && grep -Eq 'accuracy (98|99|100)' $dir/log
+result $? 'examples/cluster.c'
+
+# ---- the same bits every time ----
+
+for words in 'mlp adam' 'words momentum l2 clip uneven' 'norm momentum'; do
+    start 3 float bits $words >$dir/first 2>&1
+    start 3 float bits $words >$dir/second 2>&1
+    check diff $dir/first $dir/second
+    grep -Eq '^[0-9a-f]{16}$' $dir/first
+    result $? "bits $words"
+done
+
+# ---- what is sent, what is taken ----
+
+for n in 1 2 3 4; do
+    works $n float bytes mlp
+    works $n double bytes words momentum clip
+    works $n float bytes rows momentum l2
+done
+works 3 double bytes conv far
+works 3 pieces bytes wide
+for words in 'mlp adam' 'rows momentum l2' 'words clip' 'conv far'; do
+    works 3 float steady $words
+done
+
+# ---- memory and undefined behaviour ----
+
+for words in 'mlp adam' 'words momentum l2 clip uneven' 'rows far' 'conv far uneven' 'norm'; do
+    works 3 asan bits $words
+done
+works 3 asan again words momentum
+works 2 asan reduce mlp
+for words in mlp 'words momentum clip' rows; do
+    works 1 asan memory $words
+done
+
+# ---- failures: all ranks end, with the reason ----
+
+# STATUS SECONDS TEXT TIMES COMMAND..: the text must come so many times.
+fails() {
+    expected=$1 seconds=$2 text=$3 times=$4
+    shift 4
+    begin=$(date +%s)
+    "$@" >$dir/log 2>&1
+    status=$?
+    took=$(($(date +%s) - begin)) found=$(grep -c "$text" $dir/log)
+    [ $status = "$expected" ] && [ $took -le "$seconds" ] && [ "$found" = "$times" ]
+    result $? "$* (status $status, $took s, $found times \"$text\")"
+}
+# Without the process manager noticing: its child and the descriptors stay.
+killed() {
+    timeout -k 5 60 mpiexec -n 3 sh -c \
+        "$dir/float signal kill mlp quick; status=\$?; [ \$status = 137 ] && exec sleep 40; exit \$status"
+}
+for HOSTS in '' '-launcher fork -hosts a:1,b:1,c:1,d:1'; do
+    works 4 float compare mlp momentum
+    works 3 float compare words momentum uneven
+    for words in 'mlp nan' 'conv nan clip'; do
+        fails 3 10 'the input is not finite in row' 3 start 3 float fails $words
+    done
+    fails 3 10 'rank 1: line 13: this is not a number' 3 start 3 float reader mlp
+    fails 3 10 'rank 1 has layer "fc1" (fc) of width 12, activation' 3 start 3 float mismatch mlp wrong
+    fails 3 10 'rank 1 has ended with exit code 3' 2 start 3 float early mlp
+    fails 3 10 'all must make the same calls' 3 start 3 float calls norm
+    fails 3 10 'rank [02].*truncate\|rank 0 has sent 8 bytes' 3 start 3 float sums mlp
+    fails 3 10 'rank 1 has ended its training' 2 start 3 float leaves mlp
+    fails 3 10 'rank 1 has not been heard from for 2 s' 2 start 3 float signal mlp quick
+    fails 3 10 'the input is not finite in row' 3 start 3 asan fails mlp nan
+done
+HOSTS=
+for k in 75 100 115; do # in pd_trainer_new, in begin_batch, in end_batch, or near those
+    fails 3 10 'rank 1: out of memory for training with MPI' 2 start 2 asan lack $k words momentum clip
+done
+fails 3 30 'rank 1 has not been heard from for 10 s' 3 start 4 float signal words
+fails 3 10 'rank 1 has not been heard from for 2 s' 2 killed
+fails 9 10 'Killed' 1 start 3 float signal kill mlp # the process manager does it
+echo "$passed passed, $failed failed"
