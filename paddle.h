@@ -1214,7 +1214,6 @@ PD_API bool pd_trainer_clips_norm(const pd_trainer *trainer);
 /* Fails with a message kept by the trainer's net. Returns `status`. */
 PD_API pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const char *format, ...) PD_PRINTF(3, 4);
 PD_API pd_net *pd_trainer_net(pd_trainer *trainer);
-PD_API pd_layer *pd_trainer_cost(pd_trainer *trainer);
 
 /* ======================================================================================================== */
 /* >>readers                                                                                                */
@@ -3885,7 +3884,7 @@ static void pd__tensor_to_device(pd_layer *l, bool data, bool grad) {
     if (l->out.grad) l->out.grad = own->grad;
 }
 
-/* Puts shadows in the place of the first `count` parameters, with copies of what the device has. */
+/* Puts a shadow, with copies of what the device has, in the place of parameter k. */
 static pd_status pd__param_to_host(pd_layer *l, int k) {
     pd_device *d = l->net->device;
     const pd_allocator *a = &l->net->allocator;
@@ -10244,8 +10243,6 @@ static pd_status pd__reduce(pd_trainer *t, double *sums, int64_t count) {
     pd__clear_failure(t->net);
     return pd__updater_returned(t, t->updater->reduce(t->updater, sums, count));
 }
-
-PD_DEF pd_layer *pd_trainer_cost(pd_trainer *trainer) { return trainer ? trainer->cost : NULL; }
 
 PD_DEF pd_status pd_trainer_shard(pd_trainer *trainer, int rank, int ranks) {
     if (!trainer || ranks < 1 || rank < 0 || rank >= ranks) return PD_E_ARGUMENT;

@@ -84,7 +84,6 @@ static pd_reader *open_reader(pd_net *net, bool words, const plan *p) {
 
 typedef struct record {
     double sums[STEPS], samples[STEPS];
-    int64_t local; /* samples of this rank's steps */
 } record;
 
 static int note_cost(void *user, const pd_event *event) {
