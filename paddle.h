@@ -3528,6 +3528,20 @@ static pd_status pd__check_count(const pd_param *p, const void *values, int64_t 
                     (long long)p->size, (long long)count);
 }
 
+static pd_status pd__synchronize(pd_net *net) {
+    char message[256] = "";
+    pd_status status = net->device->synchronize(net->device, message, sizeof message);
+    if (status != PD_OK) pd__fail(net, status, "device %s: %s", net->device->name, message);
+    return status;
+}
+
+/* `count` numbers to host memory. A failure of the device, of this or of what came before, is told: what has arrived
+   may not be what was computed. */
+static pd_status pd__download(pd_net *net, void *to_host, const pd_real *from, int64_t count) {
+    if (count > 0) net->device->download(net->device, to_host, from, (size_t)count * sizeof *from);
+    return pd__synchronize(net);
+}
+
 PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_set");
     if (status == PD_OK) status = pd__settle(param->net, NULL);
@@ -3539,18 +3553,17 @@ PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t co
 PD_DEF pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_get");
     if (status == PD_OK) status = pd__settle(param->net, NULL);
-    if (status == PD_OK)
-        param->net->device->download(param->net->device, values, param->value, (size_t)count * sizeof *values);
-    return status;
+    return status == PD_OK ? pd__download(param->net, values, param->value, count) : status;
 }
 
 /* The rows of a gradient, in the places that they have in the table. */
-static void pd__get_sparse_grad(const pd_param *p, pd_real *values) {
-    pd_device *d = p->net->device;
+static pd_status pd__get_sparse_grad(const pd_param *p, pd_real *values) {
     int64_t width = p->dims[1];
+    pd_status status = PD_OK;
     for (int64_t i = 0; i < p->size; i++) values[i] = 0;
-    for (int64_t i = 0; i < pd__grad_rows(p); i++)
-        d->download(d, values + p->rows.ids[i] * width, p->grad + i * width, (size_t)width * sizeof *values);
+    for (int64_t i = 0; status == PD_OK && i < pd__grad_rows(p); i++)
+        status = pd__download(p->net, values + p->rows.ids[i] * width, p->grad + i * width, width);
+    return status;
 }
 
 PD_DEF pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64_t count) {
@@ -3558,9 +3571,8 @@ PD_DEF pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64
     if (status != PD_OK) return status;
     if (!param->grad)
         return pd__fail(param->net, PD_E_STATE, "pd_param_get_grad: parameter \"%.100s\" has no gradient", param->name);
-    if (param->touched) pd__get_sparse_grad(param, values);
-    else param->net->device->download(param->net->device, values, param->grad, (size_t)count * sizeof *values);
-    return PD_OK;
+    if (param->touched) return pd__get_sparse_grad(param, values);
+    return pd__download(param->net, values, param->grad, count);
 }
 
 /* Memory, all zero, for the gradient of the rows touched so far; what is there is kept. */
@@ -3839,7 +3851,7 @@ static pd_status pd__forward_layer(pd_layer *l) {
 
 static pd_status pd__host_memory_fail(pd_net *net) { return pd__no_memory(net, "carrying numbers to the host"); }
 
-/* A layer's output in host memory; NULL when out of memory. */
+/* A layer's output in host memory; NULL (message set) when out of memory, or when the device has failed. */
 static pd_real *pd__host_data(pd_layer *l) {
     pd_device *d = l->net->device;
     int64_t n = l->out.rows * l->out.width;
@@ -3851,9 +3863,8 @@ static pd_real *pd__host_data(pd_layer *l) {
         pd__host_memory_fail(l->net);
         return NULL;
     }
-    if (n > 0) d->download(d, own->host_data, l->out.data, (size_t)n * sizeof(pd_real));
-    own->host_current = true;
-    return own->host_data;
+    own->host_current = pd__download(l->net, own->host_data, l->out.data, n) == PD_OK;
+    return own->host_current ? own->host_data : NULL;
 }
 
 /* Puts the copies in the place of a layer's output and, if `grad`, its gradient. */
@@ -3862,8 +3873,9 @@ static pd_status pd__tensor_to_host(pd_layer *l, bool grad) {
     struct pd__layer *own = l->own;
     int64_t n = l->out.rows * l->out.width;
     if (own->at_host || !l->out.data) return PD_OK;
-    if (!pd__host_data(l) || !pd__grow(&l->net->allocator, (void **)&own->host_grad, &own->host_grad_capacity,
-                                       grad ? pd__max(n, 1) : 0, sizeof(pd_real)))
+    if (!pd__host_data(l)) return l->net->failure.status;
+    if (!pd__grow(&l->net->allocator, (void **)&own->host_grad, &own->host_grad_capacity, grad ? pd__max(n, 1) : 0,
+                  sizeof(pd_real)))
         return pd__host_memory_fail(l->net);
     if (grad && l->out.grad && n > 0) d->download(d, own->host_grad, l->out.grad, (size_t)n * sizeof(pd_real));
     l->out.data = own->host_data;
@@ -3992,13 +4004,6 @@ static pd_status pd__run_layer(pd_layer *l) {
     if (status == PD_OK) status = pd__poll(l->net);
     l->own->forward_seconds += pd_seconds() - start;
     l->own->runs++;
-    return status;
-}
-
-static pd_status pd__synchronize(pd_net *net) {
-    char message[256] = "";
-    pd_status status = net->device->synchronize(net->device, message, sizeof message);
-    if (status != PD_OK) pd__fail(net, status, "device %s: %s", net->device->name, message);
     return status;
 }
 
@@ -7104,7 +7109,7 @@ static pd_status pd__evaluators_update(pd_net *net) {
                 at_host[k] = e->inputs[k]->out;
                 if (at_host[k].data) at_host[k].data = pd__host_data(e->inputs[k]);
                 if (at_host[k].data || e->inputs[k]->is_ids) status = pd__check_evaluated(e, k, &at_host[k]);
-                else status = PD_E_MEMORY;
+                else status = net->failure.status;
                 inputs[k] = &at_host[k];
             }
         if (status == PD_OK) status = e->type->update(e, inputs);
@@ -10281,6 +10286,7 @@ static pd_status pd__prune(pd_param *p) {
     const pd_allocator *a = &p->net->allocator;
     int64_t n = p->size, drop = (int64_t)((double)n * p->opts.prune), below = 0;
     pd_real *values, *sorted;
+    pd_status status;
     if (drop == 0 || p->mask) return PD_OK;
     p->mask = (unsigned char *)pd__alloc(a, n, 1);
     values = (pd_real *)pd__alloc(a, n, 2 * sizeof *values);
@@ -10291,7 +10297,7 @@ static pd_status pd__prune(pd_param *p) {
         return pd__no_memory(p->net, "a pruning mask");
     }
     sorted = values + n;
-    pd_param_get(p, values, n);
+    status = pd_param_get(p, values, n);
     for (int64_t i = 0; i < n; i++) sorted[i] = PD__M(fabs)(values[i]);
     qsort(sorted, (size_t)n, sizeof *sorted, pd__compare_reals);
     while (below < drop && sorted[below] < sorted[drop - 1]) below++;
@@ -10301,9 +10307,9 @@ static pd_status pd__prune(pd_param *p) {
         p->mask[i] = !dropped;
         if (dropped) values[i] = 0;
     }
-    pd_param_set(p, values, n);
+    if (status == PD_OK) status = pd_param_set(p, values, n);
     pd__free(a, values);
-    return PD_OK;
+    return status;
 }
 
 /* What an optimizer or option can't do with a sparse parameter, or NULL. */
@@ -11990,19 +11996,21 @@ static void pd__put_header(pd__writer *w, const pd__items *items, const pd_train
     while (w->length % 8) pd__put(w, " ", 1);
 }
 
+enum { PD__NOT_READ = -1 }; /* in the place of an errno: the device has failed, and the net has its message */
+
 /* One item's data, by way of `chunk`, PD__FILE_CHUNK bytes of host memory. */
-static void pd__put_item(pd__writer *w, const pd__item *item, pd_device *d, unsigned char *chunk) {
+static void pd__put_item(pd__writer *w, const pd__item *item, pd_net *net, unsigned char *chunk) {
     int64_t per_chunk = PD__FILE_CHUNK / (int64_t)sizeof(pd_real);
     if (!item->numbers) pd__put(w, item->param->mask, (size_t)item->param->size);
     for (int64_t at = 0; item->numbers && at < item->param->size && !w->error; at += per_chunk) {
         int64_t n = pd__min(per_chunk, item->param->size - at);
-        d->download(d, chunk, item->numbers + at, (size_t)n * sizeof(pd_real));
+        if (pd__download(net, chunk, item->numbers + at, n) != PD_OK) w->error = PD__NOT_READ;
         pd__store_reals(chunk, n);
         pd__put(w, chunk, (size_t)n * sizeof(pd_real));
     }
 }
 
-/* Writes a whole file. Returns 0 or an errno. */
+/* Writes a whole file. Returns 0, an errno or PD__NOT_READ. */
 static int pd__write_tensors(FILE *file, const pd__items *items, const pd_trainer *trainer, unsigned char *chunk) {
     pd__writer w = PD__ZERO;
     unsigned char bytes[8];
@@ -12013,7 +12021,7 @@ static int pd__write_tensors(FILE *file, const pd__items *items, const pd_traine
     pd__put(&w, bytes, 8);
     w.length = 0;
     pd__put_header(&w, items, trainer);
-    for (int64_t i = 0; i < items->count; i++) pd__put_item(&w, &items->list[i], items->device, chunk);
+    for (int64_t i = 0; i < items->count; i++) pd__put_item(&w, &items->list[i], items->net, chunk);
     return w.error;
 }
 
@@ -12068,8 +12076,8 @@ static bool pd__is_special_file(const char *path) {
 #endif
 }
 
-/* Writes to `temporary`, then puts it in the place of `path`. 0 or an errno; then `path` is what it was, unless it was
-   only the directory that could not be brought to the disk. */
+/* Writes to `temporary`, then puts it in the place of `path`. 0, an errno or PD__NOT_READ; then `path` is what it was,
+   unless it was only the directory that could not be brought to the disk. */
 static int pd__write_and_replace(const char *path, char *temporary, const pd__items *items, const pd_trainer *trainer,
                                  unsigned char *chunk) {
     FILE *file = fopen(temporary, "wb");
@@ -12112,7 +12120,8 @@ static pd_status pd__save_items(const pd__items *items, const char *path, const 
     if (temporary && chunk) {
         snprintf(temporary, size, "%s.tmp-%ld", path, pd__process_id());
         error = pd__write_and_replace(path, temporary, items, trainer, chunk);
-        if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
+        if (error == PD__NOT_READ) status = net->failure.status;
+        else if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
     } else {
         status = pd__no_memory(net, "writing a file");
     }
@@ -12494,16 +12503,17 @@ static pd_status pd__check_backward(pd__check *c, bool again) {
 }
 
 /* Gradients must be added to, not overwritten: after a second run each is twice the first. */
-static void pd__check_accumulation(pd__check *c, pd__subject *s) {
+static pd_status pd__check_accumulation(pd__check *c, pd__subject *s) {
     double most = 0, size = 0;
-    if (!s->param) return;
-    pd_param_get_grad(s->param, s->direction, s->size);
+    pd_status status = s->param ? pd_param_get_grad(s->param, s->direction, s->size) : PD_OK;
+    if (!s->param || status != PD_OK) return status;
     for (int64_t i = 0; i < s->size; i++) {
         double off = fabs((double)s->direction[i] - 2 * (double)s->gradient[i]);
         if (off > most) most = off;
         if (2 * fabs((double)s->gradient[i]) > size) size = 2 * fabs((double)s->gradient[i]);
     }
     if (size > 0 && most / size > c->result->accumulation) c->result->accumulation = most / size;
+    return PD_OK;
 }
 
 /* Checks one tensor: takes its value and gradient, then the second run's, then the differences. */
@@ -12523,14 +12533,14 @@ static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_l
     s.direction = s.gradient + s.size;
     status = pd__check_backward(c, false);
     if (status == PD_OK && p) {
-        pd_param_get(p, s.value, s.size);
-        pd_param_get_grad(p, s.gradient, s.size);
+        status = pd_param_get(p, s.value, s.size);
+        if (status == PD_OK) status = pd_param_get_grad(p, s.gradient, s.size);
     } else if (status == PD_OK) {
         memcpy(s.value, slot->data, (size_t)s.size * sizeof *s.value);
-        c->net->device->download(c->net->device, s.gradient, input->out.grad, (size_t)s.size * sizeof *s.value);
+        status = pd__download(c->net, s.gradient, input->out.grad, s.size);
     }
     if (status == PD_OK) status = pd__check_backward(c, true);
-    if (status == PD_OK) pd__check_accumulation(c, &s);
+    if (status == PD_OK) status = pd__check_accumulation(c, &s);
     if (status == PD_OK) status = pd__check_subject(c, &s);
     pd__free(a, s.value);
     return status;

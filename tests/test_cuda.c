@@ -12,6 +12,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 #include "support.h"
@@ -924,8 +925,12 @@ static int64_t living(void) {
 /* Every call that can fail does so once, while a device is made, used and freed. Messages name file and line, nothing
    is left behind, and what comes after a failure is harmless. */
 static void test_failures(void **state) {
+    char path[] = "/tmp/paddle-cuda-XXXXXX"; /* saving hears of the last operations, too */
+    int file = mkstemp(path);
     int64_t before = living();
     (void)state;
+    assert_true(file >= 0);
+    close(file);
     for (int kind = 0; kind < CUDA_ON_CPU_KINDS; kind++)
         for (int64_t at = 1;; at += 1 + at / 4) { /* what repeats need not be seen each time */
             char message[600] = "";
@@ -941,9 +946,9 @@ static void test_failures(void **state) {
             else {
                 status = build(&m, d, 4);
                 if (status == PD_OK) status = train(&m, 2, NULL);
+                if (status == PD_OK) status = pd_save(m.net, path);
                 snprintf(message, sizeof message, "%s", pd_error(m.net));
-                if (status == PD_OK) status = d->synchronize(d, message, sizeof message); /* for the last operations */
-                else if (status == PD_E_DEVICE) check_contains(message, "device cuda 0: ");
+                if (status == PD_E_DEVICE) check_contains(message, "device cuda 0: ");
                 reached = cuda_on_cpu_count().calls[kind] >= calls + at;
                 if (status == PD_E_DEVICE) check_contains(message, "paddle_cuda.cu:");
                 else if (status != PD_E_MEMORY) assert_int_equal(status, PD_OK);
@@ -959,6 +964,47 @@ static void test_failures(void **state) {
             cuda_on_cpu_fail((cuda_on_cpu_kind)kind, 0, 0);
             assert_int_equal(living(), before);
         }
+    remove(path);
+}
+
+/* What did not arrive is not taken for numbers: the getters and saving tell, and the older file stays what it was. */
+static void test_failed_copies(void **state) {
+    char path[] = "/tmp/paddle-cuda-XXXXXX";
+    int file = mkstemp(path);
+    int64_t n = 0;
+    pd_real *saved, *x;
+    pd_param *p;
+    model m;
+    (void)state;
+    begin("failed copies");
+    assert_true(file >= 0);
+    close(file);
+    assert_int_equal(build(&m, device[GPU], SAMPLES), PD_OK);
+    saved = parameters(&m, &n);
+    assert_int_equal(pd_save(m.net, path), PD_OK);
+    assert_int_equal(train(&m, 1, NULL), PD_OK);
+    p = pd_param_first(m.net);
+    x = host(p->size);
+    for (int call = 0; call < 4; call++) {
+        cuda_on_cpu_fail(CUDA_ON_CPU_COPY, 1 + (call == 3), 0); /* at 3: the file has begun */
+        assert_int_equal(call == 0   ? pd_param_get(p, x, p->size)
+                         : call == 1 ? pd_param_get_grad(p, x, p->size)
+                                     : pd_save(m.net, path),
+                         PD_E_DEVICE);
+        check_contains(pd_error(m.net), "paddle_cuda.cu:");
+    }
+    assert_int_equal(pd_load(m.net, path, NULL), PD_OK);
+    n = 0;
+    for (; p; n += p->size, p = p->next) {
+        pd_real *now = host(p->size);
+        assert_int_equal(pd_param_get(p, now, p->size), PD_OK);
+        assert_memory_equal(now, saved + n, (size_t)p->size * sizeof *now);
+        free(now);
+    }
+    free(x);
+    free(saved);
+    free_model(&m);
+    remove(path);
 }
 
 /* A kernel that failed is told by its name with waiting, else by a later call; then the process is done for. */
@@ -1032,6 +1078,7 @@ int main(int argc, char **argv) {
 #ifdef STAND_IN
         cmocka_unit_test(test_steady_state),
         cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_failed_copies),
 #endif
     };
 #ifdef STAND_IN
