@@ -12,17 +12,17 @@
 
    paddle.h DOES NOT: record arbitrary programs and differentiate them (a net is a graph of layers, built once); store
    the graph in its files (the program that uses a model builds the same graph); run on a GPU or a cluster by itself
-   (paddle_cuda.cu and paddle_mpi.c do); use float16 in computation; vectorise beyond 16-byte vectors yet.
+   (paddle_cuda.cu and paddle_mpi.c do); use float16 in computation.
 
    CONTENTS: search for ">>name", in this comment for the title in capitals.
      This comment     ERRORS, ROWS AND SHAPES, SEQUENCES AND SPARSE ROWS, PARAMETERS, GRADIENTS AND OPTIMIZERS,
-                      READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, MEMORY, OPTIONS AT
-                      COMPILE TIME
+                      READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, INSTRUCTION SETS,
+                      MEMORY, OPTIONS AT COMPILE TIME
      Declarations     status hooks tensors parameters net inputs activations layers costs batches running evaluators
                       optimizers device updater readers trainer files
                       (and "layer types", "gradient check")
      Implementation   core device net parameters inputs running layers costs evaluators optimizers batches readers
-                      tensorboard trainer profile files (and "gradient check"), in that order
+                      tensorboard trainer profile files (and "gradient check") kernels, in that order
 
    A WHOLE PROGRAM
 
@@ -200,6 +200,13 @@
    same build and machine: the same bits, whatever the number of threads. Another compiler, instruction set or C
    library may round differently.
 
+   INSTRUCTION SETS
+
+   Products and convolutions are compiled for several instruction sets (on x86-64: none, SSE2, AVX2 with FMA, AVX-512;
+   elsewhere: none and 16-byte vectors), and each net takes the best that the processor and the system have: `cc -O2`
+   is enough. pd_info says which. `simd` in pd_net_opts, or PADDLE_SIMD in the environment, asks for another; one that
+   can't be had is refused. Compilers other than gcc and clang get plain code.
+
    MEMORY
 
    Shapes are settled when layers are built, memory is taken with the first batch, and after batches of the largest size
@@ -209,6 +216,8 @@
 
      PADDLE_DOUBLE       pd_real is double. Define it in every file of the program, or in none (a mix doesn't link).
      PADDLE_STATIC       all functions are static. Define it beside PADDLE_IMPLEMENTATION; then only that file can call.
+     PADDLE_FILE         this file's name in quotes, if it is not "paddle.h": the implementation includes itself, once
+                         for each instruction set. Beside PADDLE_IMPLEMENTATION.
      PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the compiler's option.)
 
    Licence: at the end of this file. */
@@ -218,6 +227,10 @@
 #endif
 #if defined(PADDLE_IMPLEMENTATION) && !defined(_FILE_OFFSET_BITS)
 #define _FILE_OFFSET_BITS 64 /* files beyond 2 GiB on 32-bit systems */
+#endif
+
+#ifndef PADDLE_FILE
+#define PADDLE_FILE "paddle.h" /* this file's name: the implementation includes it again */
 #endif
 
 #ifndef PADDLE_H
@@ -446,9 +459,21 @@ PD_API pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64
 /* ======================================================================================================== */
 /* >>net                                                                                                    */
 
+/* Instruction sets. The baseline is what every processor of the kind has: SSE2, NEON. */
+typedef enum pd_simd {
+    PD_SIMD_BEST, /* that the processor and the compiler have */
+    PD_SIMD_SCALAR,
+    PD_SIMD_BASELINE,
+    PD_SIMD_AVX2, /* and FMA */
+    PD_SIMD_AVX512,
+    PD_SIMD_COUNT
+} pd_simd;
+
 typedef struct pd_net_opts {
-    uint64_t seed;     /* of everything random in this net */
-    int threads;       /* OpenMP threads, up to 1024; default all. Results do not depend on it. */
+    uint64_t seed; /* of everything random in this net */
+    int threads;   /* OpenMP threads, up to 1024; default all. Results do not depend on it. */
+    pd_simd simd;  /* instruction set of the CPU's heavy operations; default: what PADDLE_SIMD in the environment says
+                          (scalar, baseline, avx2 or avx512), else the best. Results depend on it by rounding. */
     pd_device *device; /* default: the CPU. Not owned; must outlive the net. */
     pd_allocator allocator;
     pd_logger logger;
@@ -468,7 +493,7 @@ PD_API pd_net *pd_net_share(pd_net *net);
 PD_API pd_layer *pd_layer_find(pd_net *net, const char *name); /* NULL when there is none; no error */
 PD_API pd_layer *pd_layer_at(pd_net *net, int index);          /* in order of creation; NULL past the end */
 
-/* One line: version, number type, device, size of the vectors in use, threads. Like snprintf: returns the length it
+/* One line: version, number type, device, instruction set in use, threads. Like snprintf: returns the length it
    wants. */
 PD_API size_t pd_info(const pd_net *net, char *text, size_t size);
 
@@ -1430,6 +1455,12 @@ PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(__TINYC__)
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(__GNUC__) && defined(__aarch64__) && !defined(__TINYC__)
+#include <arm_neon.h>
+#endif
 #if defined(_WIN32)
 #define WIN32_LEAN_AND_MEAN
 #define NOMINMAX
@@ -1833,13 +1864,14 @@ static void pd__thread_join(pd__thread t) { pthread_join(t, NULL); }
 typedef struct pd__cpu {
     const pd_allocator *allocator;
     int threads;
+    pd_simd simd;
     void *scratch; /* of one operation at a time */
     int64_t scratch_capacity;
     bool failed; /* out of memory for scratch, since the last synchronize */
 } pd__cpu;
 
-#if defined(_OPENMP)
 #define PD__PRAGMA(text) _Pragma(#text)
+#if defined(_OPENMP)
 /* In front of a for loop over int64_t whose bodies write to different places; `work` is about the numbers touched. */
 #define PD__PARALLEL(d, work) PD__PRAGMA(omp parallel for schedule(static) num_threads(pd__team(d, work)))
 #define PD__THREAD_INDEX() omp_get_thread_num()
@@ -1852,9 +1884,7 @@ static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->sel
 
 /* Threads for so much work. Waking a team costs some microseconds, and far more on a busy machine; so many numbers take
    one thread longer than that. */
-#if defined(_OPENMP)
 static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 : pd__cpu_threads(d); }
-#endif
 
 /* `size` bytes until the next call, or NULL: then synchronize will say so. */
 static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
@@ -1972,115 +2002,6 @@ static double pd__cpu_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
     }
     for (int p = 0; p < PARTS; p++) sum += parts[p];
     return sum;
-}
-
-/* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ---- */
-
-#if defined(__GNUC__) && !defined(__TINYC__)
-typedef pd_real pd__vector __attribute__((vector_size(16)));
-#else
-typedef pd_real pd__vector;
-#endif
-
-enum {
-    PD__LANES = sizeof(pd__vector) / sizeof(pd_real),
-    PD__MR = 4, /* rows and columns of the tile that stays in registers */
-    PD__NR = 2 * PD__LANES,
-    PD__MC = 64, /* rows of A, depth, and columns of B that are packed at a time; multiples of MR and NR */
-    PD__KC = 256,
-    PD__NC = 512,
-    PD__GEMM_SPACE = PD__MC * PD__KC + PD__KC * PD__NC /* numbers of working space for one thread */
-};
-
-/* A's rows i0 .. i0 + m - 1, depth p0 .. p0 + k - 1, as panels of MR rows: panel[p * MR + i]. Zeros beyond m. */
-static void pd__pack_a(bool transposed, const pd_real *a, int64_t lda, int64_t i0, int64_t m, int64_t p0, int64_t k,
-                       pd_real *panel) {
-    int64_t rs = transposed ? 1 : lda, cs = transposed ? lda : 1;
-    for (int64_t i = 0; i < m; i += PD__MR, panel += PD__MR * k)
-        for (int64_t r = 0; r < PD__MR; r++) {
-            const pd_real *from = a + (i0 + i + r) * rs + p0 * cs;
-            if (i + r < m)
-                for (int64_t p = 0; p < k; p++) panel[p * PD__MR + r] = from[p * cs];
-            else
-                for (int64_t p = 0; p < k; p++) panel[p * PD__MR + r] = 0;
-        }
-}
-
-/* B's depth p0 .., columns j0 .., as panels of NR columns: panel[p * NR + j]. Zeros beyond n. */
-static void pd__pack_b(bool transposed, const pd_real *b, int64_t ldb, int64_t p0, int64_t k, int64_t j0, int64_t n,
-                       pd_real *panel) {
-    int64_t rs = transposed ? 1 : ldb, cs = transposed ? ldb : 1;
-    for (int64_t j = 0; j < n; j += PD__NR, panel += PD__NR * k)
-        for (int64_t p = 0; p < k; p++) {
-            const pd_real *from = b + (p0 + p) * rs + (j0 + j) * cs;
-            int64_t width = pd__min(PD__NR, n - j);
-            for (int64_t c = 0; c < width; c++) panel[p * PD__NR + c] = from[c * cs];
-            for (int64_t c = width; c < PD__NR; c++) panel[p * PD__NR + c] = 0;
-        }
-}
-
-/* tile (MR x NR) = a panel (k x MR)^T times b panel (k x NR) */
-static void pd__gemm_tile(int64_t k, const pd_real *a, const pd_real *b, pd_real *tile) {
-    pd__vector c[PD__MR][2], left, right;
-    memset(c, 0, sizeof c);
-    for (int64_t p = 0; p < k; p++, a += PD__MR, b += PD__NR) {
-        memcpy(&left, b, sizeof left);
-        memcpy(&right, b + PD__LANES, sizeof right);
-        c[0][0] += a[0] * left;
-        c[0][1] += a[0] * right;
-        c[1][0] += a[1] * left;
-        c[1][1] += a[1] * right;
-        c[2][0] += a[2] * left;
-        c[2][1] += a[2] * right;
-        c[3][0] += a[3] * left;
-        c[3][1] += a[3] * right;
-    }
-    memcpy(tile, c, sizeof c);
-}
-
-static void pd__gemm_block(int64_t m, int64_t n, int64_t k, pd_real alpha, const pd_real *packed_a,
-                           const pd_real *packed_b, pd_real beta, pd_real *c, int64_t ldc) {
-    pd_real tile[PD__MR * PD__NR];
-    for (int64_t j = 0; j < n; j += PD__NR)
-        for (int64_t i = 0; i < m; i += PD__MR) {
-            pd__gemm_tile(k, packed_a + i * k, packed_b + j * k, tile);
-            for (int64_t r = 0; r < pd__min(PD__MR, m - i); r++)
-                for (int64_t s = 0; s < pd__min(PD__NR, n - j); s++) {
-                    pd_real *to = c + (i + r) * ldc + j + s;
-                    *to = alpha * tile[r * PD__NR + s] + (beta != 0 ? beta * *to : 0);
-                }
-        }
-}
-
-/* One thread's share: rows i0 .. i1 - 1 of C. The order of every sum is the same whatever the share. */
-static void pd__gemm_rows(bool ta, bool tb, int64_t i0, int64_t i1, int64_t n, int64_t k, pd_real alpha,
-                          const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
-                          int64_t ldc, pd_real *space) {
-    pd_real *packed_a = space, *packed_b = space + PD__MC * PD__KC;
-    for (int64_t j = 0; j < n; j += PD__NC)
-        for (int64_t p = 0; p < k || p == 0; p += PD__KC) {
-            int64_t nc = pd__min(PD__NC, n - j), kc = pd__min(PD__KC, k - p);
-            pd__pack_b(tb, b, ldb, p, kc, j, nc, packed_b);
-            for (int64_t i = i0; i < i1; i += PD__MC) {
-                int64_t mc = pd__min(PD__MC, i1 - i);
-                pd__pack_a(ta, a, lda, i, mc, p, kc, packed_a);
-                pd__gemm_block(mc, nc, kc, alpha, packed_a, packed_b, p ? 1 : beta, c + i * ldc + j, ldc);
-            }
-        }
-}
-
-static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
-                         const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
-                         int64_t ldc) {
-    int64_t shares = m * n * k < 524288 ? 1 : pd__cpu_threads(d), share;
-    pd_real *space = (pd_real *)pd__scratch(d, shares * PD__GEMM_SPACE, sizeof(pd_real));
-    if (!space) return;
-    share = pd__ceil_div(pd__ceil_div(m, shares), PD__MR) * PD__MR;
-    PD__PARALLEL(d, m * n * k / 8)
-    for (int64_t s = 0; s < shares; s++)
-        if (s * share < m)
-            pd__gemm_rows(ta, tb, s * share, pd__min(m, (s + 1) * share), n, k, alpha, a, lda, b, ldb, beta, c, ldc,
-                          space + s * PD__GEMM_SPACE);
 }
 
 /* ---- optimizers' arithmetic ---- */
@@ -2324,135 +2245,6 @@ static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, i
     PD__PARALLEL(d, n * 2)
     for (int64_t i = 0; i < n; i += PD__PIECE)
         pd__activate_backward_piece(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i);
-}
-
-/* ---- convolution: patches are laid out as columns and multiplied, one image and group at a time ---- */
-
-/* What the loops below have in common. */
-typedef struct pd__columns {
-    int64_t channels, depth, area, in_area; /* channels per group, rows of the column matrix, its columns, image size */
-    int64_t filters;                        /* per group */
-} pd__columns;
-
-static pd__columns pd__columns_of(const pd_conv_shape *s) {
-    pd__columns c;
-    c.channels = s->in_c / s->groups;
-    c.filters = s->out_c / s->groups;
-    c.depth = c.channels * s->filter_h * s->filter_w;
-    c.area = s->out_h * s->out_w;
-    c.in_area = s->in_h * s->in_w;
-    return c;
-}
-
-/* columns (depth x area) from one group of one image, or, if `back`, added from columns into the image. */
-static void pd__columns_move(const pd_conv_shape *s, const pd__columns *c, bool back, pd_real *image,
-                             pd_real *columns) {
-    for (int64_t k = 0; k < c->depth; k++) {
-        int64_t kw = k % s->filter_w, kh = k / s->filter_w % s->filter_h;
-        pd_real *map = image + k / (s->filter_h * s->filter_w) * c->in_area;
-        for (int64_t oh = 0; oh < s->out_h; oh++) {
-            int64_t h = oh * s->stride_h - s->pad_h + kh * s->dilation_h;
-            int64_t w = kw * s->dilation_w - s->pad_w;
-            pd_real *line = columns + k * c->area + oh * s->out_w;
-            bool inside = h >= 0 && h < s->in_h;
-            for (int64_t ow = 0; ow < s->out_w; ow++, w += s->stride_w) {
-                bool cell = inside && w >= 0 && w < s->in_w;
-                if (!back) line[ow] = cell ? map[h * s->in_w + w] : 0;
-                else if (cell) map[h * s->in_w + w] += line[ow];
-            }
-        }
-    }
-}
-
-/* Calls `work` for every image and group. With several images each is one thread's, else the product is shared out by
-   its rows; `work` must give the same numbers both ways. */
-typedef struct pd__conv_job {
-    const pd_conv_shape *s;
-    pd__columns c;
-    const pd_real *x, *w, *dy;
-    pd_real *out; /* y or dx */
-} pd__conv_job;
-
-static void pd__conv_image(const pd__conv_job *j, int64_t row, int64_t group, pd_real *space) {
-    const pd__columns *c = &j->c;
-    pd_real *columns = space + PD__GEMM_SPACE;
-    int64_t image = row * j->s->groups + group;
-    pd__columns_move(j->s, c, false, (pd_real *)(uintptr_t)j->x + image * c->channels * c->in_area, columns);
-    pd__gemm_rows(false, false, 0, c->filters, c->area, c->depth, 1, j->w + group * c->filters * c->depth, c->depth,
-                  columns, c->area, 1, j->out + image * c->filters * c->area, c->area, space);
-}
-
-static void pd__conv_image_back(const pd__conv_job *j, int64_t row, int64_t group, pd_real *space) {
-    const pd__columns *c = &j->c;
-    pd_real *columns = space + PD__GEMM_SPACE;
-    int64_t image = row * j->s->groups + group;
-    pd__gemm_rows(true, false, 0, c->depth, c->area, c->filters, 1, j->w + group * c->filters * c->depth, c->depth,
-                  j->dy + image * c->filters * c->area, c->area, 0, columns, c->area, space);
-    pd__columns_move(j->s, c, true, j->out + image * c->channels * c->in_area, columns);
-}
-
-static void pd__conv_run(pd_device *d, const pd__conv_job *j,
-                         void (*work)(const pd__conv_job *j, int64_t row, int64_t group, pd_real *space)) {
-    int64_t images = j->s->rows * j->s->groups, each;
-    pd_real *space;
-    if (images == 0) return;
-    each = PD__GEMM_SPACE + j->c.depth * j->c.area;
-    space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * each, sizeof(pd_real));
-    if (!space) return;
-    PD__PARALLEL(d, images * j->c.depth * j->c.area)
-    for (int64_t i = 0; i < images; i++) work(j, i / j->s->groups, i % j->s->groups, space + PD__THREAD_INDEX() * each);
-}
-
-static void pd__cpu_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
-    pd__conv_job j;
-    memset(&j, 0, sizeof j);
-    j.s = s;
-    j.c = pd__columns_of(s);
-    j.x = x;
-    j.w = w;
-    j.out = y;
-    pd__conv_run(d, &j, pd__conv_image);
-}
-
-static void pd__cpu_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
-                                       pd_real *dx) {
-    pd__conv_job j;
-    memset(&j, 0, sizeof j);
-    j.s = s;
-    j.c = pd__columns_of(s);
-    j.w = w;
-    j.dy = dy;
-    j.out = dx;
-    pd__conv_run(d, &j, pd__conv_image_back);
-}
-
-/* dw is a sum over images: a fixed number of parts, each over its images in order, added in order. */
-static void pd__cpu_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
-                                         pd_real *dw) {
-    enum { PARTS = 8 };
-    pd__columns c = pd__columns_of(s);
-    int64_t weights = s->out_c * c.depth, parts = pd__min(PARTS, s->rows), per_part = pd__ceil_div(s->rows, PARTS),
-            each;
-    pd_real *space;
-    if (s->rows == 0) return;
-    each = PD__GEMM_SPACE + c.depth * c.area + weights;
-    space = (pd_real *)pd__scratch(d, parts * each, sizeof(pd_real));
-    if (!space) return;
-    PD__PARALLEL(d, s->rows * s->groups * c.depth * c.area)
-    for (int64_t p = 0; p < parts; p++) {
-        pd_real *gemm_space = space + p * each, *columns = gemm_space + PD__GEMM_SPACE;
-        pd_real *part = columns + c.depth * c.area;
-        memset(part, 0, (size_t)weights * sizeof *part);
-        for (int64_t i = p * per_part * s->groups; i < pd__min(s->rows, (p + 1) * per_part) * s->groups; i++) {
-            pd__columns_move(s, &c, false, (pd_real *)(uintptr_t)x + i * c.channels * c.in_area, columns);
-            pd__gemm_rows(false, true, 0, c.filters, c.depth, c.area, 1, dy + i * c.filters * c.area, c.area, columns,
-                          c.area, 1, part + i % s->groups * c.filters * c.depth, c.depth, gemm_space);
-        }
-    }
-    for (int64_t p = 0; p < parts; p++) {
-        const pd_real *part = space + p * each + PD__GEMM_SPACE + c.depth * c.area;
-        for (int64_t i = 0; i < weights; i++) dw[i] += part[i];
-    }
 }
 
 /* ---- pooling ---- */
@@ -2784,6 +2576,150 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
     }
 }
 
+/* ---- instruction sets: the heavy operations (>>kernels) are compiled for several, and chosen when a net is made ---- */
+
+#ifdef PADDLE_DOUBLE
+#define PD__REAL_BYTES 8
+#define PD__X86(function) function##_pd
+#define PD__X86_TYPE(type) type##d
+#else
+#define PD__REAL_BYTES 4
+#define PD__X86(function) function##_ps
+#define PD__X86_TYPE(type) type
+#endif
+
+#if defined(__GNUC__) && !defined(__TINYC__)
+#define PD__VECTORS 1 /* the compiler has them */
+#define PD__INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define PD__UNROLL _Pragma("unroll")
+#define PD__BEGIN_TARGET(text) PD__PRAGMA(clang attribute push(__attribute__((target(text))), apply_to = function))
+#define PD__END_TARGET PD__PRAGMA(clang attribute pop)
+#else
+#define PD__UNROLL PD__PRAGMA(GCC unroll 16)
+#define PD__BEGIN_TARGET(text) PD__PRAGMA(GCC push_options) PD__PRAGMA(GCC target(text))
+#define PD__END_TARGET PD__PRAGMA(GCC pop_options)
+#endif
+#if defined(__x86_64__)
+#define PD__AVX 1
+#endif
+typedef pd_real pd__square_row __attribute__((vector_size(16), aligned(PD__REAL_BYTES), may_alias));
+#if defined(__clang__) || __GNUC__ >= 12
+#define PD__SHUFFLE_2(a, b, i, k) __builtin_shufflevector(a, b, i, k)
+#define PD__SHUFFLE_4(a, b, i, k, m, n) __builtin_shufflevector(a, b, i, k, m, n)
+#else
+typedef int64_t pd__shuffle_2 __attribute__((vector_size(16)));
+typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
+#define PD__SHUFFLE_2(a, b, i, k) __builtin_shuffle(a, b, __extension__(pd__shuffle_2){ i, k })
+#define PD__SHUFFLE_4(a, b, i, k, m, n) __builtin_shuffle(a, b, __extension__(pd__shuffle_4){ i, k, m, n })
+#endif
+#else
+#define PD__INLINE inline
+#define PD__UNROLL
+#endif
+
+#define PD__JOIN_NAMES(a, b) a##b
+#define PD__JOIN(a, b) PD__JOIN_NAMES(a, b)
+#define PD__K(name) PD__JOIN(name, PD__LEVEL)
+#define PD__TIMES_2(x) x, x
+#define PD__TIMES_4(x) PD__TIMES_2(x), PD__TIMES_2(x)
+#define PD__TIMES_8(x) PD__TIMES_4(x), PD__TIMES_4(x)
+#define PD__TIMES_16(x) PD__TIMES_8(x), PD__TIMES_8(x)
+#define PD__TIMES(n, x) PD__JOIN(PD__TIMES_, n)(x)
+
+/* Blocks of a product: KC deep, MC rows of A (in the second-level cache), NC columns of B. */
+enum { PD__KC = 256, PD__MC = 168, PD__NC = 2048 };
+
+#define PD__LEVEL _scalar
+#define PD__BYTES 0
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+
+#if defined(PD__VECTORS)
+#define PD__LEVEL _baseline
+#define PD__BYTES 16
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+#endif
+
+#if defined(PD__AVX)
+PD__BEGIN_TARGET("avx2,fma")
+#define PD__LEVEL _avx2
+#define PD__BYTES 32
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+PD__END_TARGET
+
+PD__BEGIN_TARGET("avx512f,avx2,fma")
+#define PD__LEVEL _avx512
+#define PD__BYTES 64
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+PD__END_TARGET
+#endif
+
+static const struct pd__level {
+    const char *name;
+    void (*take)(pd_device *d); /* NULL: not compiled */
+} pd__levels[PD_SIMD_COUNT] = {
+    { "best", NULL },
+    { "scalar", pd__cpu_take_scalar },
+#if defined(PD__VECTORS)
+    { "baseline", pd__cpu_take_baseline },
+#else
+    { "baseline", NULL },
+#endif
+#if defined(PD__AVX)
+    { "avx2", pd__cpu_take_avx2 },
+    { "avx512", pd__cpu_take_avx512 },
+#else
+    { "avx2", NULL },     { "avx512", NULL },
+#endif
+};
+
+/* Does the processor have it, and does the system keep its registers? Intel 64 and IA-32 Architectures Software
+   Developer's Manual, volume 1, sections 14.3 and 15.2. */
+static bool pd__cpu_has(pd_simd level) {
+#if defined(PD__AVX)
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX2 = 1 << 5, AVX512F = 1 << 16, YMM = 6, ZMM = 0xe6 };
+    unsigned a, b, c = 0, d, kept;
+    if (level >= PD_SIMD_AVX2) {
+        if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (FMA | OSXSAVE)) != (FMA | OSXSAVE)) return false;
+        __asm__ volatile("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & AVX2) || (kept & YMM) != YMM) return false;
+        if (level == PD_SIMD_AVX512 && (!(b & AVX512F) || (kept & ZMM) != ZMM)) return false;
+    }
+#endif
+    return pd__levels[level].take != NULL;
+}
+
+static pd_simd pd__best_simd(void) {
+    int level = PD_SIMD_COUNT - 1;
+    while (level > PD_SIMD_SCALAR && !pd__cpu_has((pd_simd)level)) level--;
+    return (pd_simd)level;
+}
+
+/* The level for a net: what its options ask for, else PADDLE_SIMD in the environment, else the best. What can't be had
+   is an error, not replaced: PD_SIMD_COUNT, and *asked is its name. */
+static pd_simd pd__choose_simd(pd_simd wanted, const char **asked) {
+    const char *text = getenv("PADDLE_SIMD");
+    *asked = "an unknown level";
+    if ((unsigned)wanted >= PD_SIMD_COUNT) return PD_SIMD_COUNT;
+    if (wanted == PD_SIMD_BEST && text && *text) {
+        *asked = text;
+        while ((unsigned)wanted < PD_SIMD_COUNT && strcmp(text, pd__levels[wanted].name) != 0)
+            wanted = (pd_simd)(wanted + 1);
+        if (wanted == PD_SIMD_COUNT) return PD_SIMD_COUNT;
+    }
+    if (wanted == PD_SIMD_BEST) return pd__best_simd();
+    *asked = pd__levels[wanted].name;
+    return pd__cpu_has(wanted) ? wanted : PD_SIMD_COUNT;
+}
+
 /* ---- the table ---- */
 
 static const pd_device pd__cpu_table = {
@@ -2799,15 +2735,15 @@ static const pd_device pd__cpu_table = {
     pd__cpu_synchronize,
     pd__cpu_fill,
     pd__cpu_muladd,
-    pd__cpu_gemm,
+    NULL,
     pd__cpu_sum_squares,
     pd__cpu_update,
     pd__cpu_update_rows,
     pd__cpu_activate,
     pd__cpu_activate_backward,
-    pd__cpu_conv,
-    pd__cpu_conv_backward_data,
-    pd__cpu_conv_backward_filter,
+    NULL,
+    NULL,
+    NULL,
     pd__cpu_pool,
     pd__cpu_pool_backward,
     pd__cpu_cross_entropy,
@@ -2825,8 +2761,8 @@ static const pd_device pd__cpu_table = {
     pd__cpu_gru_backward,
 };
 
-/* A CPU device for one net; threads 0: all. NULL when out of memory. */
-static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads) {
+/* A CPU device for one net; threads 0: all; simd: one that the processor has. NULL when out of memory. */
+static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_simd simd) {
     pd_device *d = (pd_device *)pd__alloc(allocator, 1, sizeof *d);
     pd__cpu *cpu = d ? (pd__cpu *)pd__alloc(allocator, 1, sizeof *cpu) : NULL;
     if (!cpu) {
@@ -2836,6 +2772,8 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads) {
     *d = pd__cpu_table;
     d->self = cpu;
     cpu->allocator = allocator;
+    cpu->simd = simd;
+    pd__levels[simd].take(d);
 #if defined(_OPENMP)
     cpu->threads = threads > 0 ? threads : omp_get_max_threads();
 #else
@@ -2868,6 +2806,8 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     static const pd_net_opts defaults = PD__ZERO;
     pd_allocator allocator = { pd__default_alloc, pd__default_free, NULL };
     const pd_net_opts *o = opts ? opts : &defaults;
+    const char *asked;
+    pd_simd simd;
     pd_net *net;
     if (o->allocator.alloc && o->allocator.free) allocator = o->allocator;
     net = (pd_net *)pd__alloc(&allocator, 1, sizeof *net);
@@ -2883,8 +2823,15 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     else if (o->device && o->device->api_version != PD_API_VERSION)
         pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: device has interface version %d, expected %d",
                        o->device->api_version, PD_API_VERSION);
+    simd = pd__choose_simd(o->simd, &asked);
+    if (simd == PD_SIMD_COUNT) {
+        simd = pd__best_simd();
+        pd__fail_build(net, PD_E_ARGUMENT,
+                       "pd_net_new: the instruction set is %.50s, expected at most %s on this machine", asked,
+                       pd__levels[simd].name);
+    }
     if (!net->device || !net->device->host_memory) {
-        net->cpu = pd__cpu_new(&net->allocator, o->threads);
+        net->cpu = pd__cpu_new(&net->allocator, o->threads, simd);
         if (!net->cpu) {
             pd_net_free(net);
             return NULL;
@@ -2984,8 +2931,8 @@ PD_DEF size_t pd_info(const pd_net *net, char *text, size_t size) {
     pd__append(text, size, &length, "paddle.h " PD_VERSION ", %s", sizeof(pd_real) == 8 ? "double" : "float");
     if (net) pd__append(text, size, &length, ", device %s", net->device->name);
     if (net && net->cpu)
-        pd__append(text, size, &length, ", %d-byte vectors, %d threads", (int)sizeof(pd__vector),
-                   pd__cpu_threads(net->cpu));
+        pd__append(text, size, &length, ", %s kernels, %d threads",
+                   pd__levels[((const pd__cpu *)net->cpu->self)->simd].name, pd__cpu_threads(net->cpu));
     return length;
 }
 
@@ -3241,6 +3188,7 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
     opts.allocator = net->allocator;
     opts.logger = net->logger;
     opts.threads = net->cpu ? pd__cpu_threads(net->cpu) : 0;
+    opts.simd = net->cpu ? ((const pd__cpu *)net->cpu->self)->simd : PD_SIMD_BEST;
     opts.device = net->device == net->cpu ? NULL : net->device;
     copy = pd_net_new(&opts);
     if (copy) copy->origin = net;
@@ -12610,6 +12558,638 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 #endif
 
 #endif /* PADDLE_IMPLEMENTATION */
+/* ======================================================================================================== */
+/* >>kernels: the CPU's heavy operations, once for every instruction set                                    */
+
+/* This part of the file is compiled several times: ">>device: the CPU" includes the file for each level with PD__LEVEL
+   set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. In a
+   loop that PD__PARALLEL stands before, only functions are called: what a compiler makes of such a loop's body may
+   have been compiled for another instruction set. */
+#if defined(PD__LEVEL)
+
+#if PD__BYTES == 0
+#define PD__LANES 1
+#elif PD__BYTES / PD__REAL_BYTES == 2
+#define PD__LANES 2
+#elif PD__BYTES / PD__REAL_BYTES == 4
+#define PD__LANES 4
+#elif PD__BYTES / PD__REAL_BYTES == 8
+#define PD__LANES 8
+#else
+#define PD__LANES 16
+#endif
+#if PD__BYTES == 0
+typedef pd_real PD__K(pd__vector), PD__K(pd__unaligned);
+#else
+typedef pd_real PD__K(pd__vector) __attribute__((vector_size(PD__BYTES)));
+typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), aligned(PD__REAL_BYTES), may_alias));
+#endif
+#define PD__V PD__K(pd__vector)
+#define PD__LOAD(from) (*(const PD__K(pd__unaligned) *)(from))
+#define PD__STORE(to, v) (*(PD__K(pd__unaligned) *)(to) = (v))
+
+/* Rows and vectors of the tile of a product that stays in registers. */
+#if PD__BYTES == 0
+#define PD__MR 4
+#define PD__NV 4
+#else
+#define PD__NV 2
+#if PD__BYTES == 64
+#define PD__MR 14 /* of 32 registers */
+#elif PD__BYTES == 32
+#define PD__MR 6 /* of 16 */
+#else
+#define PD__MR 4
+#endif
+#endif
+#define PD__NR (PD__NV * PD__LANES)
+
+static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
+#if PD__LANES == 1
+    return x;
+#else
+    PD__V v = { PD__TIMES(PD__LANES, x) };
+    return v;
+#endif
+}
+
+/* a b + c, with one rounding where the level has an instruction for it. */
+#if PD__BYTES == 64
+#define PD__FMA(a, b, c)                                                                                               \
+    ((PD__V)PD__X86(_mm512_fmadd)((PD__X86_TYPE(__m512))(a), (PD__X86_TYPE(__m512))(b), (PD__X86_TYPE(__m512))(c)))
+#elif PD__BYTES == 32
+#define PD__FMA(a, b, c)                                                                                               \
+    ((PD__V)PD__X86(_mm256_fmadd)((PD__X86_TYPE(__m256))(a), (PD__X86_TYPE(__m256))(b), (PD__X86_TYPE(__m256))(c)))
+#elif PD__BYTES == 16 && defined(__aarch64__) && defined(PADDLE_DOUBLE)
+#define PD__FMA(a, b, c) ((PD__V)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
+#elif PD__BYTES == 16 && defined(__aarch64__)
+#define PD__FMA(a, b, c) ((PD__V)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#else
+#define PD__FMA(a, b, c) ((a) * (b) + (c))
+#endif
+
+/* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
+   Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
+
+/* mr rows x nv vectors of C, alpha A B + beta C (beta 0: C is not read): a (k x mr), b (k x nv vectors). */
+static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k, pd_real alpha, const pd_real *a,
+                                          const pd_real *b, pd_real beta, pd_real *c, int64_t ldc) {
+    PD__V sum[PD__MR][PD__NV], right[PD__NV];
+    PD__UNROLL
+    for (int i = 0; i < mr; i++) {
+        PD__UNROLL
+        for (int j = 0; j < nv; j++) sum[i][j] = PD__K(pd__all)(0);
+    }
+    for (int64_t p = 0; p < k; p++, a += mr, b += nv * PD__LANES) {
+        PD__UNROLL
+        for (int j = 0; j < nv; j++) right[j] = PD__LOAD(b + j * PD__LANES);
+        PD__UNROLL
+        for (int i = 0; i < mr; i++) {
+            PD__V left = PD__K(pd__all)(a[i]);
+            PD__UNROLL
+            for (int j = 0; j < nv; j++) sum[i][j] = PD__FMA(left, right[j], sum[i][j]);
+        }
+    }
+    PD__UNROLL
+    for (int i = 0; i < mr; i++, c += ldc) {
+        PD__UNROLL
+        for (int j = 0; j < nv; j++) {
+            PD__V v = PD__K(pd__all)(alpha) * sum[i][j];
+            if (beta != 0) v = PD__FMA(PD__K(pd__all)(beta), PD__LOAD(c + j * PD__LANES), v);
+            PD__STORE(c + j * PD__LANES, v);
+        }
+    }
+}
+
+/* The same for 1 to MR rows, and 1 or NV vectors. */
+static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, const pd_real *b, pd_real beta,
+                            pd_real *c, int64_t ldc) {
+#define PD__ROWS(n)                                                                                                    \
+    case n:                                                                                                            \
+        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, b, beta, c, ldc);                         \
+        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, b, beta, c, ldc);                            \
+        break;
+    switch (mr) {
+        PD__ROWS(1)
+        PD__ROWS(2)
+        PD__ROWS(3)
+        PD__ROWS(4)
+#if PD__MR > 4
+        PD__ROWS(5)
+        PD__ROWS(6)
+#endif
+#if PD__MR > 6
+        PD__ROWS(7)
+        PD__ROWS(8)
+        PD__ROWS(9)
+        PD__ROWS(10)
+        PD__ROWS(11)
+        PD__ROWS(12)
+        PD__ROWS(13)
+        PD__ROWS(14)
+#endif
+    }
+#undef PD__ROWS
+}
+
+#if PD__BYTES > 0
+/* A square with rows of 16 bytes, which every level has: to[c * ldto + r] = from[r * ld + c]. */
+static PD__INLINE void PD__K(pd__transpose_square)(const pd_real *from, int64_t ld, pd_real *to, int64_t ldto) {
+#define PD__ROW(at) (*(const pd__square_row *)(at))
+    pd__square_row a = PD__ROW(from), b = PD__ROW(from + ld);
+#ifdef PADDLE_DOUBLE
+    *(pd__square_row *)to = PD__SHUFFLE_2(a, b, 0, 2);
+    *(pd__square_row *)(to + ldto) = PD__SHUFFLE_2(a, b, 1, 3);
+#else
+    pd__square_row c = PD__ROW(from + 2 * ld), d = PD__ROW(from + 3 * ld);
+    pd__square_row ab = PD__SHUFFLE_4(a, b, 0, 4, 1, 5), cd = PD__SHUFFLE_4(c, d, 0, 4, 1, 5);
+    *(pd__square_row *)to = PD__SHUFFLE_4(ab, cd, 0, 1, 4, 5);
+    *(pd__square_row *)(to + ldto) = PD__SHUFFLE_4(ab, cd, 2, 3, 6, 7);
+    ab = PD__SHUFFLE_4(a, b, 2, 6, 3, 7), cd = PD__SHUFFLE_4(c, d, 2, 6, 3, 7);
+    *(pd__square_row *)(to + 2 * ldto) = PD__SHUFFLE_4(ab, cd, 0, 1, 4, 5);
+    *(pd__square_row *)(to + 3 * ldto) = PD__SHUFFLE_4(ab, cd, 2, 3, 6, 7);
+#endif
+#undef PD__ROW
+}
+#endif
+
+/* to[c * ldto + r] = from[r * ld + c] */
+static void PD__K(pd__transpose)(int64_t rows, int64_t columns, const pd_real *from, int64_t ld, pd_real *to,
+                                 int64_t ldto) {
+    int64_t r = 0;
+#if PD__BYTES > 0
+    enum { SIDE = 16 / PD__REAL_BYTES };
+    for (; r + SIDE <= rows; r += SIDE) {
+        int64_t c = 0;
+        for (; c + SIDE <= columns; c += SIDE)
+            PD__K(pd__transpose_square)(from + r * ld + c, ld, to + c * ldto + r, ldto);
+        for (; c < columns; c++)
+            for (int64_t i = r; i < r + SIDE; i++) to[c * ldto + i] = from[i * ld + c];
+    }
+#endif
+    for (; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) to[c * ldto + r] = from[r * ld + c];
+}
+
+/* A (m x k, strides rs and cs, one of which is 1) as panels of h rows, the last may have fewer: panel[p * rows + r]. They are `depth` steps
+   of p long, of which `first` .. first + k - 1 are filled. */
+static void PD__K(pd__pack_a)(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
+                              int64_t depth, pd_real *panel) {
+    for (int64_t i = 0; i < m; i += h, panel += h * depth) {
+        int64_t rows = pd__min(h, m - i);
+        const pd_real *from = a + i * rs;
+        pd_real *to = panel + first * rows;
+        if (rs == 1)
+            for (int64_t p = 0; p < k; p++)
+                for (int64_t r = 0; r < rows; r++) to[p * rows + r] = from[p * cs + r];
+        else PD__K(pd__transpose)(rows, k, from, rs, to, rows);
+    }
+}
+
+/* How many numbers a panel of B is wide that begins where n columns are left. */
+static PD__INLINE int64_t PD__K(pd__panel)(int64_t n) { return n <= PD__LANES ? PD__LANES : PD__NR; }
+
+/* One panel of B: k rows of `width` numbers, wider panels filled up with zeros. Element (p, c) is at p rs + c cs; one of
+   the two strides is 1. */
+static void PD__K(pd__pack_b_panel)(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t width, pd_real *to) {
+    int64_t wide = PD__K(pd__panel)(width);
+    if (cs == 1 && width == PD__NR)
+        for (int64_t p = 0; p < k; p++, b += rs, to += PD__NR) {
+            PD__UNROLL
+            for (int j = 0; j < PD__NV; j++) PD__STORE(to + j * PD__LANES, PD__LOAD(b + j * PD__LANES));
+        }
+    else if (cs == 1)
+        for (int64_t p = 0; p < k; p++, b += rs, to += wide)
+            for (int64_t c = 0; c < wide; c++) to[c] = c < width ? b[c] : 0;
+    else {
+        PD__K(pd__transpose)(width, k, b, cs, to, wide);
+        for (int64_t c = width; c < wide; c++)
+            for (int64_t p = 0; p < k; p++) to[p * wide + c] = 0;
+    }
+}
+
+/* The same for numbers picked from an image: element (p, c) is at row_at[p] + column_at[c]. */
+static void PD__K(pd__pick_b_panel)(const pd_real *image, const int64_t *row_at, const int64_t *column_at, int64_t k,
+                                    int64_t width, pd_real *to) {
+    int64_t wide = PD__K(pd__panel)(width);
+    for (int64_t first = 0; first < wide; first += PD__LANES) { /* a vector's columns at a time */
+        int64_t count = pd__min(PD__LANES, width - first);
+        const int64_t *at = column_at + first;
+        pd_real *line = to + first;
+        if (count == PD__LANES && at[PD__LANES - 1] - at[0] == PD__LANES - 1) {
+            for (int64_t p = 0; p < k; p++, line += wide) PD__STORE(line, PD__LOAD(image + row_at[p] + at[0]));
+        } else {
+            for (int64_t p = 0; p < k; p++, line += wide) {
+                const pd_real *from = image + row_at[p];
+                for (int64_t c = 0; c < count; c++) line[c] = from[at[c]];
+                for (int64_t c = pd__max(count, 0); c < PD__LANES; c++) line[c] = 0;
+            }
+        }
+    }
+}
+
+/* A product's panels: m x k in panels of h rows, times k x n, to C. */
+typedef struct PD__K(pd__block) {
+    int64_t m, n, k, h;
+    const pd_real *a, *b;
+    pd_real alpha, beta, *c;
+    int64_t ldc;
+    /* Or, where row_at is not NULL, added to c[row_at[i] + column_at[j]]. */
+    const int64_t *row_at, *column_at;
+} PD__K(pd__block);
+
+static void PD__K(pd__scatter)(const PD__K(pd__block) * k, const pd_real *tile, int64_t ld, int64_t i, int64_t rows,
+                               int64_t j, int64_t width) {
+    const int64_t *at = k->column_at + j;
+    bool contiguous = width == ld && at[width - 1] - at[0] == width - 1;
+    for (int64_t r = 0; r < rows; r++, tile += ld) {
+        pd_real *to = k->c + k->row_at[i + r];
+        if (contiguous)
+            for (int64_t s = 0; s < width; s += PD__LANES)
+                PD__STORE(to + at[0] + s, PD__LOAD(to + at[0] + s) + PD__LOAD(tile + s));
+        else
+            for (int64_t s = 0; s < width; s++) to[at[s]] += tile[s];
+    }
+}
+
+static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
+    pd_real tile[PD__MR * PD__NR];
+    for (int64_t j = 0; j < k->n; j += PD__NR) {
+        int64_t width = pd__min(PD__NR, k->n - j), wide = PD__K(pd__panel)(width);
+        int nv = (int)(wide / PD__LANES);
+        for (int64_t i = 0; i < k->m; i += k->h) {
+            int64_t rows = pd__min(k->h, k->m - i);
+            const pd_real *a = k->a + i * k->k, *b = k->b + j * k->k;
+            pd_real *c = k->c + i * k->ldc + j;
+            if (!k->row_at && width == wide) {
+                PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, k->beta, c, k->ldc);
+                continue;
+            }
+            PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, 0, tile, wide);
+            if (k->row_at) PD__K(pd__scatter)(k, tile, wide, i, rows, j, width);
+            else
+                for (int64_t r = 0; r < rows; r++)
+                    for (int64_t s = 0; s < width; s++)
+                        c[r * k->ldc + s] = tile[r * wide + s] + (k->beta != 0 ? k->beta * c[r * k->ldc + s] : 0);
+        }
+    }
+}
+
+/* Rows in a panel of A so that all panels of m rows are about as high, at most MR. */
+static int64_t PD__K(pd__height)(int64_t m) { return pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), PD__MR)); }
+
+typedef struct PD__K(pd__gemm_job) {
+    bool ta, tb;
+    int64_t m, n, k, lda, ldb, ldc;
+    pd_real alpha, beta;
+    const pd_real *a, *b;
+    pd_real *c, *space;
+    int64_t across, down, rows, columns, each; /* shares of so many rows and columns; working space of each */
+} PD__K(pd__gemm_job);
+
+/* Depth of the packed blocks: k in equal parts of at most KC. */
+static int64_t PD__K(pd__depth)(int64_t k) { return pd__max(1, pd__ceil_div(k, pd__ceil_div(pd__max(k, 1), PD__KC))); }
+
+static void PD__K(pd__gemm_share)(const PD__K(pd__gemm_job) * g, int64_t share) {
+    int64_t i0 = share / g->across * g->rows, j0 = share % g->across * g->columns;
+    int64_t i1 = pd__min(g->m, i0 + g->rows), j1 = pd__min(g->n, j0 + g->columns);
+    int64_t ra = g->ta ? 1 : g->lda, ca = g->ta ? g->lda : 1, rb = g->tb ? 1 : g->ldb, cb = g->tb ? g->ldb : 1;
+    int64_t depth = PD__K(pd__depth)(g->k), h, mc;
+    pd_real *packed_a = g->space + share * g->each, *packed_b;
+    if (i0 >= i1 || j0 >= j1) return;
+    h = PD__K(pd__height)(i1 - i0);
+    mc = pd__min(i1 - i0, PD__MC / h * h);
+    packed_b = packed_a + pd__ceil_div(mc * depth, 16) * 16;
+    for (int64_t j = j0; j < j1; j += PD__NC)
+        for (int64_t p = 0; p < g->k || p == 0; p += depth) {
+            PD__K(pd__block) b;
+            memset(&b, 0, sizeof b);
+            b.n = pd__min(PD__NC, j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
+            b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
+            b.a = packed_a, b.b = packed_b;
+            for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pack_b_panel)
+            (g->b + p * rb + (j + c) * cb, rb, cb, b.k, pd__min(PD__NR, b.n - c), packed_b + c * b.k);
+            for (int64_t i = i0; i < i1; i += mc) {
+                b.m = pd__min(mc, i1 - i);
+                PD__K(pd__pack_a)(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
+                b.c = g->c + i * g->ldc + j;
+                PD__K(pd__multiply)(&b);
+            }
+        }
+}
+
+static void PD__K(pd__gemm)(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
+                            const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                            int64_t ldc) {
+    PD__K(pd__gemm_job) g;
+    int64_t shares = pd__team(d, m * n * k / 8), depth = PD__K(pd__depth)(k);
+    if (m <= 0 || n <= 0) return;
+    g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
+    g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c;
+    /* Each share packs its rows of A and its columns of B: choose the grid for which that is least. */
+    g.across = 1, g.down = shares;
+    for (int64_t across = 2; across <= shares; across++)
+        if (shares % across == 0 && across * m + shares / across * n < g.across * m + g.down * n)
+            g.across = across, g.down = shares / across;
+    g.rows = pd__ceil_div(pd__ceil_div(m, g.down), PD__MR) * PD__MR;
+    g.columns = pd__ceil_div(pd__ceil_div(n, g.across), PD__NR) * PD__NR;
+    g.each = (pd__min(PD__MC, g.rows) + pd__min(PD__NC, g.columns)) * depth + 32;
+    g.each = pd__ceil_div(g.each, 16) * 16; /* whole cache lines */
+    g.space = (pd_real *)pd__scratch(d, shares * g.each, sizeof(pd_real));
+    if (!g.space) return;
+    PD__PARALLEL(d, m * n * k / 8)
+    for (int64_t share = 0; share < shares; share++) PD__K(pd__gemm_share)(&g, share);
+}
+
+/* ---- convolution as products of filters and patches, which are picked straight from the image ----
+   Element (k, j) of the patches, k = (channel, filter row, filter column) and j = (output row, output column), is at
+   image[k_at[k] + j_at[j]], in an image with its padding around it. Images are independent of each other and filters
+   are packed once, so the forward pass and the data gradient are cut by images and, for few of them, by filters or
+   channels; the filter gradient, a sum over images, is cut by columns of its matrix. */
+
+typedef struct PD__K(pd__conv_job) {
+    const pd_conv_shape *s;
+    int64_t channels, filters;                /* per group */
+    int64_t depth, area;                      /* of the patches of a group */
+    int64_t in_area, high, wide, padded_area; /* of an image's channel, and with its padding */
+    const int64_t *k_at, *j_at;
+    const pd_real *x, *w, *dy;
+    pd_real *out;             /* y, dx or dw */
+    int64_t parts, per_part;  /* of a group's filters, channels or columns */
+    int64_t block_n, block_k; /* columns and depth of the blocks that are packed at a time .. */
+    int64_t together;         /* .. and images */
+    pd_real *packed;          /* filters */
+    pd_real *space;
+    int64_t each; /* working space of one thread */
+} PD__K(pd__conv_job);
+
+static void PD__K(pd__conv_sizes)(PD__K(pd__conv_job) * j, const pd_conv_shape *s) {
+    memset(j, 0, sizeof *j);
+    j->s = s;
+    j->channels = s->in_c / s->groups;
+    j->filters = s->out_c / s->groups;
+    j->depth = j->channels * s->filter_h * s->filter_w;
+    j->area = s->out_h * s->out_w;
+    j->in_area = s->in_h * s->in_w;
+    j->high = pd__max(s->in_h + 2 * s->pad_h, (s->out_h - 1) * s->stride_h + (s->filter_h - 1) * s->dilation_h + 1);
+    j->wide = pd__max(s->in_w + 2 * s->pad_w, (s->out_w - 1) * s->stride_w + (s->filter_w - 1) * s->dilation_w + 1);
+    j->padded_area = j->high * j->wide;
+    j->together = 1;
+}
+
+static bool PD__K(pd__is_padded)(const PD__K(pd__conv_job) * j) { return j->padded_area != j->in_area; }
+
+/* Fills the offsets, and takes scratch for them, `packed` numbers of filters and, for each thread, a padded image of
+   so many channels and `block` numbers. False when out of memory. */
+static bool PD__K(pd__conv_space)(pd_device *d, PD__K(pd__conv_job) * j, int64_t packed, int64_t channels,
+                                  int64_t block) {
+    const pd_conv_shape *s = j->s;
+    int64_t places = j->together * j->area, offsets = j->depth + places, *at, threads = pd__cpu_threads(d),
+            line = 64 / (int64_t)sizeof(pd_real);
+    int64_t image = PD__K(pd__is_padded)(j) ? j->channels * j->padded_area : s->in_c * j->in_area;
+    int64_t head = pd__ceil_div(offsets * (int64_t)sizeof *at, 64) * line;
+    packed = pd__ceil_div(packed, line) * line;
+    j->each = pd__ceil_div(channels * j->padded_area, line) * line + pd__ceil_div(block, line) * line;
+    at = (int64_t *)pd__scratch(d, head + packed + threads * j->each, sizeof(pd_real));
+    if (!at) return false;
+    for (int64_t k = 0; k < j->depth; k++) {
+        int64_t column = k % s->filter_w, row = k / s->filter_w % s->filter_h;
+        at[k] =
+            k / (s->filter_h * s->filter_w) * j->padded_area + row * s->dilation_h * j->wide + column * s->dilation_w;
+    }
+    for (int64_t i = 0; i < places; i++)
+        at[j->depth + i] =
+            i / j->area * image + i % j->area / s->out_w * s->stride_h * j->wide + i % s->out_w * s->stride_w;
+    j->k_at = at;
+    j->j_at = at + j->depth;
+    j->packed = (pd_real *)at + head;
+    j->space = j->packed + packed;
+    return true;
+}
+
+/* Copies channels with zeros around them, or, if `back`, adds what is inside to the channels. */
+static void PD__K(pd__pad)(const PD__K(pd__conv_job) * j, bool back, int64_t channels, pd_real *image,
+                           pd_real *padded) {
+    const pd_conv_shape *s = j->s;
+    if (!back) memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t h = 0; h < s->in_h; h++) {
+            pd_real *line = image + c * j->in_area + h * s->in_w;
+            pd_real *inside = padded + c * j->padded_area + (h + s->pad_h) * j->wide + s->pad_w;
+            if (!back) memcpy(inside, line, (size_t)s->in_w * sizeof *line);
+            else
+                for (int64_t w = 0; w < s->in_w; w++) line[w] += inside[w];
+        }
+}
+
+/* Packs rows first .. first + rows - 1 of a group's filter matrix (filters x depth), or of its transpose, block of k by
+   block. */
+static void PD__K(pd__pack_filters)(const PD__K(pd__conv_job) * j, bool transposed, int64_t unit) {
+    int64_t group = unit / j->parts, m = transposed ? j->depth : j->filters, k = transposed ? j->filters : j->depth;
+    int64_t first = unit % j->parts * j->per_part, rows = pd__min(j->per_part, m - first), step = PD__K(pd__depth)(k);
+    int64_t rs = transposed ? 1 : j->depth, cs = transposed ? j->depth : 1;
+    const pd_real *w = j->w + group * j->filters * j->depth + first * rs;
+    pd_real *to = j->packed + (group * m + first) * k;
+    if (rows <= 0) return;
+    for (int64_t p = 0; p < k; p += step) {
+        int64_t steps = pd__min(step, k - p);
+        PD__K(pd__pack_a)(w + p * cs, rs, cs, rows, steps, PD__K(pd__height)(rows), 0, steps, to + p * rows);
+    }
+}
+static void PD__K(pd__pack_filters_forward)(const PD__K(pd__conv_job) * j, int64_t unit) {
+    PD__K(pd__pack_filters)(j, false, unit);
+}
+static void PD__K(pd__pack_filters_back)(const PD__K(pd__conv_job) * j, int64_t unit) {
+    PD__K(pd__pack_filters)(j, true, unit);
+}
+
+/* One part of one group of one image: y += filters * patches. */
+static void PD__K(pd__conv_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
+    int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
+    int64_t first = part * j->per_part, step = PD__K(pd__depth)(j->depth);
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *patches = padded;
+    const pd_real *x = j->x + image * j->channels * j->in_area;
+    PD__K(pd__block) b;
+    memset(&b, 0, sizeof b);
+    b.m = pd__min(j->per_part, j->filters - first);
+    if (b.m <= 0) return;
+    b.h = PD__K(pd__height)(b.m);
+    b.alpha = b.beta = 1;
+    b.ldc = j->area;
+    if (PD__K(pd__is_padded)(j)) {
+        PD__K(pd__pad)(j, false, j->channels, (pd_real *)(uintptr_t)x, padded); /* only read */
+        x = padded;
+        patches += j->channels * j->padded_area;
+    }
+    b.b = patches;
+    for (int64_t at = 0; at < j->area; at += j->block_n)
+        for (int64_t p = 0; p < j->depth; p += step) {
+            b.n = pd__min(j->block_n, j->area - at);
+            b.k = pd__min(step, j->depth - p);
+            b.a = j->packed + (group * j->filters + first) * j->depth + p * b.m;
+            b.c = j->out + (image * j->filters + first) * j->area + at;
+            for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pick_b_panel)
+            (x, j->k_at + p, j->j_at + at + c, b.k, pd__min(PD__NR, b.n - c), patches + c * b.k);
+            PD__K(pd__multiply)(&b);
+        }
+}
+
+/* One part, a number of whole channels, of one group of one image: dx += scattered (filters^T * dy). */
+static void PD__K(pd__conv_back_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
+    int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
+    int64_t window = j->s->filter_h * j->s->filter_w, first = part * j->per_part, step = PD__K(pd__depth)(j->filters);
+    int64_t channels = pd__min(j->per_part, j->depth - first) / window;
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed = padded;
+    pd_real *dx = j->out + (image * j->channels + first / window) * j->in_area;
+    const pd_real *dy = j->dy + image * j->filters * j->area;
+    PD__K(pd__block) b;
+    if (channels <= 0) return;
+    memset(&b, 0, sizeof b);
+    b.m = channels * window;
+    b.h = PD__K(pd__height)(b.m);
+    b.alpha = 1;
+    b.c = dx;
+    if (PD__K(pd__is_padded)(j)) {
+        memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
+        b.c = padded;
+        packed += channels * j->padded_area;
+    }
+    b.row_at = j->k_at; /* of the part's own channels, the first of which is at 0 */
+    b.b = packed;
+    for (int64_t at = 0; at < j->area; at += j->block_n)
+        for (int64_t p = 0; p < j->filters; p += step) {
+            b.n = pd__min(j->block_n, j->area - at);
+            b.k = pd__min(step, j->filters - p);
+            b.a = j->packed + (group * j->depth + first) * j->filters + p * b.m;
+            b.column_at = j->j_at + at;
+            for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pack_b_panel)
+            (dy + p * j->area + at + c, j->area, 1, b.k, pd__min(PD__NR, b.n - c), packed + c * b.k);
+            PD__K(pd__multiply)(&b);
+        }
+    if (b.c == padded) PD__K(pd__pad)(j, true, channels, dx, padded);
+}
+
+/* One part, a number of columns, of one group of dw: dw += dy * patches^T, summed over all images in order. */
+static void PD__K(pd__conv_filter_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
+    int64_t part = unit % j->parts, group = unit / j->parts, window = j->s->filter_h * j->s->filter_w;
+    int64_t first = part * j->per_part, columns = pd__min(j->per_part, j->depth - first);
+    int64_t channel = first / window, channels = (first + columns - 1) / window - channel + 1;
+    int64_t h = PD__K(pd__height)(j->filters), mc = pd__min(j->filters, PD__MC / h * h), step = j->block_k;
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed_a = padded, *packed_b;
+    PD__K(pd__block) b;
+    if (columns <= 0) return;
+    memset(&b, 0, sizeof b);
+    b.h = h;
+    b.alpha = b.beta = 1;
+    b.ldc = j->depth;
+    if (PD__K(pd__is_padded)(j)) packed_a += j->together * j->channels * j->padded_area;
+    packed_b = packed_a + mc * step;
+    b.a = packed_a;
+    b.b = packed_b;
+    for (int64_t row = 0; row < j->s->rows; row += j->together) {
+        int64_t rows = pd__min(j->together, j->s->rows - row), image = row * j->s->groups + group;
+        const pd_real *x = j->x + image * j->channels * j->in_area, *dy = j->dy + image * j->filters * j->area;
+        int64_t x_row = j->s->in_c * j->in_area, dy_row = j->s->out_c * j->area;
+        if (PD__K(pd__is_padded)(j)) {
+            for (int64_t r = 0; r < rows; r++) PD__K(pd__pad)
+            (j, false, channels, (pd_real *)(uintptr_t)x + r * x_row + channel * j->in_area,
+             padded + (r * j->channels + channel) * j->padded_area);
+            x = padded;
+        }
+        for (int64_t p = 0; p < rows * j->area; p += step)
+            for (int64_t n = 0; n < columns; n += j->block_n) {
+                b.k = pd__min(step, rows * j->area - p);
+                b.n = pd__min(j->block_n, columns - n);
+                for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pick_b_panel)
+                (x, j->j_at + p, j->k_at + first + n + c, b.k, pd__min(PD__NR, b.n - c), packed_b + c * b.k);
+                for (int64_t i = 0; i < j->filters; i += mc) {
+                    b.m = pd__min(mc, j->filters - i);
+                    for (int64_t r = 0; r < rows; r++) /* of several rows all positions, of one a block of them */
+                        PD__K(pd__pack_a)
+                    (dy + r * dy_row + i * j->area + p, j->area, 1, b.m, b.k / rows, h, r * j->area, b.k, packed_a);
+                    b.c = j->out + (group * j->filters + i) * j->depth + first + n;
+                    PD__K(pd__multiply)(&b);
+                }
+            }
+    }
+}
+
+/* Cuts `units` things of `size` into parts of whole multiples of `grain`, so that there is work for every thread. */
+static void PD__K(pd__conv_parts)(pd_device *d, PD__K(pd__conv_job) * j, int64_t units, int64_t size, int64_t grain) {
+    int64_t grains = pd__ceil_div(size, grain);
+    j->parts = pd__min(grains, pd__ceil_div(pd__cpu_threads(d), pd__max(units, 1)));
+    j->per_part = pd__ceil_div(grains, j->parts) * grain;
+}
+
+static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
+    PD__K(pd__conv_job) j;
+    int64_t images = s->rows * s->groups;
+    if (images == 0) return;
+    PD__K(pd__conv_sizes)(&j, s);
+    j.x = x, j.w = w, j.out = y;
+    PD__K(pd__conv_parts)(d, &j, images, j.filters, PD__MR);
+    j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, PD__NR) * PD__NR);
+    if (!PD__K(pd__conv_space)(d, &j, s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
+                               PD__K(pd__depth)(j.depth) * j.block_n))
+        return;
+    PD__PARALLEL(d, s->out_c * j.depth)
+    for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__pack_filters_forward)(&j, unit);
+    PD__PARALLEL(d, images * j.depth * j.area)
+    for (int64_t unit = 0; unit < images * j.parts; unit++) PD__K(pd__conv_unit)(&j, unit);
+}
+
+static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
+                                          pd_real *dx) {
+    PD__K(pd__conv_job) j;
+    int64_t images = s->rows * s->groups;
+    if (images == 0) return;
+    PD__K(pd__conv_sizes)(&j, s);
+    j.w = w, j.dy = dy, j.out = dx;
+    PD__K(pd__conv_parts)(d, &j, images, j.depth, s->filter_h * s->filter_w);
+    j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, PD__NR) * PD__NR);
+    if (!PD__K(pd__conv_space)(d, &j, s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
+                               PD__K(pd__depth)(j.filters) * j.block_n))
+        return;
+    PD__PARALLEL(d, s->out_c * j.depth)
+    for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__pack_filters_back)(&j, unit);
+    PD__PARALLEL(d, images * j.depth * j.area)
+    for (int64_t unit = 0; unit < images * j.parts; unit++) PD__K(pd__conv_back_unit)(&j, unit);
+}
+
+static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
+                                            pd_real *dw) {
+    PD__K(pd__conv_job) j;
+    if (s->rows == 0) return;
+    PD__K(pd__conv_sizes)(&j, s);
+    j.x = x, j.dy = dy, j.out = dw;
+    PD__K(pd__conv_parts)(d, &j, s->groups, j.depth, PD__NR);
+    j.together = pd__max(1, pd__min(s->rows, PD__KC / j.area));
+    j.block_k = j.together > 1 ? j.together * j.area : PD__K(pd__depth)(j.area);
+    j.block_n = pd__min(PD__NC, j.per_part);
+    if (!PD__K(pd__conv_space)(d, &j, 0, PD__K(pd__is_padded)(&j) ? j.together * j.channels : 0,
+                               (pd__min(PD__MC, j.filters) + j.block_n) * j.block_k))
+        return;
+    PD__PARALLEL(d, s->rows * s->groups * j.depth * j.area)
+    for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__conv_filter_unit)(&j, unit);
+}
+
+/* Puts this level's operations into a CPU device. */
+static void PD__K(pd__cpu_take)(pd_device *d) {
+    d->gemm = PD__K(pd__gemm);
+    d->conv = PD__K(pd__conv);
+    d->conv_backward_data = PD__K(pd__conv_backward_data);
+    d->conv_backward_filter = PD__K(pd__conv_backward_filter);
+}
+
+#undef PD__V
+#undef PD__LOAD
+#undef PD__STORE
+#undef PD__LANES
+#undef PD__MR
+#undef PD__NV
+#undef PD__NR
+#undef PD__FMA
+#endif
 
 /*
    This software is available under two licences; choose the one you like.
