@@ -2591,6 +2591,7 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
 #if defined(__GNUC__) && !defined(__TINYC__)
 #define PD__VECTORS 1 /* the compiler has them */
 #define PD__INLINE inline __attribute__((always_inline))
+#define PD__PREFETCH(at) __builtin_prefetch(at)
 #if defined(__clang__)
 #define PD__UNROLL _Pragma("unroll")
 #define PD__BEGIN_TARGET(text) PD__PRAGMA(clang attribute push(__attribute__((target(text))), apply_to = function))
@@ -2615,6 +2616,7 @@ typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
 #endif
 #else
 #define PD__INLINE inline
+#define PD__PREFETCH(at) ((void)0)
 #define PD__UNROLL
 #endif
 
@@ -2626,9 +2628,6 @@ typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
 #define PD__TIMES_8(x) PD__TIMES_4(x), PD__TIMES_4(x)
 #define PD__TIMES_16(x) PD__TIMES_8(x), PD__TIMES_8(x)
 #define PD__TIMES(n, x) PD__JOIN(PD__TIMES_, n)(x)
-
-/* Blocks of a product: KC deep, MC rows of A (in the second-level cache), NC columns of B. */
-enum { PD__KC = 256, PD__MC = 168, PD__NC = 2048 };
 
 #define PD__LEVEL _scalar
 #define PD__BYTES 0
@@ -12604,6 +12603,12 @@ typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), alig
 #endif
 #define PD__NR (PD__NV * PD__LANES)
 
+/* Blocks of a product: KC deep, so that a panel of B stays in the first-level cache (32 KB and more), MC rows of A, which
+   stay in the second, NC columns of B. */
+#define PD__KC (PD__BYTES == 64 ? 256 : 512)
+#define PD__MC (PD__BYTES == 64 ? 168 : 120)
+#define PD__NC 2048
+
 static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
 #if PD__LANES == 1
     return x;
@@ -12639,6 +12644,8 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
     for (int i = 0; i < mr; i++) {
         PD__UNROLL
         for (int j = 0; j < nv; j++) sum[i][j] = PD__K(pd__all)(0);
+        PD__PREFETCH(c + i * ldc); /* a line that holds its first number, and one that holds its last */
+        PD__PREFETCH(c + i * ldc + nv * PD__LANES - 1);
     }
     for (int64_t p = 0; p < k; p++, a += mr, b += nv * PD__LANES) {
         PD__UNROLL
@@ -12721,8 +12728,11 @@ static void PD__K(pd__transpose)(int64_t rows, int64_t columns, const pd_real *f
     enum { SIDE = 16 / PD__REAL_BYTES };
     for (; r + SIDE <= rows; r += SIDE) {
         int64_t c = 0;
-        for (; c + SIDE <= columns; c += SIDE)
+        for (; c + SIDE <= columns; c += SIDE) {
+            if (c % (64 / PD__REAL_BYTES) == 0) /* the rows that come next */
+                for (int i = 0; i < SIDE; i++) PD__PREFETCH(from + (r + SIDE + i) * ld + c);
             PD__K(pd__transpose_square)(from + r * ld + c, ld, to + c * ldto + r, ldto);
+        }
         for (; c < columns; c++)
             for (int64_t i = r; i < r + SIDE; i++) to[c * ldto + i] = from[i * ld + c];
     }
@@ -12749,26 +12759,32 @@ static void PD__K(pd__pack_a)(const pd_real *a, int64_t rs, int64_t cs, int64_t 
 /* How many numbers a panel of B is wide that begins where n columns are left. */
 static PD__INLINE int64_t PD__K(pd__panel)(int64_t n) { return n <= PD__LANES ? PD__LANES : PD__NR; }
 
-/* One panel of B: k rows of `width` numbers, wider panels filled up with zeros. Element (p, c) is at p rs + c cs; one of
-   the two strides is 1. */
-static void PD__K(pd__pack_b_panel)(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t width, pd_real *to) {
-    int64_t wide = PD__K(pd__panel)(width);
-    if (cs == 1 && width == PD__NR)
-        for (int64_t p = 0; p < k; p++, b += rs, to += PD__NR) {
-            PD__UNROLL
-            for (int j = 0; j < PD__NV; j++) PD__STORE(to + j * PD__LANES, PD__LOAD(b + j * PD__LANES));
-        }
-    else if (cs == 1)
-        for (int64_t p = 0; p < k; p++, b += rs, to += wide)
-            for (int64_t c = 0; c < wide; c++) to[c] = c < width ? b[c] : 0;
-    else {
-        PD__K(pd__transpose)(width, k, b, cs, to, wide);
-        for (int64_t c = width; c < wide; c++)
-            for (int64_t p = 0; p < k; p++) to[p * wide + c] = 0;
+/* B (k x n, strides rs and cs, one of which is 1) as panels of NR columns, or of one vector where no more are left,
+   filled up with zeros. A few rows at a time, so that they are read as streams. */
+static void PD__K(pd__pack_b)(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t n, pd_real *panels) {
+    enum { ROWS = 8 };
+    int64_t full = cs == 1 ? n / PD__NR * PD__NR : 0;
+    for (int64_t p = 0; p < k && full; p += ROWS)
+        for (int64_t j = 0; j < full; j += PD__NR)
+            for (int64_t r = p; r < pd__min(k, p + ROWS); r++) {
+                pd_real *to = panels + j * k + r * PD__NR;
+                PD__UNROLL
+                for (int i = 0; i < PD__NV; i++)
+                    PD__STORE(to + i * PD__LANES, PD__LOAD(b + r * rs + j + i * PD__LANES));
+            }
+    for (int64_t j = full; j < n; j += PD__NR) {
+        int64_t width = pd__min(PD__NR, n - j), wide = PD__K(pd__panel)(width);
+        pd_real *to = panels + j * k;
+        if (cs == 1)
+            for (int64_t p = 0; p < k; p++)
+                for (int64_t c = 0; c < width; c++) to[p * wide + c] = b[p * rs + j + c];
+        else PD__K(pd__transpose)(width, k, b + j * cs, cs, to, wide);
+        for (int64_t p = 0; p < k && width < wide; p++)
+            for (int64_t c = width; c < wide; c++) to[p * wide + c] = 0;
     }
 }
 
-/* The same for numbers picked from an image: element (p, c) is at row_at[p] + column_at[c]. */
+/* One such panel of numbers picked from an image: element (p, c) is at row_at[p] + column_at[c]. */
 static void PD__K(pd__pick_b_panel)(const pd_real *image, const int64_t *row_at, const int64_t *column_at, int64_t k,
                                     int64_t width, pd_real *to) {
     int64_t wide = PD__K(pd__panel)(width);
@@ -12867,8 +12883,7 @@ static void PD__K(pd__gemm_share)(const PD__K(pd__gemm_job) * g, int64_t share) 
             b.n = pd__min(PD__NC, j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
             b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
             b.a = packed_a, b.b = packed_b;
-            for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pack_b_panel)
-            (g->b + p * rb + (j + c) * cb, rb, cb, b.k, pd__min(PD__NR, b.n - c), packed_b + c * b.k);
+            PD__K(pd__pack_b)(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
             for (int64_t i = i0; i < i1; i += mc) {
                 b.m = pd__min(mc, i1 - i);
                 PD__K(pd__pack_a)(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
@@ -13062,8 +13077,7 @@ static void PD__K(pd__conv_back_unit)(const PD__K(pd__conv_job) * j, int64_t uni
             b.k = pd__min(step, j->filters - p);
             b.a = j->packed + (group * j->depth + first) * j->filters + p * b.m;
             b.column_at = j->j_at + at;
-            for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pack_b_panel)
-            (dy + p * j->area + at + c, j->area, 1, b.k, pd__min(PD__NR, b.n - c), packed + c * b.k);
+            PD__K(pd__pack_b)(dy + p * j->area + at, j->area, 1, b.k, b.n, packed);
             PD__K(pd__multiply)(&b);
         }
     if (b.c == padded) PD__K(pd__pad)(j, true, channels, dx, padded);
@@ -13188,6 +13202,9 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
 #undef PD__MR
 #undef PD__NV
 #undef PD__NR
+#undef PD__KC
+#undef PD__MC
+#undef PD__NC
 #undef PD__FMA
 #endif
 
