@@ -5,7 +5,9 @@
 # make seams         two nets on the CPU, a GPU's stand-in and 1 to 3 ranks of mpiexec: the same results, in a table
 # make gpu-check     the GPU's tests on a real one, with a report in bench/results; without one it only says so
 # make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
-# make bench         build and run bench/
+# make bench         build and run what bench/ has that needs nothing else
+# make bench-peers   the same beside OpenBLAS, PyTorch and ONNX Runtime; `make setup-bench` installs them (6 GB)
+# make bench-report  writes that to bench/results, with a picture
 # make lib           build/libpaddle.a and libpaddle.so; make install PREFIX=/usr/local DESTDIR=
 # make format clean
 
@@ -23,7 +25,7 @@ COMPILE = $(CC) -std=c99 -Wall -Wextra $(CFLAGS) $(OPENMP) -I.
 MPI_ONLY = build/cluster
 EXAMPLES = $(filter-out $(MPI_ONLY),$(patsubst examples/%.c,build/%,$(wildcard examples/*.c))) \
            $(if $(shell command -v mpicc 2>/dev/null),$(MPI_ONLY))
-BENCHES  = $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
+BENCHES  = build/bench/step build/bench/gemm
 
 all: $(EXAMPLES)
 
@@ -43,6 +45,28 @@ bench: $(BENCHES)
 build/bench/%: bench/%.c paddle.h
 	@mkdir -p $(@D)
 	$(COMPILE) $< -o $@ $(LIBS)
+
+# Of the OpenBLAS libraries the one on OpenMP where there are several: both sides then use the same threads, and none
+# of theirs spins while the other side is measured.
+OPENBLAS = openblas-openmp
+OPENBLAS_FLAGS = $(foreach d,$(wildcard /usr/include/*/$(OPENBLAS)),-I$d) \
+                 $(foreach d,$(wildcard /usr/lib/*/$(OPENBLAS)),-L$d -Wl,-rpath,$d) -lopenblas
+
+build/bench/gemm-openblas: bench/gemm.c paddle.h
+	@mkdir -p $(@D)
+	$(COMPILE) -DPEER_OPENBLAS $< -o $@ $(OPENBLAS_FLAGS) $(LIBS)
+
+# PyTorch for Linux comes with CUDA from the Python package index; there is no smaller one there.
+setup-bench:
+	@tests/setup libopenblas-openmp-dev python3-venv librsvg2-bin
+	@[ -x build/bench-venv/bin/pip ] || python3 -m venv build/bench-venv
+	@build/bench-venv/bin/pip install --quiet torch onnx onnxruntime
+
+bench-peers: $(BENCHES) build/bench/gemm-openblas
+	@bench/peers
+
+bench-report: $(BENCHES) build/bench/gemm-openblas
+	@bench/report
 
 # ---- library ----
 
@@ -119,5 +143,5 @@ clean:
 	rm -rf build
 
 always:
-.PHONY: all run bench lib install setup setup-portability test fuzz seams gpu-check portability format clean always
+.PHONY: all run bench bench-peers bench-report setup-bench lib install setup setup-portability test fuzz seams gpu-check portability format clean always
 .DELETE_ON_ERROR:
