@@ -25,7 +25,8 @@ COMPILE = $(CC) -std=c99 -Wall -Wextra $(CFLAGS) $(OPENMP) -I.
 MPI_ONLY = build/cluster
 EXAMPLES = $(filter-out $(MPI_ONLY),$(patsubst examples/%.c,build/%,$(wildcard examples/*.c))) \
            $(if $(shell command -v mpicc 2>/dev/null),$(MPI_ONLY))
-BENCHES  = build/bench/step build/bench/gemm
+BENCHES  = build/bench/step build/bench/gemm # what `make bench` runs
+PEERS    = build/bench/gemm-openblas build/bench/nets
 
 all: $(EXAMPLES)
 
@@ -62,10 +63,10 @@ setup-bench:
 	@[ -x build/bench-venv/bin/pip ] || python3 -m venv build/bench-venv
 	@build/bench-venv/bin/pip install --quiet torch onnx onnxruntime
 
-bench-peers: $(BENCHES) build/bench/gemm-openblas
+bench-peers: $(PEERS)
 	@bench/peers
 
-bench-report: $(BENCHES) build/bench/gemm-openblas
+bench-report: $(PEERS)
 	@bench/report
 
 # ---- library ----
