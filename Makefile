@@ -41,7 +41,7 @@ run: build/digits
 	@cd build && OMP_WAIT_POLICY=passive ./digits ../examples/data/digits.csv
 
 bench: $(BENCHES)
-	@for program in $(BENCHES); do echo "$$program"; $$program || exit 1; done
+	@for program in $(BENCHES) bench/start.sh; do echo "$$program"; CC='$(CC)' CFLAGS='$(CFLAGS)' $$program || exit 1; done
 
 build/bench/%: bench/%.c paddle.h
 	@mkdir -p $(@D)

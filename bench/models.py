@@ -4,7 +4,8 @@ import time
 
 # ("conv", filters, size, stride, pad, groups): with bias and ReLU. ("conv-bn", filters, size, stride, pad): with batch
 # norm and ReLU instead. ("block", filters, stride): of a residual net. ("pool", size, stride, pad): the largest.
-# ("mean",): of each channel. ("norm",): response norm. ("fc", size): with ReLU unless it is the last. ("dropout", rate).
+# ("mean",): of each channel. ("norm",): response norm. ("fc", size): with ReLU unless it is the last.
+# ("dropout", rate).
 def alexnet(groups):
     return (3, 227, 227), [
         ("conv", 96, 11, 4, 0, 1), ("norm",), ("pool", 3, 2, 0),
