@@ -7,7 +7,7 @@
 # make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
 # make bench         build and run what bench/ has that needs nothing else
 # make bench-peers   the same beside OpenBLAS, PyTorch and ONNX Runtime; `make setup-bench` installs them (6 GB)
-# make bench-report  writes that to bench/results, with a picture
+# make bench-report  leaves what they print, and a picture, in bench/results
 # make lib           build/libpaddle.a and libpaddle.so; make install PREFIX=/usr/local DESTDIR=
 # make format clean
 

@@ -12,6 +12,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #ifdef PEER_OPENBLAS
+#ifdef PADDLE_DOUBLE
+#error "OpenBLAS is called for floats"
+#endif
 #include <cblas.h>
 #endif
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -1,10 +1,10 @@
-# picture.py - MIT-or-Unlicense - an SVG of the ratios in a file of bench lines, one bar each: picture.py FILE >speed.svg
+# picture.py - MIT-or-Unlicense - an SVG of the ratios in a file of bench lines, a bar for each
 #
-# Of the products of matrices only the means by kind are drawn. Bars are cut off at twice the peer's speed.
+# picture.py FILE >speed.svg. Of the products of matrices only the means by kind are drawn. Bars are cut off at twice the peer's speed.
 import re
 import sys
 
-LINE = re.compile(r"bench (\S+)(?: simd (\S+))? threads (\d+) ours ([\d.]+) (\S+) peer (\S+) ([\d.]+) \S+ ratio ([\d.]+)")
+LINE = re.compile(r"bench (\S+)(?: simd (\S+))? threads (\d+) ours [\d.]+ \S+ peer \S+ [\d.]+ \S+ ratio ([\d.]+)")
 SECTIONS = [("gemm", "Matrix products", "OpenBLAS"), ("train", "Training steps", "PyTorch"),
             ("infer", "Inference", "ONNX Runtime")]
 KINDS = {"square": "square, 128 to 2048", "fc": "AlexNet's fully connected layers", "conv": "AlexNet's convolutions",
@@ -27,15 +27,15 @@ def label(name):
 
 
 def collect(lines):
-    """section -> label -> {threads: (ours, unit, ratio)}"""
+    """section -> label -> {threads: ratio}"""
     found = {section: {} for section, _, _ in SECTIONS}
     for match in filter(None, map(LINE.match, lines)):
-        name, simd, threads, ours, unit, _, _, ratio = match.groups()
+        name, simd, threads, ratio = match.groups()
         section = name.split("-")[0]
         text = label(name) if section in found else None
         if text:
             bars = found[section].setdefault(text + (f" ({simd})" if simd else ""), {})
-            bars[threads] = float(ours), unit, float(ratio)
+            bars[threads] = float(ratio)
     return found
 
 
@@ -49,7 +49,7 @@ def draw(found, caption):
         x = WIDTH - 180 + 90 * i
         out.append(f'<rect x="{x}" y="14" width="10" height="10" fill="{FILL[threads]}"/>')
         text(x + 15, 24, f"{threads} thread{'s' if threads != '1' else ''}", 'class="small"')
-    top = y
+    top, first = y, len(out)
     for section, title, peer in SECTIONS:
         if not found[section]:
             continue
@@ -59,21 +59,22 @@ def draw(found, caption):
         for name, bars in found[section].items():
             height = (ROW - 4) / max(len(bars), 1)
             text(LABEL - 8, y + ROW / 2 + 3, name, 'text-anchor="end"')
-            for i, (threads, (ours, unit, ratio)) in enumerate(sorted(bars.items())):
+            for i, (threads, ratio) in enumerate(sorted(bars.items())):
                 length = min(ratio, MOST) * UNIT
                 fill = FILL.get(threads, "#1b4470")
                 out.append(f'<rect x="{LABEL}" y="{y + i * height + 1:.1f}" width="{length:.1f}" '
                            f'height="{height - 1:.1f}" fill="{fill}"/>')
-            words = " / ".join(f"{ratio:.2f}" for _, (_, _, ratio) in sorted(bars.items()))
-            longest = max(min(ratio, MOST) for _, _, ratio in bars.values())
-            text(LABEL + longest * UNIT + 6, y + ROW / 2 + 3, words, 'class="small"')
+            words = " / ".join(f"{ratio:.2f}" for _, ratio in sorted(bars.items()))
+            longest = max(min(ratio, MOST) for ratio in bars.values())
+            text(LABEL + longest * UNIT + 6, y + ROW / 2 + 3, words, 'class="value"')
             y += ROW
-    out.append(f'<line x1="{LABEL + UNIT}" y1="{top}" x2="{LABEL + UNIT}" y2="{y + 4}" stroke="#c33" '
-               'stroke-dasharray="3 3"/>')
+    out.insert(first, f'<line x1="{LABEL + UNIT}" y1="{top}" x2="{LABEL + UNIT}" y2="{y + 4}" stroke="#c33" '
+                      'stroke-dasharray="3 3"/>')
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 16}" '
             f'viewBox="0 0 {WIDTH} {y + 16}" font-family="sans-serif" font-size="12" fill="#222">\n'
             '<style>.title { font-size: 15px; font-weight: bold } .section { font-weight: bold } '
-            '.small { font-size: 11px; fill: #555 }</style>\n<rect width="100%" height="100%" fill="#fff"/>')
+            '.small, .value { font-size: 11px; fill: #555 } '
+            '.value { paint-order: stroke; stroke: #fff; stroke-width: 4px }</style>\n<rect width="100%" height="100%" fill="#fff"/>')
     return "\n".join([head, *out, "</svg>"])
 
 
@@ -81,8 +82,8 @@ def main():
     with open(sys.argv[1]) as file:
         lines = file.read().splitlines()
     first = lines[0].lstrip("# ").split(", ") if lines and lines[0].startswith("#") else []
-    escaped = ", ".join([first[1], first[0][:10]] if len(first) > 1 else []).replace("&", "&amp;").replace("<", "&lt;")
-    print(draw(collect(lines), escaped))
+    caption = ", ".join([*first[1:3], first[0][:10]]) if len(first) > 2 else ""
+    print(draw(collect(lines), caption.replace("&", "&amp;").replace("<", "&lt;")))
 
 
 main()
