@@ -1,6 +1,7 @@
 # picture.py - MIT-or-Unlicense - an SVG of the ratios in a file of bench lines, a bar for each
 #
-# picture.py FILE >speed.svg. Of the products of matrices only the means by kind are drawn. Bars are cut off at twice the peer's speed.
+# picture.py FILE >speed.svg. Of the products of matrices only the means by kind are drawn. Bars are cut off at twice
+# the peer's speed.
 import re
 import sys
 
@@ -74,7 +75,8 @@ def draw(found, caption):
             f'viewBox="0 0 {WIDTH} {y + 16}" font-family="sans-serif" font-size="12" fill="#222">\n'
             '<style>.title { font-size: 15px; font-weight: bold } .section { font-weight: bold } '
             '.small, .value { font-size: 11px; fill: #555 } '
-            '.value { paint-order: stroke; stroke: #fff; stroke-width: 4px }</style>\n<rect width="100%" height="100%" fill="#fff"/>')
+            '.value { paint-order: stroke; stroke: #fff; stroke-width: 4px }</style>\n'
+            '<rect width="100%" height="100%" fill="#fff"/>')
     return "\n".join([head, *out, "</svg>"])
 
 
