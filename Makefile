@@ -6,7 +6,7 @@
 # make gpu-check     the GPU's tests on a real one, with a report in bench/results; without one it only says so
 # make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
 # make bench         build and run what bench/ has that needs nothing else
-# make bench-peers   the same beside OpenBLAS, PyTorch and ONNX Runtime; `make setup-bench` installs them (6 GB)
+# make bench-peers   installs OpenBLAS, PyTorch and ONNX Runtime (6 GB), and runs the same beside them
 # make bench-report  leaves what they print, and a picture, in bench/results
 # make lib           build/libpaddle.a and libpaddle.so; make install PREFIX=/usr/local DESTDIR=
 # make format clean
@@ -63,10 +63,10 @@ setup-bench:
 	@[ -x build/bench-venv/bin/pip ] || python3 -m venv build/bench-venv
 	@build/bench-venv/bin/pip install --quiet torch onnx onnxruntime
 
-bench-peers: $(PEERS)
+bench-peers: setup-bench $(PEERS)
 	@bench/peers
 
-bench-report: $(PEERS)
+bench-report: setup-bench $(PEERS)
 	@bench/report
 
 # ---- library ----
