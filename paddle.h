@@ -1928,323 +1928,12 @@ static pd_status pd__cpu_synchronize(pd_device *d, char *message, size_t size) {
 
 enum { PD__PIECE = 8192 }; /* numbers per piece of an elementwise operation */
 
-static void pd__cpu_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
-    (void)d; /* here and below: only named by PD__PARALLEL, which is empty without OpenMP */
-    PD__PARALLEL(d, n)
-    for (int64_t start = 0; start < n; start += PD__PIECE) {
-        int64_t end = pd__min(n, start + PD__PIECE);
-        for (int64_t i = start; i < end; i++) y[i] = value;
-    }
-}
-
-/* The innermost axis of muladd. Sums run in double. */
-static void pd__muladd_line(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b, int64_t bs,
-                            pd_real *y, int64_t ys) {
-    if (ys == 0) {
-        double sum = 0;
-        for (int64_t i = 0; i < n; i++) sum += (double)a[i * as] * (b ? (double)b[i * bs] : 1.0);
-        *y += alpha * (pd_real)sum;
-    } else if (as == 1 && ys == 1 && (!b || bs == 0)) {
-        pd_real factor = b ? alpha * *b : alpha;
-        for (int64_t i = 0; i < n; i++) y[i] += factor * a[i];
-    } else if (as == 1 && ys == 1 && bs == 1) {
-        for (int64_t i = 0; i < n; i++) y[i] += alpha * a[i] * b[i];
-    } else {
-        for (int64_t i = 0; i < n; i++) y[i * ys] += alpha * a[i * as] * (b ? b[i * bs] : 1);
-    }
-}
-
-static void pd__muladd_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                           const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
-    for (int64_t i = 0; i < size[0]; i++)
-        for (int64_t j = 0; j < size[1]; j++)
-            for (int64_t k = 0; k < size[2]; k++)
-                pd__muladd_line(size[3], alpha, a + i * as[0] + j * as[1] + k * as[2], as[3],
-                                b ? b + i * bs[0] + j * bs[1] + k * bs[2] : NULL, b ? bs[3] : 0,
-                                y + i * ys[0] + j * ys[1] + k * ys[2], ys[3]);
-}
-
-/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
-static void pd__cpu_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                           const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
-    int axis = -1;
-    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
-    (void)d;
-    if (work == 0) return;
-    for (int i = 0; i < 4; i++)
-        if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
-    if (axis < 0) {
-        pd__muladd_box(size, alpha, a, as, b, bs, y, ys);
-        return;
-    }
-    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
-    pieces = pd__ceil_div(size[axis], piece);
-    PD__PARALLEL(d, work)
-    for (int64_t p = 0; p < pieces; p++) {
-        int64_t part[4], start = p * piece;
-        memcpy(part, size, sizeof part);
-        part[axis] = pd__min(piece, size[axis] - start);
-        pd__muladd_box(part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs, y + start * ys[axis],
-                       ys);
-    }
-}
-
-static double pd__cpu_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
-    enum { PARTS = 64 };
-    double parts[PARTS], sum = 0;
-    int64_t piece = pd__ceil_div(n, PARTS);
-    (void)d;
-    PD__PARALLEL(d, n)
-    for (int64_t p = 0; p < PARTS; p++) {
-        double part = 0;
-        for (int64_t i = p * piece; i < pd__min(n, (p + 1) * piece); i++) part += (double)x[i] * (double)x[i];
-        parts[p] = part;
-    }
-    for (int p = 0; p < PARTS; p++) sum += parts[p];
-    return sum;
-}
-
-/* ---- optimizers' arithmetic ---- */
-
-/* The gradient that the method sees: scaled, clipped, with coupled L2. */
-static inline double pd__update_gradient(const pd_update *u, double l2, pd_real w, pd_real g) {
-    double v = u->scale * (double)g;
-    if (u->clip > 0) v = v > u->clip ? u->clip : v < -u->clip ? -u->clip : v;
-    return v + l2 * (double)w;
-}
-
-/* One number. s0, s1, s2 are its states, or unused dummies. Returns the new value. */
-static double pd__update_one(const pd_update *u, double correct1, double correct2, double w, double g, pd_real *s0,
-                             pd_real *s1, pd_real *s2) {
-    const pd_optimizer *o = &u->optimizer;
-    double r = u->rate, m, v, step;
-    switch (o->kind) {
-    case PD_OPT_SGD: return w - r * g;
-    case PD_OPT_MOMENTUM:
-        m = o->momentum * (double)*s0 - r * g;
-        *s0 = (pd_real)m;
-        return o->nesterov ? w + o->momentum * m - r * g : w + m;
-    case PD_OPT_ADAGRAD:
-        v = (double)*s0 + g * g;
-        *s0 = (pd_real)v;
-        return w - r * g / (sqrt(v) + o->epsilon);
-    case PD_OPT_ADADELTA:
-        v = o->rho * (double)*s0 + (1 - o->rho) * g * g;
-        step = sqrt(((double)*s1 + o->epsilon) / (v + o->epsilon)) * g;
-        *s0 = (pd_real)v;
-        *s1 = (pd_real)(o->rho * (double)*s1 + (1 - o->rho) * step * step);
-        return w - r * step;
-    case PD_OPT_RMSPROP:
-        v = o->rho * (double)*s0 + (1 - o->rho) * g * g;
-        *s0 = (pd_real)v;
-        if (o->centered) {
-            m = o->rho * (double)*s2 + (1 - o->rho) * g;
-            *s2 = (pd_real)m;
-            v = v > m * m ? v - m * m : 0;
-        }
-        step = r * g / (sqrt(v) + o->epsilon);
-        if (o->momentum == 0) return w - step;
-        m = o->momentum * (double)*s1 - step;
-        *s1 = (pd_real)m;
-        return w + m;
-    case PD_OPT_DECAYED_ADAGRAD:
-        v = o->rho * (double)*s0 + (1 - o->rho) * g * g;
-        *s0 = (pd_real)v;
-        return w - r * g / sqrt(v + o->epsilon);
-    case PD_OPT_ADAM:
-    case PD_OPT_ADAMW:
-        m = o->beta1 * (double)*s0 + (1 - o->beta1) * g;
-        v = o->beta2 * (double)*s1 + (1 - o->beta2) * g * g;
-        *s0 = (pd_real)m;
-        *s1 = (pd_real)v;
-        if (o->kind == PD_OPT_ADAMW) w -= r * u->l2 * w;
-        return w - r * (m / correct1) / (sqrt(v / correct2) + o->epsilon);
-    case PD_OPT_ADAMAX:
-        m = o->beta1 * (double)*s0 + (1 - o->beta1) * g;
-        v = o->beta2 * (double)*s1;
-        v = v > fabs(g) + o->epsilon ? v : fabs(g) + o->epsilon;
-        *s0 = (pd_real)m;
-        *s1 = (pd_real)v;
-        return w - r / correct1 * m / v;
-    case PD_OPT_COUNT: break;
-    }
-    return w;
-}
-
-static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
-                           const unsigned char *mask, pd_real *const *states) {
-    double correct1 = 1 - pow(u->optimizer.beta1, (double)u->step),
-           correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
-    double l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2, shrink = u->rate * u->l1;
-    (void)d;
-    PD__PARALLEL(d, n * 4)
-    for (int64_t start = 0; start < n; start += PD__PIECE) {
-        pd_real unused = 0;
-        for (int64_t i = start; i < pd__min(n, start + PD__PIECE); i++) {
-            double v = pd__update_one(u, correct1, correct2, (double)w[i], pd__update_gradient(u, l2, w[i], g[i]),
-                                      states[0] ? states[0] + i : &unused, states[1] ? states[1] + i : &unused,
-                                      states[2] ? states[2] + i : &unused);
-            if (shrink > 0) v = v > shrink ? v - shrink : v < -shrink ? v + shrink : 0;
-            w[i] = mask && !mask[i] ? 0 : (pd_real)v;
-        }
-    }
-}
-
-/* SGD and momentum only, which have no bias correction and one state at most. */
-static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
-                                const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
-                                pd_real *state) {
-    (void)d;
-    PD__PARALLEL(d, count * width * 4)
-    for (int64_t i = 0; i < count; i++) {
-        pd_real unused = 0, *value = w + rows[i] * width;
-        const double *c = carry ? carry + 4 * i : NULL;
-        for (int64_t k = 0; k < width; k++) {
-            pd_real *s = state ? state + state_rows[i] * width + k : &unused;
-            double before = (double)value[k];
-            if (c) {
-                value[k] = (pd_real)(c[0] * before + c[1] * (double)*s);
-                *s = (pd_real)(c[2] * before + c[3] * (double)*s);
-            }
-            if (g)
-                value[k] =
-                    (pd_real)pd__update_one(u, 1, 1, (double)value[k],
-                                            pd__update_gradient(u, u->l2, value[k], g[i * width + k]), s, NULL, NULL);
-        }
-    }
-}
-
 /* ---- activations ---- */
 
 static const double pd__stanh_a = 1.7159, pd__stanh_b = 2.0 / 3.0;
 
-static inline pd_real pd__sigmoid(pd_real x) {
-    pd_real e = PD__M(exp)(x < 0 ? x : -x); /* never overflows */
-    return x < 0 ? e / (1 + e) : 1 / (1 + e);
-}
-
-/* y[i] for one kind over a piece; alpha as the caller gave it or the default. */
-static void pd__activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y) {
-#define PD__EACH(kind, value)                                                                                          \
-    case kind:                                                                                                         \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            pd_real v = x[i];                                                                                          \
-            y[i] = (value);                                                                                            \
-        }                                                                                                              \
-        break;
-    switch (act) {
-        PD__EACH(PD_RELU, v < 0 ? 0 : v) /* so written, NaN stays */
-        PD__EACH(PD_BRELU, v < 0 ? 0 : v > alpha ? alpha : v)
-        PD__EACH(PD_SOFTRELU, (v > 0 ? v : 0) + PD__M(log1p)(PD__M(exp)(-PD__M(fabs)(v))))
-        PD__EACH(PD_LEAKY_RELU, v < 0 ? alpha * v : v)
-        PD__EACH(PD_GELU, v / 2 * (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)))
-        PD__EACH(PD_SIGMOID, pd__sigmoid(v))
-        PD__EACH(PD_TANH, PD__M(tanh)(v))
-        PD__EACH(PD_STANH, (pd_real)pd__stanh_a * PD__M(tanh)((pd_real)pd__stanh_b * v))
-        PD__EACH(PD_EXP, PD__M(exp)(v))
-        PD__EACH(PD_LOG, PD__M(log)(v))
-        PD__EACH(PD_ABS, PD__M(fabs)(v))
-        PD__EACH(PD_SQUARE, v * v)
-        PD__EACH(PD_SQRT, PD__M(sqrt)(v))
-        PD__EACH(PD_RECIPROCAL, 1 / v)
-    case PD_LINEAR:
-    case PD_SOFTMAX:
-    case PD_ACT_COUNT: break;
-    }
-#undef PD__EACH
-}
-
-/* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. */
-static void pd__activate_backward_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, const pd_real *y,
-                                        pd_real *grad) {
-#define PD__EACH_Y(kind, value)                                                                                        \
-    case kind:                                                                                                         \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            pd_real w = y[i];                                                                                          \
-            grad[i] *= (value);                                                                                        \
-        }                                                                                                              \
-        break;
-#define PD__EACH_X(kind, value)                                                                                        \
-    case kind:                                                                                                         \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            pd_real v = x[i];                                                                                          \
-            grad[i] *= (value);                                                                                        \
-        }                                                                                                              \
-        break;
-    const pd_real ratio = (pd_real)(pd__stanh_b / pd__stanh_a), square = (pd_real)(pd__stanh_a * pd__stanh_a);
-    switch (act) {
-        PD__EACH_Y(PD_RELU, (pd_real)(w > 0))
-        PD__EACH_Y(PD_BRELU, (pd_real)(w > 0 && w < alpha))
-        PD__EACH_Y(PD_SOFTRELU, -PD__M(expm1)(-w))
-        PD__EACH_Y(PD_LEAKY_RELU, w < 0 ? alpha : 1)
-        PD__EACH_X(PD_GELU, (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)) / 2 +
-                                v * PD__M(exp)(-v * v / 2) * (pd_real)0.39894228040143268)
-        PD__EACH_Y(PD_SIGMOID, w * (1 - w))
-        PD__EACH_Y(PD_TANH, 1 - w * w)
-        PD__EACH_Y(PD_STANH, ratio * (square - w * w))
-        PD__EACH_Y(PD_EXP, w)
-        PD__EACH_X(PD_LOG, 1 / v)
-        PD__EACH_X(PD_ABS, (pd_real)((v > 0) - (v < 0)))
-        PD__EACH_X(PD_SQUARE, 2 * v)
-        PD__EACH_Y(PD_SQRT, (pd_real)0.5 / w)
-        PD__EACH_Y(PD_RECIPROCAL, -w * w)
-    case PD_LINEAR:
-    case PD_SOFTMAX:
-    case PD_ACT_COUNT: break;
-    }
-#undef PD__EACH_Y
-#undef PD__EACH_X
-}
-
-static void pd__softmax_row(int64_t n, const pd_real *x, pd_real *y) {
-    pd_real top = x[0];
-    double sum = 0;
-    for (int64_t i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (int64_t i = 0; i < n; i++) {
-        y[i] = PD__M(exp)(x[i] - top);
-        sum += (double)y[i];
-    }
-    for (int64_t i = 0; i < n; i++) y[i] = (pd_real)((double)y[i] / sum);
-}
-
-/* dx = y (dy - sum y dy), in place */
-static void pd__softmax_backward_row(int64_t n, const pd_real *y, pd_real *grad) {
-    double dot = 0;
-    for (int64_t i = 0; i < n; i++) dot += (double)y[i] * (double)grad[i];
-    for (int64_t i = 0; i < n; i++) grad[i] = y[i] * (grad[i] - (pd_real)dot);
-}
-
 static pd_real pd__act_alpha(pd_act act, pd_real alpha) {
     return alpha != 0 ? alpha : act == PD_BRELU ? 24 : (pd_real)0.01;
-}
-
-static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
-                             pd_real *y) {
-    int64_t n = rows * width;
-    (void)d;
-    alpha = pd__act_alpha(act, alpha);
-    if (act == PD_SOFTMAX) {
-        PD__PARALLEL(d, n * 8)
-        for (int64_t r = 0; r < rows; r++) pd__softmax_row(width, x + r * width, y + r * width);
-        return;
-    }
-    PD__PARALLEL(d, n * 2)
-    for (int64_t i = 0; i < n; i += PD__PIECE) pd__activate_piece(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i);
-}
-
-static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
-                                      const pd_real *x, const pd_real *y, pd_real *grad) {
-    int64_t n = rows * width;
-    (void)d;
-    alpha = pd__act_alpha(act, alpha);
-    if (act == PD_SOFTMAX) {
-        PD__PARALLEL(d, n * 2)
-        for (int64_t r = 0; r < rows; r++) pd__softmax_backward_row(width, y + r * width, grad + r * width);
-        return;
-    }
-    PD__PARALLEL(d, n * 2)
-    for (int64_t i = 0; i < n; i += PD__PIECE)
-        pd__activate_backward_piece(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i);
 }
 
 /* ---- pooling ---- */
@@ -2370,67 +2059,6 @@ static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double rate, 
 
 /* ---- normalisation ---- */
 
-static void pd__cpu_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                    pd_real *mean, pd_real *variance) {
-    double n = (double)pd__max(rows * area, 1);
-    (void)d;
-    PD__PARALLEL(d, rows * channels * area)
-    for (int64_t c = 0; c < channels; c++) {
-        double sum = 0, squares = 0;
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < area; i++) sum += (double)x[(r * channels + c) * area + i];
-        sum /= n;
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < area; i++) {
-                double v = (double)x[(r * channels + c) * area + i] - sum;
-                squares += v * v;
-            }
-        mean[c] = (pd_real)sum;
-        variance[c] = (pd_real)(squares / n);
-    }
-}
-
-static void pd__cpu_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                               const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
-                               const pd_real *bias, pd_real *y) {
-    (void)d;
-    PD__PARALLEL(d, rows * channels * area)
-    for (int64_t m = 0; m < rows * channels; m++) {
-        int64_t c = m % channels;
-        pd_real factor = (pd_real)(1 / sqrt((double)variance[c] + epsilon)) * (weight ? weight[c] : 1);
-        pd_real shift = (bias ? bias[c] : 0);
-        for (int64_t i = m * area; i < (m + 1) * area; i++) y[i] = (x[i] - mean[c]) * factor + shift;
-    }
-}
-
-/* With n = rows * area and xhat = (x - mean) / deviation: dx = weight / deviation (dy - mean(dy) - xhat mean(dy xhat)),
-   the two means only if the moments depend on x. */
-static void pd__cpu_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                        const pd_real *mean, const pd_real *variance, double epsilon,
-                                        bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
-                                        pd_real *dweight, pd_real *dbias) {
-    double n = (double)pd__max(rows * area, 1);
-    (void)d;
-    PD__PARALLEL(d, rows * channels * area)
-    for (int64_t c = 0; c < channels; c++) {
-        double inverse = 1 / sqrt((double)variance[c] + epsilon), sum = 0, dot = 0;
-        double factor = inverse * (weight ? (double)weight[c] : 1);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = (r * channels + c) * area; i < (r * channels + c + 1) * area; i++) {
-                sum += (double)dy[i];
-                dot += (double)dy[i] * ((double)x[i] - (double)mean[c]) * inverse;
-            }
-        if (dweight) dweight[c] += (pd_real)dot;
-        if (dbias) dbias[c] += (pd_real)sum;
-        for (int64_t r = 0; dx && r < rows; r++)
-            for (int64_t i = (r * channels + c) * area; i < (r * channels + c + 1) * area; i++) {
-                double v = (double)dy[i];
-                if (batch_moments) v -= (sum + ((double)x[i] - (double)mean[c]) * inverse * dot) / n;
-                dx[i] += (pd_real)(factor * v);
-            }
-    }
-}
-
 static void pd__cpu_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
                                const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
     (void)d;
@@ -2480,45 +2108,6 @@ static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t widt
     }
 }
 
-static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
-                                  double alpha, double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
-    (void)d;
-    PD__PARALLEL(d, rows * channels * area * pd__min(size, channels))
-    for (int64_t m = 0; m < rows * channels; m++) {
-        int64_t c = m % channels, first = pd__max(0, c - size / 2), last = pd__min(channels, c - size / 2 + size);
-        const pd_real *maps = x + (m - c) * area;
-        for (int64_t i = 0; i < area; i++) {
-            double sum = 0;
-            for (int64_t j = first; j < last; j++) sum += (double)maps[j * area + i] * (double)maps[j * area + i];
-            scales[m * area + i] = (pd_real)(k + alpha / (double)size * sum);
-            y[m * area + i] = (pd_real)((double)x[m * area + i] * pow((double)scales[m * area + i], -beta));
-        }
-    }
-}
-
-/* dx_j += dy_j s_j^-beta - 2 alpha beta / size x_j sum over the windows c that hold j of dy_c x_c s_c^(-beta - 1) */
-static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
-                                           double alpha, double beta, const pd_real *x, const pd_real *scales,
-                                           const pd_real *dy, pd_real *dx) {
-    (void)d;
-    PD__PARALLEL(d, rows * channels * area * pd__min(size, channels) * 4)
-    for (int64_t m = 0; m < rows * channels; m++) {
-        int64_t j = m % channels, first = pd__max(0, j + size / 2 - size + 1),
-                last = pd__min(channels, j + size / 2 + 1);
-        int64_t image = (m - j) * area;
-        for (int64_t i = 0; i < area; i++) {
-            double sum = 0;
-            int64_t at = m * area + i;
-            for (int64_t c = first; c < last; c++) {
-                int64_t o = image + c * area + i;
-                sum += (double)dy[o] * (double)x[o] * pow((double)scales[o], -beta - 1);
-            }
-            dx[at] += (pd_real)((double)dy[at] * pow((double)scales[at], -beta) -
-                                2 * alpha * beta / (double)size * (double)x[at] * sum);
-        }
-    }
-}
-
 /* ---- sparse rows ---- */
 
 static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y) {
@@ -2538,22 +2127,6 @@ static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width,
 }
 
 /* ---- recurrent units ---- */
-
-static void pd__cpu_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
-                        const pd_real *before, pd_real *after) {
-    (void)d;
-    PD__PARALLEL(d, rows * width * 16)
-    for (int64_t r = 0; r < rows; r++) {
-        pd_real *z = gates + r * 3 * width, *reset = z + width, *c = reset + width;
-        const pd_real *uz = recurrent + r * 3 * width, *ur = uz + width, *uc = ur + width;
-        for (int64_t i = 0; i < width; i++) {
-            z[i] = pd__sigmoid(z[i] + uz[i]);
-            reset[i] = pd__sigmoid(reset[i] + ur[i]);
-            c[i] = PD__M(tanh)(c[i] + reset[i] * uc[i]);
-            after[r * width + i] = (1 - z[i]) * c[i] + (before ? z[i] * before[r * width + i] : 0);
-        }
-    }
-}
 
 static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
                                  const pd_real *before, const pd_real *dafter, pd_real *dbefore) {
@@ -2580,15 +2153,17 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
 
 #ifdef PADDLE_DOUBLE
 #define PD__REAL_BYTES 8
+#define PD__INT int64_t
 #define PD__X86(function) function##_pd
 #define PD__X86_TYPE(type) type##d
 #else
 #define PD__REAL_BYTES 4
+#define PD__INT int32_t
 #define PD__X86(function) function##_ps
 #define PD__X86_TYPE(type) type
 #endif
 
-#if defined(__GNUC__) && !defined(__TINYC__)
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 9 && !defined(__TINYC__))
 #define PD__VECTORS 1 /* the compiler has them */
 #define PD__INLINE inline __attribute__((always_inline))
 #define PD__PREFETCH(at) __builtin_prefetch(at)
@@ -2627,7 +2202,14 @@ typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
 #define PD__TIMES_4(x) PD__TIMES_2(x), PD__TIMES_2(x)
 #define PD__TIMES_8(x) PD__TIMES_4(x), PD__TIMES_4(x)
 #define PD__TIMES_16(x) PD__TIMES_8(x), PD__TIMES_8(x)
+#define PD__TIMES_1(x) x
 #define PD__TIMES(n, x) PD__JOIN(PD__TIMES_, n)(x)
+
+/* 1 / i!, for the series of e^x. */
+static const double pd__factorial_inverse[] = {
+    1,          1,           1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+    1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800
+};
 
 #define PD__LEVEL _scalar
 #define PD__BYTES 0
@@ -2732,14 +2314,14 @@ static const pd_device pd__cpu_table = {
     pd__cpu_copy,
     pd__cpu_copy,
     pd__cpu_synchronize,
-    pd__cpu_fill,
-    pd__cpu_muladd,
     NULL,
-    pd__cpu_sum_squares,
-    pd__cpu_update,
-    pd__cpu_update_rows,
-    pd__cpu_activate,
-    pd__cpu_activate_backward,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
     NULL,
     NULL,
     NULL,
@@ -2748,15 +2330,15 @@ static const pd_device pd__cpu_table = {
     pd__cpu_cross_entropy,
     pd__cpu_cross_entropy_backward,
     pd__cpu_dropout,
-    pd__cpu_channel_moments,
-    pd__cpu_batch_norm,
-    pd__cpu_batch_norm_backward,
+    NULL,
+    NULL,
+    NULL,
     pd__cpu_layer_norm,
     pd__cpu_layer_norm_backward,
-    pd__cpu_response_norm,
-    pd__cpu_response_norm_backward,
+    NULL,
+    NULL,
     pd__cpu_sparse_product,
-    pd__cpu_gru,
+    NULL,
     pd__cpu_gru_backward,
 };
 
@@ -13187,9 +12769,808 @@ static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s
     for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__conv_filter_unit)(&j, unit);
 }
 
+/* ---- elementwise: vectors of numbers, and of as many doubles ---- */
+
+#if PD__LANES == 1
+typedef double PD__K(pd__doubles);
+#define PD__SELECT(mask, a, b) ((mask) ? (a) : (b))
+#define PD__SELECT_WIDE(mask, a, b) ((mask) ? (a) : (b))
+#define PD__WIDEN(v) ((double)(v))
+#define PD__NARROW(w) ((pd_real)(w))
+#define PD__LANE(v, i) (v)
+#else
+typedef PD__INT PD__K(pd__integers) __attribute__((vector_size(PD__BYTES)));
+typedef double PD__K(pd__doubles) __attribute__((vector_size(8 * PD__LANES)));
+typedef int64_t PD__K(pd__wide_integers) __attribute__((vector_size(8 * PD__LANES)));
+#define PD__I PD__K(pd__integers)
+#define PD__WI PD__K(pd__wide_integers)
+#define PD__SELECT(mask, a, b) ((PD__V)(((PD__I)(mask) & (PD__I)(a)) | (~(PD__I)(mask) & (PD__I)(b))))
+#define PD__SELECT_WIDE(mask, a, b) ((PD__W)(((PD__WI)(mask) & (PD__WI)(a)) | (~(PD__WI)(mask) & (PD__WI)(b))))
+#define PD__WIDEN(v) __builtin_convertvector(v, PD__W)
+#define PD__NARROW(w) __builtin_convertvector(w, PD__V)
+#define PD__LANE(v, i) ((v)[i])
+#endif
+#define PD__W PD__K(pd__doubles)
+/* Initialises a PD__W. (As arguments of functions some compilers warn of vectors longer than the registers.) */
+#define PD__WIDE_ALL(x)                                                                                                \
+    { PD__TIMES(PD__LANES, x) }
+
+/* A vector of which only `left` numbers may be there; the others are 0, and are not stored. */
+static PD__INLINE PD__V PD__K(pd__load)(const pd_real *from, int64_t left) {
+    pd_real part[PD__LANES];
+    if (left >= PD__LANES) return PD__LOAD(from);
+    for (int i = 0; i < PD__LANES; i++) part[i] = i < left ? from[i] : 0;
+    return PD__LOAD(part);
+}
+static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
+    pd_real part[PD__LANES];
+    if (left >= PD__LANES) {
+        PD__STORE(to, v);
+        return;
+    }
+    PD__STORE(part, v);
+    for (int i = 0; i < left; i++) to[i] = part[i];
+}
+
+static PD__INLINE double PD__K(pd__sum_lanes)(const PD__W *v) {
+    double sum = 0;
+    for (int i = 0; i < PD__LANES; i++) sum += PD__LANE(*v, i);
+    return sum;
+}
+
+/* Sum of a[i] b[i] in double; b NULL: of a[i]. */
+static double PD__K(pd__dot)(int64_t n, const pd_real *a, const pd_real *b) {
+    PD__W sum = PD__WIDE_ALL(0);
+    for (int64_t i = 0; i < n; i += PD__LANES) {
+        PD__V left = PD__K(pd__load)(a + i, n - i), right = b ? PD__K(pd__load)(b + i, n - i) : PD__K(pd__all)(1);
+        sum += PD__WIDEN(left) * PD__WIDEN(right);
+    }
+    return PD__K(pd__sum_lanes)(&sum);
+}
+
+/* e^x, e^x - 1 (of x below 80) and log x, without branches, within 2 ulp. x = n log 2 + r, and e^r by its series; log by that of
+   atanh. Cody and Waite, Software Manual for the Elementary Functions, 1980. */
+#if PD__LANES == 1
+static PD__INLINE pd_real PD__K(pd__exp)(pd_real x) { return PD__M(exp)(x); }
+static PD__INLINE pd_real PD__K(pd__expm1)(pd_real x) { return PD__M(expm1)(x); }
+static PD__INLINE pd_real PD__K(pd__log)(pd_real x) { return PD__M(log)(x); }
+#else
+#ifdef PADDLE_DOUBLE
+#define PD__BIAS 1023
+#define PD__MANTISSA 52
+#define PD__MAGIC 6755399441055744.0 /* 1.5 2^52: added, it rounds to an integer in the lowest bits */
+#define PD__LN2_HIGH 0.693147180369123816490
+#define PD__LN2_LOW 1.90821492927058770002e-10
+#define PD__EXP_TERMS 13
+#define PD__LOG_TERMS 11
+#else
+#define PD__BIAS 127
+#define PD__MANTISSA 23
+#define PD__MAGIC 12582912.0f
+#define PD__LN2_HIGH 0.693359375f
+#define PD__LN2_LOW -2.12194440e-4f
+#define PD__EXP_TERMS 7
+#define PD__LOG_TERMS 5
+#endif
+/* x clipped to where e^x is neither 0 nor infinite for certain; e^x = (1 + *q) *scale1 *scale2 */
+static PD__INLINE void PD__K(pd__exp_parts)(PD__V x, PD__V *q, PD__V *scale1, PD__V *scale2) {
+    const PD__V low = PD__K(pd__all)((pd_real)(-PD__LN2_HIGH * (PD__BIAS + PD__MANTISSA + 2)));
+    const PD__V high = PD__K(pd__all)((pd_real)(PD__LN2_HIGH * (PD__BIAS + 2)));
+    const PD__V magic = PD__K(pd__all)((pd_real)PD__MAGIC);
+    PD__V shifted, n, r, sum;
+    PD__I whole, half;
+    x = PD__SELECT(x < low, low, x);
+    x = PD__SELECT(x > high, high, x);
+    shifted = PD__FMA(x, PD__K(pd__all)((pd_real)1.4426950408889634), magic);
+    n = shifted - magic;
+    r = PD__FMA(n, PD__K(pd__all)((pd_real)-PD__LN2_HIGH), x);
+    r = PD__FMA(n, PD__K(pd__all)((pd_real)-PD__LN2_LOW), r);
+    sum = PD__K(pd__all)((pd_real)pd__factorial_inverse[PD__EXP_TERMS]);
+    PD__UNROLL
+    for (int i = PD__EXP_TERMS - 1; i >= 2; i--)
+        sum = PD__FMA(sum, r, PD__K(pd__all)((pd_real)pd__factorial_inverse[i]));
+    *q = PD__FMA(sum, r * r, r);
+    whole = (PD__I)shifted - (PD__I)magic;
+    half = whole >> 1;
+    *scale1 = (PD__V)((half + PD__BIAS) << PD__MANTISSA);
+    *scale2 = (PD__V)((whole - half + PD__BIAS) << PD__MANTISSA);
+}
+static PD__INLINE PD__V PD__K(pd__exp)(PD__V x) {
+    PD__V q, scale1, scale2;
+    PD__K(pd__exp_parts)(x, &q, &scale1, &scale2);
+    return PD__FMA(q, scale1, scale1) * scale2;
+}
+static PD__INLINE PD__V PD__K(pd__expm1)(PD__V x) {
+    PD__V q, scale1, scale2;
+    PD__K(pd__exp_parts)(x, &q, &scale1, &scale2);
+    scale1 *= scale2;
+    return PD__FMA(q, scale1, scale1 - PD__K(pd__all)(1));
+}
+static PD__INLINE PD__V PD__K(pd__log)(PD__V x) {
+    const PD__V one = PD__K(pd__all)(1);
+    const PD__I half = (PD__I)PD__K(pd__all)((pd_real)0.70710678118654752);
+    PD__I power = ((PD__I)x - half) >> PD__MANTISSA; /* so that the rest is in [sqrt(1/2), sqrt(2)) */
+    PD__V m = (PD__V)((PD__I)x - (power << PD__MANTISSA)), f = (m - one) / (m + one), s = f * f, sum, n, y;
+    sum = PD__K(pd__all)((pd_real)(2.0 / (2 * PD__LOG_TERMS + 1)));
+    PD__UNROLL
+    for (int i = PD__LOG_TERMS - 1; i >= 1; i--) sum = PD__FMA(sum, s, PD__K(pd__all)((pd_real)(2.0 / (2 * i + 1))));
+    n = __builtin_convertvector(power, PD__V);
+    y = PD__FMA(n, PD__K(pd__all)((pd_real)PD__LN2_LOW), sum * s * f);
+    y = PD__FMA(n, PD__K(pd__all)((pd_real)PD__LN2_HIGH), y + f + f);
+    y = PD__SELECT(x < PD__K(pd__all)(PD__REAL_MIN), PD__K(pd__all)((pd_real)-HUGE_VAL), y); /* subnormal: as 0 */
+    y = PD__SELECT(x < PD__K(pd__all)(0), PD__K(pd__all)((pd_real)NAN), y);
+    return PD__SELECT(x - x == PD__K(pd__all)(0), y, x * x * x); /* of infinity and NaN, themselves */
+}
+#undef PD__BIAS
+#undef PD__MANTISSA
+#undef PD__MAGIC
+#undef PD__LN2_HIGH
+#undef PD__LN2_LOW
+#undef PD__EXP_TERMS
+#undef PD__LOG_TERMS
+#endif
+
+static PD__INLINE PD__V PD__K(pd__sigmoid)(PD__V x) {
+    const PD__V one = PD__K(pd__all)(1);
+    return one / (one + PD__K(pd__exp)(-x));
+}
+/* By e^2x - 1, which keeps its accuracy about 0. */
+static PD__INLINE PD__V PD__K(pd__tanh)(PD__V x) {
+    const PD__V two = PD__K(pd__all)(2), most = PD__K(pd__all)(20); /* beyond, tanh is 1 */
+    PD__V e;
+    x = PD__SELECT(x > most, most, x);
+    e = PD__K(pd__expm1)(two * x);
+    return e / (e + two);
+}
+
+static void PD__K(pd__fill_piece)(int64_t n, pd_real value, pd_real *y) {
+    for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, PD__K(pd__all)(value), n - i);
+}
+static void PD__K(pd__fill)(pd_device *d, int64_t n, pd_real value, pd_real *y) {
+    (void)d; /* here and below: only named by PD__PARALLEL, which is empty without OpenMP */
+    PD__PARALLEL(d, n)
+    for (int64_t i = 0; i < n; i += PD__PIECE) PD__K(pd__fill_piece)(pd__min(PD__PIECE, n - i), value, y + i);
+}
+
+/* The innermost axis of muladd. Sums run in double. */
+static void PD__K(pd__muladd_line)(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b, int64_t bs,
+                                   pd_real *y, int64_t ys) {
+    pd_real factor = b ? alpha * *b : alpha; /* where b is one number */
+    if (ys == 0 && as == 1 && b && bs == 1) {
+        *y += alpha * (pd_real)PD__K(pd__dot)(n, a, b);
+    } else if (ys == 0 && as == 1 && (!b || bs == 0)) {
+        *y += factor * (pd_real)PD__K(pd__dot)(n, a, NULL);
+    } else if (ys == 0) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += (double)a[i * as] * (b ? (double)b[i * bs] : 1.0);
+        *y += alpha * (pd_real)sum;
+    } else if (ys == 1 && as <= 1 && as >= 0 && (!b || bs == 0)) {
+        const PD__V f = PD__K(pd__all)(factor), one = PD__K(pd__all)(*a);
+        for (int64_t i = 0; i < n; i += PD__LANES) {
+            PD__V from = as ? PD__K(pd__load)(a + i, n - i) : one;
+            PD__K(pd__store)(y + i, PD__FMA(f, from, PD__K(pd__load)(y + i, n - i)), n - i);
+        }
+    } else if (as == 1 && ys == 1 && bs == 1) {
+        const PD__V f = PD__K(pd__all)(alpha);
+        for (int64_t i = 0; i < n; i += PD__LANES) {
+            PD__V from = f * PD__K(pd__load)(a + i, n - i);
+            PD__V to = PD__FMA(from, PD__K(pd__load)(b + i, n - i), PD__K(pd__load)(y + i, n - i));
+            PD__K(pd__store)(y + i, to, n - i);
+        }
+    } else {
+        for (int64_t i = 0; i < n; i++) y[i * ys] += alpha * a[i * as] * (b ? b[i * bs] : 1);
+    }
+}
+
+static void PD__K(pd__muladd_box)(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                                  const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    for (int64_t i = 0; i < size[0]; i++)
+        for (int64_t j = 0; j < size[1]; j++)
+            for (int64_t k = 0; k < size[2]; k++)
+                PD__K(pd__muladd_line)
+                (size[3], alpha, a + i * as[0] + j * as[1] + k * as[2], as[3],
+                 b ? b + i * bs[0] + j * bs[1] + k * bs[2] : NULL, b ? bs[3] : 0, y + i * ys[0] + j * ys[1] + k * ys[2],
+                 ys[3]);
+}
+
+/* A piece of the box along one axis. */
+static void PD__K(pd__muladd_piece)(const int64_t size[4], int axis, int64_t start, int64_t piece, pd_real alpha,
+                                    const pd_real *a, const int64_t as[4], const pd_real *b, const int64_t bs[4],
+                                    pd_real *y, const int64_t ys[4]) {
+    int64_t part[4];
+    memcpy(part, size, sizeof part);
+    part[axis] = pd__min(piece, size[axis] - start);
+    PD__K(pd__muladd_box)
+    (part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs, y + start * ys[axis], ys);
+}
+
+/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
+static void PD__K(pd__muladd)(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                              const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    int axis = -1;
+    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
+    (void)d;
+    if (work == 0) return;
+    for (int i = 0; i < 4; i++)
+        if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
+    if (axis < 0) {
+        PD__K(pd__muladd_box)(size, alpha, a, as, b, bs, y, ys);
+        return;
+    }
+    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
+    pieces = pd__ceil_div(size[axis], piece);
+    PD__PARALLEL(d, work)
+    for (int64_t p = 0; p < pieces; p++)
+        PD__K(pd__muladd_piece)(size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys);
+}
+
+static double PD__K(pd__sum_squares)(pd_device *d, int64_t n, const pd_real *x) {
+    enum { PARTS = 64 };
+    double parts[PARTS], sum = 0;
+    int64_t piece = pd__ceil_div(n, PARTS);
+    (void)d;
+    PD__PARALLEL(d, n)
+    for (int64_t p = 0; p < PARTS; p++)
+        parts[p] = PD__K(pd__dot)(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
+                                  x + pd__min(n, p * piece));
+    for (int p = 0; p < PARTS; p++) sum += parts[p];
+    return sum;
+}
+
+/* ---- optimizers' arithmetic ---- */
+
+static PD__INLINE void PD__K(pd__square_root)(PD__W *v) {
+    for (int i = 0; i < PD__LANES; i++) PD__LANE(*v, i) = sqrt(PD__LANE(*v, i));
+}
+
+/* The gradient that the method sees: scaled, clipped, with coupled L2. */
+static PD__INLINE void PD__K(pd__update_gradient)(const pd_update *u, double l2_, const PD__W *w, PD__W *g) {
+    const PD__W scale = PD__WIDE_ALL(u->scale), l2 = PD__WIDE_ALL(l2_), clip = PD__WIDE_ALL(u->clip);
+    *g *= scale;
+    if (u->clip > 0) {
+        *g = PD__SELECT_WIDE(*g > clip, clip, *g);
+        *g = PD__SELECT_WIDE(*g < -clip, -clip, *g);
+    }
+    if (l2_ != 0) *g += l2 * *w;
+}
+
+/* One step of some numbers; s: their states. */
+static PD__INLINE void PD__K(pd__update_step)(const pd_update *u, double correct1_, double correct2_, PD__W *value,
+                                              const PD__W *gradient, PD__W *s) {
+    const pd_optimizer *o = &u->optimizer;
+    const PD__W r = PD__WIDE_ALL(u->rate), mu = PD__WIDE_ALL(o->momentum), epsilon = PD__WIDE_ALL(o->epsilon);
+    const PD__W rho = PD__WIDE_ALL(o->rho), not_rho = PD__WIDE_ALL(1 - o->rho), zero = PD__WIDE_ALL(0);
+    const PD__W beta1 = PD__WIDE_ALL(o->beta1), not_beta1 = PD__WIDE_ALL(1 - o->beta1);
+    const PD__W beta2 = PD__WIDE_ALL(o->beta2), not_beta2 = PD__WIDE_ALL(1 - o->beta2);
+    const PD__W correct1 = PD__WIDE_ALL(correct1_), correct2 = PD__WIDE_ALL(correct2_);
+    const PD__W decay = PD__WIDE_ALL(u->rate * u->l2), rate1 = PD__WIDE_ALL(u->rate / correct1_);
+    PD__W w = *value, g = *gradient, m, v, step;
+    switch (o->kind) {
+    case PD_OPT_SGD: w -= r * g; break;
+    case PD_OPT_MOMENTUM:
+        s[0] = mu * s[0] - r * g;
+        if (o->nesterov) w += mu * s[0] - r * g;
+        else w += s[0];
+        break;
+    case PD_OPT_ADAGRAD:
+        v = s[0] += g * g;
+        PD__K(pd__square_root)(&v);
+        w -= r * g / (v + epsilon);
+        break;
+    case PD_OPT_ADADELTA:
+        s[0] = rho * s[0] + not_rho * g * g;
+        v = (s[1] + epsilon) / (s[0] + epsilon);
+        PD__K(pd__square_root)(&v);
+        step = v * g;
+        s[1] = rho * s[1] + not_rho * step * step;
+        w -= r * step;
+        break;
+    case PD_OPT_RMSPROP:
+        v = s[0] = rho * s[0] + not_rho * g * g;
+        if (o->centered) {
+            s[2] = rho * s[2] + not_rho * g;
+            v -= s[2] * s[2];
+            v = PD__SELECT_WIDE(v < zero, zero, v);
+        }
+        PD__K(pd__square_root)(&v);
+        step = r * g / (v + epsilon);
+        if (o->momentum != 0) {
+            s[1] = mu * s[1] - step;
+            step = -s[1];
+        }
+        w -= step;
+        break;
+    case PD_OPT_DECAYED_ADAGRAD:
+        s[0] = rho * s[0] + not_rho * g * g;
+        v = s[0] + epsilon;
+        PD__K(pd__square_root)(&v);
+        w -= r * g / v;
+        break;
+    case PD_OPT_ADAM:
+    case PD_OPT_ADAMW:
+        s[0] = beta1 * s[0] + not_beta1 * g;
+        s[1] = beta2 * s[1] + not_beta2 * g * g;
+        if (o->kind == PD_OPT_ADAMW) w -= decay * w;
+        v = s[1] / correct2;
+        PD__K(pd__square_root)(&v);
+        w -= r * (s[0] / correct1) / (v + epsilon);
+        break;
+    case PD_OPT_ADAMAX:
+        s[0] = beta1 * s[0] + not_beta1 * g;
+        m = PD__SELECT_WIDE(g < zero, -g, g) + epsilon;
+        v = beta2 * s[1];
+        s[1] = PD__SELECT_WIDE(v > m, v, m);
+        w -= rate1 * s[0] / s[1];
+        break;
+    case PD_OPT_COUNT: break;
+    }
+    *value = w;
+}
+
+typedef struct PD__K(pd__update_job) {
+    const pd_update *u;
+    double correct1, correct2, l2;
+    pd_real *w;
+    const pd_real *g;
+    const unsigned char *mask;
+    pd_real *const *states;
+} PD__K(pd__update_job);
+
+static void PD__K(pd__update_piece)(const PD__K(pd__update_job) * j, int64_t start, int64_t end) {
+    const double shrinking = j->u->rate * j->u->l1;
+    const PD__W shrink = PD__WIDE_ALL(shrinking), zero = PD__WIDE_ALL(0);
+    for (int64_t i = start; i < end; i += PD__LANES) {
+        PD__V load = PD__K(pd__load)(j->w + i, end - i), gradient = PD__K(pd__load)(j->g + i, end - i);
+        PD__W w = PD__WIDEN(load), g = PD__WIDEN(gradient), s[PD_MAX_STATES];
+        for (int k = 0; k < PD_MAX_STATES; k++) {
+            PD__V state = j->states[k] ? PD__K(pd__load)(j->states[k] + i, end - i) : PD__K(pd__all)(0);
+            s[k] = PD__WIDEN(state);
+        }
+        PD__K(pd__update_gradient)(j->u, j->l2, &w, &g);
+        PD__K(pd__update_step)(j->u, j->correct1, j->correct2, &w, &g, s);
+        for (int k = 0; k < PD_MAX_STATES; k++)
+            if (j->states[k]) PD__K(pd__store)(j->states[k] + i, PD__NARROW(s[k]), end - i);
+        if (shrinking > 0) {
+            PD__W less = PD__SELECT_WIDE(w < -shrink, w + shrink, zero);
+            w = PD__SELECT_WIDE(w > shrink, w - shrink, less);
+        }
+        PD__K(pd__store)(j->w + i, PD__NARROW(w), end - i);
+    }
+    for (int64_t i = start; j->mask && i < end; i++)
+        if (!j->mask[i]) j->w[i] = 0;
+}
+
+static void PD__K(pd__update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
+                              const unsigned char *mask, pd_real *const *states) {
+    PD__K(pd__update_job) j;
+    (void)d;
+    j.u = u;
+    j.correct1 = 1 - pow(u->optimizer.beta1, (double)u->step);
+    j.correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
+    j.l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2;
+    j.w = w, j.g = g, j.mask = mask, j.states = states;
+    PD__PARALLEL(d, n * 4)
+    for (int64_t i = 0; i < n; i += PD__PIECE) PD__K(pd__update_piece)(&j, i, pd__min(n, i + PD__PIECE));
+}
+
+/* One row; SGD and momentum only, which have no bias correction and one state at most. */
+static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const double *carry, pd_real *w, const pd_real *g,
+                                  pd_real *state) {
+    for (int64_t i = 0; i < width; i += PD__LANES) {
+        PD__V load = PD__K(pd__load)(w + i, width - i);
+        PD__V held = state ? PD__K(pd__load)(state + i, width - i) : PD__K(pd__all)(0);
+        PD__W v = PD__WIDEN(load), s[PD_MAX_STATES];
+        s[0] = s[1] = s[2] = PD__WIDEN(held);
+        if (carry) {
+            const PD__W c0 = PD__WIDE_ALL(carry[0]), c1 = PD__WIDE_ALL(carry[1]), c2 = PD__WIDE_ALL(carry[2]),
+                        c3 = PD__WIDE_ALL(carry[3]);
+            const PD__W before = v;
+            v = c0 * before + c1 * s[0];
+            s[0] = c2 * before + c3 * s[0];
+            load = PD__NARROW(v), held = PD__NARROW(s[0]);
+            v = PD__WIDEN(load), s[0] = PD__WIDEN(held);
+        }
+        if (g) {
+            PD__V from = PD__K(pd__load)(g + i, width - i);
+            PD__W gradient = PD__WIDEN(from);
+            PD__K(pd__update_gradient)(u, u->l2, &v, &gradient);
+            PD__K(pd__update_step)(u, 1, 1, &v, &gradient, s);
+        }
+        PD__K(pd__store)(w + i, PD__NARROW(v), width - i);
+        if (state) PD__K(pd__store)(state + i, PD__NARROW(s[0]), width - i);
+    }
+}
+
+static void PD__K(pd__update_rows)(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
+                                   const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
+                                   pd_real *state) {
+    (void)d;
+    PD__PARALLEL(d, count * width * 4)
+    for (int64_t i = 0; i < count; i++)
+        PD__K(pd__update_row)
+        (u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, g ? g + i * width : NULL,
+         state ? state + state_rows[i] * width : NULL);
+}
+
+/* ---- activations ---- */
+
+/* y[i] for one kind over a piece; alpha as the caller gave it or the default. */
+static void PD__K(pd__activate_piece)(pd_act act, pd_real alpha_, int64_t n, const pd_real *x, pd_real *y) {
+    const PD__V zero = PD__K(pd__all)(0), one = PD__K(pd__all)(1), alpha = PD__K(pd__all)(alpha_);
+    const PD__V a = PD__K(pd__all)((pd_real)pd__stanh_a), b = PD__K(pd__all)((pd_real)pd__stanh_b);
+#define PD__EACH(kind, value)                                                                                          \
+    case kind:                                                                                                         \
+        for (int64_t i = 0; i < n; i += PD__LANES) {                                                                   \
+            PD__V v = PD__K(pd__load)(x + i, n - i);                                                                   \
+            PD__K(pd__store)(y + i, (value), n - i);                                                                   \
+        }                                                                                                              \
+        break;
+#define PD__EACH_NUMBER(kind, value)                                                                                   \
+    case kind:                                                                                                         \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            pd_real v = x[i];                                                                                          \
+            y[i] = (value);                                                                                            \
+        }                                                                                                              \
+        break;
+    switch (act) {
+        PD__EACH(PD_RELU, PD__SELECT(v < zero, zero, v)) /* so written, NaN stays */
+        PD__EACH(PD_BRELU, PD__SELECT(v < zero, zero, PD__SELECT(v > alpha, alpha, v)))
+        PD__EACH_NUMBER(PD_SOFTRELU, (v > 0 ? v : 0) + PD__M(log1p)(PD__M(exp)(-PD__M(fabs)(v))))
+        PD__EACH(PD_LEAKY_RELU, PD__SELECT(v < zero, alpha * v, v))
+        PD__EACH_NUMBER(PD_GELU, v / 2 * (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)))
+        PD__EACH(PD_SIGMOID, PD__K(pd__sigmoid)(v))
+        PD__EACH(PD_TANH, PD__K(pd__tanh)(v))
+        PD__EACH(PD_STANH, a * PD__K(pd__tanh)(b * v))
+        PD__EACH(PD_EXP, PD__K(pd__exp)(v))
+        PD__EACH_NUMBER(PD_LOG, PD__M(log)(v))
+        PD__EACH(PD_ABS, PD__SELECT(v < zero, -v, v))
+        PD__EACH(PD_SQUARE, v * v)
+        PD__EACH_NUMBER(PD_SQRT, PD__M(sqrt)(v))
+        PD__EACH(PD_RECIPROCAL, one / v)
+    case PD_LINEAR:
+    case PD_SOFTMAX:
+    case PD_ACT_COUNT: break;
+    }
+#undef PD__EACH
+#undef PD__EACH_NUMBER
+}
+
+/* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. */
+static void PD__K(pd__activate_backward_piece)(pd_act act, pd_real alpha_, int64_t n, const pd_real *x,
+                                               const pd_real *y, pd_real *grad) {
+    const PD__V zero = PD__K(pd__all)(0), one = PD__K(pd__all)(1), alpha = PD__K(pd__all)(alpha_);
+    const PD__V ratio = PD__K(pd__all)((pd_real)(pd__stanh_b / pd__stanh_a));
+    const PD__V square = PD__K(pd__all)((pd_real)(pd__stanh_a * pd__stanh_a)), half = PD__K(pd__all)((pd_real)0.5);
+#define PD__EACH(kind, name, from, value)                                                                              \
+    case kind:                                                                                                         \
+        for (int64_t i = 0; i < n; i += PD__LANES) {                                                                   \
+            PD__V name = PD__K(pd__load)((from) + i, n - i), g = PD__K(pd__load)(grad + i, n - i);                     \
+            PD__K(pd__store)(grad + i, (value), n - i);                                                                \
+        }                                                                                                              \
+        break;
+#define PD__EACH_NUMBER(kind, name, from, value)                                                                       \
+    case kind:                                                                                                         \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            pd_real name = (from)[i];                                                                                  \
+            grad[i] *= (value);                                                                                        \
+        }                                                                                                              \
+        break;
+    switch (act) {
+        PD__EACH(PD_RELU, w, y,
+                 PD__SELECT(w > zero, one, zero) * g) /* a product, so that a gradient that is NaN stays */
+        PD__EACH(PD_BRELU, w, y, PD__SELECT(w > zero, PD__SELECT(w < alpha, one, zero), zero) * g)
+        PD__EACH_NUMBER(PD_SOFTRELU, w, y, -PD__M(expm1)(-w))
+        PD__EACH(PD_LEAKY_RELU, w, y, PD__SELECT(w < zero, alpha, one) * g)
+        PD__EACH_NUMBER(PD_GELU, v, x,
+                        (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)) / 2 +
+                            v * PD__M(exp)(-v * v / 2) * (pd_real)0.39894228040143268)
+        PD__EACH(PD_SIGMOID, w, y, w * (one - w) * g)
+        PD__EACH(PD_TANH, w, y, (one - w * w) * g)
+        PD__EACH(PD_STANH, w, y, ratio * (square - w * w) * g)
+        PD__EACH(PD_EXP, w, y, w * g)
+        PD__EACH(PD_LOG, v, x, g / v)
+        PD__EACH(PD_ABS, v, x, (PD__SELECT(v > zero, one, zero) - PD__SELECT(v < zero, one, zero)) * g)
+        PD__EACH(PD_SQUARE, v, x, (v + v) * g)
+        PD__EACH(PD_SQRT, w, y, half / w * g)
+        PD__EACH(PD_RECIPROCAL, w, y, -w * w * g)
+    case PD_LINEAR:
+    case PD_SOFTMAX:
+    case PD_ACT_COUNT: break;
+    }
+#undef PD__EACH
+#undef PD__EACH_NUMBER
+}
+
+static void PD__K(pd__softmax_row)(int64_t n, const pd_real *x, pd_real *y) {
+    pd_real top = x[0];
+    double sum = 0;
+    PD__W sums = PD__WIDE_ALL(0);
+    PD__V factor;
+    for (int64_t i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (int64_t i = 0; i < n; i += PD__LANES) {
+        PD__V e = PD__K(pd__exp)(PD__K(pd__load)(x + i, n - i) - PD__K(pd__all)(top));
+        PD__K(pd__store)(y + i, e, n - i);
+        if (n - i >= PD__LANES) sums += PD__WIDEN(e);
+        for (int64_t k = i; n - i < PD__LANES && k < n; k++) sum += (double)y[k];
+    }
+    factor = PD__K(pd__all)((pd_real)(1 / (sum + PD__K(pd__sum_lanes)(&sums))));
+    for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, factor * PD__K(pd__load)(y + i, n - i), n - i);
+}
+
+/* dx = y (dy - sum y dy), in place */
+static void PD__K(pd__softmax_backward_row)(int64_t n, const pd_real *y, pd_real *grad) {
+    const PD__V dot = PD__K(pd__all)((pd_real)PD__K(pd__dot)(n, y, grad));
+    for (int64_t i = 0; i < n; i += PD__LANES) {
+        PD__V g = PD__K(pd__load)(y + i, n - i) * (PD__K(pd__load)(grad + i, n - i) - dot);
+        PD__K(pd__store)(grad + i, g, n - i);
+    }
+}
+
+static void PD__K(pd__activate)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                                pd_real *y) {
+    int64_t n = rows * width;
+    (void)d;
+    alpha = pd__act_alpha(act, alpha);
+    if (act == PD_SOFTMAX) {
+        PD__PARALLEL(d, n * 8)
+        for (int64_t r = 0; r < rows; r++) PD__K(pd__softmax_row)(width, x + r * width, y + r * width);
+        return;
+    }
+    PD__PARALLEL(d, n * 2)
+    for (int64_t i = 0; i < n; i += PD__PIECE)
+        PD__K(pd__activate_piece)(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i);
+}
+
+static void PD__K(pd__activate_backward)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
+                                         const pd_real *x, const pd_real *y, pd_real *grad) {
+    int64_t n = rows * width;
+    (void)d;
+    alpha = pd__act_alpha(act, alpha);
+    if (act == PD_SOFTMAX) {
+        PD__PARALLEL(d, n * 2)
+        for (int64_t r = 0; r < rows; r++) PD__K(pd__softmax_backward_row)(width, y + r * width, grad + r * width);
+        return;
+    }
+    PD__PARALLEL(d, n * 2)
+    for (int64_t i = 0; i < n; i += PD__PIECE)
+        PD__K(pd__activate_backward_piece)(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i);
+}
+
+/* ---- normalisation ---- */
+
+/* What batch norm needs of one channel, over rows and `area` positions. */
+typedef struct PD__K(pd__channel_job) {
+    int64_t rows, channels, area;
+    const pd_real *x, *dy, *mean, *variance, *weight, *bias;
+    double epsilon;
+    bool batch_moments;
+    pd_real *moment1, *moment2, *y, *dx, *dweight, *dbias;
+} PD__K(pd__channel_job);
+
+static void PD__K(pd__moments_of)(const PD__K(pd__channel_job) * j, int64_t c) {
+    double n = (double)pd__max(j->rows * j->area, 1), sum = 0;
+    PD__W squares = PD__WIDE_ALL(0);
+    double tail = 0, mean_;
+    for (int64_t r = 0; r < j->rows; r++) sum += PD__K(pd__dot)(j->area, j->x + (r * j->channels + c) * j->area, NULL);
+    mean_ = sum / n;
+    for (int64_t r = 0; r < j->rows; r++) {
+        const pd_real *x = j->x + (r * j->channels + c) * j->area;
+        const PD__W mean = PD__WIDE_ALL(mean_);
+        int64_t i = 0;
+        for (; i + PD__LANES <= j->area; i += PD__LANES) {
+            PD__V load = PD__LOAD(x + i);
+            PD__W v = PD__WIDEN(load) - mean;
+            squares += v * v;
+        }
+        for (; i < j->area; i++) tail += ((double)x[i] - mean_) * ((double)x[i] - mean_);
+    }
+    j->moment1[c] = (pd_real)mean_;
+    j->moment2[c] = (pd_real)((tail + PD__K(pd__sum_lanes)(&squares)) / n);
+}
+
+static void PD__K(pd__channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                       pd_real *mean, pd_real *variance) {
+    PD__K(pd__channel_job) j;
+    memset(&j, 0, sizeof j);
+    (void)d;
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moment1 = mean, j.moment2 = variance;
+    PD__PARALLEL(d, rows * channels * area)
+    for (int64_t c = 0; c < channels; c++) PD__K(pd__moments_of)(&j, c);
+}
+
+static void PD__K(pd__batch_norm_map)(const PD__K(pd__channel_job) * j, int64_t m) {
+    int64_t c = m % j->channels;
+    const PD__V factor =
+        PD__K(pd__all)((pd_real)(1 / sqrt((double)j->variance[c] + j->epsilon)) * (j->weight ? j->weight[c] : 1));
+    const PD__V mean = PD__K(pd__all)(j->mean[c]), shift = PD__K(pd__all)(j->bias ? j->bias[c] : 0);
+    for (int64_t i = 0; i < j->area; i += PD__LANES) {
+        PD__V x = PD__K(pd__load)(j->x + m * j->area + i, j->area - i);
+        PD__K(pd__store)(j->y + m * j->area + i, PD__FMA(x - mean, factor, shift), j->area - i);
+    }
+}
+
+static void PD__K(pd__batch_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                  const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
+                                  const pd_real *bias, pd_real *y) {
+    PD__K(pd__channel_job) j;
+    memset(&j, 0, sizeof j);
+    (void)d;
+    j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance, j.epsilon = epsilon;
+    j.weight = weight, j.bias = bias, j.y = y;
+    PD__PARALLEL(d, rows * channels * area)
+    for (int64_t m = 0; m < rows * channels; m++) PD__K(pd__batch_norm_map)(&j, m);
+}
+
+/* With n = rows * area and xhat = (x - mean) / deviation: dx = weight / deviation (dy - mean(dy) - xhat mean(dy xhat)),
+   the two means only if the moments depend on x. */
+static void PD__K(pd__batch_norm_back)(const PD__K(pd__channel_job) * j, int64_t c) {
+    double n = (double)pd__max(j->rows * j->area, 1), mean = (double)j->mean[c], sum = 0, dot = 0;
+    double inverse = 1 / sqrt((double)j->variance[c] + j->epsilon);
+    double factor = inverse * (j->weight ? (double)j->weight[c] : 1);
+    for (int64_t r = 0; r < j->rows; r++) {
+        int64_t at = (r * j->channels + c) * j->area;
+        sum += PD__K(pd__dot)(j->area, j->dy + at, NULL);
+        dot += PD__K(pd__dot)(j->area, j->dy + at, j->x + at);
+    }
+    dot = (dot - sum * mean) * inverse;
+    if (j->dweight) j->dweight[c] += (pd_real)dot;
+    if (j->dbias) j->dbias[c] += (pd_real)sum;
+    for (int64_t r = 0; j->dx && r < j->rows; r++) { /* dx += a dy + b x + constant */
+        const PD__W a = PD__WIDE_ALL(factor), b = PD__WIDE_ALL(j->batch_moments ? -factor * inverse * dot / n : 0);
+        const PD__W shift = PD__WIDE_ALL(j->batch_moments ? factor * (mean * inverse * dot - sum) / n : 0);
+        int64_t at = (r * j->channels + c) * j->area;
+        for (int64_t i = 0; i < j->area; i += PD__LANES) {
+            PD__V x = PD__K(pd__load)(j->x + at + i, j->area - i), dy = PD__K(pd__load)(j->dy + at + i, j->area - i);
+            PD__W v = a * PD__WIDEN(dy) + b * PD__WIDEN(x) + shift;
+            PD__V dx = PD__K(pd__load)(j->dx + at + i, j->area - i) + PD__NARROW(v);
+            PD__K(pd__store)(j->dx + at + i, dx, j->area - i);
+        }
+    }
+}
+
+static void PD__K(pd__batch_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                           const pd_real *mean, const pd_real *variance, double epsilon,
+                                           bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                           pd_real *dweight, pd_real *dbias) {
+    PD__K(pd__channel_job) j;
+    memset(&j, 0, sizeof j);
+    (void)d;
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance;
+    j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
+    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
+    PD__PARALLEL(d, rows * channels * area)
+    for (int64_t c = 0; c < channels; c++) PD__K(pd__batch_norm_back)(&j, c);
+}
+
+/* Response norm runs along the channels of a strip of positions. */
+typedef struct PD__K(pd__response_job) {
+    int64_t channels, area, size, strips; /* strips of each row */
+    double alpha, beta, k;
+    const pd_real *x, *scale, *dy;
+    pd_real *scales, *y, *dx, *space;
+} PD__K(pd__response_job);
+enum { PD__K(pd__strip) = 8 * PD__LANES };
+
+static PD__INLINE PD__V PD__K(pd__power)(PD__V x, double exponent) {
+    return PD__K(pd__exp)(PD__K(pd__all)((pd_real)exponent) * PD__K(pd__log)(x));
+}
+
+static void PD__K(pd__response_strip)(const PD__K(pd__response_job) * j, int64_t unit) {
+    int64_t at = unit / j->strips * j->channels * j->area, first = unit % j->strips * PD__K(pd__strip);
+    int64_t end = pd__min(j->area, first + PD__K(pd__strip));
+    const PD__V k = PD__K(pd__all)((pd_real)j->k), factor = PD__K(pd__all)((pd_real)(j->alpha / (double)j->size));
+    for (int64_t c = 0; c < j->channels; c++)
+        for (int64_t i = first; i < end; i += PD__LANES) {
+            int64_t from = pd__max(0, c - j->size / 2), to = pd__min(j->channels, c - j->size / 2 + j->size);
+            PD__V sum = PD__K(pd__all)(0), scale;
+            for (int64_t o = from; o < to; o++) {
+                PD__V x = PD__K(pd__load)(j->x + at + o * j->area + i, end - i);
+                sum = PD__FMA(x, x, sum);
+            }
+            scale = PD__FMA(factor, sum, k);
+            PD__K(pd__store)(j->scales + at + c * j->area + i, scale, end - i);
+            sum = PD__K(pd__load)(j->x + at + c * j->area + i, end - i) * PD__K(pd__power)(scale, -j->beta);
+            PD__K(pd__store)(j->y + at + c * j->area + i, sum, end - i);
+        }
+}
+
+static void PD__K(pd__response_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                     double alpha, double beta, double k, const pd_real *x, pd_real *scales,
+                                     pd_real *y) {
+    PD__K(pd__response_job) j;
+    memset(&j, 0, sizeof j);
+    (void)d;
+    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta, j.k = k;
+    j.x = x, j.scales = scales, j.y = y, j.strips = pd__ceil_div(area, PD__K(pd__strip));
+    PD__PARALLEL(d, rows * channels * area * 8)
+    for (int64_t unit = 0; unit < rows * j.strips; unit++) PD__K(pd__response_strip)(&j, unit);
+}
+
+/* dx_j += dy_j s_j^-beta - 2 alpha beta / size x_j sum over the windows c that hold j of dy_c x_c s_c^(-beta - 1) */
+static void PD__K(pd__response_strip_back)(const PD__K(pd__response_job) * j, int64_t unit) {
+    int64_t at = unit / j->strips * j->channels * j->area, first = unit % j->strips * PD__K(pd__strip);
+    int64_t end = pd__min(j->area, first + PD__K(pd__strip));
+    const PD__V factor = PD__K(pd__all)((pd_real)(-2 * j->alpha * j->beta / (double)j->size));
+    pd_real *terms = j->space + PD__THREAD_INDEX() * j->channels * PD__K(pd__strip);
+    for (int64_t c = 0; c < j->channels; c++)
+        for (int64_t i = first; i < end; i += PD__LANES) {
+            int64_t place = at + c * j->area + i;
+            PD__V s = PD__K(pd__load)(j->scale + place, end - i), dy = PD__K(pd__load)(j->dy + place, end - i);
+            PD__V p = PD__K(pd__power)(s, -j->beta - 1), x = PD__K(pd__load)(j->x + place, end - i);
+            PD__STORE(terms + c * PD__K(pd__strip) + (i - first), dy * x * p);
+            PD__K(pd__store)(j->dx + place, PD__FMA(dy, p * s, PD__K(pd__load)(j->dx + place, end - i)), end - i);
+        }
+    for (int64_t c = 0; c < j->channels; c++)
+        for (int64_t i = first; i < end; i += PD__LANES) {
+            int64_t place = at + c * j->area + i;
+            int64_t from = pd__max(0, c + j->size / 2 - j->size + 1), to = pd__min(j->channels, c + j->size / 2 + 1);
+            PD__V sum = PD__K(pd__all)(0), x = PD__K(pd__load)(j->x + place, end - i);
+            for (int64_t o = from; o < to; o++) sum += PD__LOAD(terms + o * PD__K(pd__strip) + (i - first));
+            PD__K(pd__store)(j->dx + place, PD__FMA(factor * x, sum, PD__K(pd__load)(j->dx + place, end - i)), end - i);
+        }
+}
+
+static void PD__K(pd__response_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                              double alpha, double beta, const pd_real *x, const pd_real *scales,
+                                              const pd_real *dy, pd_real *dx) {
+    PD__K(pd__response_job) j;
+    memset(&j, 0, sizeof j);
+    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta;
+    j.x = x, j.scale = scales, j.dy = dy, j.dx = dx, j.strips = pd__ceil_div(area, PD__K(pd__strip));
+    j.space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * channels * PD__K(pd__strip), sizeof(pd_real));
+    if (!j.space) return;
+    PD__PARALLEL(d, rows * channels * area * 8)
+    for (int64_t unit = 0; unit < rows * j.strips; unit++) PD__K(pd__response_strip_back)(&j, unit);
+}
+
+/* ---- recurrent units ---- */
+
+static void PD__K(pd__gru_row)(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before,
+                               pd_real *after) {
+    const PD__V one = PD__K(pd__all)(1);
+    for (int64_t i = 0; i < width; i += PD__LANES) {
+        const int64_t left = width - i;
+        PD__V z = PD__K(pd__load)(gates + i, left) + PD__K(pd__load)(recurrent + i, left), h;
+        PD__V r = PD__K(pd__load)(gates + width + i, left) + PD__K(pd__load)(recurrent + width + i, left);
+        PD__V c = PD__K(pd__load)(gates + 2 * width + i, left), u = PD__K(pd__load)(recurrent + 2 * width + i, left);
+        z = PD__K(pd__sigmoid)(z);
+        r = PD__K(pd__sigmoid)(r);
+        c = PD__K(pd__tanh)(PD__FMA(r, u, c));
+        h = (one - z) * c;
+        if (before) h = PD__FMA(z, PD__K(pd__load)(before + i, left), h);
+        PD__K(pd__store)(gates + i, z, left);
+        PD__K(pd__store)(gates + width + i, r, left);
+        PD__K(pd__store)(gates + 2 * width + i, c, left);
+        PD__K(pd__store)(after + i, h, left);
+    }
+}
+
+static void PD__K(pd__gru)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
+                           const pd_real *before, pd_real *after) {
+    (void)d;
+    PD__PARALLEL(d, rows * width * 16)
+    for (int64_t r = 0; r < rows; r++)
+        PD__K(pd__gru_row)
+        (width, gates + r * 3 * width, recurrent + r * 3 * width, before ? before + r * width : NULL,
+         after + r * width);
+}
+
 /* Puts this level's operations into a CPU device. */
 static void PD__K(pd__cpu_take)(pd_device *d) {
+    d->fill = PD__K(pd__fill);
+    d->muladd = PD__K(pd__muladd);
+    d->sum_squares = PD__K(pd__sum_squares);
     d->gemm = PD__K(pd__gemm);
+    d->update = PD__K(pd__update);
+    d->update_rows = PD__K(pd__update_rows);
+    d->activate = PD__K(pd__activate);
+    d->activate_backward = PD__K(pd__activate_backward);
+    d->channel_moments = PD__K(pd__channel_moments);
+    d->batch_norm = PD__K(pd__batch_norm);
+    d->batch_norm_backward = PD__K(pd__batch_norm_backward);
+    d->response_norm = PD__K(pd__response_norm);
+    d->response_norm_backward = PD__K(pd__response_norm_backward);
+    d->gru = PD__K(pd__gru);
     d->conv = PD__K(pd__conv);
     d->conv_backward_data = PD__K(pd__conv_backward_data);
     d->conv_backward_filter = PD__K(pd__conv_backward_filter);
@@ -13206,6 +13587,15 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
 #undef PD__MC
 #undef PD__NC
 #undef PD__FMA
+#undef PD__I
+#undef PD__WI
+#undef PD__W
+#undef PD__SELECT
+#undef PD__SELECT_WIDE
+#undef PD__WIDEN
+#undef PD__NARROW
+#undef PD__LANE
+#undef PD__WIDE_ALL
 #endif
 
 /*
