@@ -12769,31 +12769,42 @@ static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s
     for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__conv_filter_unit)(&j, unit);
 }
 
-/* ---- elementwise: vectors of numbers, and of as many doubles ---- */
+/* ---- elementwise: vectors of PD__LANES numbers, or of PD__WIDE_LANES doubles made from as many numbers ---- */
 
 #if PD__LANES == 1
+#define PD__WIDE_LANES 1
 typedef double PD__K(pd__doubles);
+typedef pd_real PD__K(pd__narrow);
 #define PD__SELECT(mask, a, b) ((mask) ? (a) : (b))
 #define PD__SELECT_WIDE(mask, a, b) ((mask) ? (a) : (b))
-#define PD__WIDEN(v) ((double)(v))
-#define PD__NARROW(w) ((pd_real)(w))
+#define PD__CONVERT(v, type) ((type)(v))
 #define PD__LANE(v, i) (v)
 #else
+#if PD__BYTES == 16
+#define PD__WIDE_LANES 2
+#elif PD__BYTES == 32
+#define PD__WIDE_LANES 4
+#else
+#define PD__WIDE_LANES 8
+#endif
 typedef PD__INT PD__K(pd__integers) __attribute__((vector_size(PD__BYTES)));
-typedef double PD__K(pd__doubles) __attribute__((vector_size(8 * PD__LANES)));
-typedef int64_t PD__K(pd__wide_integers) __attribute__((vector_size(8 * PD__LANES)));
+typedef double PD__K(pd__doubles) __attribute__((vector_size(PD__BYTES)));
+typedef int64_t PD__K(pd__wide_integers) __attribute__((vector_size(PD__BYTES)));
+typedef pd_real PD__K(pd__narrow)
+    __attribute__((vector_size(PD__WIDE_LANES * PD__REAL_BYTES), aligned(PD__REAL_BYTES), may_alias));
 #define PD__I PD__K(pd__integers)
 #define PD__WI PD__K(pd__wide_integers)
 #define PD__SELECT(mask, a, b) ((PD__V)(((PD__I)(mask) & (PD__I)(a)) | (~(PD__I)(mask) & (PD__I)(b))))
 #define PD__SELECT_WIDE(mask, a, b) ((PD__W)(((PD__WI)(mask) & (PD__WI)(a)) | (~(PD__WI)(mask) & (PD__WI)(b))))
-#define PD__WIDEN(v) __builtin_convertvector(v, PD__W)
-#define PD__NARROW(w) __builtin_convertvector(w, PD__V)
+#define PD__CONVERT(v, type) __builtin_convertvector(v, type)
 #define PD__LANE(v, i) ((v)[i])
 #endif
 #define PD__W PD__K(pd__doubles)
-/* Initialises a PD__W. (As arguments of functions some compilers warn of vectors longer than the registers.) */
-#define PD__WIDE_ALL(x)                                                                                                \
-    { PD__TIMES(PD__LANES, x) }
+
+static PD__INLINE PD__W PD__K(pd__all_wide)(double x) {
+    PD__W v = { PD__TIMES(PD__WIDE_LANES, x) };
+    return v;
+}
 
 /* A vector of which only `left` numbers may be there; the others are 0, and are not stored. */
 static PD__INLINE PD__V PD__K(pd__load)(const pd_real *from, int64_t left) {
@@ -12812,20 +12823,43 @@ static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
     for (int i = 0; i < left; i++) to[i] = part[i];
 }
 
-static PD__INLINE double PD__K(pd__sum_lanes)(const PD__W *v) {
+static PD__INLINE PD__W PD__K(pd__load_wide)(const pd_real *from, int64_t left) {
+    pd_real part[PD__WIDE_LANES];
+    if (left < PD__WIDE_LANES) {
+        for (int i = 0; i < PD__WIDE_LANES; i++) part[i] = i < left ? from[i] : 0;
+        from = part;
+    }
+    return PD__CONVERT(*(const PD__K(pd__narrow) *)from, PD__W);
+}
+static PD__INLINE void PD__K(pd__store_wide)(pd_real *to, PD__W v, int64_t left) {
+    pd_real part[PD__WIDE_LANES];
+    *(PD__K(pd__narrow) *)(left < PD__WIDE_LANES ? part : to) = PD__CONVERT(v, PD__K(pd__narrow));
+    for (int i = 0; left < PD__WIDE_LANES && i < left; i++) to[i] = part[i];
+}
+
+static PD__INLINE double PD__K(pd__sum_lanes)(PD__W v) {
     double sum = 0;
-    for (int i = 0; i < PD__LANES; i++) sum += PD__LANE(*v, i);
+    for (int i = 0; i < PD__WIDE_LANES; i++) sum += PD__LANE(v, i);
     return sum;
 }
 
 /* Sum of a[i] b[i] in double; b NULL: of a[i]. */
 static double PD__K(pd__dot)(int64_t n, const pd_real *a, const pd_real *b) {
-    PD__W sum = PD__WIDE_ALL(0);
-    for (int64_t i = 0; i < n; i += PD__LANES) {
-        PD__V left = PD__K(pd__load)(a + i, n - i), right = b ? PD__K(pd__load)(b + i, n - i) : PD__K(pd__all)(1);
-        sum += PD__WIDEN(left) * PD__WIDEN(right);
+    const PD__W one = PD__K(pd__all_wide)(1);
+    PD__W sum[4]; /* so that one addition need not wait for the other */
+    int64_t i = 0;
+    for (int k = 0; k < 4; k++) sum[k] = PD__K(pd__all_wide)(0);
+    for (; i + 4 * PD__WIDE_LANES <= n; i += 4 * PD__WIDE_LANES) {
+        PD__UNROLL
+        for (int k = 0; k < 4; k++) {
+            int64_t at = i + k * PD__WIDE_LANES;
+            sum[k] +=
+                PD__K(pd__load_wide)(a + at, PD__WIDE_LANES) * (b ? PD__K(pd__load_wide)(b + at, PD__WIDE_LANES) : one);
+        }
     }
-    return PD__K(pd__sum_lanes)(&sum);
+    for (; i < n; i += PD__WIDE_LANES)
+        sum[0] += PD__K(pd__load_wide)(a + i, n - i) * (b ? PD__K(pd__load_wide)(b + i, n - i) : one);
+    return PD__K(pd__sum_lanes)((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 /* e^x, e^x - 1 (of x below 80) and log x, without branches, within 2 ulp. x = n log 2 + r, and e^r by its series; log by that of
@@ -12966,11 +13000,12 @@ static void PD__K(pd__muladd_box)(const int64_t size[4], pd_real alpha, const pd
                                   const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     for (int64_t i = 0; i < size[0]; i++)
         for (int64_t j = 0; j < size[1]; j++)
-            for (int64_t k = 0; k < size[2]; k++)
-                PD__K(pd__muladd_line)
-                (size[3], alpha, a + i * as[0] + j * as[1] + k * as[2], as[3],
-                 b ? b + i * bs[0] + j * bs[1] + k * bs[2] : NULL, b ? bs[3] : 0, y + i * ys[0] + j * ys[1] + k * ys[2],
-                 ys[3]);
+            for (int64_t k = 0; k < size[2]; k++) {
+                const pd_real *left = a + i * as[0] + j * as[1] + k * as[2];
+                const pd_real *right = b ? b + i * bs[0] + j * bs[1] + k * bs[2] : NULL;
+                pd_real *to = y + i * ys[0] + j * ys[1] + k * ys[2];
+                PD__K(pd__muladd_line)(size[3], alpha, left, as[3], right, b ? bs[3] : 0, to, ys[3]);
+            }
 }
 
 /* A piece of the box along one axis. */
@@ -13019,92 +13054,75 @@ static double PD__K(pd__sum_squares)(pd_device *d, int64_t n, const pd_real *x) 
 
 /* ---- optimizers' arithmetic ---- */
 
-static PD__INLINE void PD__K(pd__square_root)(PD__W *v) {
-    for (int i = 0; i < PD__LANES; i++) PD__LANE(*v, i) = sqrt(PD__LANE(*v, i));
+static PD__INLINE PD__W PD__K(pd__square_root)(PD__W v) {
+#if PD__BYTES == 64
+    return (PD__W)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); /* the plain one warns, in gcc 12's own header */
+#elif PD__BYTES == 32
+    return (PD__W)_mm256_sqrt_pd((__m256d)v);
+#else
+    for (int i = 0; i < PD__WIDE_LANES; i++) PD__LANE(v, i) = sqrt(PD__LANE(v, i));
+    return v;
+#endif
 }
 
 /* The gradient that the method sees: scaled, clipped, with coupled L2. */
-static PD__INLINE void PD__K(pd__update_gradient)(const pd_update *u, double l2_, const PD__W *w, PD__W *g) {
-    const PD__W scale = PD__WIDE_ALL(u->scale), l2 = PD__WIDE_ALL(l2_), clip = PD__WIDE_ALL(u->clip);
-    *g *= scale;
+static PD__INLINE PD__W PD__K(pd__update_gradient)(const pd_update *u, double l2, PD__W w, PD__W g) {
+    g *= PD__K(pd__all_wide)(u->scale);
     if (u->clip > 0) {
-        *g = PD__SELECT_WIDE(*g > clip, clip, *g);
-        *g = PD__SELECT_WIDE(*g < -clip, -clip, *g);
+        PD__W clip = PD__K(pd__all_wide)(u->clip);
+        g = PD__SELECT_WIDE(g > clip, clip, g);
+        g = PD__SELECT_WIDE(g < -clip, -clip, g);
     }
-    if (l2_ != 0) *g += l2 * *w;
+    return g + PD__K(pd__all_wide)(l2) * w;
 }
 
-/* One step of some numbers; s: their states. */
-static PD__INLINE void PD__K(pd__update_step)(const pd_update *u, double correct1_, double correct2_, PD__W *value,
-                                              const PD__W *gradient, PD__W *s) {
+/* One step of some numbers w with gradient g; s: their states. Returns the new w. */
+static PD__INLINE PD__W PD__K(pd__update_step)(const pd_update *u, double correct1, double correct2, PD__W w, PD__W g,
+                                               PD__W *s) {
+#define PD__ALL(x) PD__K(pd__all_wide)(x)
     const pd_optimizer *o = &u->optimizer;
-    const PD__W r = PD__WIDE_ALL(u->rate), mu = PD__WIDE_ALL(o->momentum), epsilon = PD__WIDE_ALL(o->epsilon);
-    const PD__W rho = PD__WIDE_ALL(o->rho), not_rho = PD__WIDE_ALL(1 - o->rho), zero = PD__WIDE_ALL(0);
-    const PD__W beta1 = PD__WIDE_ALL(o->beta1), not_beta1 = PD__WIDE_ALL(1 - o->beta1);
-    const PD__W beta2 = PD__WIDE_ALL(o->beta2), not_beta2 = PD__WIDE_ALL(1 - o->beta2);
-    const PD__W correct1 = PD__WIDE_ALL(correct1_), correct2 = PD__WIDE_ALL(correct2_);
-    const PD__W decay = PD__WIDE_ALL(u->rate * u->l2), rate1 = PD__WIDE_ALL(u->rate / correct1_);
-    PD__W w = *value, g = *gradient, m, v, step;
+    const PD__W r = PD__ALL(u->rate), mu = PD__ALL(o->momentum), zero = PD__ALL(0);
+    PD__W v;
     switch (o->kind) {
-    case PD_OPT_SGD: w -= r * g; break;
-    case PD_OPT_MOMENTUM:
-        s[0] = mu * s[0] - r * g;
-        if (o->nesterov) w += mu * s[0] - r * g;
-        else w += s[0];
-        break;
-    case PD_OPT_ADAGRAD:
-        v = s[0] += g * g;
-        PD__K(pd__square_root)(&v);
-        w -= r * g / (v + epsilon);
-        break;
+    case PD_OPT_SGD: return w - r * g;
+    case PD_OPT_MOMENTUM: s[0] = mu * s[0] - r * g; return o->nesterov ? w + mu * s[0] - r * g : w + s[0];
+    case PD_OPT_ADAGRAD: s[0] += g * g; return w - r * g / (PD__K(pd__square_root)(s[0]) + PD__ALL(o->epsilon));
     case PD_OPT_ADADELTA:
-        s[0] = rho * s[0] + not_rho * g * g;
-        v = (s[1] + epsilon) / (s[0] + epsilon);
-        PD__K(pd__square_root)(&v);
-        step = v * g;
-        s[1] = rho * s[1] + not_rho * step * step;
-        w -= r * step;
-        break;
+        s[0] = PD__ALL(o->rho) * s[0] + PD__ALL(1 - o->rho) * g * g;
+        v = PD__K(pd__square_root)((s[1] + PD__ALL(o->epsilon)) / (s[0] + PD__ALL(o->epsilon))) * g;
+        s[1] = PD__ALL(o->rho) * s[1] + PD__ALL(1 - o->rho) * v * v;
+        return w - r * v;
     case PD_OPT_RMSPROP:
-        v = s[0] = rho * s[0] + not_rho * g * g;
+        v = s[0] = PD__ALL(o->rho) * s[0] + PD__ALL(1 - o->rho) * g * g;
         if (o->centered) {
-            s[2] = rho * s[2] + not_rho * g;
+            s[2] = PD__ALL(o->rho) * s[2] + PD__ALL(1 - o->rho) * g;
             v -= s[2] * s[2];
             v = PD__SELECT_WIDE(v < zero, zero, v);
         }
-        PD__K(pd__square_root)(&v);
-        step = r * g / (v + epsilon);
-        if (o->momentum != 0) {
-            s[1] = mu * s[1] - step;
-            step = -s[1];
-        }
-        w -= step;
-        break;
+        v = r * g / (PD__K(pd__square_root)(v) + PD__ALL(o->epsilon));
+        if (o->momentum == 0) return w - v;
+        s[1] = mu * s[1] - v;
+        return w + s[1];
     case PD_OPT_DECAYED_ADAGRAD:
-        s[0] = rho * s[0] + not_rho * g * g;
-        v = s[0] + epsilon;
-        PD__K(pd__square_root)(&v);
-        w -= r * g / v;
-        break;
+        s[0] = PD__ALL(o->rho) * s[0] + PD__ALL(1 - o->rho) * g * g;
+        return w - r * g / PD__K(pd__square_root)(s[0] + PD__ALL(o->epsilon));
     case PD_OPT_ADAM:
     case PD_OPT_ADAMW:
-        s[0] = beta1 * s[0] + not_beta1 * g;
-        s[1] = beta2 * s[1] + not_beta2 * g * g;
-        if (o->kind == PD_OPT_ADAMW) w -= decay * w;
-        v = s[1] / correct2;
-        PD__K(pd__square_root)(&v);
-        w -= r * (s[0] / correct1) / (v + epsilon);
-        break;
+        s[0] = PD__ALL(o->beta1) * s[0] + PD__ALL(1 - o->beta1) * g;
+        s[1] = PD__ALL(o->beta2) * s[1] + PD__ALL(1 - o->beta2) * g * g;
+        if (o->kind == PD_OPT_ADAMW) w -= PD__ALL(u->rate * u->l2) * w;
+        v = PD__K(pd__square_root)(s[1] / PD__ALL(correct2)) + PD__ALL(o->epsilon);
+        return w - PD__ALL(u->rate / correct1) * s[0] / v;
     case PD_OPT_ADAMAX:
-        s[0] = beta1 * s[0] + not_beta1 * g;
-        m = PD__SELECT_WIDE(g < zero, -g, g) + epsilon;
-        v = beta2 * s[1];
-        s[1] = PD__SELECT_WIDE(v > m, v, m);
-        w -= rate1 * s[0] / s[1];
-        break;
+        s[0] = PD__ALL(o->beta1) * s[0] + PD__ALL(1 - o->beta1) * g;
+        v = PD__SELECT_WIDE(g < zero, -g, g) + PD__ALL(o->epsilon);
+        s[1] *= PD__ALL(o->beta2);
+        s[1] = PD__SELECT_WIDE(s[1] > v, s[1], v);
+        return w - PD__ALL(u->rate / correct1) * s[0] / s[1];
     case PD_OPT_COUNT: break;
     }
-    *value = w;
+    return w;
+#undef PD__ALL
 }
 
 typedef struct PD__K(pd__update_job) {
@@ -13116,28 +13134,31 @@ typedef struct PD__K(pd__update_job) {
     pd_real *const *states;
 } PD__K(pd__update_job);
 
-static void PD__K(pd__update_piece)(const PD__K(pd__update_job) * j, int64_t start, int64_t end) {
-    const double shrinking = j->u->rate * j->u->l1;
-    const PD__W shrink = PD__WIDE_ALL(shrinking), zero = PD__WIDE_ALL(0);
-    for (int64_t i = start; i < end; i += PD__LANES) {
-        PD__V load = PD__K(pd__load)(j->w + i, end - i), gradient = PD__K(pd__load)(j->g + i, end - i);
-        PD__W w = PD__WIDEN(load), g = PD__WIDEN(gradient), s[PD_MAX_STATES];
-        for (int k = 0; k < PD_MAX_STATES; k++) {
-            PD__V state = j->states[k] ? PD__K(pd__load)(j->states[k] + i, end - i) : PD__K(pd__all)(0);
-            s[k] = PD__WIDEN(state);
-        }
-        PD__K(pd__update_gradient)(j->u, j->l2, &w, &g);
-        PD__K(pd__update_step)(j->u, j->correct1, j->correct2, &w, &g, s);
-        for (int k = 0; k < PD_MAX_STATES; k++)
-            if (j->states[k]) PD__K(pd__store)(j->states[k] + i, PD__NARROW(s[k]), end - i);
+static void PD__K(pd__update_piece)(const PD__K(pd__update_job) * job, int64_t start, int64_t end) {
+    const PD__K(pd__update_job) j = *job;
+    const pd_update update = *j.u; /* copies, which no store below can change */
+    const double shrinking = update.rate * update.l1;
+    const PD__W shrink = PD__K(pd__all_wide)(shrinking), zero = PD__K(pd__all_wide)(0);
+    pd_real *s0 = j.states[0], *s1 = j.states[1], *s2 = j.states[2];
+    for (int64_t i = start; i < end; i += PD__WIDE_LANES) {
+        const int64_t left = end - i;
+        PD__W w = PD__K(pd__load_wide)(j.w + i, left), g = PD__K(pd__load_wide)(j.g + i, left), s[PD_MAX_STATES];
+        s[0] = s0 ? PD__K(pd__load_wide)(s0 + i, left) : zero;
+        s[1] = s1 ? PD__K(pd__load_wide)(s1 + i, left) : zero;
+        s[2] = s2 ? PD__K(pd__load_wide)(s2 + i, left) : zero;
+        g = PD__K(pd__update_gradient)(&update, j.l2, w, g);
+        w = PD__K(pd__update_step)(&update, j.correct1, j.correct2, w, g, s);
+        if (s0) PD__K(pd__store_wide)(s0 + i, s[0], left);
+        if (s1) PD__K(pd__store_wide)(s1 + i, s[1], left);
+        if (s2) PD__K(pd__store_wide)(s2 + i, s[2], left);
         if (shrinking > 0) {
             PD__W less = PD__SELECT_WIDE(w < -shrink, w + shrink, zero);
             w = PD__SELECT_WIDE(w > shrink, w - shrink, less);
         }
-        PD__K(pd__store)(j->w + i, PD__NARROW(w), end - i);
+        PD__K(pd__store_wide)(j.w + i, w, left);
     }
-    for (int64_t i = start; j->mask && i < end; i++)
-        if (!j->mask[i]) j->w[i] = 0;
+    for (int64_t i = start; j.mask && i < end; i++)
+        if (!j.mask[i]) j.w[i] = 0;
 }
 
 static void PD__K(pd__update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
@@ -13154,30 +13175,24 @@ static void PD__K(pd__update)(pd_device *d, const pd_update *u, int64_t n, pd_re
 }
 
 /* One row; SGD and momentum only, which have no bias correction and one state at most. */
-static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const double *carry, pd_real *w, const pd_real *g,
+static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const double *c, pd_real *w, const pd_real *g,
                                   pd_real *state) {
-    for (int64_t i = 0; i < width; i += PD__LANES) {
-        PD__V load = PD__K(pd__load)(w + i, width - i);
-        PD__V held = state ? PD__K(pd__load)(state + i, width - i) : PD__K(pd__all)(0);
-        PD__W v = PD__WIDEN(load), s[PD_MAX_STATES];
-        s[0] = s[1] = s[2] = PD__WIDEN(held);
-        if (carry) {
-            const PD__W c0 = PD__WIDE_ALL(carry[0]), c1 = PD__WIDE_ALL(carry[1]), c2 = PD__WIDE_ALL(carry[2]),
-                        c3 = PD__WIDE_ALL(carry[3]);
+    for (int64_t i = 0; i < width; i += PD__WIDE_LANES) {
+        const int64_t left = width - i;
+        PD__W v = PD__K(pd__load_wide)(w + i, left), s[PD_MAX_STATES];
+        s[0] = s[1] = s[2] = state ? PD__K(pd__load_wide)(state + i, left) : PD__K(pd__all_wide)(0);
+        if (c) {
             const PD__W before = v;
-            v = c0 * before + c1 * s[0];
-            s[0] = c2 * before + c3 * s[0];
-            load = PD__NARROW(v), held = PD__NARROW(s[0]);
-            v = PD__WIDEN(load), s[0] = PD__WIDEN(held);
+            v = PD__K(pd__all_wide)(c[0]) * before + PD__K(pd__all_wide)(c[1]) * s[0];
+            s[0] = PD__K(pd__all_wide)(c[2]) * before + PD__K(pd__all_wide)(c[3]) * s[0];
+            v = PD__CONVERT(PD__CONVERT(v, PD__K(pd__narrow)), PD__W); /* as if they had been stored */
+            s[0] = PD__CONVERT(PD__CONVERT(s[0], PD__K(pd__narrow)), PD__W);
         }
-        if (g) {
-            PD__V from = PD__K(pd__load)(g + i, width - i);
-            PD__W gradient = PD__WIDEN(from);
-            PD__K(pd__update_gradient)(u, u->l2, &v, &gradient);
-            PD__K(pd__update_step)(u, 1, 1, &v, &gradient, s);
-        }
-        PD__K(pd__store)(w + i, PD__NARROW(v), width - i);
-        if (state) PD__K(pd__store)(state + i, PD__NARROW(s[0]), width - i);
+        if (g)
+            v = PD__K(pd__update_step)(u, 1, 1, v,
+                                       PD__K(pd__update_gradient)(u, u->l2, v, PD__K(pd__load_wide)(g + i, left)), s);
+        PD__K(pd__store_wide)(w + i, v, left);
+        if (state) PD__K(pd__store_wide)(state + i, s[0], left);
     }
 }
 
@@ -13186,10 +13201,9 @@ static void PD__K(pd__update_rows)(pd_device *d, const pd_update *u, int64_t cou
                                    pd_real *state) {
     (void)d;
     PD__PARALLEL(d, count * width * 4)
-    for (int64_t i = 0; i < count; i++)
-        PD__K(pd__update_row)
-        (u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, g ? g + i * width : NULL,
-         state ? state + state_rows[i] * width : NULL);
+    for (int64_t i = 0; i < count; i++) PD__K(pd__update_row)
+    (u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, g ? g + i * width : NULL,
+     state ? state + state_rows[i] * width : NULL);
 }
 
 /* ---- activations ---- */
@@ -13283,17 +13297,11 @@ static void PD__K(pd__activate_backward_piece)(pd_act act, pd_real alpha_, int64
 
 static void PD__K(pd__softmax_row)(int64_t n, const pd_real *x, pd_real *y) {
     pd_real top = x[0];
-    double sum = 0;
-    PD__W sums = PD__WIDE_ALL(0);
     PD__V factor;
     for (int64_t i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (int64_t i = 0; i < n; i += PD__LANES) {
-        PD__V e = PD__K(pd__exp)(PD__K(pd__load)(x + i, n - i) - PD__K(pd__all)(top));
-        PD__K(pd__store)(y + i, e, n - i);
-        if (n - i >= PD__LANES) sums += PD__WIDEN(e);
-        for (int64_t k = i; n - i < PD__LANES && k < n; k++) sum += (double)y[k];
-    }
-    factor = PD__K(pd__all)((pd_real)(1 / (sum + PD__K(pd__sum_lanes)(&sums))));
+    for (int64_t i = 0; i < n; i += PD__LANES)
+        PD__K(pd__store)(y + i, PD__K(pd__exp)(PD__K(pd__load)(x + i, n - i) - PD__K(pd__all)(top)), n - i);
+    factor = PD__K(pd__all)((pd_real)(1 / PD__K(pd__dot)(n, y, NULL)));
     for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, factor * PD__K(pd__load)(y + i, n - i), n - i);
 }
 
@@ -13348,24 +13356,21 @@ typedef struct PD__K(pd__channel_job) {
 } PD__K(pd__channel_job);
 
 static void PD__K(pd__moments_of)(const PD__K(pd__channel_job) * j, int64_t c) {
-    double n = (double)pd__max(j->rows * j->area, 1), sum = 0;
-    PD__W squares = PD__WIDE_ALL(0);
-    double tail = 0, mean_;
+    double n = (double)pd__max(j->rows * j->area, 1), sum = 0, tail = 0;
+    PD__W mean, squares = PD__K(pd__all_wide)(0);
     for (int64_t r = 0; r < j->rows; r++) sum += PD__K(pd__dot)(j->area, j->x + (r * j->channels + c) * j->area, NULL);
-    mean_ = sum / n;
+    mean = PD__K(pd__all_wide)(sum / n);
     for (int64_t r = 0; r < j->rows; r++) {
         const pd_real *x = j->x + (r * j->channels + c) * j->area;
-        const PD__W mean = PD__WIDE_ALL(mean_);
         int64_t i = 0;
-        for (; i + PD__LANES <= j->area; i += PD__LANES) {
-            PD__V load = PD__LOAD(x + i);
-            PD__W v = PD__WIDEN(load) - mean;
+        for (; i + PD__WIDE_LANES <= j->area; i += PD__WIDE_LANES) {
+            PD__W v = PD__K(pd__load_wide)(x + i, PD__WIDE_LANES) - mean;
             squares += v * v;
         }
-        for (; i < j->area; i++) tail += ((double)x[i] - mean_) * ((double)x[i] - mean_);
+        for (; i < j->area; i++) tail += ((double)x[i] - sum / n) * ((double)x[i] - sum / n);
     }
-    j->moment1[c] = (pd_real)mean_;
-    j->moment2[c] = (pd_real)((tail + PD__K(pd__sum_lanes)(&squares)) / n);
+    j->moment1[c] = (pd_real)(sum / n);
+    j->moment2[c] = (pd_real)((tail + PD__K(pd__sum_lanes)(squares)) / n);
 }
 
 static void PD__K(pd__channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
@@ -13416,14 +13421,14 @@ static void PD__K(pd__batch_norm_back)(const PD__K(pd__channel_job) * j, int64_t
     if (j->dweight) j->dweight[c] += (pd_real)dot;
     if (j->dbias) j->dbias[c] += (pd_real)sum;
     for (int64_t r = 0; j->dx && r < j->rows; r++) { /* dx += a dy + b x + constant */
-        const PD__W a = PD__WIDE_ALL(factor), b = PD__WIDE_ALL(j->batch_moments ? -factor * inverse * dot / n : 0);
-        const PD__W shift = PD__WIDE_ALL(j->batch_moments ? factor * (mean * inverse * dot - sum) / n : 0);
+        const PD__W a = PD__K(pd__all_wide)(factor);
+        const PD__W b = PD__K(pd__all_wide)(j->batch_moments ? -factor * inverse * dot / n : 0);
+        const PD__W shift = PD__K(pd__all_wide)(j->batch_moments ? factor * (mean * inverse * dot - sum) / n : 0);
         int64_t at = (r * j->channels + c) * j->area;
-        for (int64_t i = 0; i < j->area; i += PD__LANES) {
-            PD__V x = PD__K(pd__load)(j->x + at + i, j->area - i), dy = PD__K(pd__load)(j->dy + at + i, j->area - i);
-            PD__W v = a * PD__WIDEN(dy) + b * PD__WIDEN(x) + shift;
-            PD__V dx = PD__K(pd__load)(j->dx + at + i, j->area - i) + PD__NARROW(v);
-            PD__K(pd__store)(j->dx + at + i, dx, j->area - i);
+        for (int64_t i = 0; i < j->area; i += PD__WIDE_LANES) {
+            const int64_t left = j->area - i;
+            PD__W v = a * PD__K(pd__load_wide)(j->dy + at + i, left) + b * PD__K(pd__load_wide)(j->x + at + i, left);
+            PD__K(pd__store_wide)(j->dx + at + i, PD__K(pd__load_wide)(j->dx + at + i, left) + v + shift, left);
         }
     }
 }
@@ -13549,10 +13554,8 @@ static void PD__K(pd__gru)(pd_device *d, int64_t rows, int64_t width, pd_real *g
                            const pd_real *before, pd_real *after) {
     (void)d;
     PD__PARALLEL(d, rows * width * 16)
-    for (int64_t r = 0; r < rows; r++)
-        PD__K(pd__gru_row)
-        (width, gates + r * 3 * width, recurrent + r * 3 * width, before ? before + r * width : NULL,
-         after + r * width);
+    for (int64_t r = 0; r < rows; r++) PD__K(pd__gru_row)
+    (width, gates + r * 3 * width, recurrent + r * 3 * width, before ? before + r * width : NULL, after + r * width);
 }
 
 /* Puts this level's operations into a CPU device. */
@@ -13592,10 +13595,9 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
 #undef PD__W
 #undef PD__SELECT
 #undef PD__SELECT_WIDE
-#undef PD__WIDEN
-#undef PD__NARROW
+#undef PD__CONVERT
 #undef PD__LANE
-#undef PD__WIDE_ALL
+#undef PD__WIDE_LANES
 #endif
 
 /*
