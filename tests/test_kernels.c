@@ -776,6 +776,7 @@ static void check_softmax(int64_t rows, int64_t width, double range, bool odd, b
     job j = { .run = run_activate, .args = &a };
     int64_t n = rows * width;
     double offset = chance(0.5) ? 0 : uniform(-range, range);
+    double sums = 2 * DBL_EPSILON * sqrt((double)width); /* both sums are of doubles */
     pd_real *y;
     describe(&j, "softmax", a.n, 2);
     output(&j, 0, n, -range + offset, range + offset);
@@ -794,7 +795,7 @@ static void check_softmax(int64_t rows, int64_t width, double range, bool odd, b
         for (int64_t i = 0; i < width; i++) {
             double below_top = fmin(top - (double)x[i], 1000), want = exp((double)x[i] - top) / sum;
             j.want[0][r * width + i] = want;
-            j.slack[0][r * width + i] = EPSILON * (8 + 2 * below_top) * want + 2 * TINIEST;
+            j.slack[0][r * width + i] = EPSILON * (8 + 2 * below_top) * want + sums * want + 2 * TINIEST;
         }
     }
     check(&j, all_teams, false);
