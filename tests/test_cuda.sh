@@ -5,6 +5,7 @@ tools=tests/cuda_on_cpu
 $tools/headers >/dev/null || { echo 'skipped: no CUDA headers; tests/cuda_on_cpu/setup gets them'; exit 77; }
 out=build/cuda
 passed=0 failed=0 skipped=0
+nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 mkdir -p $out
 export TSAN_OPTIONS="${TSAN_OPTIONS:+$TSAN_OPTIONS:}atexit_sleep_ms=0"
 randomly=
@@ -15,22 +16,22 @@ fail() {
     echo "FAILED $*"
 }
 
-nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
-[ -n "$nvcc" ] || { skipped=$((skipped + 1)) && echo 'skipped: no nvcc'; }
-for number in ${nvcc:+float double}; do
+# compiles NUMBER
+compiles() {
     define=
-    [ $number = float ] || define=-DPADDLE_DOUBLE
+    [ "$1" = float ] || define=-DPADDLE_DOUBLE
     for arch in 75 80 86 89 90; do
         if ! "$nvcc" -std=c++17 -O2 -arch=sm_$arch $define -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v \
-            -c paddle_cuda.cu -o $out/nvcc.o >$out/nvcc.log 2>&1; then
-            fail "nvcc for sm_$arch, $number"
-            tail -n 20 $out/nvcc.log
-        elif ! grep -q 'bytes spill' $out/nvcc.log || grep 'bytes spill' $out/nvcc.log | grep -qv ' 0 bytes spill stores'
-        then fail "sm_$arch, $number: a kernel spills registers; see $out/nvcc.log"
+            -c paddle_cuda.cu -o $out/nvcc.$1.o >$out/nvcc.$1.log 2>&1; then
+            fail "nvcc for sm_$arch, $1"
+            tail -n 20 $out/nvcc.$1.log
+        elif ! grep -q 'bytes spill' $out/nvcc.$1.log ||
+            grep 'bytes spill' $out/nvcc.$1.log | grep -qv ' 0 bytes spill stores'
+        then fail "sm_$arch, $1: a kernel spills registers; see $out/nvcc.$1.log"
         else passed=$((passed + 1))
         fi
     done
-done
+}
 
 # program KIND NUMBER SEED [TESTS NOT_THESE]
 program() {
@@ -51,17 +52,38 @@ program() {
     [ $bad = 0 ] || { echo "FAILED $1 $2:" && grep -vE '^\[ +(RUN|OK) +\]' "$name.log" | tail -n 40; }
 }
 
-program plain float 1
-program plain double 2 '*' test_failures
-program asan float 3 '*' test_failures
-# Fibers are slow under ThreadSanitizer: the kernels with shared memory, or, with ALL=1, everything but what takes minutes.
-if [ "$ALL" = 1 ]; then
-    program asan double 4 test_failures
-    program tsan float 5 '*' test_gradient_check
-else
-    for test in test_muladd test_sum_squares test_activations test_cross_entropy test_layer_norm test_batch_norm; do
-        program tsan float 5 $test
-    done
+# ThreadSanitizer is slow with fibers: the kernels with shared memory, or, with ALL=1, all but what takes minutes.
+threads() {
+    if [ "$ALL" = 1 ]; then
+        program tsan float 5 '*' test_gradient_check
+    else
+        for test in test_muladd test_sum_squares test_activations test_cross_entropy test_layer_norm test_batch_norm; do
+            program tsan float 5 $test
+        done
+    fi
+}
+
+# A job's output ends with its counts.
+if [ $# -gt 0 ]; then
+    "$@"
+    echo "$passed $failed"
+    exit
 fi
+[ -n "$nvcc" ] || { skipped=$((skipped + 1)) && echo 'skipped: no nvcc'; }
+{
+    echo 'plain.double program plain double 2 * test_failures'
+    echo 'asan.float program asan float 3 * test_failures'
+    echo 'tsan.float threads'
+    echo 'plain.float program plain float 1'
+    [ "$ALL" != 1 ] || echo 'asan.double program asan double 4 test_failures'
+    [ -z "$nvcc" ] || printf 'nvcc.%s compiles %s\n' float float double double
+} >$out/jobs
+xargs -P "$(nproc)" -L 1 sh -c 'name=$1 && shift && sh tests/test_cuda.sh "$@" >build/cuda/$name.job 2>&1' sh <$out/jobs
+while read -r job rest; do
+    set -- $(tail -n 1 $out/"$job".job)
+    [ $# = 2 ] || { echo "$job gave no counts" && set -- 0 1; }
+    passed=$((passed + $1)) failed=$((failed + $2))
+    sed '$d' $out/"$job".job
+done <$out/jobs
 [ $skipped = 0 ] && echo "$passed passed, $failed failed" || echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed = 0 ]
