@@ -202,10 +202,15 @@
 
    INSTRUCTION SETS
 
-   Products, convolutions, optimizers, most activations, batch and response normalisation and GRU steps are compiled for
-   several instruction sets (on x86-64: none, SSE2, AVX2 with FMA, AVX-512; elsewhere: none and 16-byte vectors), and
-   each net takes the best that the processor and the system have: `cc -O2` is enough. pd_info says which. `simd` in pd_net_opts, or PADDLE_SIMD in the environment, asks for another; one that
-   can't be had is refused. Compilers other than gcc and clang get plain code.
+   Products, convolutions, pooling, optimizers, most activations, batch and response normalisation and GRU steps are
+   compiled for several instruction sets (on x86-64: none, SSE2, AVX2 with FMA, AVX-512; elsewhere: none and 16-byte
+   vectors), and each net takes the best that the processor and the system have: `cc -O2` is enough. pd_info says which.
+   `simd` in pd_net_opts, or PADDLE_SIMD in the environment, asks for another; one that can't be had is refused.
+   Compilers other than gcc and clang get plain code.
+
+   Convolutions with filters of 3 x 3 at stride 1 and enough channels go by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray
+   2016). Their rounding errors are about three times those of a plain sum, and a number that is not finite makes the
+   other numbers of its tile so.
 
    MEMORY
 
@@ -1886,6 +1891,17 @@ static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->sel
    one thread longer than that. */
 static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 : pd__cpu_threads(d); }
 
+/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters;
+   the numbers below are about what that costs, in multiplications, as measured. */
+static bool pd__winograd_fits(const pd_conv_shape *s) {
+    const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
+    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4), products = channels * filters;
+    return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
+           s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
+           s->rows * tiles * (36 * products + 1500 * (channels + filters)) + 150 * products <
+               s->rows * outputs * products * 10;
+}
+
 /* `size` bytes until the next call, or NULL: then synchronize will say so. */
 static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
     pd__cpu *cpu = (pd__cpu *)d->self;
@@ -1959,55 +1975,6 @@ static pd_real pd__pool_factor(const pd_pool_shape *s, const pd__window *v) {
     double cells = (double)((v->h1 - v->h0) * (v->w1 - v->w0));
     if (s->method == PD_AVERAGE) return (pd_real)(1 / cells);
     return s->method == PD_SQRT_N ? (pd_real)(1 / sqrt(cells)) : 1;
-}
-
-static pd_real pd__pool_one(const pd_pool_shape *s, const pd__window *v, const pd_real *map) {
-    pd_real best = map[v->h0 * s->in_w + v->w0], sum = 0;
-    for (int64_t h = v->h0; h < v->h1; h++)
-        for (int64_t w = v->w0; w < v->w1; w++) {
-            pd_real x = map[h * s->in_w + w];
-            sum += x;
-            if (x > best || x != x) best = x;
-        }
-    return s->method == PD_MAX ? best : sum * pd__pool_factor(s, v);
-}
-
-static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
-    int64_t area = s->out_h * s->out_w;
-    (void)d;
-    PD__PARALLEL(d, s->rows * s->channels * area * pd__min(s->size_h, s->in_h) * pd__min(s->size_w, s->in_w))
-    for (int64_t m = 0; m < s->rows * s->channels; m++)
-        for (int64_t o = 0; o < area; o++) {
-            pd__window v = pd__pool_window(s, o / s->out_w, o % s->out_w);
-            y[m * area + o] = pd__pool_one(s, &v, x + m * s->in_h * s->in_w);
-        }
-}
-
-static void pd__pool_one_back(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y, pd_real dy,
-                              pd_real *dmap) {
-    pd_real factor = s->method == PD_MAX ? 0 : pd__pool_factor(s, v);
-    for (int64_t h = v->h0; h < v->h1; h++)
-        for (int64_t w = v->w0; w < v->w1; w++) {
-            int64_t i = h * s->in_w + w;
-            if (s->method != PD_MAX) dmap[i] += factor * dy;
-            else if (map[i] == y) {
-                dmap[i] += dy;
-                return;
-            }
-        }
-}
-
-static void pd__cpu_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
-                                  const pd_real *dy, pd_real *dx) {
-    int64_t area = s->out_h * s->out_w;
-    (void)d;
-    PD__PARALLEL(d, s->rows * s->channels * area * pd__min(s->size_h, s->in_h) * pd__min(s->size_w, s->in_w))
-    for (int64_t m = 0; m < s->rows * s->channels; m++)
-        for (int64_t o = 0; o < area; o++) {
-            pd__window v = pd__pool_window(s, o / s->out_w, o % s->out_w);
-            pd__pool_one_back(s, &v, x + m * s->in_h * s->in_w, y[m * area + o], dy[m * area + o],
-                              dx + m * s->in_h * s->in_w);
-        }
 }
 
 /* ---- cross-entropy ---- */
@@ -2325,8 +2292,8 @@ static const pd_device pd__cpu_table = {
     NULL,
     NULL,
     NULL,
-    pd__cpu_pool,
-    pd__cpu_pool_backward,
+    NULL,
+    NULL,
     pd__cpu_cross_entropy,
     pd__cpu_cross_entropy_backward,
     pd__cpu_dropout,
@@ -12200,6 +12167,23 @@ static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
 #endif
 }
 
+/* A vector of which only `left` numbers may be there; the others are 0, and are not stored. */
+static PD__INLINE PD__V PD__K(pd__load)(const pd_real *from, int64_t left) {
+    pd_real part[PD__LANES];
+    if (left >= PD__LANES) return PD__LOAD(from);
+    for (int i = 0; i < PD__LANES; i++) part[i] = i < left ? from[i] : 0;
+    return PD__LOAD(part);
+}
+static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
+    pd_real part[PD__LANES];
+    if (left >= PD__LANES) {
+        PD__STORE(to, v);
+        return;
+    }
+    PD__STORE(part, v);
+    for (int i = 0; i < left; i++) to[i] = part[i];
+}
+
 /* a b + c, with one rounding where the level has an instruction for it. */
 #if PD__BYTES == 64
 #define PD__FMA(a, b, c)                                                                                               \
@@ -12218,9 +12202,9 @@ static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
 /* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
    Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
 
-/* mr rows x nv vectors of C, alpha A B + beta C (beta 0: C is not read): a (k x mr), b (k x nv vectors). */
+/* mr rows x nv vectors of C, alpha A B + beta C (beta 0: C is not read): a (k x mr), b (k x nv vectors, ldb apart). */
 static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k, pd_real alpha, const pd_real *a,
-                                          const pd_real *b, pd_real beta, pd_real *c, int64_t ldc) {
+                                          const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
     PD__V sum[PD__MR][PD__NV], right[PD__NV];
     PD__UNROLL
     for (int i = 0; i < mr; i++) {
@@ -12229,7 +12213,7 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
         PD__PREFETCH(c + i * ldc); /* a line that holds its first number, and one that holds its last */
         PD__PREFETCH(c + i * ldc + nv * PD__LANES - 1);
     }
-    for (int64_t p = 0; p < k; p++, a += mr, b += nv * PD__LANES) {
+    for (int64_t p = 0; p < k; p++, a += mr, b += ldb) {
         PD__UNROLL
         for (int j = 0; j < nv; j++) right[j] = PD__LOAD(b + j * PD__LANES);
         PD__UNROLL
@@ -12251,12 +12235,12 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
 }
 
 /* The same for 1 to MR rows, and 1 or NV vectors. */
-static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, const pd_real *b, pd_real beta,
-                            pd_real *c, int64_t ldc) {
+static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, const pd_real *b, int64_t ldb,
+                            pd_real beta, pd_real *c, int64_t ldc) {
 #define PD__ROWS(n)                                                                                                    \
     case n:                                                                                                            \
-        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, b, beta, c, ldc);                         \
-        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, b, beta, c, ldc);                            \
+        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, b, ldb, beta, c, ldc);                    \
+        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, b, ldb, beta, c, ldc);                       \
         break;
     switch (mr) {
         PD__ROWS(1)
@@ -12420,10 +12404,10 @@ static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
             const pd_real *a = k->a + i * k->k, *b = k->b + j * k->k;
             pd_real *c = k->c + i * k->ldc + j;
             if (!k->row_at && width == wide) {
-                PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, k->beta, c, k->ldc);
+                PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, k->beta, c, k->ldc);
                 continue;
             }
-            PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, 0, tile, wide);
+            PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, 0, tile, wide);
             if (k->row_at) PD__K(pd__scatter)(k, tile, wide, i, rows, j, width);
             else
                 for (int64_t r = 0; r < rows; r++)
@@ -12717,10 +12701,377 @@ static void PD__K(pd__conv_parts)(pd_device *d, PD__K(pd__conv_job) * j, int64_t
     j->per_part = pd__ceil_div(grains, j->parts) * grain;
 }
 
+/* ---- convolution with 3 x 3 filters at stride 1, after Winograd: F(4 x 4, 3 x 3) of Lavin and Gray 2016 ----
+   A tile of 4 x 4 outputs needs 6 x 6 inputs. With B, G and A of that paper, B^T d B of each tile d of each channel and
+   G g G^T of each filter g are made once; their 36 places are multiplied like matrices of filters, channels and tiles;
+   and A^T m A of the sums m are the outputs: 36 multiplications instead of 144. The data gradient is the same with the
+   filters turned round and the channels as filters; the filter gradient is the transpose, G^T (A dy A^T * B^T d B) G. */
+
+typedef struct PD__K(pd__winograd) {
+    int64_t rows, groups, channels, filters; /* of a group */
+    int64_t in_h, in_w, out_h, out_w, top, left;
+    int64_t high, wide;    /* tiles of an image's channel */
+    int64_t lines, blocks; /* rows of tiles in a block, blocks in all images */
+    int64_t stride;        /* columns of tiles in a line that is read, filled up with zeros */
+    int64_t places; /* for a block's tiles in one line of a matrix: `wide` of each row, and what vectors run over */
+    int64_t height, panels;  /* of the filters */
+    int64_t parts, per_part; /* of the panels */
+    bool back;               /* the filters are those of the data gradient */
+    const pd_real *x, *w, *dy;
+    pd_real *out;                /* y, dx or dw */
+    pd_real *packed;             /* [group][36] of filters in panels, or [36][filters][channels] of sums */
+    pd_real *images, *gradients; /* [36][channels or filters][places] */
+    pd_real *space;
+    int64_t each, group, block; /* working space of a thread; what is done at the moment */
+} PD__K(pd__winograd);
+
+/* Numbers in one of the 36 planes, with a gap: else the planes would often take each other's places in the cache. */
+#define PD__WINOGRAD_PLANE(lines, length) ((lines) * (length) + 16)
+
+/* One dimension of B^T d, A d, G g, A^T m and G^T m, for the points 0, a, -a, b, -b and infinity. With a = 5/8 and b = 3/2
+   rounding errors are half those of 1 and 2. */
+#define PD__ALL(x) PD__K(pd__all)((pd_real)(x))
+#define PD__A PD__ALL(0.625)
+#define PD__B PD__ALL(1.5)
+#define PD__A2 PD__ALL(0.390625)
+#define PD__B2 PD__ALL(2.25)
+#define PD__A2B2 0.87890625
+#define PD__A_SCALE (1 / (2 * 0.390625 * (0.390625 - 2.25)))
+#define PD__B_SCALE (1 / (2 * 2.25 * (2.25 - 0.390625)))
+static PD__INLINE void PD__K(pd__winograd_image)(const PD__V *d, PD__V *to) {
+    PD__V even_a = d[4] - PD__B2 * d[2], odd_a = PD__A * (d[3] - PD__B2 * d[1]);
+    PD__V even_b = d[4] - PD__A2 * d[2], odd_b = PD__B * (d[3] - PD__A2 * d[1]);
+    to[0] = PD__FMA(PD__ALL(PD__A2B2), d[0], d[4] - PD__ALL(0.390625 + 2.25) * d[2]);
+    to[1] = even_a + odd_a, to[2] = even_a - odd_a, to[3] = even_b + odd_b, to[4] = even_b - odd_b;
+    to[5] = PD__FMA(PD__ALL(PD__A2B2), d[1], d[5] - PD__ALL(0.390625 + 2.25) * d[3]);
+}
+static PD__INLINE void PD__K(pd__winograd_gradient)(const PD__V *d, PD__V *to) {
+    PD__V even_a = PD__FMA(PD__A2, d[2], d[0]), odd_a = PD__A * PD__FMA(PD__A2, d[3], d[1]);
+    PD__V even_b = PD__FMA(PD__B2, d[2], d[0]), odd_b = PD__B * PD__FMA(PD__B2, d[3], d[1]);
+    to[0] = d[0], to[5] = d[3];
+    to[1] = even_a + odd_a, to[2] = even_a - odd_a, to[3] = even_b + odd_b, to[4] = even_b - odd_b;
+}
+static PD__INLINE void PD__K(pd__winograd_filter)(const PD__V *g, PD__V *to) {
+    PD__V even_a = PD__ALL(PD__A_SCALE) * PD__FMA(PD__A2, g[2], g[0]), odd_a = PD__ALL(PD__A_SCALE * 0.625) * g[1];
+    PD__V even_b = PD__ALL(PD__B_SCALE) * PD__FMA(PD__B2, g[2], g[0]), odd_b = PD__ALL(PD__B_SCALE * 1.5) * g[1];
+    to[0] = PD__ALL(1 / PD__A2B2) * g[0], to[5] = g[2];
+    to[1] = even_a + odd_a, to[2] = even_a - odd_a, to[3] = even_b + odd_b, to[4] = even_b - odd_b;
+}
+static PD__INLINE void PD__K(pd__winograd_output)(const PD__V *m, PD__V *to) {
+    PD__V even_a = m[1] + m[2], odd_a = PD__A * (m[1] - m[2]), even_b = m[3] + m[4], odd_b = PD__B * (m[3] - m[4]);
+    to[0] = m[0] + even_a + even_b;
+    to[1] = odd_a + odd_b;
+    to[2] = PD__FMA(PD__A2, even_a, PD__B2 * even_b);
+    to[3] = PD__FMA(PD__A2, odd_a, PD__FMA(PD__B2, odd_b, m[5]));
+}
+static PD__INLINE void PD__K(pd__winograd_filter_sum)(const PD__V *m, PD__V *to) {
+    PD__V even_a = PD__ALL(PD__A_SCALE) * (m[1] + m[2]), odd_a = PD__ALL(PD__A_SCALE * 0.625) * (m[1] - m[2]);
+    PD__V even_b = PD__ALL(PD__B_SCALE) * (m[3] + m[4]), odd_b = PD__ALL(PD__B_SCALE * 1.5) * (m[3] - m[4]);
+    to[0] = PD__FMA(PD__ALL(1 / PD__A2B2), m[0], even_a + even_b);
+    to[1] = odd_a + odd_b;
+    to[2] = PD__FMA(PD__A2, even_a, PD__FMA(PD__B2, even_b, m[5]));
+}
+#undef PD__ALL
+#undef PD__A
+#undef PD__B
+#undef PD__A2
+#undef PD__B2
+#undef PD__A2B2
+#undef PD__A_SCALE
+#undef PD__B_SCALE
+
+/* A small transpose: of multiples of 4 rows and columns, or of one column. */
+static PD__INLINE void PD__K(pd__winograd_turn)(int64_t rows, int64_t columns, const pd_real *from, int64_t ld,
+                                                pd_real *to, int64_t ldto) {
+#if PD__BYTES > 0
+    enum { SIDE = 16 / PD__REAL_BYTES };
+    for (int64_t r = 0; r < rows; r += SIDE)
+        for (int64_t c = 0; c < columns; c += SIDE)
+            PD__K(pd__transpose_square)(from + r * ld + c, ld, to + c * ldto + r, ldto);
+#else
+    PD__K(pd__transpose)(rows, columns, from, ld, to, ldto);
+#endif
+}
+
+/* Row `row` of an image's channel from column -left on, transformed for all tiles of the row: to[c * stride + tile].
+   `space`: 8 strides. */
+static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *image, int64_t row,
+                                     pd_real *space, pd_real *to) {
+    const int64_t stride = j->stride, high = gradient ? j->out_h : j->in_h, wide = gradient ? j->out_w : j->in_w;
+    const int64_t left = gradient ? 0 : j->left, length = pd__min(wide, 4 * stride - left);
+    pd_real *phase = space + 4 * stride; /* columns 4 t + p are phase[p * stride + t] */
+    if (row < 0 || row >= high) {
+        memset(to, 0, (size_t)(6 * stride) * sizeof *to);
+        return;
+    }
+    memset(space, 0, (size_t)left * sizeof *space);
+    memcpy(space + left, image + row * wide, (size_t)length * sizeof *space);
+    memset(space + left + length, 0, (size_t)(4 * stride - left - length) * sizeof *space);
+    PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
+    for (int64_t t = 0; t < j->wide; t += PD__LANES) {
+        PD__V column[6], done[6];
+        PD__UNROLL
+        for (int i = 0; i < 4; i++) column[i] = PD__LOAD(phase + i * stride + t);
+        column[4] = PD__LOAD(phase + t + 1), column[5] = PD__LOAD(phase + stride + t + 1);
+        if (gradient) PD__K(pd__winograd_gradient)(column, done);
+        else PD__K(pd__winograd_image)(column, done);
+        PD__UNROLL
+        for (int i = 0; i < 6; i++) PD__STORE(to + i * stride + t, done[i]);
+    }
+}
+
+/* One channel of a block's images, or of its output gradients, transformed. `space`: 44 strides. */
+static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool gradient, int64_t group, int64_t block,
+                                        int64_t channel, pd_real *space, pd_real *to, int64_t plane) {
+    const int64_t stride = j->stride, first = block * j->lines, last = pd__min(first + j->lines, j->rows * j->high);
+    const int64_t channels = gradient ? j->filters : j->channels, rows = gradient ? 4 : 6;
+    const int64_t area = gradient ? j->out_h * j->out_w : j->in_h * j->in_w;
+    pd_real *lines = space + 8 * stride; /* the last rows, in a ring */
+    int64_t at = 0;
+    for (int64_t row = first; row < last; row++, at += j->wide) {
+        const int64_t image = row / j->high * j->groups + group, tile = row % j->high, top = tile * 4;
+        const pd_real *from = (gradient ? j->dy : j->x) + (image * channels + channel) * area;
+        const pd_real *ring[6];
+        for (int64_t r = 0; r < rows; r++) ring[r] = lines + (top + r) % 6 * 6 * stride;
+        for (int64_t r = !gradient && tile > 0 && row > first ? 2 : 0; r < rows; r++) PD__K(pd__winograd_line)
+        (j, gradient, from, top + r - (gradient ? 0 : j->top), space, lines + (top + r) % 6 * 6 * stride);
+        for (int64_t t = 0; t < j->wide; t += PD__LANES)
+            for (int c = 0; c < 6; c++) {
+                PD__V column[6], done[6];
+                PD__UNROLL
+                for (int r = 0; r < 4; r++) column[r] = PD__LOAD(ring[r] + c * stride + t);
+                if (gradient) PD__K(pd__winograd_gradient)(column, done);
+                else {
+                    column[4] = PD__LOAD(ring[4] + c * stride + t), column[5] = PD__LOAD(ring[5] + c * stride + t);
+                    PD__K(pd__winograd_image)(column, done);
+                }
+                PD__UNROLL
+                for (int r = 0; r < 6; r++) PD__STORE(to + (r * 6 + c) * plane + at + t, done[r]);
+            }
+    }
+    for (int i = 0; i < 36; i++) /* what is multiplied beside the tiles */
+        memset(to + i * plane + at, 0, (size_t)(pd__ceil_div(at, PD__NR) * PD__NR - at) * sizeof *to);
+}
+
+/* A panel of filters, transformed: [36][channels][height of the panel]. */
+static void PD__K(pd__winograd_panel)(const PD__K(pd__winograd) * j, int64_t unit) {
+    int64_t group = unit / j->panels, first = unit % j->panels * j->height,
+            rows = pd__min(j->height, j->filters - first);
+    int64_t step = j->back ? j->filters * 9 : 9, next = j->back ? 9 : j->channels * 9; /* to the next channel, filter */
+    const pd_real *w = j->w + group * j->filters * j->channels * 9 + first * next;
+    const int64_t plane = PD__WINOGRAD_PLANE(j->channels, j->height);
+    int64_t c = 0, r = 0;
+    for (int64_t at = 0; at < rows * j->channels; at += PD__LANES) {
+        pd_real *to = j->packed + unit * 36 * plane + at; /* vectors may reach into the gap */
+        PD__V part[18], done[6];                          /* part: [column][row] */
+        pd_real numbers[9 * PD__LANES];
+        for (int64_t l = 0; l < PD__LANES; l++) {
+            const pd_real *filter = w + r * next + c * step;
+            PD__UNROLL
+            for (int i = 0; i < 9; i++) numbers[i * PD__LANES + l] = filter[j->back ? 8 - i : i];
+            if (++r == rows) r = 0, c += c + 1 < j->channels;
+        }
+        for (int i = 0; i < 3; i++) {
+            PD__V g[3];
+            PD__UNROLL
+            for (int k = 0; k < 3; k++) g[k] = PD__LOAD(numbers + (i * 3 + k) * PD__LANES);
+            PD__K(pd__winograd_filter)(g, done);
+            PD__UNROLL
+            for (int k = 0; k < 6; k++) part[k * 3 + i] = done[k];
+        }
+        for (int k = 0; k < 6; k++) {
+            PD__K(pd__winograd_filter)(part + k * 3, done);
+            PD__UNROLL
+            for (int i = 0; i < 6; i++) PD__STORE(to + (i * 6 + k) * plane, done[i]);
+        }
+    }
+}
+
+/* Adds A^T m A of a block's tiles of one filter to the images; m: [36], `plane` apart. */
+static void PD__K(pd__winograd_add)(const PD__K(pd__winograd) * j, int64_t group, int64_t block, int64_t filter,
+                                    const pd_real *m, int64_t plane) {
+    const int64_t first = block * j->lines, last = pd__min(first + j->lines, j->rows * j->high);
+    for (int64_t row = first; row < last; row++, m += j->wide) {
+        const int64_t image = row / j->high * j->groups + group, top = row % j->high * 4;
+        pd_real *y = j->out + ((image * j->filters + filter) * j->out_h + top) * j->out_w;
+        for (int64_t t = 0; t < j->wide; t += PD__LANES) {
+            const int64_t left = j->out_w - 4 * t;
+            PD__V part[24], column[6], done[4]; /* part: [row][column] */
+            for (int c = 0; c < 6; c++) {
+                PD__UNROLL
+                for (int r = 0; r < 6; r++) column[r] = PD__LOAD(m + (r * 6 + c) * plane + t);
+                PD__K(pd__winograd_output)(column, done);
+                PD__UNROLL
+                for (int r = 0; r < 4; r++) part[r * 6 + c] = done[r];
+            }
+            for (int r = 0; r < pd__min(4, j->out_h - top); r++) {
+                pd_real phases[4 * PD__LANES], line[4 * PD__LANES], *to = y + r * j->out_w + 4 * t;
+                PD__K(pd__winograd_output)(part + r * 6, done);
+                PD__UNROLL
+                for (int c = 0; c < 4; c++) PD__STORE(phases + c * PD__LANES, done[c]);
+                PD__K(pd__winograd_turn)(4, PD__LANES, phases, PD__LANES, line, 4);
+                for (int64_t c = 0; c < pd__min(left, 4 * PD__LANES); c += PD__LANES)
+                    PD__K(pd__store)(to + c, PD__K(pd__load)(to + c, left - c) + PD__LOAD(line + c), left - c);
+            }
+        }
+    }
+}
+
+/* How many tiles a block has. */
+static int64_t PD__K(pd__winograd_tiles)(const PD__K(pd__winograd) * j, int64_t block) {
+    return pd__min(j->lines, j->rows * j->high - block * j->lines) * j->wide;
+}
+
+/* One block of tiles and one part of the filters. */
+static void PD__K(pd__winograd_unit)(const PD__K(pd__winograd) * j, int64_t unit) {
+    int64_t part = unit % j->parts, group = unit / j->parts % j->groups, block = unit / j->parts / j->groups;
+    int64_t first = part * j->per_part, last = pd__min(first + j->per_part, j->panels), filter = first * j->height;
+    int64_t count = pd__min(last * j->height, j->filters) - filter, tiles = PD__K(pd__winograd_tiles)(j, block);
+    int64_t plane = PD__WINOGRAD_PLANE(j->channels, j->places), sum_plane = PD__WINOGRAD_PLANE(count, j->places);
+    int64_t panel = PD__WINOGRAD_PLANE(j->channels, j->height);
+    pd_real *images = j->space + PD__THREAD_INDEX() * j->each, *sums = images + 36 * plane;
+    if (count <= 0) return;
+    for (int64_t c = 0; c < j->channels; c++) /* the sums lie idle yet */
+        PD__K(pd__winograd_channel)(j, false, group, block, c, sums, images + c * j->places, plane);
+    for (int64_t i = 0; i < 36; i++)
+        for (int64_t t = 0; t < tiles; t += PD__NR)
+            for (int64_t p = first; p < last; p++) PD__K(pd__tile)
+    ((int)pd__min(j->height, j->filters - p * j->height), (int)(PD__K(pd__panel)(tiles - t) / PD__LANES), j->channels,
+     1, j->packed + ((group * j->panels + p) * 36 + i) * panel, images + i * plane + t, j->places, 0,
+     sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
+    for (int64_t k = 0; k < count; k++)
+        PD__K(pd__winograd_add)(j, group, block, filter + k, sums + k * j->places, sum_plane);
+}
+
+/* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
+static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_shape *s, bool back, int64_t tiles) {
+    memset(j, 0, sizeof *j);
+    j->rows = s->rows, j->groups = s->groups, j->back = back;
+    j->channels = (back ? s->out_c : s->in_c) / s->groups, j->filters = (back ? s->in_c : s->out_c) / s->groups;
+    j->in_h = back ? s->out_h : s->in_h, j->in_w = back ? s->out_w : s->in_w;
+    j->out_h = back ? s->in_h : s->out_h, j->out_w = back ? s->in_w : s->out_w;
+    j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
+    j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
+    j->lines = pd__max(1, pd__min(tiles / j->wide, j->rows * j->high));
+    j->blocks = pd__ceil_div(j->rows * j->high, j->lines);
+    j->stride = pd__ceil_div(j->wide, PD__LANES) * PD__LANES + 4;
+    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
+    j->places = pd__ceil_div(j->lines * j->wide + PD__LANES + 2, PD__NR) * PD__NR + 16;
+}
+
+static void PD__K(pd__winograd_run)(pd_device *d, PD__K(pd__winograd) * j) {
+    int64_t threads = pd__cpu_threads(d), units = j->blocks * j->groups, filters;
+    int64_t work = j->rows * j->groups * j->out_h * j->out_w * j->filters * j->channels;
+    j->height = PD__K(pd__height)(j->filters);
+    j->panels = pd__ceil_div(j->filters, j->height);
+    j->parts = pd__min(j->panels, pd__ceil_div(threads, units));
+    j->per_part = pd__ceil_div(j->panels, j->parts);
+    j->each =
+        36 * PD__WINOGRAD_PLANE(j->channels, j->places) + 36 * PD__WINOGRAD_PLANE(j->per_part * j->height, j->places);
+    filters = j->groups * j->panels * 36 * PD__WINOGRAD_PLANE(j->channels, j->height);
+    filters = pd__ceil_div(filters, 16) * 16;
+    j->packed = (pd_real *)pd__scratch(d, filters + threads * j->each, sizeof(pd_real));
+    if (!j->packed) return;
+    j->space = j->packed + filters;
+    PD__PARALLEL(d, j->groups * j->filters * j->channels * 36)
+    for (int64_t unit = 0; unit < j->groups * j->panels; unit++) PD__K(pd__winograd_panel)(j, unit);
+    PD__PARALLEL(d, work)
+    for (int64_t unit = 0; unit < units * j->parts; unit++) PD__K(pd__winograd_unit)(j, unit);
+}
+
+/* The filter gradient: one channel of a block's images, or one filter of its output gradients. */
+static void PD__K(pd__winograd_transform)(const PD__K(pd__winograd) * j, int64_t unit) {
+    const bool gradient = unit >= j->channels;
+    const int64_t lines = gradient ? j->filters : j->channels, channel = gradient ? unit - j->channels : unit;
+    pd_real *to = (gradient ? j->gradients : j->images) + channel * j->places;
+    PD__K(pd__winograd_channel)
+    (j, gradient, j->group, j->block, channel, j->space + PD__THREAD_INDEX() * j->each, to,
+     PD__WINOGRAD_PLANE(lines, j->places));
+}
+
+/* One of the 36 sums over a block's tiles, of filters x channels. */
+static void PD__K(pd__winograd_sum)(const PD__K(pd__winograd) * j, int64_t i) {
+    PD__K(pd__gemm_job) g;
+    memset(&g, 0, sizeof g);
+    g.tb = true;
+    g.m = g.rows = j->filters, g.n = g.columns = j->channels;
+    g.k = PD__K(pd__winograd_tiles)(j, j->block);
+    g.lda = g.ldb = j->places, g.ldc = j->channels;
+    g.alpha = 1, g.beta = j->block == 0 ? 0 : 1;
+    g.a = j->gradients + i * PD__WINOGRAD_PLANE(j->filters, j->places);
+    g.b = j->images + i * PD__WINOGRAD_PLANE(j->channels, j->places);
+    g.c = j->packed + i * PD__WINOGRAD_PLANE(j->filters, j->channels);
+    g.space = j->space + PD__THREAD_INDEX() * j->each;
+    g.across = 1;
+    PD__K(pd__gemm_share)(&g, 0);
+}
+
+/* dw += G^T m G of one filter. */
+static void PD__K(pd__winograd_filter_unit)(const PD__K(pd__winograd) * j, int64_t filter) {
+    const int64_t plane = PD__WINOGRAD_PLANE(j->filters, j->channels);
+    for (int64_t c = 0; c < j->channels; c += PD__LANES) {
+        const pd_real *m = j->packed + filter * j->channels + c;
+        pd_real *dw = j->out + ((j->group * j->filters + filter) * j->channels + c) * 9;
+        int64_t count = pd__min(PD__LANES, j->channels - c);
+        pd_real sums[9 * PD__LANES], turned[9 * PD__LANES];
+        PD__V part[18], column[6], done[3]; /* part: [row][column] */
+        for (int k = 0; k < 6; k++) {
+            PD__UNROLL
+            for (int i = 0; i < 6; i++) column[i] = PD__K(pd__load)(m + (i * 6 + k) * plane, count);
+            PD__K(pd__winograd_filter_sum)(column, done);
+            PD__UNROLL
+            for (int i = 0; i < 3; i++) part[i * 6 + k] = done[i];
+        }
+        for (int i = 0; i < 3; i++) {
+            PD__K(pd__winograd_filter_sum)(part + i * 6, done);
+            PD__UNROLL
+            for (int k = 0; k < 3; k++) PD__STORE(sums + (i * 3 + k) * PD__LANES, done[k]);
+        }
+        PD__K(pd__transpose)(9, PD__LANES, sums, PD__LANES, turned, 9);
+        for (int64_t i = 0; i < count * 9; i += PD__LANES)
+            PD__K(pd__store)(dw + i, PD__K(pd__load)(dw + i, count * 9 - i) + PD__LOAD(turned + i), count * 9 - i);
+    }
+}
+
+static void PD__K(pd__winograd_backward_filter)(pd_device *d, PD__K(pd__winograd) * j) {
+    const int64_t images = 36 * PD__WINOGRAD_PLANE(j->channels, j->places);
+    const int64_t gradients = 36 * PD__WINOGRAD_PLANE(j->filters, j->places);
+    int64_t sums = 36 * PD__WINOGRAD_PLANE(j->filters, j->channels);
+    int64_t tiles = j->lines * j->wide, threads = pd__cpu_threads(d);
+    int64_t work = tiles * (j->channels + j->filters) * 36;
+    /* of a product's packed factors, or of phases */
+    j->each = pd__max((pd__min(PD__MC, j->filters) + pd__min(PD__NC, j->channels + PD__NR)) * PD__K(pd__depth)(tiles),
+                      44 * j->stride);
+    j->each = pd__ceil_div(j->each, 16) * 16 + 32;
+    sums = pd__ceil_div(sums, 16) * 16;
+    j->packed = (pd_real *)pd__scratch(d, sums + images + gradients + threads * j->each, sizeof(pd_real));
+    if (!j->packed) return;
+    j->images = j->packed + sums;
+    j->gradients = j->images + images;
+    j->space = j->gradients + gradients;
+    for (j->group = 0; j->group < j->groups; j->group++) {
+        for (j->block = 0; j->block < j->blocks; j->block++) {
+            PD__PARALLEL(d, work)
+            for (int64_t unit = 0; unit < j->channels + j->filters; unit++) PD__K(pd__winograd_transform)(j, unit);
+            PD__PARALLEL(d, work * 16)
+            for (int64_t unit = 0; unit < 36; unit++) PD__K(pd__winograd_sum)(j, unit);
+        }
+        PD__PARALLEL(d, sums)
+        for (int64_t unit = 0; unit < j->filters; unit++) PD__K(pd__winograd_filter_unit)(j, unit);
+    }
+}
+
 static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
     PD__K(pd__conv_job) j;
     int64_t images = s->rows * s->groups;
     if (images == 0) return;
+    if (pd__winograd_fits(s)) {
+        PD__K(pd__winograd) fast;
+        PD__K(pd__winograd_sizes)(&fast, s, false, 64);
+        fast.x = x, fast.w = w, fast.out = y;
+        PD__K(pd__winograd_run)(d, &fast);
+        return;
+    }
     PD__K(pd__conv_sizes)(&j, s);
     j.x = x, j.w = w, j.out = y;
     PD__K(pd__conv_parts)(d, &j, images, j.filters, PD__MR);
@@ -12739,6 +13090,13 @@ static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, 
     PD__K(pd__conv_job) j;
     int64_t images = s->rows * s->groups;
     if (images == 0) return;
+    if (pd__winograd_fits(s)) {
+        PD__K(pd__winograd) fast;
+        PD__K(pd__winograd_sizes)(&fast, s, true, 64);
+        fast.x = dy, fast.w = w, fast.out = dx;
+        PD__K(pd__winograd_run)(d, &fast);
+        return;
+    }
     PD__K(pd__conv_sizes)(&j, s);
     j.w = w, j.dy = dy, j.out = dx;
     PD__K(pd__conv_parts)(d, &j, images, j.depth, s->filter_h * s->filter_w);
@@ -12756,6 +13114,14 @@ static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s
                                             pd_real *dw) {
     PD__K(pd__conv_job) j;
     if (s->rows == 0) return;
+    if (pd__winograd_fits(s)) {
+        PD__K(pd__winograd) fast;
+        PD__K(pd__winograd_sizes)
+        (&fast, s, false, pd__max(64, pd__min(512, 2000000 / (36 * (s->in_c + s->out_c) / s->groups))));
+        fast.x = x, fast.dy = dy, fast.out = dw;
+        PD__K(pd__winograd_backward_filter)(d, &fast);
+        return;
+    }
     PD__K(pd__conv_sizes)(&j, s);
     j.x = x, j.dy = dy, j.out = dw;
     PD__K(pd__conv_parts)(d, &j, s->groups, j.depth, PD__NR);
@@ -12804,23 +13170,6 @@ typedef pd_real PD__K(pd__narrow)
 static PD__INLINE PD__W PD__K(pd__all_wide)(double x) {
     PD__W v = { PD__TIMES(PD__WIDE_LANES, x) };
     return v;
-}
-
-/* A vector of which only `left` numbers may be there; the others are 0, and are not stored. */
-static PD__INLINE PD__V PD__K(pd__load)(const pd_real *from, int64_t left) {
-    pd_real part[PD__LANES];
-    if (left >= PD__LANES) return PD__LOAD(from);
-    for (int i = 0; i < PD__LANES; i++) part[i] = i < left ? from[i] : 0;
-    return PD__LOAD(part);
-}
-static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
-    pd_real part[PD__LANES];
-    if (left >= PD__LANES) {
-        PD__STORE(to, v);
-        return;
-    }
-    PD__STORE(part, v);
-    for (int i = 0; i < left; i++) to[i] = part[i];
 }
 
 static PD__INLINE PD__W PD__K(pd__load_wide)(const pd_real *from, int64_t left) {
@@ -13558,6 +13907,105 @@ static void PD__K(pd__gru)(pd_device *d, int64_t rows, int64_t width, pd_real *g
     (width, gates + r * 3 * width, recurrent + r * 3 * width, before ? before + r * width : NULL, after + r * width);
 }
 
+/* ---- pooling: rows of a window first, a vector's columns at a time ---- */
+
+typedef struct PD__K(pd__pool_job) {
+    const pd_pool_shape *s;
+    const pd_real *x, *y, *dy;
+    pd_real *out, *space; /* a line of the image for each thread */
+    int64_t each;
+} PD__K(pd__pool_job);
+
+static bool PD__K(pd__pool_space)(pd_device *d, PD__K(pd__pool_job) * j) {
+    j->each = pd__ceil_div(j->s->in_w, 16) * 16 + 16;
+    j->space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * j->each, sizeof(pd_real));
+    return j->space != NULL;
+}
+
+/* One map. The maximum of anything and NaN is NaN. */
+static void PD__K(pd__pool_map)(const PD__K(pd__pool_job) * j, int64_t map) {
+    const pd_pool_shape *s = j->s;
+    const pd_real *x = j->x + map * s->in_h * s->in_w;
+    pd_real *y = j->out + map * s->out_h * s->out_w, *line = j->space + PD__THREAD_INDEX() * j->each;
+    for (int64_t oh = 0; oh < s->out_h; oh++) {
+        pd__window v = pd__pool_window(s, oh, 0);
+        for (int64_t w = 0; w < s->in_w; w += PD__LANES) {
+            const pd_real *from = x + v.h0 * s->in_w + w;
+            PD__V sum = PD__K(pd__load)(from, s->in_w - w);
+            for (int64_t h = v.h0 + 1; h < v.h1; h++) {
+                PD__V more = PD__K(pd__load)(from += s->in_w, s->in_w - w);
+                if (s->method == PD_MAX) sum = PD__SELECT((more > sum) | (more != more), more, sum);
+                else sum += more;
+            }
+            PD__K(pd__store)(line + w, sum, PD__LANES);
+        }
+        for (int64_t ow = 0; ow < s->out_w; ow++) {
+            pd_real sum;
+            v = pd__pool_window(s, oh, ow);
+            sum = line[v.w0];
+            for (int64_t w = v.w0 + 1; w < v.w1; w++) {
+                if (s->method != PD_MAX) sum += line[w];
+                else if (line[w] > sum || line[w] != line[w]) sum = line[w];
+            }
+            *y++ = s->method == PD_MAX ? sum : sum * pd__pool_factor(s, &v);
+        }
+    }
+}
+
+static void PD__K(pd__pool)(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
+    PD__K(pd__pool_job) j;
+    memset(&j, 0, sizeof j);
+    j.s = s, j.x = x, j.out = y;
+    if (!PD__K(pd__pool_space)(d, &j)) return;
+    PD__PARALLEL(d, s->rows * s->channels * s->in_h * s->in_w * 2)
+    for (int64_t map = 0; map < s->rows * s->channels; map++) PD__K(pd__pool_map)(&j, map);
+}
+
+/* Where the gradient of a maximum goes: to the first of the cells that have it, if one has; without branches, because
+   nothing foretells them. */
+static int64_t PD__K(pd__pool_first)(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y) {
+    int64_t at = -1;
+    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
+        for (int64_t w = v->w1 - 1; w >= v->w0; w--) at = map[h * s->in_w + w] == y ? h * s->in_w + w : at;
+    return at;
+}
+
+static void PD__K(pd__pool_map_back)(const PD__K(pd__pool_job) * j, int64_t map) {
+    const pd_pool_shape *s = j->s;
+    const pd_real *x = j->x + map * s->in_h * s->in_w, *y = j->y + map * s->out_h * s->out_w;
+    const pd_real *dy = j->dy + map * s->out_h * s->out_w;
+    pd_real *dx = j->out + map * s->in_h * s->in_w, *line = j->space + PD__THREAD_INDEX() * j->each;
+    for (int64_t oh = 0; oh < s->out_h; oh++) {
+        pd__window v = pd__pool_window(s, oh, 0);
+        memset(line, 0, (size_t)j->each * sizeof *line);
+        for (int64_t ow = 0; ow < s->out_w; ow++, y++, dy++) {
+            v = pd__pool_window(s, oh, ow);
+            if (s->method == PD_MAX) {
+                int64_t at = PD__K(pd__pool_first)(s, &v, x, *y);
+                if (at >= 0) dx[at] += *dy;
+            } else {
+                pd_real part = *dy * pd__pool_factor(s, &v);
+                for (int64_t w = v.w0; w < v.w1; w++) line[w] += part;
+            }
+        }
+        for (int64_t h = v.h0; s->method != PD_MAX && h < v.h1; h++)
+            for (int64_t w = 0; w < s->in_w; w += PD__LANES) {
+                pd_real *to = dx + h * s->in_w + w;
+                PD__K(pd__store)(to, PD__K(pd__load)(to, s->in_w - w) + PD__LOAD(line + w), s->in_w - w);
+            }
+    }
+}
+
+static void PD__K(pd__pool_backward)(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
+                                     const pd_real *dy, pd_real *dx) {
+    PD__K(pd__pool_job) j;
+    memset(&j, 0, sizeof j);
+    j.s = s, j.x = x, j.y = y, j.dy = dy, j.out = dx;
+    if (!PD__K(pd__pool_space)(d, &j)) return;
+    PD__PARALLEL(d, s->rows * s->channels * s->in_h * s->in_w * 2)
+    for (int64_t map = 0; map < s->rows * s->channels; map++) PD__K(pd__pool_map_back)(&j, map);
+}
+
 /* Puts this level's operations into a CPU device. */
 static void PD__K(pd__cpu_take)(pd_device *d) {
     d->fill = PD__K(pd__fill);
@@ -13574,11 +14022,14 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
     d->response_norm = PD__K(pd__response_norm);
     d->response_norm_backward = PD__K(pd__response_norm_backward);
     d->gru = PD__K(pd__gru);
+    d->pool = PD__K(pd__pool);
+    d->pool_backward = PD__K(pd__pool_backward);
     d->conv = PD__K(pd__conv);
     d->conv_backward_data = PD__K(pd__conv_backward_data);
     d->conv_backward_filter = PD__K(pd__conv_backward_filter);
 }
 
+#undef PD__WINOGRAD_PLANE
 #undef PD__V
 #undef PD__LOAD
 #undef PD__STORE

@@ -365,8 +365,12 @@ static void check_conv(const pd_conv_shape *s, bool all_teams) {
         for (int64_t i = 0; i < sizes[k]; i++) jobs[k].slack[0][i] = fabs(jobs[k].want[0][i]);
     }
     each_product(s, visit_conv, jobs);
-    for (int k = 0; k < 3; k++)
-        for (int64_t i = 0; i < sizes[k]; i++) jobs[k].slack[0][i] = sum_slack((double)terms[k], jobs[k].slack[0][i]);
+    for (int k = 0; k < 3; k++) {
+        double size = 0;
+        for (int64_t i = 0; i < sizes[k]; i++) size = fmax(size, jobs[k].slack[0][i]);
+        for (int64_t i = 0; i < sizes[k]; i++) /* Winograd's share the rounding of their tiles */
+            jobs[k].slack[0][i] = sum_slack((double)terms[k], pd__winograd_fits(s) ? size : jobs[k].slack[0][i]);
+    }
     for (int k = 0; k < 3; k++) check(&jobs[k], all_teams, false);
 }
 
@@ -411,13 +415,18 @@ static pd_conv_shape random_conv(int kind) {
             s.groups = s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
             s.filter_h = s.filter_w = whole(1, 2) * 2 + 1, s.pad_h = s.pad_w = s.filter_h / 2;
             break;
+        case 8: /* Winograd's */
+            s.filter_h = s.filter_w = 3, s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+            s.pad_h = below(3), s.pad_w = below(3), s.in_h = whole(1, 20), s.in_w = whole(1, 40), s.rows = whole(1, 5);
+            s.groups = whole(1, 2), channels = whole(20, 50), filters = whole(20, 50);
+            break;
         default: break;
         }
         s.in_c = channels * s.groups, s.out_c = filters * s.groups;
         if (s.in_h + 2 * s.pad_h <= (s.filter_h - 1) * s.dilation_h) continue;
         if (s.in_w + 2 * s.pad_w <= (s.filter_w - 1) * s.dilation_w) continue;
         set_outputs(&s);
-        if (conv_work(&s) <= 120000) return s;
+        if (kind == 8 ? pd__winograd_fits(&s) && conv_work(&s) <= 6000000 : conv_work(&s) <= 120000) return s;
     }
 }
 
@@ -439,6 +448,8 @@ static void test_conv_teams(void **state) {
         { 4, 24, 31, 29, 24, 3, 3, 1, 1, 1, 24 }, { 2, 20, 41, 42, 9, 1, 1, 1, 0, 1, 1 },
         { 40, 260, 1, 1, 64, 3, 3, 1, 1, 1, 1 },  { 2, 10, 29, 31, 7, 4, 4, 2, 3, 2, 1 },
         { 1, 2, 60, 65, 3, 3, 3, 1, 0, 1, 1 },    { 37, 8, 5, 5, 8, 3, 3, 1, 1, 1, 2 },
+        { 3, 28, 15, 21, 47, 3, 3, 1, 1, 1, 1 },  { 2, 76, 14, 15, 80, 3, 3, 1, 2, 1, 2 },
+        { 1, 40, 12, 12, 70, 3, 3, 1, 1, 1, 1 },  { 50, 57, 3, 3, 90, 3, 3, 1, 1, 1, 1 },
     };
     (void)state;
     for (int i = 0; i < PD__COUNT(shapes); i++) {
