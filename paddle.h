@@ -223,6 +223,7 @@
      PADDLE_STATIC       all functions are static. Define it beside PADDLE_IMPLEMENTATION; then only that file can call.
      PADDLE_FILE         this file's name in quotes, if it is not "paddle.h": the implementation includes itself, once
                          for each instruction set. Beside PADDLE_IMPLEMENTATION.
+     PADDLE_NO_AVX       no kernels for AVX2 and AVX-512: less to compile, a smaller program. Beside PADDLE_IMPLEMENTATION.
      PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the compiler's option.)
 
    Licence: at the end of this file. */
@@ -2143,7 +2144,7 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
 #define PD__BEGIN_TARGET(text) PD__PRAGMA(GCC push_options) PD__PRAGMA(GCC target(text))
 #define PD__END_TARGET PD__PRAGMA(GCC pop_options)
 #endif
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PADDLE_NO_AVX)
 #define PD__AVX 1
 #endif
 typedef pd_real pd__square_row __attribute__((vector_size(16), aligned(PD__REAL_BYTES), may_alias));
@@ -2374,8 +2375,7 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     simd = pd__choose_simd(o->simd, &asked);
     if (simd == PD_SIMD_COUNT) {
         simd = pd__best_simd();
-        pd__fail_build(net, PD_E_ARGUMENT,
-                       "pd_net_new: the instruction set is %.50s, expected at most %s on this machine", asked,
+        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: the instruction set is %.50s, expected at most %s here", asked,
                        pd__levels[simd].name);
     }
     if (!net->device || !net->device->host_memory) {
@@ -12202,9 +12202,11 @@ static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
 /* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
    Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
 
-/* mr rows x nv vectors of C, alpha A B + beta C (beta 0: C is not read): a (k x mr), b (k x nv vectors, ldb apart). */
+/* mr rows x nv vectors of C, alpha A B + beta C (beta 0: C is not read): a (k x mr, lda apart), b (k x nv vectors, ldb
+   apart). */
 static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k, pd_real alpha, const pd_real *a,
-                                          const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
+                                          int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                                          int64_t ldc) {
     PD__V sum[PD__MR][PD__NV], right[PD__NV];
     PD__UNROLL
     for (int i = 0; i < mr; i++) {
@@ -12213,7 +12215,7 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
         PD__PREFETCH(c + i * ldc); /* a line that holds its first number, and one that holds its last */
         PD__PREFETCH(c + i * ldc + nv * PD__LANES - 1);
     }
-    for (int64_t p = 0; p < k; p++, a += mr, b += ldb) {
+    for (int64_t p = 0; p < k; p++, a += lda, b += ldb) {
         PD__UNROLL
         for (int j = 0; j < nv; j++) right[j] = PD__LOAD(b + j * PD__LANES);
         PD__UNROLL
@@ -12234,31 +12236,39 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
     }
 }
 
-/* The same for 1 to MR rows, and 1 or NV vectors. */
+/* The same for 1 to MR rows, and 1 or NV vectors. (Where there are many, odd ones go in two parts: less to compile.) */
 static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, const pd_real *b, int64_t ldb,
                             pd_real beta, pd_real *c, int64_t ldc) {
+    const int64_t lda = mr;
 #define PD__ROWS(n)                                                                                                    \
     case n:                                                                                                            \
-        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, b, ldb, beta, c, ldc);                    \
-        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, b, ldb, beta, c, ldc);                       \
+        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, b, ldb, beta, c, ldc);               \
+        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, b, ldb, beta, c, ldc);                  \
         break;
+#if PD__MR > 6
+    if (mr % 2) {
+        if (nv == 1) PD__K(pd__tile_of)(1, 1, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        else PD__K(pd__tile_of)(1, PD__NV, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        mr--, a++, c += ldc;
+    }
+#endif
     switch (mr) {
-        PD__ROWS(1)
         PD__ROWS(2)
-        PD__ROWS(3)
         PD__ROWS(4)
-#if PD__MR > 4
+#if PD__MR <= 6
+        PD__ROWS(1)
+        PD__ROWS(3)
+#endif
+#if PD__MR == 6
         PD__ROWS(5)
+#endif
+#if PD__MR >= 6
         PD__ROWS(6)
 #endif
 #if PD__MR > 6
-        PD__ROWS(7)
         PD__ROWS(8)
-        PD__ROWS(9)
         PD__ROWS(10)
-        PD__ROWS(11)
         PD__ROWS(12)
-        PD__ROWS(13)
         PD__ROWS(14)
 #endif
     }
@@ -12417,8 +12427,11 @@ static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
     }
 }
 
-/* Rows in a panel of A so that all panels of m rows are about as high, at most MR. */
-static int64_t PD__K(pd__height)(int64_t m) { return pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), PD__MR)); }
+/* Rows in a panel of A so that all panels of m rows are about as high, at most MR, and even where pd__tile wants that. */
+static int64_t PD__K(pd__height)(int64_t m) {
+    int64_t h = pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), PD__MR));
+    return PD__MR > 6 ? h + h % 2 : h;
+}
 
 typedef struct PD__K(pd__gemm_job) {
     bool ta, tb;
