@@ -1882,7 +1882,7 @@ typedef struct pd__cpu {
 #define PD__PARALLEL(d, work) PD__PRAGMA(omp parallel for schedule(static) num_threads(pd__team(d, work)))
 #define PD__THREAD_INDEX() omp_get_thread_num()
 #else
-#define PD__PARALLEL(d, work)
+#define PD__PARALLEL(d, work) (void)(d), (void)(work);
 #define PD__THREAD_INDEX() 0
 #endif
 
