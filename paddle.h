@@ -180,7 +180,7 @@
        return PD_OK;
    }
    static const pd_layer_type swish = { PD_API_VERSION, "swish", 1, 1, 0, 0, 0,
-                                        swish_setup, NULL, swish_forward, swish_backward, NULL, NULL };
+                                        swish_setup, NULL, swish_forward, swish_backward, NULL, NULL, NULL };
    ```
 
    It is added with pd_layer_add(net, &swish, "name", &input, 1, NULL). pd_check_gradients says whether backward is the
@@ -496,12 +496,21 @@ PD_API void pd_net_free(pd_net *net);
    NULL, with the message in `net`, when it can't be made. */
 PD_API pd_net *pd_net_share(pd_net *net);
 
+/* Says that the net's parameters are final: it only predicts from now on, and so do its shared nets, and the device may
+   keep weights in the form that its products read, in memory of its own. Trainers must be freed before; training and
+   pd_load fail after it. */
+PD_API pd_status pd_freeze(pd_net *net);
+
 PD_API pd_layer *pd_layer_find(pd_net *net, const char *name); /* NULL when there is none; no error */
 PD_API pd_layer *pd_layer_at(pd_net *net, int index);          /* in order of creation; NULL past the end */
 
 /* One line: version, number type, device, instruction set in use, threads. Like snprintf: returns the length it
    wants. */
 PD_API size_t pd_info(const pd_net *net, char *text, size_t size);
+
+/* Bytes of the layers' outputs, gradients and working memory, which last until the net is freed: so, the peak. (Not:
+   parameters and their gradients, batches, and what a device takes for itself.) */
+PD_API size_t pd_memory(const pd_net *net);
 
 /* ======================================================================================================== */
 /* >>inputs                                                                                                 */
@@ -821,7 +830,8 @@ typedef enum pd_mode {
 } pd_mode;
 
 /* Computes the outputs of `targets` and of all they depend on; only the inputs they need must be in the batch. The
-   batch must stay as it is until the matching pd_backward. */
+   batch must stay as it is until the matching pd_backward. In PD_PREDICT only the targets' outputs stay: layers lend
+   each other memory, and a batch norm may be computed by the convolution or fc below it. */
 PD_API pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd_layer *const *targets, int count);
 /* After pd_forward of `cost` in PD_TRAIN or PD_CHECK: adds d(sum of cost)/d(parameter) to every parameter's grad. */
 PD_API pd_status pd_backward(pd_net *net, pd_layer *cost);
@@ -830,7 +840,8 @@ PD_API pd_status pd_zero_grads(pd_net *net);
 /* Asks for d(cost)/d(input) of a dense input in `input->out.grad` (a trainer has no use for it). */
 PD_API pd_status pd_want_gradient(pd_layer *input);
 
-/* A layer's last output, in host memory: rows x width, owned by the net, valid until the next run. NULL on failure. */
+/* A layer's last output, in host memory: rows x width, owned by the net, valid until the next run. NULL on failure, and
+   for layers that the last run did not compute, or, in PD_PREDICT, not as a target. */
 PD_API const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width);
 /* Predicts `rows` rows of the net's first input, a plain vector or image, from an array; the other inputs must not be
    needed. For sequences, ids and sparse rows: pd_batch_new, pd_forward, pd_output. */
@@ -985,6 +996,14 @@ typedef struct pd_pool_shape {
     pd_pool_method method;
 } pd_pool_shape;
 
+/* What a product or a convolution makes of its sums as it writes them: y = f(scale[c] sum + bias[c]), c the column of
+   the product, the channel of the convolution. NULL: 1 and 0. act: any but PD_SOFTMAX; alpha: see pd_activation_opts. */
+typedef struct pd_epilogue {
+    const pd_real *scale, *bias;
+    pd_act act;
+    pd_real alpha;
+} pd_epilogue;
+
 /* The operations that layers are written in, by bit, for pd_layer_type.needs and pd_device.supports. */
 enum {
     PD_OP_BASIC = 1 << 0,      /* fill, muladd, gemm, sum_squares, update, update_rows: every device has these .. */
@@ -1022,9 +1041,11 @@ struct pd_device {
        b may be NULL: 1. Copies, slices, transposes, broadcasts, row and column sums are all this. */
     void (*muladd)(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
                    const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
-    /* C = alpha op(A) op(B) + beta C, row-major: op(A) m x k, op(B) k x n, C m x n. beta 0: C is not read. */
+    /* C = alpha op(A) op(B) + beta C, row-major: op(A) m x k, op(B) k x n, C m x n. beta 0: C is not read. after: what
+       then is made of C; may be NULL. */
     void (*gemm)(pd_device *d, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, pd_real alpha,
-                 const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
+                 const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc,
+                 const pd_epilogue *after);
     /* Sum of x[i]^2 in double. Not finite if and only if some x[i] isn't. */
     double (*sum_squares)(pd_device *d, int64_t n, const pd_real *x);
     /* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
@@ -1045,8 +1066,9 @@ struct pd_device {
     /* grad *= f'(x), in place; y is the output, x the input where the activation needs it. */
     void (*activate_backward)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
                               const pd_real *y, pd_real *grad);
-    /* All three add. w: out_c x in_c/groups x filter_h x filter_w. */
-    void (*conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y);
+    /* w: out_c x in_c/groups x filter_h x filter_w. y = x * w + beta y; beta and after as for gemm. The gradients add. */
+    void (*conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta, pd_real *y,
+                 const pd_epilogue *after);
     void (*conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy, pd_real *dx);
     void (*conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
                                  pd_real *dw);
@@ -1065,7 +1087,7 @@ struct pd_device {
     /* Mean and (biased) variance of each channel over rows and `area` positions. */
     void (*channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x, pd_real *mean,
                             pd_real *variance);
-    /* y = (x - mean) / sqrt(variance + epsilon) * weight + bias; weight and bias may be NULL: 1 and 0. */
+    /* y = (x - mean) / sqrt(variance + epsilon) * weight + bias; weight and bias may be NULL: 1 and 0. x may be y. */
     void (*batch_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
                        const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
                        const pd_real *bias, pd_real *y);
@@ -1097,6 +1119,9 @@ struct pd_device {
        and of h U + b_u); adds the part that goes straight to dbefore (NULL: not wanted). */
     void (*gru_backward)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
                          const pd_real *before, const pd_real *dafter, pd_real *dbefore);
+    /* (optional) The numbers at w will stay as they are (or, not `kept`, no longer), so other forms of them that products
+       read may be kept. */
+    void (*keep)(pd_device *d, const pd_real *w, bool kept);
 };
 
 /* 64 random bits from a key and a counter (SplitMix64's finaliser); the same on every device and for any threads. */
@@ -1134,6 +1159,9 @@ struct pd_layer_type {
        give gradients to, with pd_param_touch. Only inputs of the net have been filled by then. A type without prefetch
        has no sparse parameters. */
     pd_status (*prefetch)(pd_layer *layer);
+    /* (optional) When predicting, this layer with its one input is y = scale[c] x + shift[c] of every channel, which the
+       layer below may do as it writes its output. Fills both (device memory). */
+    pd_status (*fold)(pd_layer *layer, pd_real *scale, pd_real *shift);
 };
 
 /* A layer in a net. Layer types read it; only setup and resize write, where noted. */
@@ -1158,6 +1186,11 @@ struct pd_layer {
     pd_tensor out;
     struct pd__layer *own; /* the net's */
 };
+
+/* For forward, by layers whose output is written by gemm or conv: what they are to give the last one. That is the
+   layer's `bias` (one per channel, may be NULL), its activation, and, when predicting, a layer that folds into it. A
+   layer that asks for it has to apply it. */
+PD_API pd_status pd_layer_epilogue(pd_layer *layer, const pd_real *bias, pd_epilogue *after);
 
 /* Adds a layer; `name` NULL: type->name and a number. opts: opts_size bytes, NULL: all zero. As for every builder. */
 PD_API pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
@@ -1532,10 +1565,16 @@ static inline bool pd__finite(double x) { return x - x == 0; }
 struct pd__layer {
     int index;             /* in net->layers; inputs always have a smaller one */
     int slot;              /* of the batch, for inputs; else -1 */
-    bool active;           /* takes part in the run in progress */
+    bool active;           /* takes part in the run in progress .. */
+    bool target;           /* .. and was asked for */
     bool wants_input_grad; /* pd_want_gradient */
     bool fused;            /* the cost above has differentiated the activation too, in the backward in progress */
     int uses;              /* layers of this run that read this one's output and pass gradients to it */
+    int readers;           /* layers of this run that will still read this one's output */
+    pd_layer *above;       /* when predicting: the layer that may fold into this one */
+    bool above_done;       /* it did: pd_layer_epilogue has been called .. */
+    bool act_done;         /* .. and for the activation, of the layer above if there is one */
+    bool lent;             /* `data` comes from the net's spare memory */
     pd_layer *origin;      /* in the net that a shared net was made from */
     pd_real *data, *grad;  /* memory of out.data and out.grad */
     /* On a device without host memory: copies of out.data and out.grad in the host's. */
@@ -1548,6 +1587,8 @@ struct pd__layer {
     int64_t data_capacity, grad_capacity, x_capacity; /* numbers */
     pd_real *memory[8];
     int64_t memory_capacity[8];
+    pd_real *folded; /* scale and shift of the layer above */
+    int64_t folded_capacity;
     int64_t *integers[4];
     int64_t integer_capacity[4];
     pd_real *values; /* of pd_layer_values */
@@ -1563,6 +1604,12 @@ typedef struct pd__copy {
     struct pd__copy *next;
     char fill[64 - sizeof(void *)];
 } pd__copy;
+
+/* Memory for a layer's output, when predicting. */
+typedef struct pd__spare {
+    pd_real *data;
+    int64_t capacity;
+} pd__spare;
 
 struct pd_net {
     pd_allocator allocator;
@@ -1587,7 +1634,9 @@ struct pd_net {
     const pd_batch *batch;
     pd_batch *predict_batch;
     pd_net *origin; /* of a shared net */
-    int sharers;
+    bool frozen;
+    pd__spare *spares; /* room for as many as there are layers */
+    int64_t spare_count, spare_capacity;
     char texts[4][64];
     int text_turn;
 };
@@ -1867,13 +1916,23 @@ static void pd__thread_join(pd__thread t) { pthread_join(t, NULL); }
 /* Results do not depend on the number of threads: work is cut where it writes, never inside a sum, or a sum is cut
    into a fixed number of parts that are added in order. */
 
+/* Another form of numbers that stay, for products: packed, or transformed. */
+typedef struct pd__kept {
+    struct pd__kept *next;
+    const pd_real *of;
+    int64_t form[6]; /* what `numbers` are; [0] 0: nothing yet */
+    pd_real *numbers;
+    int64_t capacity;
+} pd__kept;
+
 typedef struct pd__cpu {
     const pd_allocator *allocator;
     int threads;
     pd_simd simd;
     void *scratch; /* of one operation at a time */
     int64_t scratch_capacity;
-    bool failed; /* out of memory for scratch, since the last synchronize */
+    bool failed;    /* out of memory for scratch, since the last synchronize */
+    pd__kept *kept; /* of all that pd_device.keep has named */
 } pd__cpu;
 
 #define PD__PRAGMA(text) _Pragma(#text)
@@ -1918,6 +1977,36 @@ static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
     }
     if (!cpu->scratch) cpu->failed = true;
     return cpu->scratch;
+}
+
+/* Without memory for it nothing is kept: then products take longer. */
+static void pd__cpu_keep(pd_device *d, const pd_real *w, bool kept) {
+    pd__cpu *cpu = (pd__cpu *)d->self;
+    pd__kept **at = &cpu->kept, *k;
+    while (*at && (*at)->of != w) at = &(*at)->next;
+    k = *at;
+    if (kept && !k) {
+        *at = k = (pd__kept *)pd__alloc(cpu->allocator, 1, sizeof *k);
+        if (k) k->of = w;
+    } else if (!kept && k) {
+        *at = k->next;
+        pd__free(cpu->allocator, k->numbers);
+        pd__free(cpu->allocator, k);
+    }
+}
+
+enum { PD__FORM_WINOGRAD = 1, PD__FORM_CONV, PD__FORM_RIGHT };
+
+/* Where `count` numbers are kept, or are to be, in this form of w; *ready: they are there, else the caller puts them
+   there and sets kept->form. NULL: nothing is kept of w. */
+static pd__kept *pd__kept_form(pd_device *d, const pd_real *w, const int64_t form[6], int64_t count, bool *ready) {
+    pd__cpu *cpu = (pd__cpu *)d->self;
+    pd__kept *k = cpu->kept;
+    while (k && k->of != w) k = k->next;
+    *ready = k && memcmp(k->form, form, sizeof k->form) == 0;
+    if (!k || *ready) return k;
+    k->form[0] = 0;
+    return pd__grow(cpu->allocator, (void **)&k->numbers, &k->capacity, count, sizeof *k->numbers) ? k : NULL;
 }
 
 static void *pd__cpu_alloc(pd_device *d, size_t size) {
@@ -2308,6 +2397,7 @@ static const pd_device pd__cpu_table = {
     pd__cpu_sparse_product,
     NULL,
     pd__cpu_gru_backward,
+    pd__cpu_keep,
 };
 
 /* A CPU device for one net; threads 0: all; simd: one that the processor has. NULL when out of memory. */
@@ -2333,6 +2423,7 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_sim
 }
 
 static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
+    while (((pd__cpu *)d->self)->kept) pd__cpu_keep(d, ((pd__cpu *)d->self)->kept->of, false);
     pd__free(allocator, ((pd__cpu *)d->self)->scratch);
     pd__free(allocator, d->self);
     pd__free(allocator, d);
@@ -2416,6 +2507,7 @@ static void pd__layer_free(pd_layer *l) {
         if (own->x) l->device->free(l->device, own->x);
         for (int i = 0; i < PD__COUNT(own->memory); i++)
             if (own->memory[i]) l->device->free(l->device, own->memory[i]);
+        if (own->folded) l->device->free(l->device, own->folded);
         pd__free(a, own->host_data);
         pd__free(a, own->host_grad);
         pd__shadows_free(l);
@@ -2437,6 +2529,7 @@ static void pd__layer_free(pd_layer *l) {
 
 static void pd__param_free(pd_net *net, pd_param *p) {
     pd_device *d = net->device;
+    if (net->frozen && d->keep) d->keep(d, p->value, false);
     if (p->value) d->free(d, p->value);
     if (p->grad) d->free(d, p->grad);
     pd__touched_free(net, p->touched);
@@ -2454,6 +2547,8 @@ PD_DEF void pd_net_free(pd_net *net) {
     pd_batch_free(net->predict_batch);
     for (int64_t i = net->layer_count; i-- > 0;) pd__layer_free(net->layers[i]);
     pd__free(&a, net->layers);
+    while (net->spare_count > 0) net->device->free(net->device, net->spares[--net->spare_count].data);
+    pd__free(&a, net->spares);
     for (p = net->first_param; p; p = next) {
         next = p->next;
         pd__param_free(net, p);
@@ -2723,6 +2818,26 @@ PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
 
 /* ---- shared nets ---- */
 
+static void pd__keep_params(pd_net *net) {
+    pd_device *d = net->device;
+    net->frozen = true;
+    for (pd_param *p = pd_param_first(net); p && d->keep; p = p->next) d->keep(d, p->value, true);
+}
+
+PD_DEF pd_status pd_freeze(pd_net *net) {
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (net->origin) return pd__fail(net, PD_E_STATE, "pd_freeze: this net is shared; freeze the one it came from");
+    if (net->trainers) return pd__fail(net, PD_E_STATE, "pd_freeze: the net has a trainer; free that first");
+    if (!net->frozen) pd__keep_params(net);
+    return PD_OK;
+}
+
+/* For what would change parameters. */
+static pd_status pd__want_thawed(pd_net *net, const char *call) {
+    if (!net->frozen) return PD_OK;
+    return pd__fail(net, PD_E_STATE, "%s: the net was frozen by pd_freeze, so its parameters are final", call);
+}
+
 PD_DEF pd_net *pd_net_share(pd_net *net) {
     pd_net_opts opts = PD__ZERO;
     pd_net *copy;
@@ -2740,6 +2855,7 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
     opts.device = net->device == net->cpu ? NULL : net->device;
     copy = pd_net_new(&opts);
     if (copy) copy->origin = net;
+    if (copy && net->frozen) pd__keep_params(copy);
     for (int64_t i = 0; copy && !copy->broken && i < net->layer_count; i++) {
         pd_layer *from = net->layers[i], *to;
         pd_layer **inputs = (pd_layer **)pd__alloc(&net->allocator, from->input_count, sizeof *inputs);
@@ -3040,6 +3156,7 @@ static pd_status pd__download(pd_net *net, void *to_host, const pd_real *from, i
 
 PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_set");
+    if (status == PD_OK) status = pd__want_thawed(param->net, "pd_param_set");
     if (status == PD_OK) status = pd__settle(param->net, NULL);
     if (status == PD_OK)
         param->net->device->upload(param->net->device, param->value, values, (size_t)count * sizeof *values);
@@ -3140,10 +3257,20 @@ static pd_status pd__input_forward(pd_layer *l) {
     return PD_OK;
 }
 
-static const pd_layer_type pd__input_type = {
-    PD_API_VERSION,    "input", 0,    0,   sizeof(pd__input_opts), 0, PD_OP_BASIC, pd__input_setup, NULL,
-    pd__input_forward, NULL,    NULL, NULL
-};
+static const pd_layer_type pd__input_type = { PD_API_VERSION,
+                                              "input",
+                                              0,
+                                              0,
+                                              sizeof(pd__input_opts),
+                                              0,
+                                              PD_OP_BASIC,
+                                              pd__input_setup,
+                                              NULL,
+                                              pd__input_forward,
+                                              NULL,
+                                              NULL,
+                                              NULL,
+                                              NULL };
 
 static pd_layer *pd__add_input(pd_net *net, const char *name, int64_t c, int64_t h, int64_t w, pd_slot_kind kind) {
     pd__input_opts o;
@@ -3196,18 +3323,134 @@ PD_DEF pd_status pd_want_gradient(pd_layer *input) {
 /* ======================================================================================================== */
 /* >>running                                                                                                */
 
+#define PD__FROM_Y false
+#define PD__FROM_X true
+static const bool pd__act_needs_x[PD_ACT_COUNT] = {
+#define PD__NEEDS(name, text, needs) needs,
+    PD_ACTIVATIONS(PD__NEEDS)
+#undef PD__NEEDS
+};
+static const char *const pd__act_names[PD_ACT_COUNT] = {
+#define PD__TEXT(name, text, needs) text,
+    PD_ACTIVATIONS(PD__TEXT)
+#undef PD__TEXT
+};
+
 /* Marks what `targets` depend on. Inputs come before their users, so one walk from the end is enough. */
 static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int count) {
-    for (int64_t i = 0; i < net->layer_count; i++) net->layers[i]->own->active = false;
+    for (int64_t i = 0; i < net->layer_count; i++) {
+        struct pd__layer *own = net->layers[i]->own;
+        own->active = own->target = own->above_done = false;
+        own->readers = 0;
+        own->above = NULL;
+    }
     for (int i = 0; i < count; i++) {
         if (!targets[i] || targets[i]->net != net)
             return pd__fail(net, PD_E_ARGUMENT, "pd_forward: target %d is %s", i,
                             targets[i] ? "a layer of another net" : "NULL");
-        targets[i]->own->active = true;
+        targets[i]->own->active = targets[i]->own->target = true;
     }
     for (int64_t i = net->layer_count; i-- > 0;)
         if (net->layers[i]->own->active)
-            for (int k = 0; k < net->layers[i]->input_count; k++) net->layers[i]->inputs[k]->own->active = true;
+            for (int k = 0; k < net->layers[i]->input_count; k++) {
+                net->layers[i]->inputs[k]->own->active = true;
+                net->layers[i]->inputs[k]->own->readers++;
+            }
+    return PD_OK;
+}
+
+/* ---- predicting: outputs share memory, and layers fold into those below them ---- */
+
+/* The layer's output will not be read any more. */
+static void pd__give_back(pd_layer *l) {
+    struct pd__layer *own = l->own;
+    pd_net *net = l->net;
+    if (own->lent && own->data) {
+        net->spares[net->spare_count].data = own->data;
+        net->spares[net->spare_count++].capacity = own->data_capacity;
+        own->data = NULL;
+        own->data_capacity = 0;
+    }
+    own->lent = false;
+    if (own->slot < 0) l->out.data = NULL;
+}
+
+/* Memory for an output: the smallest spare that holds it, else the largest, which grows. */
+static bool pd__borrow(pd_layer *l, int64_t numbers) {
+    pd_net *net = l->net;
+    struct pd__layer *own = l->own;
+    int64_t best = 0;
+    for (int64_t i = 1; i < net->spare_count; i++) {
+        int64_t a = net->spares[i].capacity, b = net->spares[best].capacity;
+        if (b < numbers ? a > b : a >= numbers && a < b) best = i;
+    }
+    if (net->spare_count > 0) {
+        own->data = net->spares[best].data;
+        own->data_capacity = net->spares[best].capacity;
+        net->spares[best] = net->spares[--net->spare_count];
+    }
+    own->lent = true;
+    return pd__device_grow(net, &own->data, &own->data_capacity, numbers);
+}
+
+/* The numbers below become the layer's output, without a copy. */
+static void pd__take_over(pd_layer *l, pd_layer *below) {
+    struct pd__layer *own = l->own, *from = below->own;
+    pd_real *data = own->data;
+    int64_t capacity = own->data_capacity;
+    bool lent = own->lent;
+    own->data = from->data, own->data_capacity = from->data_capacity, own->lent = from->lent;
+    from->data = data, from->data_capacity = capacity, from->lent = lent;
+    l->out.data = own->data;
+    own->host_current = from->host_current = false;
+}
+
+/* For forward: takes input 0, which has as many numbers, over as the output. False if it is needed as it is. */
+static bool pd__pass_on(pd_layer *l) {
+    const pd_layer *below = l->inputs[0];
+    if (l->net->mode != PD_PREDICT || below->own->slot >= 0 || below->own->target || below->own->readers > 1 ||
+        l->device != l->net->device)
+        return false;
+    pd__take_over(l, l->inputs[0]);
+    return true;
+}
+
+/* Who may fold into the layer below: its only reader. */
+static void pd__plan_folds(pd_net *net) {
+    for (int64_t i = 0; i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i], *below = l->input_count == 1 ? l->inputs[0] : NULL;
+        if (l->own->active && l->type->fold && below && below->own->slot < 0 && below->own->readers == 1 &&
+            !below->own->target && below->act == PD_LINEAR && !below->is_ids && below->device == net->device &&
+            l->device == net->device && below->shape.channels == l->shape.channels)
+            below->own->above = l;
+    }
+}
+
+PD_DEF pd_status pd_layer_epilogue(pd_layer *layer, const pd_real *bias, pd_epilogue *after) {
+    struct pd__layer *own = layer->own;
+    pd_layer *top = own->above ? own->above : layer;
+    memset(after, 0, sizeof *after);
+    after->bias = bias;
+    if (own->above) {
+        pd_device *d = layer->device;
+        int64_t channels = layer->shape.channels, size[4] = { 1, 1, 1, 0 }, strides[4] = { 0, 0, 0, 1 };
+        pd_real *shift;
+        pd_status status;
+        if (!pd__grow_on(d, &own->folded, &own->folded_capacity, 2 * channels))
+            return pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", 2 * (long long)channels);
+        shift = own->folded + channels;
+        status = top->type->fold(top, own->folded, shift);
+        if (status != PD_OK) return status;
+        size[3] = channels;
+        if (bias) d->muladd(d, size, 1, bias, strides, own->folded, strides, shift, strides);
+        after->scale = own->folded;
+        after->bias = shift;
+        own->above_done = true;
+    }
+    if (top->act == PD_SOFTMAX || (pd__act_needs_x[top->act] && top->out.grad)) return PD_OK;
+    after->act = top->act;
+    after->alpha = (pd_real)top->act_alpha;
+    own->act_done = true;
     return PD_OK;
 }
 
@@ -3265,9 +3508,8 @@ static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     return PD_OK;
 }
 
-/* Rows and offsets of this batch, and memory for them. */
+/* Rows and offsets of this batch. */
 static pd_status pd__size_output(pd_layer *l) {
-    int64_t numbers;
     const pd_tensor *first = l->input_count ? &l->inputs[0]->out : NULL, *ordered = first;
     for (int k = 1; k < l->input_count && !ordered->starts; k++) ordered = &l->inputs[k]->out;
     if (first) {
@@ -3280,16 +3522,20 @@ static pd_status pd__size_output(pd_layer *l) {
             return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" has %lld rows, but \"%.100s\" has %lld",
                                  l->inputs[k]->name, (long long)l->inputs[k]->out.rows, l->inputs[0]->name,
                                  (long long)l->out.rows);
-    if (l->type->resize) {
-        pd_status status = l->type->resize(l);
-        if (status != PD_OK) return status;
-    }
+    return l->type->resize ? l->type->resize(l) : PD_OK;
+}
+
+/* Memory for them: the layer's own, but one that only predicts borrows it. */
+static pd_status pd__ready_output(pd_layer *l) {
+    struct pd__layer *own = l->own;
+    bool borrow = l->net->mode == PD_PREDICT && !own->data;
+    int64_t numbers;
     if (!pd__multiply_sizes(l->out.rows, l->out.width, &numbers) ||
-        !pd__device_grow(l->net, &l->own->data, &l->own->data_capacity, numbers))
+        !(borrow ? pd__borrow(l, numbers) : pd__device_grow(l->net, &own->data, &own->data_capacity, numbers)))
         return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)l->out.rows,
                              (long long)l->out.width);
-    l->out.data = l->own->data;
-    l->own->host_current = false;
+    l->out.data = own->data;
+    own->host_current = false;
     return PD_OK;
 }
 
@@ -3305,19 +3551,6 @@ static pd_status pd__ready_grad(pd_layer *l) {
     return PD_OK;
 }
 
-#define PD__FROM_Y false
-#define PD__FROM_X true
-static const bool pd__act_needs_x[PD_ACT_COUNT] = {
-#define PD__NEEDS(name, text, needs) needs,
-    PD_ACTIVATIONS(PD__NEEDS)
-#undef PD__NEEDS
-};
-static const char *const pd__act_names[PD_ACT_COUNT] = {
-#define PD__TEXT(name, text, needs) text,
-    PD_ACTIVATIONS(PD__TEXT)
-#undef PD__TEXT
-};
-
 /* The layer's own forward, then its activation: in place, or, if the derivative will need x, from a second buffer. */
 static pd_status pd__forward_layer(pd_layer *l) {
     pd_device *d = l->device;
@@ -3329,14 +3562,16 @@ static pd_status pd__forward_layer(pd_layer *l) {
             return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows", (long long)l->out.rows);
         l->out.data = l->own->x;
     }
+    l->own->act_done = false;
     status = l->type->forward(l);
-    l->out.data = y;
+    if (keep_x) l->out.data = y;
     if (status != PD_OK) {
         if (l->net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
         return status;
     }
-    if (l->act != PD_LINEAR)
-        d->activate(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, keep_x ? l->own->x : y, y);
+    if (l->act != PD_LINEAR && !l->own->act_done)
+        d->activate(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, keep_x ? l->own->x : l->out.data,
+                    l->out.data);
     return PD_OK;
 }
 
@@ -3491,12 +3726,30 @@ static pd_status pd__bind(pd_net *net, const pd_batch *batch) {
     return status;
 }
 
+/* A layer that has folded into the one below is there already, but perhaps for its activation. */
+static pd_status pd__take_folded(pd_layer *l, pd_layer *below) {
+    pd__take_over(l, below);
+    if (l->act != PD_LINEAR && !below->own->act_done)
+        l->device->activate(l->device, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, l->out.data,
+                            l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__compute(pd_layer *l) {
+    pd_layer *below = l->input_count == 1 ? l->inputs[0] : NULL;
+    pd_status status = pd__size_output(l);
+    if (status == PD_OK && below && below->own->above == l && below->own->above_done) return pd__take_folded(l, below);
+    if (status == PD_OK) status = pd__ready_output(l);
+    if (status == PD_OK) status = pd__ready_grad(l);
+    return status == PD_OK ? pd__on_host(l, false, pd__forward_layer) : status;
+}
+
 static pd_status pd__run_layer(pd_layer *l) {
     double start = pd_seconds();
     pd_status status = pd__need_params(l);
-    if (status == PD_OK && l->own->slot < 0) status = pd__size_output(l);
-    if (status == PD_OK) status = pd__ready_grad(l);
-    if (status == PD_OK && l->own->slot < 0) status = pd__on_host(l, false, pd__forward_layer);
+    if (status == PD_OK) status = l->own->slot < 0 ? pd__compute(l) : pd__ready_grad(l);
+    for (int k = 0; status == PD_OK && l->net->mode == PD_PREDICT && k < l->input_count; k++)
+        if (--l->inputs[k]->own->readers == 0 && !l->inputs[k]->own->target) pd__give_back(l->inputs[k]);
     if (status == PD_OK) status = pd__poll(l->net);
     l->own->forward_seconds += pd_seconds() - start;
     l->own->runs++;
@@ -3521,13 +3774,20 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
                         net->slot_count);
     if (mode != PD_PREDICT && net->origin)
         return pd__fail(net, PD_E_STATE, "pd_forward: a shared net only predicts; train the one it came from");
-    if (pd__check_ended(net, batch) != PD_OK) return PD_E_STATE;
+    if (pd__check_ended(net, batch) != PD_OK || (mode != PD_PREDICT && pd__want_thawed(net, "pd_forward") != PD_OK))
+        return PD_E_STATE;
     pd__clear_failure(net);
+    if (mode == PD_PREDICT &&
+        !pd__grow(&net->allocator, (void **)&net->spares, &net->spare_capacity, net->layer_count, sizeof *net->spares))
+        return pd__no_memory(net, "predicting");
+    for (int64_t i = 0; i < net->layer_count; i++)
+        if (net->layers[i]->own->lent) pd__give_back(net->layers[i]);
     net->mode = mode;
     net->ran = NULL;
     status = net->updater || net->origin ? PD_OK : pd__settle(net, NULL);
     if (status == PD_OK) status = pd__activate_layers(net, targets, count);
     if (status == PD_OK && mode != PD_PREDICT) status = pd__count_users(net);
+    else if (status == PD_OK && !net->updater) pd__plan_folds(net);
     if (status == PD_OK) status = pd__bind(net, batch);
     if (status == PD_OK && net->updater) status = net->updater->begin_batch(net->updater, batch->samples);
     for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
@@ -3598,7 +3858,9 @@ PD_DEF pd_status pd_backward(pd_net *net, pd_layer *cost) {
 
 PD_DEF const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width) {
     if (!layer || !layer->own->active || !layer->out.data || layer->is_ids) {
-        if (layer) pd_layer_fail(layer, PD_E_STATE, "pd_output: it put out no numbers in the last run");
+        if (layer)
+            pd_layer_fail(layer, PD_E_STATE, "pd_output: it put out no numbers in the last run%s",
+                          layer->net->mode == PD_PREDICT && !layer->own->target ? ", of which it was no target" : "");
         return NULL;
     }
     if (rows) *rows = layer->out.rows;
@@ -3643,8 +3905,8 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
     PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, NULL)
 /* .. whose parameters may be sparse */
 #define PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, prefetch)       \
-    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state,   needs,   \
-                                            setup,          resize, forward, backward, NULL,         prefetch }
+    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state,    needs,  \
+                                            setup,          resize, forward, backward, NULL,         prefetch, NULL }
 
 /* Declares a zeroed spec `s` whose first member `o` is the user's options. */
 #define PD__SPEC(type)                                                                                                 \
@@ -3848,19 +4110,25 @@ static pd_status pd__fc_setup(pd_layer *l) {
     return PD_OK;
 }
 
+/* The last product adds the bias and applies the activation, if there is one. */
 static pd_status pd__fc_forward(pd_layer *l) {
     pd_device *d = l->device;
-    for (int k = 0; k < l->input_count; k++) {
+    const pd_param *bias = l->param_count > l->input_count ? l->params[l->input_count] : NULL;
+    const int last = l->input_count - 1;
+    pd_epilogue after;
+    if (!l->inputs[last]->is_sparse && pd_layer_epilogue(l, bias ? bias->value : NULL, &after) != PD_OK)
+        return pd_error_status(l->net);
+    for (int k = 0; k <= last; k++) {
         const pd_tensor *x = pd__in(l, k);
         if (l->inputs[k]->is_sparse) {
             if (k == 0) pd__clear_output(l);
             pd__add_picked(l, x, l->params[k]);
         } else {
             d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
-                    l->out.width, k > 0, l->out.data, l->out.width);
+                    l->out.width, k > 0, l->out.data, l->out.width, k == last ? &after : NULL);
         }
     }
-    if (l->param_count > l->input_count) pd__add_bias(l, l->params[l->input_count]);
+    if (bias && l->inputs[last]->is_sparse) pd__add_bias(l, bias);
     return PD_OK;
 }
 
@@ -3876,10 +4144,11 @@ static pd_status pd__fc_backward(pd_layer *l) {
             continue;
         }
         if (w->grad)
-            d->gemm(d, true, false, x->width, size, x->rows, 1, x->data, x->width, l->out.grad, size, 1, w->grad, size);
+            d->gemm(d, true, false, x->width, size, x->rows, 1, x->data, x->width, l->out.grad, size, 1, w->grad, size,
+                    NULL);
         if (x->grad)
-            d->gemm(d, false, true, x->rows, x->width, size, 1, l->out.grad, size, w->value, size, 1, x->grad,
-                    x->width);
+            d->gemm(d, false, true, x->rows, x->width, size, 1, l->out.grad, size, w->value, size, 1, x->grad, x->width,
+                    NULL);
     }
     if (l->param_count > l->input_count) pd__add_bias_grad(l, l->params[l->input_count]);
     return PD_OK;
@@ -3979,7 +4248,7 @@ static pd_status pd__conv_setup(pd_layer *l) {
     return pd__conv_params(l, s);
 }
 
-/* Sets each channel of the output to its bias, or to 0. */
+/* For the transpose: sets each channel of the output to its bias, or to 0. */
 static void pd__channel_bias(pd_layer *l) {
     int64_t c = l->shape.channels, area = l->shape.height * l->shape.width;
     int64_t size[4], as[4] = { 0, 0, 1, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4];
@@ -4000,9 +4269,11 @@ static void pd__channel_bias_grad(pd_layer *l) {
 
 static pd_status pd__conv_forward(pd_layer *l) {
     pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_epilogue after;
     s->rows = l->out.rows;
-    pd__channel_bias(l);
-    l->device->conv(l->device, s, pd__in(l, 0)->data, l->params[0]->value, l->out.data);
+    if (pd_layer_epilogue(l, l->param_count > 1 ? l->params[1]->value : NULL, &after) != PD_OK)
+        return pd_error_status(l->net);
+    l->device->conv(l->device, s, pd__in(l, 0)->data, l->params[0]->value, 0, l->out.data, &after);
     return PD_OK;
 }
 
@@ -4052,7 +4323,7 @@ static pd_status pd__conv_transpose_backward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
     if (l->params[0]->grad) d->conv_backward_filter(d, s, l->out.grad, x->data, l->params[0]->grad);
-    if (x->grad) d->conv(d, s, l->out.grad, l->params[0]->value, x->grad);
+    if (x->grad) d->conv(d, s, l->out.grad, l->params[0]->value, 1, x->grad, NULL);
     pd__channel_bias_grad(l);
     return PD_OK;
 }
@@ -4254,8 +4525,36 @@ static pd_status pd__batch_norm_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__batch_norm_type, "batch_norm", 1, 1, pd_batch_norm_opts, 0, PD_OP_BASIC | PD_OP_BATCH_NORM,
-         pd__batch_norm_setup, NULL, pd__batch_norm_forward, pd__batch_norm_backward);
+/* The norm of 1 with mean 0, and of 0. */
+static pd_status pd__batch_norm_fold(pd_layer *l, pd_real *scale, pd_real *shift) {
+    pd_device *d = l->device;
+    int64_t channels = l->shape.channels;
+    pd_real *zero = pd_layer_memory(l, 0, 2 * channels);
+    pd__batch_norm_view v = pd__batch_norm_see(l, NULL);
+    if (!zero) return PD_E_MEMORY;
+    d->fill(d, channels, 0, zero);
+    d->fill(d, channels, 1, scale);
+    d->batch_norm(d, 1, channels, 1, scale, zero, v.variance, v.epsilon, v.weight ? v.weight->value : NULL, NULL,
+                  scale);
+    d->batch_norm(d, 1, channels, 1, zero, v.mean, v.variance, v.epsilon, v.weight ? v.weight->value : NULL,
+                  v.bias ? v.bias->value : NULL, shift);
+    return PD_OK;
+}
+
+static const pd_layer_type pd__batch_norm_type = { PD_API_VERSION,
+                                                   "batch_norm",
+                                                   1,
+                                                   1,
+                                                   sizeof(pd_batch_norm_opts),
+                                                   0,
+                                                   PD_OP_BASIC | PD_OP_BATCH_NORM,
+                                                   pd__batch_norm_setup,
+                                                   NULL,
+                                                   pd__batch_norm_forward,
+                                                   pd__batch_norm_backward,
+                                                   NULL,
+                                                   NULL,
+                                                   pd__batch_norm_fold };
 
 PD_DEF pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm_opts *opts) {
     return pd_layer_add(net, &pd__batch_norm_type, opts ? opts->name : NULL, &input, 1, opts);
@@ -4373,6 +4672,7 @@ static void pd__dropout_apply(pd_layer *l, const pd_real *from, pd_real *to) {
 }
 
 static pd_status pd__dropout_forward(pd_layer *l) {
+    if (pd__pass_on(l)) return PD_OK;
     pd__clear_output(l);
     pd__dropout_apply(l, pd__in(l, 0)->data, l->out.data);
     return PD_OK;
@@ -5073,7 +5373,7 @@ static pd_status pd__bilinear_forward(pd_layer *l) {
     if (!t) return PD_E_MEMORY;
     pd__clear_output(l);
     for (int64_t k = 0; k < size; k++) {
-        d->gemm(d, false, false, rows, n, m, 1, a->data, m, l->params[0]->value + k * m * n, n, 0, t, n);
+        d->gemm(d, false, false, rows, n, m, 1, a->data, m, l->params[0]->value + k * m * n, n, 0, t, n, NULL);
         pd__muladd2(l, rows, n, 1, t, n, 1, b->data, n, 1, l->out.data + k, size, 0);
     }
     if (l->param_count > 1) pd__add_bias(l, l->params[1]);
@@ -5096,11 +5396,11 @@ static pd_status pd__bilinear_backward(pd_layer *l) {
         const pd_real *w = l->params[0]->value + k * m * n;
         pd__bilinear_weigh(l, k, a, t);
         if (l->params[0]->grad)
-            d->gemm(d, true, false, m, n, rows, 1, t, m, b->data, n, 1, l->params[0]->grad + k * m * n, n);
-        if (b->grad) d->gemm(d, false, false, rows, n, m, 1, t, m, w, n, 1, b->grad, n);
+            d->gemm(d, true, false, m, n, rows, 1, t, m, b->data, n, 1, l->params[0]->grad + k * m * n, n, NULL);
+        if (b->grad) d->gemm(d, false, false, rows, n, m, 1, t, m, w, n, 1, b->grad, n, NULL);
         if (!a->grad) continue;
         pd__bilinear_weigh(l, k, b, t);
-        d->gemm(d, false, true, rows, m, n, 1, t, n, w, n, 1, a->grad, m);
+        d->gemm(d, false, true, rows, m, n, 1, t, n, w, n, 1, a->grad, m, NULL);
     }
     if (l->param_count > 1) pd__add_bias_grad(l, l->params[1]);
     return PD_OK;
@@ -5339,11 +5639,13 @@ static pd_status pd__gru_forward(pd_layer *l) {
     const pd__gru *g = (const pd__gru *)l->state;
     pd_device *d = l->device;
     int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
+    pd_epilogue bias = PD__ZERO;
     pd__gru_memory m;
     if (!pd__gru_remember(l, &m)) return PD_E_MEMORY;
     pd__take_rows(l, rows, g->order, in, pd__in(l, 0)->data, m.x, false);
-    d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n);
-    pd__muladd2(l, rows, 3 * n, 1, l->params[PD__GRU_BIAS]->value, 0, 1, NULL, 0, 0, m.gates, 3 * n, 1);
+    bias.bias = l->params[PD__GRU_BIAS]->value;
+    d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n,
+            &bias);
     d->fill(d, rows * 3 * n, 0, m.recurrent);
     pd__muladd2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
                 1);
@@ -5352,7 +5654,7 @@ static pd_status pd__gru_forward(pd_layer *l) {
         const pd_real *before = t ? m.h + g->begins[t - 1] * n : NULL;
         if (t)
             d->gemm(d, false, false, count, 3 * n, n, 1, before, n, l->params[PD__GRU_RECURRENT]->value, 3 * n, 1,
-                    m.recurrent + first * 3 * n, 3 * n);
+                    m.recurrent + first * 3 * n, 3 * n, NULL);
         d->gru(d, count, n, m.gates + first * 3 * n, m.recurrent + first * 3 * n, before, m.h + first * n);
     }
     pd__take_rows(l, rows, g->places, n, m.h, l->out.data, false);
@@ -5371,7 +5673,7 @@ static void pd__gru_backward_steps(pd_layer *l, const pd__gru_memory *m, pd_real
                         dbefore);
         if (t)
             d->gemm(d, false, true, count, n, 3 * n, 1, drecurrent, 3 * n, l->params[PD__GRU_RECURRENT]->value, 3 * n,
-                    1, dbefore, n);
+                    1, dbefore, n, NULL);
     }
 }
 
@@ -5391,14 +5693,14 @@ static pd_status pd__gru_backward(pd_layer *l) {
     if (p[PD__GRU_RECURRENT_BIAS]->grad)
         pd__muladd2(l, rows, n, 1, m.recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
     if (p[PD__GRU_WEIGHT]->grad)
-        d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n);
+        d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
     if (p[PD__GRU_RECURRENT]->grad) {
         pd__take_rows(l, rows - later, g->before + later, n, m.h, dh, false);
         d->gemm(d, true, false, n, 3 * n, rows - later, 1, dh, n, m.recurrent + later * 3 * n, 3 * n, 1,
-                p[PD__GRU_RECURRENT]->grad, 3 * n);
+                p[PD__GRU_RECURRENT]->grad, 3 * n, NULL);
     }
     if (pd__in(l, 0)->grad) {
-        d->gemm(d, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, p[PD__GRU_WEIGHT]->value, 3 * n, 0, m.x, in);
+        d->gemm(d, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, p[PD__GRU_WEIGHT]->value, 3 * n, 0, m.x, in, NULL);
         pd__take_rows(l, rows, g->places, in, m.x, pd__in(l, 0)->grad, true);
     }
     return PD_OK;
@@ -5701,6 +6003,7 @@ static const pd_layer_type pd__cross_entropy_type = { PD_API_VERSION,
                                                       pd__cross_entropy_forward,
                                                       pd__cross_entropy_backward,
                                                       NULL,
+                                                      NULL,
                                                       NULL };
 
 PD_DEF pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
@@ -5758,7 +6061,7 @@ static pd_status pd__element_setup(pd_layer *layer, unsigned has, pd__element_co
 #define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                            \
     {                                                                                                                  \
         PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, setup,   \
-            NULL, pd__element_forward, backward, NULL, NULL                                                            \
+            NULL, pd__element_forward, backward, NULL, NULL, NULL                                                      \
     }
 
 /* log(1 + e^x) - t x without overflow: binary cross-entropy of sigmoid(x). */
@@ -5972,6 +6275,7 @@ static const pd_layer_type pd__hinge_type = { PD_API_VERSION,
                                               pd__hinge_forward,
                                               pd__hinge_backward,
                                               NULL,
+                                              NULL,
                                               NULL };
 
 PD_DEF pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
@@ -6024,6 +6328,7 @@ static const pd_layer_type pd__rank_cost_type = { PD_API_VERSION,
                                                   NULL,
                                                   pd__rank_cost_forward,
                                                   pd__rank_cost_backward,
+                                                  NULL,
                                                   NULL,
                                                   NULL };
 
@@ -6151,6 +6456,7 @@ static const pd_layer_type pd__lambda_rank_type = { PD_API_VERSION,
                                                     NULL,
                                                     pd__lambda_rank_forward,
                                                     pd__lambda_rank_backward,
+                                                    NULL,
                                                     NULL,
                                                     NULL };
 
@@ -9865,6 +10171,7 @@ static pd_status pd__check_trainer(pd_net *net, pd_layer *cost, const pd_optimiz
     if (!cost || cost->net != net)
         return pd__fail_build(net, PD_E_ARGUMENT, "pd_trainer_new: the cost is %s", cost ? "another net's" : "NULL");
     if (net->origin) return pd__fail_build(net, PD_E_STATE, "pd_trainer_new: a shared net can't be trained");
+    if (net->frozen) return pd__fail_build(net, PD_E_STATE, "pd_trainer_new: the net was frozen by pd_freeze");
     if (cost->is_ids || cost->out.width != 1)
         return pd__fail_build(net, PD_E_SHAPE, "%.100s: a cost has one number per row, this is %s", cost->name,
                               pd_shape_text(cost, cost->shape));
@@ -10477,7 +10784,14 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
 static double pd__layer_bytes(const pd_layer *l) {
     double numbers = (double)(l->own->data_capacity + l->own->grad_capacity + l->own->x_capacity);
     for (int i = 0; i < PD__COUNT(l->own->memory); i++) numbers += (double)l->own->memory_capacity[i];
-    return numbers * sizeof(pd_real);
+    return (numbers + (double)l->own->folded_capacity) * sizeof(pd_real);
+}
+
+PD_DEF size_t pd_memory(const pd_net *net) {
+    double bytes = 0;
+    for (int64_t i = 0; net && i < net->layer_count; i++) bytes += pd__layer_bytes(net->layers[i]);
+    for (int64_t i = 0; net && i < net->spare_count; i++) bytes += (double)net->spares[i].capacity * sizeof(pd_real);
+    return (size_t)bytes;
 }
 
 PD_DEF size_t pd_profile(const pd_trainer *trainer, char *text, size_t size) {
@@ -11382,6 +11696,7 @@ PD_DEF pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts
     pd_status status;
     if (!pd__check_net(net)) return pd_error_status(net);
     if (!path) return pd__fail(net, PD_E_ARGUMENT, "pd_load: no path");
+    if (pd__want_thawed(net, "pd_load") != PD_OK) return PD_E_STATE;
     if (net->origin)
         return pd__fail(net, PD_E_STATE, "pd_load: a shared net reads another's parameters; load into that one");
     status = pd__settle(net, NULL); /* so that nothing left for later comes on top of the new values */
@@ -12386,9 +12701,16 @@ typedef struct PD__K(pd__block) {
     const pd_real *a, *b;
     pd_real alpha, beta, *c;
     int64_t ldc;
+    const pd_epilogue *after; /* NULL: more is to come, or nothing is to be done */
+    int64_t channel;          /* of the first row, if `by_row`, else of the first column */
+    bool by_row;
     /* Or, where row_at is not NULL, added to c[row_at[i] + column_at[j]]. */
     const int64_t *row_at, *column_at;
 } PD__K(pd__block);
+
+/* With >>activations: applies the epilogue to rows x columns of finished sums. */
+static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
+                              pd_real *c, int64_t ldc);
 
 static void PD__K(pd__scatter)(const PD__K(pd__block) * k, const pd_real *tile, int64_t ld, int64_t i, int64_t rows,
                                int64_t j, int64_t width) {
@@ -12413,17 +12735,16 @@ static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
             int64_t rows = pd__min(k->h, k->m - i);
             const pd_real *a = k->a + i * k->k, *b = k->b + j * k->k;
             pd_real *c = k->c + i * k->ldc + j;
-            if (!k->row_at && width == wide) {
-                PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, k->beta, c, k->ldc);
-                continue;
-            }
-            PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, 0, tile, wide);
+            bool direct = !k->row_at && width == wide;
+            if (direct) PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, k->beta, c, k->ldc);
+            else PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, 0, tile, wide);
             if (k->row_at) PD__K(pd__scatter)(k, tile, wide, i, rows, j, width);
-            else
-                for (int64_t r = 0; r < rows; r++)
-                    for (int64_t s = 0; s < width; s++)
-                        c[r * k->ldc + s] = tile[r * wide + s] + (k->beta != 0 ? k->beta * c[r * k->ldc + s] : 0);
+            for (int64_t r = 0; !direct && !k->row_at && r < rows; r++)
+                for (int64_t s = 0; s < width; s++)
+                    c[r * k->ldc + s] = tile[r * wide + s] + (k->beta != 0 ? k->beta * c[r * k->ldc + s] : 0);
         }
+        if (k->after)
+            PD__K(pd__finish)(k->after, k->by_row, k->channel + (k->by_row ? 0 : j), k->m, width, k->c + j, k->ldc);
     }
 }
 
@@ -12439,7 +12760,10 @@ typedef struct PD__K(pd__gemm_job) {
     pd_real alpha, beta;
     const pd_real *a, *b;
     pd_real *c, *space;
+    const pd_epilogue *after;
     int64_t across, down, rows, columns, each; /* shares of so many rows and columns; working space of each */
+    pd_real *right;                            /* all of B, packed, if it is kept; `ready`: it is there already */
+    bool ready;
 } PD__K(pd__gemm_job);
 
 /* Depth of the packed blocks: k in equal parts of at most KC. */
@@ -12461,8 +12785,10 @@ static void PD__K(pd__gemm_share)(const PD__K(pd__gemm_job) * g, int64_t share) 
             memset(&b, 0, sizeof b);
             b.n = pd__min(PD__NC, j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
             b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
+            b.after = p + depth >= g->k ? g->after : NULL, b.channel = j;
             b.a = packed_a, b.b = packed_b;
-            PD__K(pd__pack_b)(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
+            if (g->right) b.b = packed_b = g->right + j * g->k + p * pd__ceil_div(b.n, PD__NR) * PD__NR;
+            if (!g->ready) PD__K(pd__pack_b)(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
             for (int64_t i = i0; i < i1; i += mc) {
                 b.m = pd__min(mc, i1 - i);
                 PD__K(pd__pack_a)(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
@@ -12472,14 +12798,53 @@ static void PD__K(pd__gemm_share)(const PD__K(pd__gemm_job) * g, int64_t share) 
         }
 }
 
+/* A share of one row times a matrix, which is read once, as it lies: some rows at a time, in the order of k. */
+static void PD__K(pd__gemm_row)(const PD__K(pd__gemm_job) * g, int64_t share) {
+    enum { STRIP = 64 * PD__LANES, TOGETHER = 4 };
+    const int64_t step = g->ta ? g->lda : 1, end = pd__min(g->n, (share + 1) * g->columns);
+    for (int64_t j = share * g->columns; j < end; j += STRIP) {
+        const int64_t width = pd__min(STRIP, end - j);
+        pd_real sums[STRIP];
+        memset(sums, 0, sizeof sums);
+        for (int64_t p = 0; p < g->k; p += TOGETHER) {
+            const int64_t rows = pd__min(TOGETHER, g->k - p);
+            const pd_real *b = g->b + p * g->ldb + j, *a = g->a + p * step;
+            int64_t i = 0;
+            if (rows == TOGETHER) {
+                const PD__V a0 = PD__K(pd__all)(a[0]), a1 = PD__K(pd__all)(a[step]);
+                const PD__V a2 = PD__K(pd__all)(a[2 * step]), a3 = PD__K(pd__all)(a[3 * step]);
+                for (; i + PD__LANES <= width; i += PD__LANES) {
+                    PD__V v = PD__FMA(a0, PD__LOAD(b + i), PD__LOAD(sums + i));
+                    v = PD__FMA(a1, PD__LOAD(b + g->ldb + i), v);
+                    v = PD__FMA(a2, PD__LOAD(b + 2 * g->ldb + i), v);
+                    PD__STORE(sums + i, PD__FMA(a3, PD__LOAD(b + 3 * g->ldb + i), v));
+                }
+            }
+            for (; i < width; i += PD__LANES)
+                for (int64_t r = 0; r < rows; r++)
+                    PD__STORE(sums + i, PD__FMA(PD__K(pd__all)(a[r * step]),
+                                                PD__K(pd__load)(b + r * g->ldb + i, width - i), PD__LOAD(sums + i)));
+        }
+        for (int64_t i = 0; i < width; i += PD__LANES) {
+            PD__V v = PD__K(pd__all)(g->alpha) * PD__LOAD(sums + i);
+            if (g->beta != 0) v = PD__FMA(PD__K(pd__all)(g->beta), PD__K(pd__load)(g->c + j + i, width - i), v);
+            PD__K(pd__store)(g->c + j + i, v, width - i);
+        }
+        if (g->after) PD__K(pd__finish)(g->after, false, j, 1, width, g->c + j, g->ldc);
+    }
+}
+
 static void PD__K(pd__gemm)(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
                             const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
-                            int64_t ldc) {
+                            int64_t ldc, const pd_epilogue *after) {
     PD__K(pd__gemm_job) g;
-    int64_t shares = pd__team(d, m * n * k / 8), depth = PD__K(pd__depth)(k);
+    int64_t shares = pd__team(d, m * n * k / 8), depth = PD__K(pd__depth)(k),
+            form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
+    pd__kept *kept = NULL;
     if (m <= 0 || n <= 0) return;
+    memset(&g, 0, sizeof g);
     g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
-    g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c;
+    g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c, g.after = after;
     /* Each share packs its rows of A and its columns of B: choose the grid for which that is least. */
     g.across = 1, g.down = shares;
     for (int64_t across = 2; across <= shares; across++)
@@ -12487,12 +12852,21 @@ static void PD__K(pd__gemm)(pd_device *d, bool ta, bool tb, int64_t m, int64_t n
             g.across = across, g.down = shares / across;
     g.rows = pd__ceil_div(pd__ceil_div(m, g.down), PD__MR) * PD__MR;
     g.columns = pd__ceil_div(pd__ceil_div(n, g.across), PD__NR) * PD__NR;
+    if (m == 1 && !tb) { /* then shares go across */
+        PD__PARALLEL(d, n * k / 8)
+        for (int64_t share = 0; share < g.across; share++) PD__K(pd__gemm_row)(&g, share);
+        return;
+    }
+    form[4] = ldb, form[5] = g.columns;
+    if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + PD__NR), &g.ready);
+    if (kept) g.right = kept->numbers;
     g.each = (pd__min(PD__MC, g.rows) + pd__min(PD__NC, g.columns)) * depth + 32;
     g.each = pd__ceil_div(g.each, 16) * 16; /* whole cache lines */
     g.space = (pd_real *)pd__scratch(d, shares * g.each, sizeof(pd_real));
     if (!g.space) return;
     PD__PARALLEL(d, m * n * k / 8)
     for (int64_t share = 0; share < shares; share++) PD__K(pd__gemm_share)(&g, share);
+    if (kept) memcpy(kept->form, form, sizeof form);
 }
 
 /* ---- convolution as products of filters and patches, which are picked straight from the image ----
@@ -12509,6 +12883,8 @@ typedef struct PD__K(pd__conv_job) {
     const int64_t *k_at, *j_at;
     const pd_real *x, *w, *dy;
     pd_real *out;             /* y, dx or dw */
+    pd_real beta;             /* of y .. */
+    const pd_epilogue *after; /* .. and what is made of it */
     int64_t parts, per_part;  /* of a group's filters, channels or columns */
     int64_t block_n, block_k; /* columns and depth of the blocks that are packed at a time .. */
     int64_t together;         /* .. and images */
@@ -12546,17 +12922,16 @@ static bool PD__K(pd__conv_space)(pd_device *d, PD__K(pd__conv_job) * j, int64_t
     j->each = pd__ceil_div(channels * j->padded_area, line) * line + pd__ceil_div(block, line) * line;
     at = (int64_t *)pd__scratch(d, head + packed + threads * j->each, sizeof(pd_real));
     if (!at) return false;
-    for (int64_t k = 0; k < j->depth; k++) {
-        int64_t column = k % s->filter_w, row = k / s->filter_w % s->filter_h;
-        at[k] =
-            k / (s->filter_h * s->filter_w) * j->padded_area + row * s->dilation_h * j->wide + column * s->dilation_w;
-    }
-    for (int64_t i = 0; i < places; i++)
-        at[j->depth + i] =
-            i / j->area * image + i % j->area / s->out_w * s->stride_h * j->wide + i % s->out_w * s->stride_w;
     j->k_at = at;
     j->j_at = at + j->depth;
     j->packed = (pd_real *)at + head;
+    for (int64_t channel = 0; channel < j->channels; channel++)
+        for (int64_t h = 0; h < s->filter_h; h++)
+            for (int64_t w = 0; w < s->filter_w; w++)
+                *at++ = channel * j->padded_area + h * s->dilation_h * j->wide + w * s->dilation_w;
+    for (int64_t i = 0; i < j->together; i++)
+        for (int64_t h = 0; h < s->out_h; h++)
+            for (int64_t w = 0; w < s->out_w; w++) *at++ = i * image + h * s->stride_h * j->wide + w * s->stride_w;
     j->space = j->packed + packed;
     return true;
 }
@@ -12597,7 +12972,7 @@ static void PD__K(pd__pack_filters_back)(const PD__K(pd__conv_job) * j, int64_t 
     PD__K(pd__pack_filters)(j, true, unit);
 }
 
-/* One part of one group of one image: y += filters * patches. */
+/* One part of one group of one image: y = filters * patches + beta y. */
 static void PD__K(pd__conv_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
     int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
     int64_t first = part * j->per_part, step = PD__K(pd__depth)(j->depth);
@@ -12608,8 +12983,10 @@ static void PD__K(pd__conv_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
     b.m = pd__min(j->per_part, j->filters - first);
     if (b.m <= 0) return;
     b.h = PD__K(pd__height)(b.m);
-    b.alpha = b.beta = 1;
+    b.alpha = 1;
     b.ldc = j->area;
+    b.by_row = true;
+    b.channel = group * j->filters + first;
     if (PD__K(pd__is_padded)(j)) {
         PD__K(pd__pad)(j, false, j->channels, (pd_real *)(uintptr_t)x, padded); /* only read */
         x = padded;
@@ -12620,6 +12997,8 @@ static void PD__K(pd__conv_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
         for (int64_t p = 0; p < j->depth; p += step) {
             b.n = pd__min(j->block_n, j->area - at);
             b.k = pd__min(step, j->depth - p);
+            b.beta = p ? 1 : j->beta;
+            b.after = p + step >= j->depth ? j->after : NULL;
             b.a = j->packed + (group * j->filters + first) * j->depth + p * b.m;
             b.c = j->out + (image * j->filters + first) * j->area + at;
             for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pick_b_panel)
@@ -12732,6 +13111,8 @@ typedef struct PD__K(pd__winograd) {
     bool back;               /* the filters are those of the data gradient */
     const pd_real *x, *w, *dy;
     pd_real *out;                /* y, dx or dw */
+    pd_real beta;                /* of y or dx .. */
+    const pd_epilogue *after;    /* .. and what is made of y */
     pd_real *packed;             /* [group][36] of filters in panels, or [36][filters][channels] of sums */
     pd_real *images, *gradients; /* [36][channels or filters][places] */
     pd_real *space;
@@ -12900,8 +13281,8 @@ static void PD__K(pd__winograd_panel)(const PD__K(pd__winograd) * j, int64_t uni
     }
 }
 
-/* Adds A^T m A of a block's tiles of one filter to the images; m: [36], `plane` apart. */
-static void PD__K(pd__winograd_add)(const PD__K(pd__winograd) * j, int64_t group, int64_t block, int64_t filter,
+/* A^T m A of a block's tiles of one filter goes to the images; m: [36], `plane` apart. */
+static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group, int64_t block, int64_t filter,
                                     const pd_real *m, int64_t plane) {
     const int64_t first = block * j->lines, last = pd__min(first + j->lines, j->rows * j->high);
     for (int64_t row = first; row < last; row++, m += j->wide) {
@@ -12923,8 +13304,14 @@ static void PD__K(pd__winograd_add)(const PD__K(pd__winograd) * j, int64_t group
                 PD__UNROLL
                 for (int c = 0; c < 4; c++) PD__STORE(phases + c * PD__LANES, done[c]);
                 PD__K(pd__winograd_turn)(4, PD__LANES, phases, PD__LANES, line, 4);
-                for (int64_t c = 0; c < pd__min(left, 4 * PD__LANES); c += PD__LANES)
-                    PD__K(pd__store)(to + c, PD__K(pd__load)(to + c, left - c) + PD__LOAD(line + c), left - c);
+                for (int64_t c = 0; c < pd__min(left, 4 * PD__LANES); c += PD__LANES) {
+                    PD__V v = PD__LOAD(line + c);
+                    if (j->beta != 0) v = PD__FMA(PD__K(pd__all)(j->beta), PD__K(pd__load)(to + c, left - c), v);
+                    PD__K(pd__store)(to + c, v, left - c);
+                }
+                if (j->after)
+                    PD__K(pd__finish)
+                    (j->after, true, group * j->filters + filter, 1, pd__min(left, 4 * PD__LANES), to, 0);
             }
         }
     }
@@ -12953,7 +13340,7 @@ static void PD__K(pd__winograd_unit)(const PD__K(pd__winograd) * j, int64_t unit
      1, j->packed + ((group * j->panels + p) * 36 + i) * panel, images + i * plane + t, j->places, 0,
      sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
     for (int64_t k = 0; k < count; k++)
-        PD__K(pd__winograd_add)(j, group, block, filter + k, sums + k * j->places, sum_plane);
+        PD__K(pd__winograd_put)(j, group, block, filter + k, sums + k * j->places, sum_plane);
 }
 
 /* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
@@ -12974,6 +13361,9 @@ static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_sha
 
 static void PD__K(pd__winograd_run)(pd_device *d, PD__K(pd__winograd) * j) {
     int64_t threads = pd__cpu_threads(d), units = j->blocks * j->groups, filters;
+    int64_t form[6] = { PD__FORM_WINOGRAD, j->groups, j->filters, j->channels, j->back, 0 };
+    pd__kept *kept;
+    bool ready;
     int64_t work = j->rows * j->groups * j->out_h * j->out_w * j->filters * j->channels;
     j->height = PD__K(pd__height)(j->filters);
     j->panels = pd__ceil_div(j->filters, j->height);
@@ -12983,11 +13373,14 @@ static void PD__K(pd__winograd_run)(pd_device *d, PD__K(pd__winograd) * j) {
         36 * PD__WINOGRAD_PLANE(j->channels, j->places) + 36 * PD__WINOGRAD_PLANE(j->per_part * j->height, j->places);
     filters = j->groups * j->panels * 36 * PD__WINOGRAD_PLANE(j->channels, j->height);
     filters = pd__ceil_div(filters, 16) * 16;
-    j->packed = (pd_real *)pd__scratch(d, filters + threads * j->each, sizeof(pd_real));
+    kept = pd__kept_form(d, j->w, form, filters, &ready);
+    j->packed = (pd_real *)pd__scratch(d, (kept ? 0 : filters) + threads * j->each, sizeof(pd_real));
     if (!j->packed) return;
-    j->space = j->packed + filters;
+    j->space = j->packed + (kept ? 0 : filters);
+    if (kept) j->packed = kept->numbers;
     PD__PARALLEL(d, j->groups * j->filters * j->channels * 36)
-    for (int64_t unit = 0; unit < j->groups * j->panels; unit++) PD__K(pd__winograd_panel)(j, unit);
+    for (int64_t unit = 0; unit < (ready ? 0 : j->groups * j->panels); unit++) PD__K(pd__winograd_panel)(j, unit);
+    if (kept) memcpy(kept->form, form, sizeof form);
     PD__PARALLEL(d, work)
     for (int64_t unit = 0; unit < units * j->parts; unit++) PD__K(pd__winograd_unit)(j, unit);
 }
@@ -13074,26 +13467,33 @@ static void PD__K(pd__winograd_backward_filter)(pd_device *d, PD__K(pd__winograd
     }
 }
 
-static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
+static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
+                            pd_real *y, const pd_epilogue *after) {
     PD__K(pd__conv_job) j;
-    int64_t images = s->rows * s->groups;
+    int64_t images = s->rows * s->groups, form[6] = { 0 };
+    pd__kept *kept;
+    bool ready;
     if (images == 0) return;
     if (pd__winograd_fits(s)) {
         PD__K(pd__winograd) fast;
         PD__K(pd__winograd_sizes)(&fast, s, false, 64);
-        fast.x = x, fast.w = w, fast.out = y;
+        fast.x = x, fast.w = w, fast.out = y, fast.beta = beta, fast.after = after;
         PD__K(pd__winograd_run)(d, &fast);
         return;
     }
     PD__K(pd__conv_sizes)(&j, s);
-    j.x = x, j.w = w, j.out = y;
+    j.x = x, j.w = w, j.out = y, j.beta = beta, j.after = after;
     PD__K(pd__conv_parts)(d, &j, images, j.filters, PD__MR);
     j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, PD__NR) * PD__NR);
-    if (!PD__K(pd__conv_space)(d, &j, s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
+    form[0] = PD__FORM_CONV, form[1] = s->groups, form[2] = j.filters, form[3] = j.depth, form[4] = j.per_part;
+    kept = pd__kept_form(d, w, form, s->out_c * j.depth, &ready);
+    if (!PD__K(pd__conv_space)(d, &j, kept ? 0 : s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
                                PD__K(pd__depth)(j.depth) * j.block_n))
         return;
+    if (kept) j.packed = kept->numbers;
     PD__PARALLEL(d, s->out_c * j.depth)
-    for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__pack_filters_forward)(&j, unit);
+    for (int64_t unit = 0; unit < (ready ? 0 : s->groups * j.parts); unit++) PD__K(pd__pack_filters_forward)(&j, unit);
+    if (kept) memcpy(kept->form, form, sizeof form);
     PD__PARALLEL(d, images * j.depth * j.area)
     for (int64_t unit = 0; unit < images * j.parts; unit++) PD__K(pd__conv_unit)(&j, unit);
 }
@@ -13106,7 +13506,7 @@ static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, 
     if (pd__winograd_fits(s)) {
         PD__K(pd__winograd) fast;
         PD__K(pd__winograd_sizes)(&fast, s, true, 64);
-        fast.x = dy, fast.w = w, fast.out = dx;
+        fast.x = dy, fast.w = w, fast.out = dx, fast.beta = 1;
         PD__K(pd__winograd_run)(d, &fast);
         return;
     }
@@ -13158,6 +13558,8 @@ typedef pd_real PD__K(pd__narrow);
 #define PD__SELECT_WIDE(mask, a, b) ((mask) ? (a) : (b))
 #define PD__CONVERT(v, type) ((type)(v))
 #define PD__LANE(v, i) (v)
+#define PD__EVEN(a, b) (a)
+#define PD__ODD(a, b) (b)
 #else
 #if PD__BYTES == 16
 #define PD__WIDE_LANES 2
@@ -13177,6 +13579,32 @@ typedef pd_real PD__K(pd__narrow)
 #define PD__SELECT_WIDE(mask, a, b) ((PD__W)(((PD__WI)(mask) & (PD__WI)(a)) | (~(PD__WI)(mask) & (PD__WI)(b))))
 #define PD__CONVERT(v, type) __builtin_convertvector(v, type)
 #define PD__LANE(v, i) ((v)[i])
+/* Every second number of two vectors. */
+#if PD__LANES == 2
+#define PD__EVERY_SECOND(i) i, i + 2
+#elif PD__LANES == 4
+#define PD__EVERY_SECOND(i) i, i + 2, i + 4, i + 6
+#elif PD__LANES == 8
+#define PD__EVERY_SECOND(i) i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14
+#else
+#define PD__EVERY_SECOND(i)                                                                                            \
+    i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 16, i + 18, i + 20, i + 22, i + 24, i + 26, i + 28,     \
+        i + 30
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define PD__EVEN(a, b) __builtin_shufflevector(a, b, PD__EVERY_SECOND(0))
+#define PD__ODD(a, b) __builtin_shufflevector(a, b, PD__EVERY_SECOND(1))
+#else
+#define PD__EVEN(a, b) __builtin_shuffle(a, b, __extension__(PD__I){ PD__EVERY_SECOND(0) })
+#define PD__ODD(a, b) __builtin_shuffle(a, b, __extension__(PD__I){ PD__EVERY_SECOND(1) })
+#endif
+/* A mask of the first `count` lanes. */
+static PD__INLINE PD__I PD__K(pd__first_lanes)(int count) {
+    static const PD__INT lanes[] = { PD__TIMES(PD__LANES, -1), PD__TIMES(PD__LANES, 0) };
+    PD__I mask;
+    memcpy(&mask, lanes + PD__LANES - count, sizeof mask);
+    return mask;
+}
 #endif
 #define PD__W PD__K(pd__doubles)
 
@@ -13611,6 +14039,32 @@ static void PD__K(pd__activate_piece)(pd_act act, pd_real alpha_, int64_t n, con
 #undef PD__EACH_NUMBER
 }
 
+static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
+                              pd_real *c, int64_t ldc) {
+    const pd_real *scales = after->scale ? after->scale + channel : NULL;
+    const pd_real *biases = after->bias ? after->bias + channel : NULL;
+    const PD__V zero = PD__K(pd__all)(0);
+    const pd_real floor = after->act == PD_RELU ? 0 : -(pd_real)INFINITY;
+    for (int64_t r = 0; r < rows; r++, c += ldc) {
+        PD__V scale = PD__K(pd__all)(scales && by_row ? scales[r] : 1), bias = zero, least = PD__K(pd__all)(floor);
+        int64_t i = 0;
+        if (biases && by_row) bias = PD__K(pd__all)(biases[r]);
+        for (; by_row && i + PD__LANES <= columns; i += PD__LANES) {
+            PD__V v = PD__FMA(scale, PD__LOAD(c + i), bias);
+            PD__STORE(c + i, PD__SELECT(v < least, least, v));
+        }
+        for (; i < columns; i += PD__LANES) {
+            PD__V v = PD__K(pd__load)(c + i, columns - i);
+            if (scales && !by_row) scale = PD__K(pd__load)(scales + i, columns - i);
+            if (biases && !by_row) bias = PD__K(pd__load)(biases + i, columns - i);
+            v = PD__FMA(scale, v, bias);
+            PD__K(pd__store)(c + i, PD__SELECT(v < least, least, v), columns - i);
+        }
+        if (after->act != PD_LINEAR && after->act != PD_RELU)
+            PD__K(pd__activate_piece)(after->act, pd__act_alpha(after->act, after->alpha), columns, c, c);
+    }
+}
+
 /* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. */
 static void PD__K(pd__activate_backward_piece)(pd_act act, pd_real alpha_, int64_t n, const pd_real *x,
                                                const pd_real *y, pd_real *grad) {
@@ -13920,47 +14374,113 @@ static void PD__K(pd__gru)(pd_device *d, int64_t rows, int64_t width, pd_real *g
     (width, gates + r * 3 * width, recurrent + r * 3 * width, before ? before + r * width : NULL, after + r * width);
 }
 
-/* ---- pooling: rows of a window first, a vector's columns at a time ---- */
+/* ---- pooling: rows of a window first, then columns, a vector's outputs at a time ---- */
 
 typedef struct PD__K(pd__pool_job) {
     const pd_pool_shape *s;
     const pd_real *x, *y, *dy;
-    pd_real *out, *space; /* a line of the image for each thread */
-    int64_t each;
+    pd_real *out, *space; /* for each thread a line of the image, and `lines` of phases */
+    int64_t each, line, lines;
+    int64_t begin, stop; /* of a window's columns, those that are inside the image for some output */
+    /* Column w is number w / stride of phase w % stride. Phases are `wide`, and begin `lead` numbers before column 0; there
+       are none beyond `phases`, where nothing of the image is. */
+    int64_t stride, phases, lead, wide;
 } PD__K(pd__pool_job);
 
 static bool PD__K(pd__pool_space)(pd_device *d, PD__K(pd__pool_job) * j) {
-    j->each = pd__ceil_div(j->s->in_w, 16) * 16 + 16;
+    const pd_pool_shape *s = j->s;
+    j->stride = s->out_w > 1 ? s->stride_w : 1;
+    j->phases = pd__min(j->stride, s->in_w + 1);
+    j->begin = pd__max(0, s->pad_w - (s->out_w - 1) * j->stride);
+    j->stop = pd__min(s->size_w, s->in_w + s->pad_w);
+    j->lead = pd__ceil_div(s->pad_w - j->begin, j->stride);
+    j->wide = j->lead + PD__LANES + 1 +
+              pd__max(pd__ceil_div(s->in_w, j->stride), s->out_w + pd__ceil_div(j->stop - j->begin, j->stride));
+    j->line = pd__ceil_div(s->in_w, 16) * 16 + 16;
+    j->lines = pd__min(s->out_h, 8);
+    j->each = pd__ceil_div(j->line + j->lines * j->phases * j->wide, 16) * 16;
     j->space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * j->each, sizeof(pd_real));
     return j->space != NULL;
 }
 
-/* One map. The maximum of anything and NaN is NaN. */
+/* The larger number, or the sum. The maximum of anything and NaN is NaN. */
+static PD__INLINE PD__V PD__K(pd__pool_join)(bool largest, PD__V a, PD__V b) {
+    return largest ? PD__SELECT((b > a) | (b != b), b, a) : a + b;
+}
+
+/* Columns w .. of what the rows from `from` on have in common, `rows` of them; `around` beyond the image. `end`: of all
+   images, which is as far as may be read. */
+static PD__INLINE PD__V PD__K(pd__pool_rows)(const pd_pool_shape *s, const pd_real *from, const pd_real *end,
+                                             int64_t rows, int64_t w, pd_real around) {
+    const bool largest = s->method == PD_MAX;
+    PD__V sum;
+    if (w >= s->in_w) return PD__K(pd__all)(around);
+    from += w;
+    sum = PD__K(pd__load)(from, end - from);
+    for (int64_t h = 1; h < rows; h++) {
+        from += s->in_w;
+        sum = PD__K(pd__pool_join)(largest, sum, PD__K(pd__load)(from, end - from));
+    }
+#if PD__LANES > 1
+    if (s->in_w - w < PD__LANES)
+        sum = PD__SELECT(PD__K(pd__first_lanes)((int)(s->in_w - w)), sum, PD__K(pd__all)(around));
+#endif
+    return sum;
+}
+
+/* Puts them into phases. What lies around the image are numbers that change nothing. */
+static void PD__K(pd__pool_line)(const PD__K(pd__pool_job) * j, const pd_real *from, int64_t rows, pd_real around,
+                                 pd_real *line, pd_real *phases) {
+    const pd_pool_shape *s = j->s;
+    const pd_real *end = j->x + s->rows * s->channels * s->in_h * s->in_w;
+    pd_real *to = phases + j->lead;
+    if (j->stride == 2) {
+        for (int64_t w = 0; w < s->in_w; w += 2 * PD__LANES, to += PD__LANES) {
+            PD__V a = PD__K(pd__pool_rows)(s, from, end, rows, w, around);
+            PD__V b = PD__K(pd__pool_rows)(s, from, end, rows, w + PD__LANES, around);
+            PD__STORE(to, PD__EVEN(a, b));
+            PD__STORE(to + j->wide, PD__ODD(a, b));
+        }
+        return;
+    }
+    if (j->stride > 1) to = line;
+    for (int64_t w = 0; w < s->in_w; w += PD__LANES)
+        PD__STORE(to + w, PD__K(pd__pool_rows)(s, from, end, rows, w, around));
+    for (int64_t p = 0; j->stride > 1 && p < j->phases; p++) {
+        to = phases + p * j->wide + j->lead;
+        for (int64_t w = p; w < s->in_w; w += j->stride) *to++ = line[w];
+    }
+}
+
 static void PD__K(pd__pool_map)(const PD__K(pd__pool_job) * j, int64_t map) {
     const pd_pool_shape *s = j->s;
-    const pd_real *x = j->x + map * s->in_h * s->in_w;
+    const bool largest = s->method == PD_MAX;
+    const pd_real around = largest ? -(pd_real)INFINITY : 0, *x = j->x + map * s->in_h * s->in_w;
     pd_real *y = j->out + map * s->out_h * s->out_w, *line = j->space + PD__THREAD_INDEX() * j->each;
-    for (int64_t oh = 0; oh < s->out_h; oh++) {
-        pd__window v = pd__pool_window(s, oh, 0);
-        for (int64_t w = 0; w < s->in_w; w += PD__LANES) {
-            const pd_real *from = x + v.h0 * s->in_w + w;
-            PD__V sum = PD__K(pd__load)(from, s->in_w - w);
-            for (int64_t h = v.h0 + 1; h < v.h1; h++) {
-                PD__V more = PD__K(pd__load)(from += s->in_w, s->in_w - w);
-                if (s->method == PD_MAX) sum = PD__SELECT((more > sum) | (more != more), more, sum);
-                else sum += more;
-            }
-            PD__K(pd__store)(line + w, sum, PD__LANES);
+    pd_real *all = line + j->line;
+    /* Column t of a window is column ow * stride - pad + t of the image. */
+    const int64_t each = j->phases * j->wide, first = j->begin - s->pad_w + j->lead * j->stride;
+    for (int64_t i = 0; i < j->lines * each; i += PD__LANES) PD__STORE(all + i, PD__K(pd__all)(around));
+    for (int64_t top = 0; top < s->out_h; top += j->lines) {
+        const int64_t bottom = pd__min(s->out_h, top + j->lines);
+        for (int64_t oh = top; oh < bottom; oh++) {
+            pd__window v = pd__pool_window(s, oh, 0);
+            PD__K(pd__pool_line)(j, x + v.h0 * s->in_w, v.h1 - v.h0, around, line, all + (oh - top) * each);
         }
-        for (int64_t ow = 0; ow < s->out_w; ow++) {
-            pd_real sum;
-            v = pd__pool_window(s, oh, ow);
-            sum = line[v.w0];
-            for (int64_t w = v.w0 + 1; w < v.w1; w++) {
-                if (s->method != PD_MAX) sum += line[w];
-                else if (line[w] > sum || line[w] != line[w]) sum = line[w];
+        for (int64_t oh = top; oh < bottom; oh++, y += s->out_w) {
+            for (int64_t ow = 0; ow < s->out_w; ow += PD__LANES) {
+                const pd_real *from = all + (oh - top) * each + ow;
+                PD__V sum = PD__K(pd__all)(around);
+                for (int64_t t = j->begin, phase = first; t < j->stop; t++, phase++) {
+                    if (phase >= j->phases) t += j->stride - phase, phase = 0, from++;
+                    if (t < j->stop) sum = PD__K(pd__pool_join)(largest, sum, PD__LOAD(from + phase * j->wide));
+                }
+                PD__K(pd__store)(y + ow, sum, s->out_w - ow);
             }
-            *y++ = s->method == PD_MAX ? sum : sum * pd__pool_factor(s, &v);
+            for (int64_t ow = 0; !largest && ow < s->out_w; ow++) {
+                pd__window v = pd__pool_window(s, oh, ow);
+                y[ow] *= pd__pool_factor(s, &v);
+            }
         }
     }
 }
@@ -13990,7 +14510,7 @@ static void PD__K(pd__pool_map_back)(const PD__K(pd__pool_job) * j, int64_t map)
     pd_real *dx = j->out + map * s->in_h * s->in_w, *line = j->space + PD__THREAD_INDEX() * j->each;
     for (int64_t oh = 0; oh < s->out_h; oh++) {
         pd__window v = pd__pool_window(s, oh, 0);
-        memset(line, 0, (size_t)j->each * sizeof *line);
+        memset(line, 0, (size_t)j->line * sizeof *line);
         for (int64_t ow = 0; ow < s->out_w; ow++, y++, dy++) {
             v = pd__pool_window(s, oh, ow);
             if (s->method == PD_MAX) {
@@ -14061,6 +14581,9 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
 #undef PD__SELECT_WIDE
 #undef PD__CONVERT
 #undef PD__LANE
+#undef PD__EVEN
+#undef PD__ODD
+#undef PD__EVERY_SECOND
 #undef PD__WIDE_LANES
 #endif
 

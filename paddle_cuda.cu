@@ -539,11 +539,17 @@ static void pd__cuda_multiply(pd__cuda *c, bool ta, bool tb, int64_t m, int64_t 
     if (c->synchronous) PD__CUDA_TRY(c, cudaStreamSynchronize(c->stream));
 }
 
+/* With >>activations: the epilogue of rows x width finished sums, ld apart; `area` columns to a channel. */
+static void pd__cuda_finish(pd__cuda *c, const pd_epilogue *after, int64_t rows, int64_t width, int64_t ld,
+                            int64_t area, pd_real *y);
+
 static void pd__cuda_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
                           const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *to,
-                          int64_t ldc) {
+                          int64_t ldc, const pd_epilogue *after) {
     pd__cuda *c = pd__cuda_of(d);
-    if (c) pd__cuda_multiply(c, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, to, ldc);
+    if (!c) return;
+    pd__cuda_multiply(c, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, to, ldc);
+    pd__cuda_finish(c, after, m, n, ldc, 1, to);
 }
 
 /* ---- sum of squares ---- */
@@ -840,6 +846,26 @@ static void pd__cuda_activate(pd_device *d, pd_act act, pd_real alpha, int64_t r
                      pd__cuda_act_alpha(act, alpha), n, x, y);
 }
 
+static __global__ void pd__cuda_finish_kernel(pd_epilogue after, int64_t rows, int64_t width, int64_t ld, int64_t area,
+                                              pd_real *y) {
+    PD__CUDA_EACH(i, rows * width) {
+        const int64_t row = i / width, column = i - row * width, channel = column / area;
+        const pd_real scale = after.scale ? after.scale[channel] : 1, bias = after.bias ? after.bias[channel] : 0;
+        pd_real *at = y + row * ld + column;
+        *at = pd__cuda_activated(after.act, after.alpha, scale * *at + bias);
+    }
+}
+
+static void pd__cuda_finish(pd__cuda *c, const pd_epilogue *after, int64_t rows, int64_t width, int64_t ld,
+                            int64_t area, pd_real *y) {
+    pd_epilogue e;
+    if (!after || rows == 0 || width == 0) return;
+    if (!after->scale && !after->bias && after->act == PD_LINEAR) return;
+    e = *after;
+    e.alpha = pd__cuda_act_alpha(e.act, e.alpha);
+    PD__CUDA_RUN(c, pd__cuda_finish_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, e, rows, width, ld, area, y);
+}
+
 static void pd__cuda_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
                                        const pd_real *x, const pd_real *y, pd_real *grad) {
     pd__cuda *c = pd__cuda_of(d);
@@ -913,13 +939,13 @@ static __global__ void pd__cuda_from_columns(pd_conv_shape s, int64_t images, co
     }
 }
 
-/* turned[channel][image] = y[image][channel], or, if `back`, y += turned. */
-static __global__ void pd__cuda_turn(int64_t images, int64_t channels, int64_t area, bool back, pd_real *y,
-                                     pd_real *turned) {
+/* turned[channel][image] = y[image][channel], or, if `back`, y = turned + beta y (beta 0: y is not read). */
+static __global__ void pd__cuda_turn(int64_t images, int64_t channels, int64_t area, bool back, pd_real beta,
+                                     pd_real *y, pd_real *turned) {
     PD__CUDA_EACH(i, images * channels * area) {
         const int64_t map = i / area, image = map / channels, channel = map - image * channels;
         const int64_t t = (channel * images + image) * area + i - map * area;
-        if (back) y[i] += turned[t];
+        if (back) y[i] = turned[t] + (beta != 0 ? beta * y[i] : 0);
         else turned[t] = y[i];
     }
 }
@@ -931,13 +957,13 @@ static void pd__cuda_lay_out(pd__cuda *c, const pd_conv_shape *s, const pd__cuda
 }
 
 static void pd__cuda_turn_images(pd__cuda *c, const pd_conv_shape *s, const pd__cuda_conv *v, int64_t images, bool back,
-                                 const pd_real *y) {
+                                 pd_real beta, const pd_real *y) {
     PD__CUDA_RUN(c, pd__cuda_turn, pd__cuda_grid(c, images * v->out_size), PD__CUDA_BLOCK, images, s->out_c, v->area,
-                 back, (pd_real *)(uintptr_t)y, v->turned);
+                 back, beta, (pd_real *)(uintptr_t)y, v->turned);
 }
 
 static void pd__cuda_conv_forward(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w,
-                                  pd_real *y) {
+                                  pd_real beta, pd_real *y, const pd_epilogue *after) {
     pd__cuda *c = pd__cuda_of(d);
     pd__cuda_conv v;
     if (!c || !pd__cuda_conv_begin(c, s, &v)) return;
@@ -947,8 +973,9 @@ static void pd__cuda_conv_forward(pd_device *d, const pd_conv_shape *s, const pd
         for (int64_t g = 0; g < s->groups; g++)
             pd__cuda_multiply(c, false, false, v.filters, wide, v.depth, 1, w + g * v.filters * v.depth, v.depth,
                               v.columns + g * v.depth * wide, wide, 0, v.turned + g * v.filters * wide, wide);
-        pd__cuda_turn_images(c, s, &v, images, true, y + first * v.out_size);
+        pd__cuda_turn_images(c, s, &v, images, true, beta, y + first * v.out_size);
     }
+    pd__cuda_finish(c, after, s->rows, v.out_size, v.out_size, v.area, y);
 }
 
 static void pd__cuda_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
@@ -958,7 +985,7 @@ static void pd__cuda_conv_backward_data(pd_device *d, const pd_conv_shape *s, co
     if (!c || !pd__cuda_conv_begin(c, s, &v)) return;
     for (int64_t first = 0; first < s->rows; first += v.most) {
         const int64_t images = pd__cuda_min(v.most, s->rows - first), wide = images * v.area;
-        pd__cuda_turn_images(c, s, &v, images, false, dy + first * v.out_size);
+        pd__cuda_turn_images(c, s, &v, images, false, 0, dy + first * v.out_size);
         for (int64_t g = 0; g < s->groups; g++)
             pd__cuda_multiply(c, true, false, v.depth, wide, v.filters, 1, w + g * v.filters * v.depth, v.depth,
                               v.turned + g * v.filters * wide, wide, 0, v.columns + g * v.depth * wide, wide);
@@ -975,7 +1002,7 @@ static void pd__cuda_conv_backward_filter(pd_device *d, const pd_conv_shape *s, 
     for (int64_t first = 0; first < s->rows; first += v.most) {
         const int64_t images = pd__cuda_min(v.most, s->rows - first), wide = images * v.area;
         pd__cuda_lay_out(c, s, &v, images, x + first * v.in_size);
-        pd__cuda_turn_images(c, s, &v, images, false, dy + first * v.out_size);
+        pd__cuda_turn_images(c, s, &v, images, false, 0, dy + first * v.out_size);
         for (int64_t g = 0; g < s->groups; g++)
             pd__cuda_multiply(c, false, true, v.filters, v.depth, wide, 1, v.turned + g * v.filters * wide, wide,
                               v.columns + g * v.depth * wide, wide, 1, dw + g * v.filters * v.depth, v.depth);

@@ -154,7 +154,7 @@ static void run(const bench *s, const product *p, int side) {
     bool ta = p->form[0] == 't', tb = p->form[1] == 't';
     int lda = ta ? p->m : p->k, ldb = tb ? p->k : p->n;
     if (side == OURS) {
-        s->device->gemm(s->device, ta, tb, p->m, p->n, p->k, 1, s->a, lda, s->b, ldb, 0, s->c[OURS], p->n);
+        s->device->gemm(s->device, ta, tb, p->m, p->n, p->k, 1, s->a, lda, s->b, ldb, 0, s->c[OURS], p->n, NULL);
         return;
     }
 #ifdef PEER_OPENBLAS

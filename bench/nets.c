@@ -120,7 +120,7 @@ int main(int argc, char **argv) {
         pd_batch_add_id(batch, 1, i % 10);
         pd_batch_end_sample(batch);
     }
-    if (!batch || pd_error_status(net) != PD_OK) return fail(net);
+    if (!batch || pd_error_status(net) != PD_OK || (!training && pd_freeze(net) != PD_OK)) return fail(net);
 
     char text[512];
     int64_t parameters = 0;

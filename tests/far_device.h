@@ -41,11 +41,20 @@ static void far_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const
                        const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     far_cpu(d)->muladd(far_cpu(d), size, alpha, near(a), as, near(b), bs, near(y), ys);
 }
+/* `to` is where the twin of an epilogue may be. */
+static const pd_epilogue *near_epilogue(const pd_epilogue *after, pd_epilogue *to) {
+    if (!after) return NULL;
+    *to = *after;
+    to->scale = near(after->scale);
+    to->bias = near(after->bias);
+    return to;
+}
 static void far_gemm(pd_device *d, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, pd_real alpha,
                      const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
-                     int64_t ldc) {
+                     int64_t ldc, const pd_epilogue *after) {
+    pd_epilogue to;
     far_cpu(d)->gemm(far_cpu(d), transpose_a, transpose_b, m, n, k, alpha, near(a), lda, near(b), ldb, beta, near(c),
-                     ldc);
+                     ldc, near_epilogue(after, &to));
 }
 static double far_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
     return far_cpu(d)->sum_squares(far_cpu(d), n, near(x));
@@ -69,8 +78,10 @@ static void far_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64
                                   const pd_real *x, const pd_real *y, pd_real *grad) {
     far_cpu(d)->activate_backward(far_cpu(d), act, alpha, rows, width, near(x), near(y), near(grad));
 }
-static void far_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real *y) {
-    far_cpu(d)->conv(far_cpu(d), s, near(x), near(w), near(y));
+static void far_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
+                     pd_real *y, const pd_epilogue *after) {
+    pd_epilogue to;
+    far_cpu(d)->conv(far_cpu(d), s, near(x), near(w), beta, near(y), near_epilogue(after, &to));
 }
 static void far_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
                                    pd_real *dx) {
@@ -149,6 +160,7 @@ static void far_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real 
     far_cpu(d)->gru_backward(far_cpu(d), rows, width, near(gates), near(recurrent), near(before), near(dafter),
                              near(dbefore));
 }
+static void far_keep(pd_device *d, const pd_real *w, bool kept) { far_cpu(d)->keep(far_cpu(d), near(w), kept); }
 
 /* A far twin of `cpu`, which must outlive it. */
 static far_device make_far(pd_device *cpu, unsigned ops) {
@@ -187,7 +199,8 @@ static far_device make_far(pd_device *cpu, unsigned ops) {
                               far_response_norm_backward,
                               far_sparse_product,
                               far_gru,
-                              far_gru_backward };
+                              far_gru_backward,
+                              far_keep };
     far_device far;
     far.device = table;
     far.cpu = cpu;

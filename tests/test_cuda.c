@@ -214,17 +214,33 @@ static void test_muladd_in_place(void **state) {
     compare(y, "muladd in place");
 }
 
-static void one_gemm(int64_t m, int64_t n, int64_t k) {
+/* The `round`th of the ways to end a product. */
+static pd_epilogue any_epilogue(const pd_real *scale, const pd_real *bias, int round) {
+    const pd_act acts[] = { PD_LINEAR, PD_RELU, PD_TANH, PD_BRELU };
+    pd_epilogue after = { round & 1 ? scale : NULL, round & 2 ? bias : NULL, acts[round / 4 % 4], 0 };
+    return after;
+}
+
+static void one_gemm(int64_t m, int64_t n, int64_t k, int round) {
     bool ta = below(2) != 0, tb = below(2) != 0;
     int64_t lda = (ta ? m : k) + below(3), ldb = (tb ? k : n) + below(3), ldc = n + below(3);
     numbers a = any((ta ? k : m) * lda), b = any((tb ? n : k) * ldb), c = any(m * ldc);
     const pd_real betas[] = { 0, 1, (pd_real)-0.5 };
     pd_real alpha = (pd_real)uniform(-2, 2), beta = betas[below(3)];
     if (beta == 0 && ldc == n) BOTH device[i]->fill(device[i], m * n, (pd_real)NAN, c.at[i]); /* must not be read */
-    BOTH device[i]->gemm(device[i], ta, tb, m, n, k, alpha, a.at[i], lda, b.at[i], ldb, beta, c.at[i], ldc);
+    numbers scale = any(n), bias = any(n);
+    pd_epilogue after[2];
+    bool finish = below(2) != 0;
+    BOTH {
+        after[i] = any_epilogue(scale.at[i], bias.at[i], round);
+        device[i]->gemm(device[i], ta, tb, m, n, k, alpha, a.at[i], lda, b.at[i], ldb, beta, c.at[i], ldc,
+                        finish ? &after[i] : NULL);
+    }
     compare(c, "gemm");
     compare(a, "gemm's a");
     compare(b, "gemm's b");
+    compare(scale, "gemm's scale");
+    compare(bias, "gemm's bias");
 }
 
 static void test_gemm(void **state) {
@@ -232,9 +248,10 @@ static void test_gemm(void **state) {
     begin("gemm");
     for (int round = 0; round < 100; round++) {
         int64_t m = some(40), n = some(40);
-        one_gemm(m, n, some(40));
+        one_gemm(m, n, some(40), round);
     }
-    for (int round = 0; round < 8; round++) one_gemm(round & 1 ? 1 : 65, round & 2 ? 1 : 130, round & 4 ? 1 : 257);
+    for (int round = 0; round < 8; round++)
+        one_gemm(round & 1 ? 1 : 65, round & 2 ? 1 : 130, round & 4 ? 1 : 257, 3 * round);
 }
 
 static void test_sum_squares(void **state) {
@@ -425,8 +442,12 @@ static void check_convolutions(int rounds) {
         int64_t weights = s.out_c * s.in_c / s.groups * s.filter_h * s.filter_w;
         numbers x = any(s.rows * s.in_c * s.in_h * s.in_w), dx = any(x.n);
         numbers y = any(s.rows * s.out_c * s.out_h * s.out_w), dy = any(y.n), w = any(weights), dw = any(weights);
+        numbers scale = any(s.out_c), bias = any(s.out_c);
+        pd_real beta = round % 3 == 0 ? 0 : round % 3 == 1 ? 1 : (pd_real)-0.5;
+        if (beta == 0) BOTH device[i]->fill(device[i], y.n, (pd_real)NAN, y.at[i]); /* must not be read */
         BOTH {
-            device[i]->conv(device[i], &s, x.at[i], w.at[i], y.at[i]);
+            pd_epilogue after = any_epilogue(scale.at[i], bias.at[i], round);
+            device[i]->conv(device[i], &s, x.at[i], w.at[i], beta, y.at[i], round % 5 ? &after : NULL);
             device[i]->conv_backward_data(device[i], &s, w.at[i], dy.at[i], dx.at[i]);
             device[i]->conv_backward_filter(device[i], &s, x.at[i], dy.at[i], dw.at[i]);
         }
@@ -436,6 +457,8 @@ static void check_convolutions(int rounds) {
         compare(x, "conv's x");
         compare(w, "conv's w");
         compare(dy, "conv's dy");
+        compare(scale, "conv's scale");
+        compare(bias, "conv's bias");
     }
 }
 
@@ -473,7 +496,7 @@ static void test_tf32(void **state) {
     for (int round = 0; round < 5; round++) {
         int64_t m = 64, n = 72, k = 40;
         numbers a = any(m * k), b = any(k * n), c = any(m * n);
-        BOTH device[i]->gemm(device[i], false, false, m, n, k, 1, a.at[i], k, b.at[i], n, 1, c.at[i], n);
+        BOTH device[i]->gemm(device[i], false, false, m, n, k, 1, a.at[i], k, b.at[i], n, 1, c.at[i], n, NULL);
         compare_within(c, sizeof(pd_real) == 8 ? REAL_TOLERANCE : 1e-2, "gemm with tf32");
         compare(a, "a");
         compare(b, "b");

@@ -50,8 +50,8 @@ static pd_status scale_backward(pd_layer *l) {
     }
     return PD_OK;
 }
-static const pd_layer_type scale_type = { PD_API_VERSION, "scale_by",     1,    1,   0, 0, 0, scale_setup, NULL,
-                                          scale_forward,  scale_backward, NULL, NULL };
+static const pd_layer_type scale_type = { PD_API_VERSION, "scale_by",     1,    1,    0,   0, 0, scale_setup, NULL,
+                                          scale_forward,  scale_backward, NULL, NULL, NULL };
 
 /* ---- a net with something of everything ---- */
 

@@ -209,12 +209,46 @@ typedef struct gemm_args {
     bool ta, tb;
     int64_t m, n, k, lda, ldb, ldc;
     pd_real alpha, beta;
+    const pd_epilogue *after;
+    bool kept;
 } gemm_args;
+
+/* Any epilogue, or none: NULL. */
+static const pd_epilogue *any_epilogue(int64_t channels) {
+    static const pd_act acts[] = { PD_LINEAR, PD_LINEAR, PD_RELU, PD_RELU, PD_LEAKY_RELU, PD_BRELU, PD_SQUARE };
+    pd_epilogue *e;
+    if (chance(0.4)) return NULL;
+    e = (pd_epilogue *)keep(1, sizeof *e);
+    e->scale = chance(0.5) ? numbers(channels, -2, 2) : NULL;
+    e->bias = chance(0.6) ? numbers(channels, -2, 2) : NULL;
+    e->act = acts[below(PD__COUNT(acts))];
+    e->alpha = chance(0.5) ? (pd_real)uniform(0.1, 1) : 0;
+    return e;
+}
+
+/* What an epilogue makes of a sum that may be missed by *slack. */
+static double finished(const pd_epilogue *e, int64_t channel, double sum, double *slack) {
+    double alpha = e && e->alpha != 0 ? (double)e->alpha : e && e->act == PD_BRELU ? 24 : (double)(pd_real)0.01;
+    if (!e) return sum;
+    if (e->scale) sum *= (double)e->scale[channel], *slack *= fabs((double)e->scale[channel]);
+    if (e->bias) sum += (double)e->bias[channel];
+    *slack += 2 * EPSILON * fabs(sum);
+    switch (e->act) {
+    case PD_RELU: return sum > 0 ? sum : 0;
+    case PD_LEAKY_RELU: return sum > 0 ? sum : alpha * sum;
+    case PD_BRELU: return sum > alpha ? alpha : sum > 0 ? sum : 0;
+    case PD_SQUARE: *slack = 2 * fabs(sum) * *slack + *slack * *slack + EPSILON * sum * sum; return sum * sum;
+    default: return sum;
+    }
+}
 
 static void run_gemm(pd_device *d, const job *j) {
     const gemm_args *g = (const gemm_args *)j->args;
-    d->gemm(d, g->ta, g->tb, g->m, g->n, g->k, g->alpha, j->in[0], g->lda, j->in[1], g->ldb, g->beta, j->out[0],
-            g->ldc);
+    if (g->kept) d->keep(d, j->in[1], true);
+    for (int i = 0; i < (g->kept ? 2 : 1); i++) /* the second time what was packed is there */
+        d->gemm(d, g->ta, g->tb, g->m, g->n, g->k, g->alpha, j->in[0], g->lda, j->in[1], g->ldb, g->beta, j->out[0],
+                g->ldc, g->after);
+    if (g->kept) d->keep(d, j->in[1], false);
 }
 
 static int64_t matrix_size(int64_t rows, int64_t columns, int64_t ld) {
@@ -222,7 +256,7 @@ static int64_t matrix_size(int64_t rows, int64_t columns, int64_t ld) {
 }
 
 static void check_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, bool all_teams) {
-    gemm_args g = { ta, tb, m, n, k, 0, 0, 0, 0, 0 };
+    gemm_args g = { ta, tb, m, n, k, 0, 0, 0, 0, 0, NULL, false };
     job j = { .run = run_gemm, .args = &g };
     int64_t sizes[8] = { ta, tb, m, n, k };
     double *sum, *size;
@@ -231,6 +265,8 @@ static void check_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, bool a
     g.ldc = n + below(3) * below(9);
     g.alpha = chance(0.5) ? 1 : (pd_real)uniform(-2, 2);
     g.beta = chance(0.3) ? 0 : chance(0.4) ? 1 : (pd_real)uniform(-2, 2);
+    g.after = any_epilogue(n);
+    g.kept = g.beta == 0 && chance(0.5);
     sizes[5] = g.lda, sizes[6] = g.ldb, sizes[7] = g.ldc;
     describe(&j, "gemm", sizes, 8);
     j.in[0] = numbers(ta ? matrix_size(k, m, g.lda) : matrix_size(m, k, g.lda), -1, 1);
@@ -254,6 +290,7 @@ static void check_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, bool a
             double before = g.beta == 0 ? 0 : (double)g.beta * (double)j.first[0][i];
             j.want[0][i] = (double)g.alpha * sum[c] + before;
             j.slack[0][i] = sum_slack((double)k, fabs((double)g.alpha) * size[c] + fabs(before));
+            j.want[0][i] = finished(g.after, c, j.want[0][i], &j.slack[0][i]);
             if (g.beta == 0) j.first[0][i] = (pd_real)NAN; /* must not be read */
         }
     }
@@ -304,14 +341,24 @@ static void test_gemm_teams(void **state) {
 
 /* ---- convolutions ---- */
 
+typedef struct conv_args {
+    const pd_conv_shape *s;
+    pd_real beta;
+    const pd_epilogue *after;
+    bool kept;
+} conv_args;
+
 static void run_conv(pd_device *d, const job *j) {
-    d->conv(d, (const pd_conv_shape *)j->args, j->in[0], j->in[1], j->out[0]);
+    const conv_args *a = (const conv_args *)j->args;
+    if (a->kept) d->keep(d, j->in[1], true);
+    for (int i = 0; i < (a->kept ? 2 : 1); i++) d->conv(d, a->s, j->in[0], j->in[1], a->beta, j->out[0], a->after);
+    if (a->kept) d->keep(d, j->in[1], false);
 }
 static void run_conv_backward_data(pd_device *d, const job *j) {
-    d->conv_backward_data(d, (const pd_conv_shape *)j->args, j->in[1], j->in[2], j->out[0]);
+    d->conv_backward_data(d, ((const conv_args *)j->args)->s, j->in[1], j->in[2], j->out[0]);
 }
 static void run_conv_backward_filter(pd_device *d, const job *j) {
-    d->conv_backward_filter(d, (const pd_conv_shape *)j->args, j->in[0], j->in[2], j->out[0]);
+    d->conv_backward_filter(d, ((const conv_args *)j->args)->s, j->in[0], j->in[2], j->out[0]);
 }
 
 /* Calls visit for every product of the convolution: with the places in x, w and y. */
@@ -350,19 +397,27 @@ static void check_conv(const pd_conv_shape *s, bool all_teams) {
     const int64_t shape[15] = { s->rows,     s->in_c,  s->in_h,     s->in_w,       s->out_c,
                                 s->out_h,    s->out_w, s->filter_h, s->filter_w,   s->stride_h,
                                 s->stride_w, s->pad_h, s->pad_w,    s->dilation_h, s->groups };
+    conv_args args = { s, 0, NULL, false };
     job jobs[3];
     memset(jobs, 0, sizeof jobs);
+    args.beta = chance(0.4) ? 0 : chance(0.5) ? 1 : (pd_real)uniform(-2, 2);
+    args.after = any_epilogue(s->out_c);
+    args.kept = args.beta == 0 && chance(0.5);
     jobs[0].run = run_conv;
     jobs[1].run = run_conv_backward_data;
     jobs[2].run = run_conv_backward_filter;
     for (int k = 0; k < 3; k++) {
         describe(&jobs[k], names[k], shape, 15);
-        jobs[k].args = s;
+        jobs[k].args = &args;
         output(&jobs[k], 0, sizes[k], -1, 1);
         jobs[k].in[0] = k ? jobs->in[0] : numbers(sizes[1], -1, 1);
         jobs[k].in[1] = k ? jobs->in[1] : numbers(sizes[2], -1, 1);
         jobs[k].in[2] = k ? jobs->in[2] : numbers(sizes[0], -1, 1);
-        for (int64_t i = 0; i < sizes[k]; i++) jobs[k].slack[0][i] = fabs(jobs[k].want[0][i]);
+        for (int64_t i = 0; i < sizes[k]; i++) {
+            if (k == 0) jobs[k].want[0][i] *= (double)args.beta;
+            if (k == 0 && args.beta == 0) jobs[k].first[0][i] = (pd_real)NAN; /* must not be read */
+            jobs[k].slack[0][i] = fabs(jobs[k].want[0][i]);
+        }
     }
     each_product(s, visit_conv, jobs);
     for (int k = 0; k < 3; k++) {
@@ -371,6 +426,8 @@ static void check_conv(const pd_conv_shape *s, bool all_teams) {
         for (int64_t i = 0; i < sizes[k]; i++) /* Winograd's share the rounding of their tiles */
             jobs[k].slack[0][i] = sum_slack((double)terms[k], pd__winograd_fits(s) ? size : jobs[k].slack[0][i]);
     }
+    for (int64_t i = 0; i < sizes[0]; i++)
+        jobs[0].want[0][i] = finished(args.after, i / area % s->out_c, jobs[0].want[0][i], &jobs[0].slack[0][i]);
     for (int k = 0; k < 3; k++) check(&jobs[k], all_teams, false);
 }
 

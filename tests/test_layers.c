@@ -964,7 +964,7 @@ static void check_product(pd_device *d, int kind, int64_t m, int64_t n, int64_t 
             for (int64_t j = 0; j < n; j++)
                 expected[i * ldc + j] += (double)alpha * (double)a[ta ? p * lda + i : i * lda + p] *
                                          (double)b[tb ? j * ldb + p : p * ldb + j];
-    d->gemm(d, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    d->gemm(d, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc, NULL);
     for (int64_t i = 0; i < m * ldc; i++)
         if (!(fabs((double)c[i] - expected[i]) <= REAL_TOLERANCE * sqrt((double)k + 1)))
             fail_msg("%lld x %lld x %lld, kind %d: C[%lld][%lld] is %.9g, expected %.9g", (long long)m, (long long)n,
@@ -1262,8 +1262,8 @@ static pd_status faulty_backward(pd_layer *l) {
 
 static void test_checker_finds_faults(void **state) {
     static const pd_layer_type type = {
-        PD_API_VERSION, "faulty",        1,    1,   sizeof(fault), 0, 0, faulty_setup, NULL,
-        faulty_forward, faulty_backward, NULL, NULL
+        PD_API_VERSION, "faulty",        1,    1,    sizeof(fault), 0, 0, faulty_setup, NULL,
+        faulty_forward, faulty_backward, NULL, NULL, NULL
     };
     (void)state;
     for (fault kind = NONE; kind < FAULTS; kind++) {

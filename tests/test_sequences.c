@@ -143,7 +143,9 @@ static problem make_problem(const layer_case *c, uint64_t seed) {
 }
 
 static void forward(problem *p, const pd_batch *batch, pd_mode mode) {
-    if (pd_forward(p->net, batch, mode, &p->cost, 1) != PD_OK) FAIL_AT(p, "%s", pd_error(p->net));
+    pd_layer *targets[2] = { p->cost, p->layer }; /* when predicting only targets keep their numbers */
+    if (pd_forward(p->net, batch, mode, targets, mode == PD_PREDICT ? 2 : 1) != PD_OK)
+        FAIL_AT(p, "%s", pd_error(p->net));
 }
 
 /* Adds to the gradients. */
@@ -685,8 +687,8 @@ static pd_status round_forward(pd_layer *l) {
     l->out.ids = made_ids;
     return PD_OK;
 }
-static const pd_layer_type round_type = { PD_API_VERSION, "round",       1,    1,    0,   0, 0, round_setup,
-                                          NULL,           round_forward, NULL, NULL, NULL };
+static const pd_layer_type round_type = { PD_API_VERSION, "round",       1,    1,    0,    0,   0, round_setup,
+                                          NULL,           round_forward, NULL, NULL, NULL, NULL };
 
 /* Ids need not be an input of the net, except for sparse tables, and are checked. */
 static void test_ids_of_a_layer(void **state) {
