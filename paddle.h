@@ -185,6 +185,9 @@
 
    It is added with pd_layer_add(net, &swish, "name", &input, 1, NULL). pd_check_gradients says whether backward is the
    derivative of forward; build with PADDLE_DOUBLE for a sharp answer. Backward adds to gradients, never overwrites.
+   Types that are written in the device's operations name them in `needs`; one that ends in a product or a convolution
+   may give that its bias and activation too (pd_layer_epilogue), and one that only scales and shifts channels when
+   predicting may leave that to the layer below (`fold`).
 
    DEVICES AND UPDATERS
 
@@ -208,6 +211,9 @@
    `simd` in pd_net_opts, or PADDLE_SIMD in the environment, asks for another; one that can't be had is refused.
    Compilers other than gcc and clang get plain code.
 
+   Bias and activation of fc and conv, and when predicting the batch norm that follows, are applied to the results of a
+   product while these are in registers or the nearest cache.
+
    Convolutions with filters of 3 x 3 at stride 1 and enough channels go by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray
    2016). Their rounding errors are about three times those of a plain sum, and a number that is not finite makes the
    other numbers of its tile so.
@@ -216,6 +222,10 @@
 
    Shapes are settled when layers are built, memory is taken with the first batch, and after batches of the largest size
    have been seen a training step allocates nothing. Everything comes from the allocator in pd_net_opts.
+
+   When predicting, layers lend each other memory: where the last reader of an output has run, a later layer writes its
+   own, and only the targets' outputs are there in the end. pd_memory says what a net holds. A program that only
+   predicts calls pd_freeze once the weights are loaded: the device then keeps them as its products read them.
 
    OPTIONS AT COMPILE TIME
 
