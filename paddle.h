@@ -1965,10 +1965,11 @@ static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 
    the numbers below are about what that costs, in multiplications, as measured. */
 static bool pd__winograd_fits(const pd_conv_shape *s) {
     const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
-    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4), products = channels * filters;
+    const int64_t wide = pd__ceil_div(s->out_w, 4), tiles = pd__ceil_div(s->out_h, 4) * wide;
+    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, s->rows * wide));
     return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
            s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
-           s->rows * tiles * (36 * products + 1500 * (channels + filters)) + 150 * products <
+           s->rows * tiles * (36 * products + transform * (channels + filters)) + 150 * products <
                s->rows * outputs * products * 10;
 }
 
@@ -12453,7 +12454,11 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 #endif
 #if PD__BYTES == 0
 typedef pd_real PD__K(pd__vector), PD__K(pd__unaligned);
+#define PD__SELECT(mask, a, b) ((mask) ? (a) : (b))
 #else
+typedef PD__INT PD__K(pd__integers) __attribute__((vector_size(PD__BYTES)));
+#define PD__I PD__K(pd__integers)
+#define PD__SELECT(mask, a, b) ((PD__V)(((PD__I)(mask) & (PD__I)(a)) | (~(PD__I)(mask) & (PD__I)(b))))
 typedef pd_real PD__K(pd__vector) __attribute__((vector_size(PD__BYTES)));
 typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), aligned(PD__REAL_BYTES), may_alias));
 #endif
@@ -13113,9 +13118,10 @@ typedef struct PD__K(pd__winograd) {
     int64_t rows, groups, channels, filters; /* of a group */
     int64_t in_h, in_w, out_h, out_w, top, left;
     int64_t high, wide;    /* tiles of an image's channel */
+    int64_t across, width; /* images side by side in a row of tiles, where one would leave vectors empty; tiles then */
     int64_t lines, blocks; /* rows of tiles in a block, blocks in all images */
     int64_t stride;        /* columns of tiles in a line that is read, filled up with zeros */
-    int64_t places; /* for a block's tiles in one line of a matrix: `wide` of each row, and what vectors run over */
+    int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
     int64_t height, panels;  /* of the filters */
     int64_t parts, per_part; /* of the panels */
     bool back;               /* the filters are those of the data gradient */
@@ -13197,26 +13203,58 @@ static PD__INLINE void PD__K(pd__winograd_turn)(int64_t rows, int64_t columns, c
 #endif
 }
 
-/* Row `row` of an image's channel from column -left on, transformed for all tiles of the row: to[c * stride + tile].
-   `space`: 8 strides. */
-static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *image, int64_t row,
-                                     pd_real *space, pd_real *to) {
+/* Rows of tiles in all images, and how many of them a block has. */
+static int64_t PD__K(pd__winograd_rows)(const PD__K(pd__winograd) * j) {
+    return pd__ceil_div(j->rows, j->across) * j->high;
+}
+static int64_t PD__K(pd__winograd_lines)(const PD__K(pd__winograd) * j, int64_t block) {
+    return pd__min(j->lines, PD__K(pd__winograd_rows)(j) - block * j->lines);
+}
+
+/* Numbers of all channels of an image, and of its output. */
+static int64_t PD__K(pd__winograd_in)(const PD__K(pd__winograd) * j) {
+    return j->groups * j->channels * j->in_h * j->in_w;
+}
+static int64_t PD__K(pd__winograd_out)(const PD__K(pd__winograd) * j) {
+    return j->groups * j->filters * j->out_h * j->out_w;
+}
+
+/* Row `row` of a channel of `images` images from column -left on, transformed for all tiles of the row:
+   to[c * stride + tile]. `space`: 10 strides. */
+static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *image, int64_t images,
+                                     int64_t row, pd_real *space, pd_real *to) {
     const int64_t stride = j->stride, high = gradient ? j->out_h : j->in_h, wide = gradient ? j->out_w : j->in_w;
-    const int64_t left = gradient ? 0 : j->left, length = pd__min(wide, 4 * stride - left);
+    const int64_t next = gradient ? PD__K(pd__winograd_out)(j) : PD__K(pd__winograd_in)(j);
+    const int64_t left = gradient ? 0 : j->left, columns = j->across > 1 ? 4 * j->wide + 2 : 4 * stride;
+    const int64_t length = pd__min(wide, columns - left);
     pd_real *phase = space + 4 * stride; /* columns 4 t + p are phase[p * stride + t] */
+    const pd_real *fourth = j->across > 1 ? phase + 4 * stride : phase + 1, *fifth = fourth + stride;
     if (row < 0 || row >= high) {
         memset(to, 0, (size_t)(6 * stride) * sizeof *to);
         return;
     }
     memset(space, 0, (size_t)left * sizeof *space);
-    memcpy(space + left, image + row * wide, (size_t)length * sizeof *space);
-    memset(space + left + length, 0, (size_t)(4 * stride - left - length) * sizeof *space);
-    PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
-    for (int64_t t = 0; t < j->wide; t += PD__LANES) {
+    memset(space + left + length, 0, (size_t)(columns - left - length) * sizeof *space);
+    if (j->across == 1) {
+        memcpy(space + left, image + row * wide, (size_t)length * sizeof *space);
+        PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
+    } else {
+        for (int64_t i = 0; i < images; i++) {
+            pd_real *from = space, *at = phase + i * j->wide;
+            memcpy(space + left, image + i * next + row * wide, (size_t)length * sizeof *space);
+            for (int64_t t = 0; t < j->wide; t++, from += 4, at++) {
+                PD__UNROLL
+                for (int p = 0; p < 6; p++) at[p * stride] = from[p];
+            }
+        }
+        for (int p = 0; p < 6; p++) /* images that are not there, and what vectors run over */
+            memset(phase + p * stride + images * j->wide, 0, (size_t)(stride - images * j->wide) * sizeof *phase);
+    }
+    for (int64_t t = 0; t < j->width; t += PD__LANES) {
         PD__V column[6], done[6];
         PD__UNROLL
         for (int i = 0; i < 4; i++) column[i] = PD__LOAD(phase + i * stride + t);
-        column[4] = PD__LOAD(phase + t + 1), column[5] = PD__LOAD(phase + stride + t + 1);
+        column[4] = PD__LOAD(fourth + t), column[5] = PD__LOAD(fifth + t);
         if (gradient) PD__K(pd__winograd_gradient)(column, done);
         else PD__K(pd__winograd_image)(column, done);
         PD__UNROLL
@@ -13224,22 +13262,25 @@ static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradien
     }
 }
 
-/* One channel of a block's images, or of its output gradients, transformed. `space`: 44 strides. */
+/* One channel of a block's images, or of its output gradients, transformed. `space`: 46 strides. */
 static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool gradient, int64_t group, int64_t block,
                                         int64_t channel, pd_real *space, pd_real *to, int64_t plane) {
-    const int64_t stride = j->stride, first = block * j->lines, last = pd__min(first + j->lines, j->rows * j->high);
-    const int64_t channels = gradient ? j->filters : j->channels, rows = gradient ? 4 : 6;
-    const int64_t area = gradient ? j->out_h * j->out_w : j->in_h * j->in_w;
-    pd_real *lines = space + 8 * stride; /* the last rows, in a ring */
+    const int64_t stride = j->stride, first = block * j->lines, last = first + PD__K(pd__winograd_lines)(j, block);
+    const int64_t rows = gradient ? 4 : 6;
+    const int64_t next = gradient ? PD__K(pd__winograd_out)(j) : PD__K(pd__winograd_in)(j);
+    const pd_real *x = gradient ? j->dy + (group * j->filters + channel) * j->out_h * j->out_w
+                                : j->x + (group * j->channels + channel) * j->in_h * j->in_w;
+    pd_real *lines = space + 10 * stride; /* the last rows, in a ring */
     int64_t at = 0;
-    for (int64_t row = first; row < last; row++, at += j->wide) {
-        const int64_t image = row / j->high * j->groups + group, tile = row % j->high, top = tile * 4;
-        const pd_real *from = (gradient ? j->dy : j->x) + (image * channels + channel) * area;
+    for (int64_t row = first; row < last; row++, at += j->width) {
+        const int64_t image = row / j->high * j->across, tile = row % j->high, top = tile * 4;
+        const int64_t images = pd__min(j->across, j->rows - image);
         const pd_real *ring[6];
         for (int64_t r = 0; r < rows; r++) ring[r] = lines + (top + r) % 6 * 6 * stride;
         for (int64_t r = !gradient && tile > 0 && row > first ? 2 : 0; r < rows; r++) PD__K(pd__winograd_line)
-        (j, gradient, from, top + r - (gradient ? 0 : j->top), space, lines + (top + r) % 6 * 6 * stride);
-        for (int64_t t = 0; t < j->wide; t += PD__LANES)
+        (j, gradient, x + image * next, images, top + r - (gradient ? 0 : j->top), space,
+         lines + (top + r) % 6 * 6 * stride);
+        for (int64_t t = 0; t < j->width; t += PD__LANES)
             for (int c = 0; c < 6; c++) {
                 PD__V column[6], done[6];
                 PD__UNROLL
@@ -13291,37 +13332,68 @@ static void PD__K(pd__winograd_panel)(const PD__K(pd__winograd) * j, int64_t uni
     }
 }
 
+/* Up to `most` outputs that lie together, 4 or a few vectors of them. */
+static PD__INLINE void PD__K(pd__winograd_add)(pd_real beta, const pd_real *y, int64_t n, int64_t most, pd_real *line) {
+    if (most == 4)
+        for (int64_t c = 0; c < n; c++) line[c] += beta * y[c];
+    else
+        for (int64_t c = 0; c < n; c += PD__LANES)
+            PD__STORE(line + c, PD__FMA(PD__K(pd__all)(beta), PD__K(pd__load)(y + c, n - c), PD__LOAD(line + c)));
+}
+static PD__INLINE void PD__K(pd__winograd_copy)(const pd_real *line, int64_t n, int64_t most, pd_real *y) {
+    if (n == 4) memcpy(y, line, 4 * sizeof *y);
+    else if (most == 4)
+        for (int64_t c = 0; c < n; c++) y[c] = line[c];
+    else
+        for (int64_t c = 0; c < n; c += PD__LANES) PD__K(pd__store)(y + c, PD__LOAD(line + c), n - c);
+}
+
 /* A^T m A of a block's tiles of one filter goes to the images; m: [36], `plane` apart. */
 static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group, int64_t block, int64_t filter,
                                     const pd_real *m, int64_t plane) {
-    const int64_t first = block * j->lines, last = pd__min(first + j->lines, j->rows * j->high);
-    for (int64_t row = first; row < last; row++, m += j->wide) {
-        const int64_t image = row / j->high * j->groups + group, top = row % j->high * 4;
-        pd_real *y = j->out + ((image * j->filters + filter) * j->out_h + top) * j->out_w;
-        for (int64_t t = 0; t < j->wide; t += PD__LANES) {
-            const int64_t left = j->out_w - 4 * t;
-            PD__V part[24], column[6], done[4]; /* part: [row][column] */
+    const int64_t first = block * j->lines, last = first + PD__K(pd__winograd_lines)(j, block);
+    const int64_t channel = group * j->filters + filter, area = j->out_h * j->out_w;
+    const int64_t most = j->across > 1 ? 4 : 4 * PD__LANES; /* columns that lie together */
+    /* The most frequent epilogues are applied to the vectors while these are in registers. */
+    const bool early = j->beta == 0 && (!j->after || j->after->act == PD_LINEAR || j->after->act == PD_RELU);
+    const PD__V scale = PD__K(pd__all)(early && j->after && j->after->scale ? j->after->scale[channel] : 1);
+    const PD__V bias = PD__K(pd__all)(early && j->after && j->after->bias ? j->after->bias[channel] : 0);
+    const PD__V least = PD__K(pd__all)(early && j->after && j->after->act == PD_RELU ? 0 : -(pd_real)INFINITY);
+    for (int64_t row = first; row < last; row++, m += j->width) {
+        int64_t image = row / j->high * j->across, column = 0, top = row % j->high * 4;
+        for (int64_t t = 0; t < j->width; t += PD__LANES) {
+            int64_t pieces = 0, at[PD__LANES] = { 0 }, length[PD__LANES] = { 0 }, numbers = 0;
+            PD__V part[24], columns[6], done[4]; /* part: [row][column] */
+            for (; numbers < 4 * PD__LANES && image < j->rows && t + numbers / 4 < j->width; numbers += most) {
+                length[pieces] = pd__min(most, j->out_w - column);
+                at[pieces++] = image * PD__K(pd__winograd_out)(j) + channel * area + top * j->out_w + column;
+                column += most;
+                if (column >= j->out_w) column = 0, image += j->across > 1;
+            }
             for (int c = 0; c < 6; c++) {
                 PD__UNROLL
-                for (int r = 0; r < 6; r++) column[r] = PD__LOAD(m + (r * 6 + c) * plane + t);
-                PD__K(pd__winograd_output)(column, done);
+                for (int r = 0; r < 6; r++) columns[r] = PD__LOAD(m + (r * 6 + c) * plane + t);
+                PD__K(pd__winograd_output)(columns, done);
                 PD__UNROLL
                 for (int r = 0; r < 4; r++) part[r * 6 + c] = done[r];
             }
             for (int r = 0; r < pd__min(4, j->out_h - top); r++) {
-                pd_real phases[4 * PD__LANES], line[4 * PD__LANES], *to = y + r * j->out_w + 4 * t;
+                pd_real phases[4 * PD__LANES], buffer[4 * PD__LANES], *to = j->out + r * j->out_w, *line = buffer;
                 PD__K(pd__winograd_output)(part + r * 6, done);
                 PD__UNROLL
-                for (int c = 0; c < 4; c++) PD__STORE(phases + c * PD__LANES, done[c]);
-                PD__K(pd__winograd_turn)(4, PD__LANES, phases, PD__LANES, line, 4);
-                for (int64_t c = 0; c < pd__min(left, 4 * PD__LANES); c += PD__LANES) {
-                    PD__V v = PD__LOAD(line + c);
-                    if (j->beta != 0) v = PD__FMA(PD__K(pd__all)(j->beta), PD__K(pd__load)(to + c, left - c), v);
-                    PD__K(pd__store)(to + c, v, left - c);
+                for (int c = 0; c < 4; c++) {
+                    PD__V v = PD__FMA(scale, done[c], bias);
+                    PD__STORE(phases + c * PD__LANES, PD__SELECT(v < least, least, v));
                 }
-                if (j->after)
-                    PD__K(pd__finish)
-                    (j->after, true, group * j->filters + filter, 1, pd__min(left, 4 * PD__LANES), to, 0);
+                if (early && length[0] == 4 * PD__LANES) line = to + at[0];
+                PD__K(pd__winograd_turn)(4, PD__LANES, phases, PD__LANES, line, 4);
+                if (line != buffer) continue;
+                for (int64_t i = 0; i < pieces && j->beta != 0; i++)
+                    PD__K(pd__winograd_add)(j->beta, to + at[i], length[i], most, line + i * most);
+                if (j->after && !early)
+                    PD__K(pd__finish)(j->after, true, channel, 1, pieces == 1 ? length[0] : pieces * most, line, 0);
+                for (int64_t i = 0; i < pieces; i++)
+                    PD__K(pd__winograd_copy)(line + i * most, length[i], most, to + at[i]);
             }
         }
     }
@@ -13329,7 +13401,7 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
 
 /* How many tiles a block has. */
 static int64_t PD__K(pd__winograd_tiles)(const PD__K(pd__winograd) * j, int64_t block) {
-    return pd__min(j->lines, j->rows * j->high - block * j->lines) * j->wide;
+    return PD__K(pd__winograd_lines)(j, block) * j->width;
 }
 
 /* One block of tiles and one part of the filters. */
@@ -13362,11 +13434,13 @@ static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_sha
     j->out_h = back ? s->in_h : s->out_h, j->out_w = back ? s->in_w : s->out_w;
     j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
     j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
-    j->lines = pd__max(1, pd__min(tiles / j->wide, j->rows * j->high));
-    j->blocks = pd__ceil_div(j->rows * j->high, j->lines);
-    j->stride = pd__ceil_div(j->wide, PD__LANES) * PD__LANES + 4;
+    j->across = 4 * j->wide < 3 * PD__LANES ? pd__min(j->rows, PD__NR / j->wide) : 1;
+    j->width = j->across * j->wide;
+    j->lines = pd__max(1, pd__min(tiles / j->width, PD__K(pd__winograd_rows)(j)));
+    j->blocks = pd__ceil_div(PD__K(pd__winograd_rows)(j), j->lines);
+    j->stride = pd__ceil_div(j->width, PD__LANES) * PD__LANES + 4;
     /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
-    j->places = pd__ceil_div(j->lines * j->wide + PD__LANES + 2, PD__NR) * PD__NR + 16;
+    j->places = pd__ceil_div(j->lines * j->width + PD__LANES + 2, PD__NR) * PD__NR + 16;
 }
 
 static void PD__K(pd__winograd_run)(pd_device *d, PD__K(pd__winograd) * j) {
@@ -13453,11 +13527,11 @@ static void PD__K(pd__winograd_backward_filter)(pd_device *d, PD__K(pd__winograd
     const int64_t images = 36 * PD__WINOGRAD_PLANE(j->channels, j->places);
     const int64_t gradients = 36 * PD__WINOGRAD_PLANE(j->filters, j->places);
     int64_t sums = 36 * PD__WINOGRAD_PLANE(j->filters, j->channels);
-    int64_t tiles = j->lines * j->wide, threads = pd__cpu_threads(d);
+    int64_t tiles = j->lines * j->width, threads = pd__cpu_threads(d);
     int64_t work = tiles * (j->channels + j->filters) * 36;
     /* of a product's packed factors, or of phases */
     j->each = pd__max((pd__min(PD__MC, j->filters) + pd__min(PD__NC, j->channels + PD__NR)) * PD__K(pd__depth)(tiles),
-                      44 * j->stride);
+                      46 * j->stride);
     j->each = pd__ceil_div(j->each, 16) * 16 + 32;
     sums = pd__ceil_div(sums, 16) * 16;
     j->packed = (pd_real *)pd__scratch(d, sums + images + gradients + threads * j->each, sizeof(pd_real));
@@ -13564,7 +13638,6 @@ static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s
 #define PD__WIDE_LANES 1
 typedef double PD__K(pd__doubles);
 typedef pd_real PD__K(pd__narrow);
-#define PD__SELECT(mask, a, b) ((mask) ? (a) : (b))
 #define PD__SELECT_WIDE(mask, a, b) ((mask) ? (a) : (b))
 #define PD__CONVERT(v, type) ((type)(v))
 #define PD__LANE(v, i) (v)
@@ -13578,14 +13651,11 @@ typedef pd_real PD__K(pd__narrow);
 #else
 #define PD__WIDE_LANES 8
 #endif
-typedef PD__INT PD__K(pd__integers) __attribute__((vector_size(PD__BYTES)));
 typedef double PD__K(pd__doubles) __attribute__((vector_size(PD__BYTES)));
 typedef int64_t PD__K(pd__wide_integers) __attribute__((vector_size(PD__BYTES)));
 typedef pd_real PD__K(pd__narrow)
     __attribute__((vector_size(PD__WIDE_LANES * PD__REAL_BYTES), aligned(PD__REAL_BYTES), may_alias));
-#define PD__I PD__K(pd__integers)
 #define PD__WI PD__K(pd__wide_integers)
-#define PD__SELECT(mask, a, b) ((PD__V)(((PD__I)(mask) & (PD__I)(a)) | (~(PD__I)(mask) & (PD__I)(b))))
 #define PD__SELECT_WIDE(mask, a, b) ((PD__W)(((PD__WI)(mask) & (PD__WI)(a)) | (~(PD__WI)(mask) & (PD__WI)(b))))
 #define PD__CONVERT(v, type) __builtin_convertvector(v, type)
 #define PD__LANE(v, i) ((v)[i])
@@ -14495,10 +14565,43 @@ static void PD__K(pd__pool_map)(const PD__K(pd__pool_job) * j, int64_t map) {
     }
 }
 
+#if PD__LANES > 1
+/* Windows of 2 x 2 that cover an image whose rows are whole vectors: two vectors of a row, or of this and the next one,
+   give one of the output. */
+static void PD__K(pd__pool_pairs)(const PD__K(pd__pool_job) * j, int64_t map) {
+    const pd_pool_shape *s = j->s;
+    const bool largest = s->method == PD_MAX;
+    const int64_t count = s->out_h * s->in_w / PD__LANES;
+    const pd__window whole = { 0, 2, 0, 2 };
+    const PD__V factor = PD__K(pd__all)(pd__pool_factor(s, &whole));
+    const pd_real *x = j->x + map * s->in_h * s->in_w;
+    pd_real *y = j->out + map * s->out_h * s->out_w;
+    for (int64_t i = 0, w = 0; i < count; i += 2, y += PD__LANES) {
+        PD__V sum[2];
+        for (int k = 0; k < 2; k++) {
+            sum[k] = PD__K(pd__pool_join)(largest, PD__LOAD(x + w), PD__LOAD(x + w + s->in_w));
+            w += PD__LANES;
+            if (w == s->in_w && i + k + 1 < count) w = 0, x += 2 * s->in_w;
+            else if (i + k + 1 >= count) w -= PD__LANES; /* there is no second one: it is not stored */
+        }
+        sum[0] = PD__K(pd__pool_join)(largest, PD__EVEN(sum[0], sum[1]), PD__ODD(sum[0], sum[1]));
+        PD__K(pd__store)(y, largest ? sum[0] : sum[0] * factor, (count - i) * PD__LANES / 2);
+    }
+}
+#endif
+
 static void PD__K(pd__pool)(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
     PD__K(pd__pool_job) j;
     memset(&j, 0, sizeof j);
     j.s = s, j.x = x, j.out = y;
+#if PD__LANES > 1
+    if (s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 && s->in_h == 2 * s->out_h &&
+        s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 && s->in_w % PD__LANES == 0) {
+        PD__PARALLEL(d, s->rows * s->channels * s->in_h * s->in_w / 2)
+        for (int64_t map = 0; map < s->rows * s->channels; map++) PD__K(pd__pool_pairs)(&j, map);
+        return;
+    }
+#endif
     if (!PD__K(pd__pool_space)(d, &j)) return;
     PD__PARALLEL(d, s->rows * s->channels * s->in_h * s->in_w * 2)
     for (int64_t map = 0; map < s->rows * s->channels; map++) PD__K(pd__pool_map)(&j, map);
