@@ -112,6 +112,7 @@ def measure(name, batch, threads):
     seconds, peer_seconds = by_turns(ours.steps, timed(lambda: session.run(None, x)), 5)
     ours.close()
     line(f"infer-{name}-b{batch}", threads, seconds, "onnxruntime", peer_seconds, batch)
+    print(f"# infer-{name}-b{batch}: peak of outputs and working memory {ours.memory / 2**20:.2f} MiB", flush=True)
 
 
 def main():

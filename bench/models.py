@@ -27,7 +27,7 @@ NETS = {
 
 
 class Ours:
-    """A running build/bench/nets; `steps(n)` makes n steps and returns the seconds of one."""
+    """A running build/bench/nets; `steps(n)` makes n steps and returns the seconds of one. `memory`: bytes, at the peak."""
 
     def __init__(self, name, batch, threads, mode):
         self.process = subprocess.Popen(["build/bench/nets", name, str(batch), str(threads), mode], text=True,
@@ -44,7 +44,9 @@ class Ours:
     def steps(self, count):
         self.process.stdin.write(f"{count}\n")
         self.process.stdin.flush()
-        return float(self.line())
+        seconds, memory = self.line().split()
+        self.memory = int(memory)
+        return float(seconds)
 
     def close(self):
         self.process.stdin.close()
