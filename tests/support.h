@@ -1,10 +1,14 @@
-/* For tests that compare with formulas on random numbers: numbers, comparison, and an allocator that fails. Included
-   after paddle.h and cmocka.h. */
+/* For tests: random numbers, comparison, and an allocator that fails. Included after paddle.h and cmocka.h. */
 #ifndef PADDLE_TESTS_SUPPORT_H
 #define PADDLE_TESTS_SUPPORT_H
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- random numbers: everything in a test follows from its seed, which messages name ---- */
 

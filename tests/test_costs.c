@@ -2,7 +2,6 @@
    formula: on random shapes, with and without sample weights, with the activation fused and not; misuse; lack of
    memory. */
 #define _POSIX_C_SOURCE 200809L
-#define PADDLE_IMPLEMENTATION
 #include "../paddle.h"
 
 #include <setjmp.h>

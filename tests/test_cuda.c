@@ -115,7 +115,7 @@ static void test_memory(void **state) {
     (void)state;
     begin("memory");
     for (int round = 0; round < 3; round++)
-        for (int k = 0; k < PD__COUNT(sizes); k++) {
+        for (int k = 0; k < COUNT(sizes); k++) {
             pd_device *d = device[GPU];
             size_t bytes = (size_t)sizes[k] * sizeof(uint32_t);
             uint32_t *a = (uint32_t *)malloc(bytes + 1), *b = (uint32_t *)malloc(bytes + 1);
@@ -194,7 +194,7 @@ static void test_muladd(void **state) {
         }
         one_muladd(size, again[0], again[1], again[2]);
     }
-    for (int k = 0; k < PD__COUNT(large); k++)
+    for (int k = 0; k < COUNT(large); k++)
         for (int which = 0; which < 16; which++) {
             bool sums[4], no[4] = { false, false, false, false };
             for (int j = 0; j < 4; j++) sums[j] = which >> j & 1;
@@ -258,7 +258,7 @@ static void test_sum_squares(void **state) {
     const int64_t sizes[] = { 0, 1, 2, 31, 32, 255, 256, 257, 4097, 100003 };
     (void)state;
     begin("sum_squares");
-    for (int k = 0; k < PD__COUNT(sizes); k++) {
+    for (int k = 0; k < COUNT(sizes); k++) {
         int64_t n = sizes[k];
         numbers x = between(n, -3, 3);
         double sums[2];
@@ -475,7 +475,7 @@ static void test_options(void **state) {
     char message[300];
     (void)state;
     begin("options");
-    for (int k = 0; k < PD__COUNT(spaces); k++) {
+    for (int k = 0; k < COUNT(spaces); k++) {
         pd_cuda_opts opts = { .work_space = spaces[k], .synchronous = k == 1 };
         device[GPU] = pd_cuda_new(0, &opts, message, sizeof message);
         if (!device[GPU]) fail_msg("%s", message);

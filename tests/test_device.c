@@ -1,6 +1,6 @@
 /* Training and using whole nets on a device without host memory: the same bits as on the CPU, whether the device has
    all operations, some, or next to none. */
-#define PADDLE_IMPLEMENTATION
+#define _POSIX_C_SOURCE 200809L
 #include "../paddle.h"
 
 #include <setjmp.h>
@@ -18,6 +18,8 @@ enum { SAMPLES = 37, SIDE = 6, CLASSES = 3 };
 
 static pd_real images[SAMPLES * SIDE * SIDE], targets[SAMPLES * CLASSES];
 static int64_t labels[SAMPLES];
+
+static pd_device *cpu_of(pd_net *net) { return pd_vector(net, NULL, 1)->device; }
 
 static void make_data(void) {
     random_seed(7);
@@ -131,8 +133,8 @@ static void test_training(void **state) {
         pd_trainer_opts opts = { .l2 = 0.01, .clip_norm = o ? 1 : 0, .average_window = o ? 0.5 : 0 };
         model cpu = build(NULL, optimizers[o], &opts);
         train(&cpu, 3, &(pd_train_opts){ .batch_size = 8 });
-        for (int k = 0; k < PD__COUNT(kinds); k++) {
-            far_device far = make_far(host->device, kinds[k]);
+        for (int k = 0; k < COUNT(kinds); k++) {
+            far_device far = make_far(cpu_of(host), kinds[k]);
             far.device.self = &far;
             model m = build(&far.device, optimizers[o], &opts);
             train(&m, 3, &(pd_train_opts){ .batch_size = 8 });
@@ -148,7 +150,7 @@ static void test_training(void **state) {
 static void test_checkpoint(void **state) {
     char path[] = "/tmp/paddle-device-XXXXXX";
     pd_net *host = pd_net_new(NULL);
-    far_device far = make_far(host->device, PD_OP_CONV | PD_OP_POOL);
+    far_device far = make_far(cpu_of(host), PD_OP_CONV | PD_OP_POOL);
     model cpu = build(NULL, pd_adam(0.01), NULL), m, other;
     int file = mkstemp(path);
     (void)state;
@@ -174,7 +176,7 @@ static void test_checkpoint(void **state) {
 
 static void test_gradient_check(void **state) {
     pd_net *host = pd_net_new(NULL);
-    far_device far = make_far(host->device, PD_OP_CONV);
+    far_device far = make_far(cpu_of(host), PD_OP_CONV);
     pd_gradcheck check;
     pd_batch *batch;
     model m;
@@ -197,8 +199,8 @@ static void test_steady_state(void **state) {
     failing_allocator f = { 0, -1, 0 };
     pd_net *host = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
     (void)state;
-    for (int k = 0; k < PD__COUNT(kinds); k++) {
-        far_device far = make_far(host->device, kinds[k]);
+    for (int k = 0; k < COUNT(kinds); k++) {
+        far_device far = make_far(cpu_of(host), kinds[k]);
         pd_net_opts opts = { .device = &far.device, .allocator = { failing_alloc, failing_free, &f } };
         pd_net *net;
         pd_layer *x, *y;
@@ -231,7 +233,7 @@ static void test_steady_state(void **state) {
 /* Every allocation fails once, while a layer is carried to the host. */
 static void test_no_memory(void **state) {
     pd_net *host = pd_net_new(NULL);
-    far_device far = make_far(host->device, 0);
+    far_device far = make_far(cpu_of(host), 0);
     (void)state;
     far.device.self = &far;
     for (int64_t fail_at = 0;; fail_at++) {

@@ -221,7 +221,7 @@ static const pd_epilogue *any_epilogue(int64_t channels) {
     e = (pd_epilogue *)keep(1, sizeof *e);
     e->scale = chance(0.5) ? numbers(channels, -2, 2) : NULL;
     e->bias = chance(0.6) ? numbers(channels, -2, 2) : NULL;
-    e->act = acts[below(PD__COUNT(acts))];
+    e->act = acts[below(COUNT(acts))];
     e->alpha = chance(0.5) ? (pd_real)uniform(0.1, 1) : 0;
     return e;
 }
@@ -302,12 +302,12 @@ static int64_t edge_size(void) {
     static const int64_t multiples[] = { 4, 6, 8, 14, 16, 24, 32, 48, 64 };
     static const int64_t primes[] = { 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67 };
     if (chance(0.1)) return 1;
-    if (chance(0.3)) return primes[below(PD__COUNT(primes))];
-    return whole(1, 2) * multiples[below(PD__COUNT(multiples))] + whole(-1, 1);
+    if (chance(0.3)) return primes[below(COUNT(primes))];
+    return whole(1, 2) * multiples[below(COUNT(multiples))] + whole(-1, 1);
 }
 static int64_t edge_depth(void) {
     static const int64_t depths[] = { 0, 1, 2, 255, 256, 257, 300, 511, 512, 513, 769 };
-    return chance(0.4) ? depths[below(PD__COUNT(depths))] : edge_size();
+    return chance(0.4) ? depths[below(COUNT(depths))] : edge_size();
 }
 
 static void test_gemm(void **state) {
@@ -331,7 +331,7 @@ static void test_gemm_teams(void **state) {
                                          { 13, 2100, 30 }, { 40, 37, 700 },  { 7, 131, 900 },  { 1, 1, 600000 },
                                          { 171, 170, 30 }, { 500, 1100, 1 } };
     (void)state;
-    for (int i = 0; i < 2 * PD__COUNT(shapes); i++) {
+    for (int i = 0; i < 2 * COUNT(shapes); i++) {
         const int64_t *s = shapes[i / 2];
         begin((uint64_t)(2000 + i));
         if (i % 2) check_gemm(true, i & 4, s[0], s[1], s[2], true);
@@ -509,7 +509,7 @@ static void test_conv_teams(void **state) {
         { 1, 40, 12, 12, 70, 3, 3, 1, 1, 1, 1 },  { 50, 57, 3, 3, 90, 3, 3, 1, 1, 1, 1 },
     };
     (void)state;
-    for (int i = 0; i < PD__COUNT(shapes); i++) {
+    for (int i = 0; i < COUNT(shapes); i++) {
         const int64_t *n = shapes[i];
         pd_conv_shape s = { n[0], n[1], n[2], n[3], n[4], 0, 0, n[5], n[6], n[7], n[7], n[8], n[8], n[9], n[9], n[10] };
         set_outputs(&s);
@@ -633,7 +633,7 @@ static void test_muladd(void **state) {
         counts[2] = random_strides(a.size, 0.25, a.ys);
         check_muladd(&a, counts, chance(0.6), false);
     }
-    for (int i = 0; i < 2 * PD__COUNT(known); i++) {
+    for (int i = 0; i < 2 * COUNT(known); i++) {
         muladd_args a = known[i / 2];
         int64_t counts[3] = { 1, 1, 1 };
         begin((uint64_t)(6500 + i));
@@ -776,7 +776,7 @@ static pd_real argument(void) {
     static const double special[] = { 0.0,      -0.0,  1,   -1,        1e-30, -1e-30, 20,       -20,
                                       88,       -88,   100, -100,      1000,  -1000,  1e10,     -1e10,
                                       0.999999, -1e-6, 24,  1.0000001, NAN,   NAN,    INFINITY, -INFINITY };
-    if (chance(0.3)) return (pd_real)special[below(PD__COUNT(special))];
+    if (chance(0.3)) return (pd_real)special[below(COUNT(special))];
     return (pd_real)(chance(0.5) ? uniform(-1, 1) : uniform(-12, 12));
 }
 
@@ -896,7 +896,7 @@ static void test_softmax(void **state) {
     (void)state;
     for (int i = 0; i < 140; i++) {
         begin((uint64_t)(11000 + i));
-        check_softmax(whole(1, 9), 1 + i % 70, ranges[i % PD__COUNT(ranges)], i % 7 == 6, false);
+        check_softmax(whole(1, 9), 1 + i % 70, ranges[i % COUNT(ranges)], i % 7 == 6, false);
     }
     for (int i = 0; i < 3; i++) {
         begin((uint64_t)(11500 + i));

@@ -175,7 +175,7 @@ static problem wish(const layer_case *c, uint64_t seed) {
     p.seed = seed;
     p.spread = c->spread;
     random_seed(seed);
-    p.act = smooth_acts[below(PD__COUNT(smooth_acts))];
+    p.act = smooth_acts[below(COUNT(smooth_acts))];
     return p;
 }
 
@@ -747,7 +747,7 @@ static pd_layer *build_reshape(problem *p) {
     pd_shape s = x->shape;
     pd_shape shapes[] = { shape(s.height, s.width, s.channels), shape(pd_shape_size(s), 1, 1),
                           shape(1, 1, pd_shape_size(s)), shape(s.width, s.channels * s.height, 1), s };
-    p->shape = shapes[below(PD__COUNT(shapes))];
+    p->shape = shapes[below(COUNT(shapes))];
     return pd_reshape(p->net, x, p->shape, &p->plain);
 }
 
@@ -888,7 +888,7 @@ static const layer_case cases[] = {
 
 /* For every case, and for `count` seeds of its own. */
 #define FOR_CASES(c, seed, count)                                                                                      \
-    for (const layer_case *c = cases; c < cases + PD__COUNT(cases); c++)                                               \
+    for (const layer_case *c = cases; c < cases + COUNT(cases); c++)                                                   \
         for (uint64_t seed = 1000 * (uint64_t)(c - cases), seed##_end = seed + (count); seed < seed##_end; seed++)
 
 /* ======================================================================================================== */
@@ -980,8 +980,8 @@ static void test_matrix_product(void **state) {
     (void)state;
     random_seed(11);
     for (int round = 0; round < 200; round++) {
-        int64_t m = sizes[below(PD__COUNT(sizes))], n = sizes[below(PD__COUNT(sizes))];
-        int64_t k = sizes[below(PD__COUNT(sizes))];
+        int64_t m = sizes[below(COUNT(sizes))], n = sizes[below(COUNT(sizes))];
+        int64_t k = sizes[below(COUNT(sizes))];
         pd_net *net = pd_net_new(&(pd_net_opts){ .threads = 1 + (int)below(4) });
         if (m * n * k < 2000000) check_product(net->device, (int)below(3), m, n, k);
         pd_net_free(net);
@@ -1098,7 +1098,7 @@ static void test_activations(void **state) {
     static const char *const names[] = { "activation", "fc", "conv" };
     (void)state;
     for (int act = 0; act < PD_ACT_COUNT; act++)
-        for (int k = 0; k < PD__COUNT(names); k++)
+        for (int k = 0; k < COUNT(names); k++)
             for (uint64_t seed = 0; seed < 12; seed++) {
                 problem p = make_act_problem(find_case(names[k]), (pd_act)act, (uint64_t)(act * 40 + k * 13) + seed);
                 check_forward(&p, PD_CHECK);
@@ -1116,7 +1116,7 @@ static void test_activations_far_out(void **state) {
     static const double low[] = { 0, 0, 0, -1e4 * 0.01, 0, 0, -1, -1.7159 };
     static const double high[] = { 1e4, 24, 1e4, 1e4, 1e4, 1, 1, 1.7159 };
     (void)state;
-    for (int k = 0; k < PD__COUNT(acts); k++) {
+    for (int k = 0; k < COUNT(acts); k++) {
         pd_net *net = pd_net_new(NULL);
         pd_layer *x = pd_vector(net, "x", 3), *y = pd_activation(net, x, acts[k], NULL);
         pd_real in[3] = { (pd_real)-1e4, (pd_real)1e4, (pd_real)NAN }, inf[3] = { (pd_real)-HUGE_VAL, 0, 0 };
@@ -1685,7 +1685,7 @@ static void test_shapes(void **state) {
     };
     pd_net *net = pd_net_new(NULL);
     (void)state;
-    for (int i = 0; i < PD__COUNT(pools); i++) {
+    for (int i = 0; i < COUNT(pools); i++) {
         pd_layer *x = pd_image(net, NULL, 1, pools[i].in, 30);
         pd_pool_opts o = { .size_h = pools[i].size, .stride_h = pools[i].stride, .ceil = pools[i].ceil };
         pd_layer *y;
@@ -1695,7 +1695,7 @@ static void test_shapes(void **state) {
         if (!y || y->shape.height != pools[i].out)
             fail_msg("pool %d: %s", i, y ? pd_shape_text(y, y->shape) : pd_error(net));
     }
-    for (int i = 0; i < PD__COUNT(convs); i++) {
+    for (int i = 0; i < COUNT(convs); i++) {
         pd_layer *x = pd_image(net, NULL, 1, 30, convs[i].in), *y;
         pd_conv_opts o = { .filter_h = 1, .stride_h = 1, .pad_h = -1, .dilation_h = 1 };
         o.stride = convs[i].stride;

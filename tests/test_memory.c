@@ -116,7 +116,7 @@ static pd_reader *array_reader(run *r, int64_t samples) {
                                 { .ids = ids },
                                 { .data = numbers, .starts = starts },
                                 { .ids = ids, .starts = starts } };
-    return pd_array_reader(r->net, samples, arrays, PD__COUNT(arrays));
+    return pd_array_reader(r->net, samples, arrays, COUNT(arrays));
 }
 
 static pd_reader *stacked_reader(run *r) {
@@ -174,7 +174,7 @@ static void build_net(run *r) {
                           pd_hinge(net, out, label, NULL),
                           pd_rank_cost(net, one, gate, number, NULL),
                           pd_sum_cost(net, out, NULL) };
-    r->total = pd_add(net, costs, PD__COUNT(costs), NULL);
+    r->total = pd_add(net, costs, COUNT(costs), NULL);
     r->score = pd_fc(net, documents, 1, NULL);
     r->ranking = pd_lambda_rank(net, r->score, relevance, NULL);
     pd_eval_error(net, out, label, NULL);

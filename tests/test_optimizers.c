@@ -1,6 +1,6 @@
 /* Every optimizer under every option against straight-line formulas in double; schedules; model averaging against a
    list of all values; options that must be refused. */
-#define PADDLE_IMPLEMENTATION
+#define _POSIX_C_SOURCE 200809L
 #include "../paddle.h"
 
 #include <setjmp.h>
@@ -276,9 +276,9 @@ static void test_methods_and_options(void **state) {
     };
     uint64_t seed = 1;
     (void)state;
-    for (int m = 0; m < PD__COUNT(methods); m++) {
+    for (int m = 0; m < COUNT(methods); m++) {
         assert_int_equal(pd_optimizer_states(&methods[m].o), methods[m].states);
-        for (int i = 0; i < PD__COUNT(options); i++) {
+        for (int i = 0; i < COUNT(options); i++) {
             random_seed(seed++);
             compare(&methods[m], options[i].name, &options[i].trainer, &options[i].param);
         }
@@ -297,7 +297,7 @@ static void test_usual_constants(void **state) {
     const pd_optimizer made[] = { pd_adagrad(2), pd_adadelta(2), pd_rmsprop(2), pd_decayed_adagrad(2),
                                   pd_adam(2),    pd_adamw(2),    pd_adamax(2) };
     (void)state;
-    for (int i = 0; i < PD__COUNT(made); i++) {
+    for (int i = 0; i < COUNT(made); i++) {
         assert_int_equal(made[i].kind, expected[i].kind);
         assert_true(made[i].rate == 2 && made[i].rho == expected[i].rho && made[i].epsilon == expected[i].epsilon);
         if (made[i].kind >= PD_OPT_ADAM) assert_true(made[i].beta1 == 0.9 && made[i].beta2 == 0.999);
@@ -319,7 +319,7 @@ static void test_schedules(void **state) {
     const pd_schedule table = { .kind = PD_SCHEDULE_TABLE, .samples = bounds, .factors = factors, .count = 3 };
     const pd_schedule constant = { .kind = PD_SCHEDULE_CONSTANT };
     (void)state;
-    for (int i = 0; i < PD__COUNT(seen); i++) {
+    for (int i = 0; i < COUNT(seen); i++) {
         double s = seen[i], pi = acos(-1);
         const struct {
             const char *name;
@@ -335,7 +335,7 @@ static void test_schedules(void **state) {
                         s < 100   ? 1
                         : s < 200 ? 0.5
                                   : 0.25 } };
-        for (int k = 0; k < PD__COUNT(cases); k++)
+        for (int k = 0; k < COUNT(cases); k++)
             for (double warm_up = 0; warm_up <= 50; warm_up += 25) {
                 pd_schedule schedule = cases[k].schedule;
                 double rising = warm_up > 0 && s < warm_up ? s / warm_up : 1;
@@ -469,7 +469,7 @@ static void test_wrong_parameter_options_are_refused(void **state) {
                   { { .l2 = NAN }, "l2" },        { { .clip = -1 }, "clip" },   { { .prune = 1 }, "prune" },
                   { { .prune = -0.1 }, "prune" }, { { .prune = NAN }, "prune" } };
     (void)state;
-    for (int i = 0; i < PD__COUNT(cases); i++) {
+    for (int i = 0; i < COUNT(cases); i++) {
         known k = known_net(&cases[i].opts);
         assert_null(k.cost);
         check_contains(pd_error(k.net), cases[i].text);
@@ -494,7 +494,7 @@ static void test_clip_scale(void **state) {
                   { 2, false, 6400, 4, 0.1 }, { 2, true, 64, 4, 0.25 }, { 2, true, 1, 4, 1 },
                   { 2, false, 0, 4, 1 },      { 2, false, 0, 0, 1 } };
     (void)state;
-    for (int i = 0; i < PD__COUNT(cases); i++) {
+    for (int i = 0; i < COUNT(cases); i++) {
         pd_trainer_opts opts;
         known k;
         memset(&opts, 0, sizeof opts);
@@ -538,7 +538,7 @@ static void follow_average(double window, int64_t most) {
     for (int n = 1; n <= AVERAGED; n++) {
         double gradients[PARAMS][MOST], average[ALL], after[ALL];
         double wanted = most > 0 && window * n > (double)most ? (double)most : window * n;
-        int count = (int)ceil(wanted), longest = (int)pd__min(n, (int64_t)ceil(2 * wanted));
+        int count = (int)ceil(wanted), longest = (int)fmin((double)n, ceil(2 * wanted));
         known_step(&k, gradients);
         get_all(&k, history[n - 1]);
         assert_int_equal(pd_use_average(k.trainer, true), PD_OK);
@@ -563,7 +563,7 @@ static void test_average_windows(void **state) {
         int64_t most;
     } cases[] = { { 1, 0 }, { 0.5, 0 }, { 0.1, 0 }, { 0.003, 0 }, { 1, 20 }, { 0.5, 1 }, { 0.25, 1000 } };
     (void)state;
-    for (int i = 0; i < PD__COUNT(cases); i++) {
+    for (int i = 0; i < COUNT(cases); i++) {
         random_seed((uint64_t)i + 100);
         follow_average(cases[i].window, cases[i].most);
     }

@@ -114,7 +114,7 @@ static void test_folding(void **state) {
         if (kind) net = build(&far.device);
         random_seed(31);
         shake(net);
-        for (int i = 0; i < PD__COUNT(sizes); i++) {
+        for (int i = 0; i < COUNT(sizes); i++) {
             pd_batch *batch = fill_batch(net, sizes[i]);
             pd_real *want = predict(net, batch, true), *got;
             assert_int_equal(folded(net), 0);
@@ -179,12 +179,12 @@ static void test_memory(void **state) {
 static void test_frozen(void **state) {
     static const int64_t sizes[] = { 1, 4, 1, 3, 4 };
     pd_net *net = build(NULL), *shared;
-    pd_batch *batches[PD__COUNT(sizes)];
-    pd_real *want[PD__COUNT(sizes)];
+    pd_batch *batches[COUNT(sizes)];
+    pd_real *want[COUNT(sizes)];
     (void)state;
     random_seed(32);
     shake(net);
-    for (int i = 0; i < PD__COUNT(sizes); i++) {
+    for (int i = 0; i < COUNT(sizes); i++) {
         batches[i] = fill_batch(net, sizes[i]);
         want[i] = predict(net, batches[i], false);
     }
@@ -194,7 +194,7 @@ static void test_frozen(void **state) {
     assert_non_null(shared);
     for (int round = 0; round < 4; round++) {
         int64_t before = memory.calls;
-        for (int i = 0; i < PD__COUNT(sizes); i++)
+        for (int i = 0; i < COUNT(sizes); i++)
             for (int twin = 0; twin < 2; twin++) {
                 pd_real *got = predict(twin ? shared : net, batches[i], false);
                 assert_memory_equal(got, want[i], (size_t)(sizes[i] * 7) * sizeof *got);
@@ -202,7 +202,7 @@ static void test_frozen(void **state) {
             }
         if (round == 3) assert_int_equal(memory.calls, before);
     }
-    for (int i = 0; i < PD__COUNT(sizes); i++) {
+    for (int i = 0; i < COUNT(sizes); i++) {
         free(want[i]);
         pd_batch_free(batches[i]);
     }

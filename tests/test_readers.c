@@ -336,9 +336,9 @@ static void test_numbers(void **state) {
                                             "1e99999999999999999999" };
     char digits[1600];
     (void)state;
-    for (int i = 0; i < PD__COUNT(good); i++) check_by_strtod(good[i]);
-    for (int i = 0; i < PD__COUNT(bad); i++) check_number(bad[i], PD_E_FORMAT, 0);
-    for (int i = 0; i < PD__COUNT(infinite); i++) check_number(infinite[i], PD_E_NUMERIC, 0);
+    for (int i = 0; i < COUNT(good); i++) check_by_strtod(good[i]);
+    for (int i = 0; i < COUNT(bad); i++) check_number(bad[i], PD_E_FORMAT, 0);
+    for (int i = 0; i < COUNT(infinite); i++) check_number(infinite[i], PD_E_NUMERIC, 0);
     check_random_numbers();
     for (int i = 0; i < 1500; i++) digits[i] = (char)('0' + (i * 7 + 3) % 10);
     for (int n = 10; n <= 1500; n += 149) { /* with the point in all places */
@@ -669,7 +669,7 @@ static void test_choices(void **state) {
     pd_net *net = make_net(3, false, NULL);
     (void)state;
     write_many();
-    for (int source = 0; source < PD__COUNT(sources); source++) {
+    for (int source = 0; source < COUNT(sources); source++) {
         pd_reader_opts o = no_opts();
         check_choice(net, source, &o);
         for (int i = 0; sources[source].options && i < 60; i++) {
@@ -690,7 +690,7 @@ static void test_skip(void **state) {
     pd_net *net = make_net(3, false, NULL);
     (void)state;
     write_many();
-    for (int source = 0; source < PD__COUNT(sources); source++) {
+    for (int source = 0; source < COUNT(sources); source++) {
         pd_reader_opts o = no_opts();
         int64_t count;
         const char *expected;
@@ -1089,9 +1089,9 @@ static void test_npy_malformed(void **state) {
     pd_net *net = make_net(3, false, NULL);
     char header[200], big[3000];
     (void)state;
-    for (int i = 0; i < PD__COUNT(malformed); i++)
+    for (int i = 0; i < COUNT(malformed); i++)
         expect_npy_refused(malformed[i], 24, PD_E_FORMAT, "x.npy: malformed near byte");
-    for (int i = 0; i < PD__COUNT(types); i++) {
+    for (int i = 0; i < COUNT(types); i++) {
         snprintf(header, sizeof header, "{'descr': '%s', 'fortran_order': False, 'shape': (2, 3)}", types[i]);
         expect_npy_refused(header, 24, PD_E_UNSUPPORTED, "x.npy: elements of type \"");
     }
@@ -1183,7 +1183,7 @@ static void test_libsvm_malformed(void **state) {
     };
     pd_net *net = libsvm_net(3, false);
     (void)state;
-    for (int i = 0; i < PD__COUNT(bad); i++) {
+    for (int i = 0; i < COUNT(bad); i++) {
         char content[200], place[] = "! data.txt:2: ";
         pd_reader *r;
         const char *got;
@@ -1382,7 +1382,7 @@ static void test_shuffle(void **state) {
     static const int64_t pools[] = { 1, 2, 3, 10, 40, 52, 53, 54, INT64_MAX };
     pd_net *net = make_net(3, false, NULL);
     (void)state;
-    for (int p = 0; p < PD__COUNT(pools); p++) {
+    for (int p = 0; p < COUNT(pools); p++) {
         pd_reader *r = made(net, pd_shuffle(net, open_array(net, NULL), pools[p], 7));
         pd_reader *same = made(net, pd_shuffle(net, open_array(net, NULL), pools[p], 7));
         pd_reader *other = made(net, pd_shuffle(net, open_array(net, NULL), pools[p], 8));
@@ -1540,7 +1540,7 @@ static void test_prefetch(void **state) {
     pd_net *net = make_net(3, false, NULL);
     (void)state;
     write_many();
-    for (int source = 0; source < PD__COUNT(sources); source++)
+    for (int source = 0; source < COUNT(sources); source++)
         for (int d = 0; d < 2; d++) {
             pd_reader *r = made(net, pd_prefetch(net, sources[source].open(net, NULL), depths[d]));
             int64_t count;
@@ -1715,7 +1715,7 @@ static void read_all_past_failures(pd_reader *r, pd_net *net) {
 static void test_out_of_memory(void **state) {
     (void)state;
     write_all();
-    for (int k = 0; k < PD__COUNT(all_readers); k++) {
+    for (int k = 0; k < COUNT(all_readers); k++) {
         failing_allocator f;
         pd_net *net = counted_net(&f, all_readers[k].sequences);
         int64_t before = f.in_use, total = 1;
@@ -1781,7 +1781,7 @@ static void test_line_out_of_memory(void **state) {
 static void test_steady_memory(void **state) {
     (void)state;
     write_all();
-    for (int k = 0; k < PD__COUNT(all_readers); k++) {
+    for (int k = 0; k < COUNT(all_readers); k++) {
         failing_allocator f;
         pd_net *net = counted_net(&f, all_readers[k].sequences);
         pd_reader *r = made(net, all_readers[k].open(net, NULL));

@@ -421,7 +421,7 @@ static void test_far_device(void **state) {
     model cpu = build(true, 40, pd_momentum(0.1, 0.9), NULL, NULL);
     (void)state;
     for (uint64_t i = 0; i < 20; i++) step(&cpu, 40, i);
-    for (int k = 0; k < PD__COUNT(kinds); k++) {
+    for (int k = 0; k < COUNT(kinds); k++) {
         far_device far = make_far(host->device, kinds[k]);
         model m;
         far.device.self = &far;

@@ -1,6 +1,6 @@
 /* Training: what pd_train does, tells, writes and survives; that it can be stopped and continued at any batch with the
    same bits; that bits do not depend on threads; that steps take no memory; the order in which updaters are called. */
-#define PADDLE_IMPLEMENTATION
+#define _POSIX_C_SOURCE 200809L
 #include "../paddle.h"
 
 #include <dirent.h>
@@ -241,7 +241,7 @@ static void test_testing(void **state) {
     open_model(&m, &plain);
     bits = bits_of(m.net);
     assert_int_equal(pd_test(m.trainer, m.test, 0, &first), PD_OK);
-    for (int i = 0; i < PD__COUNT(sizes); i++) {
+    for (int i = 0; i < COUNT(sizes); i++) {
         int64_t wrong = 0;
         const pd_real *p = pd_predict(m.out, points + TRAIN * WIDTH, TEST);
         for (int s = 0; s < TEST; s++) {
@@ -347,7 +347,7 @@ static void test_events(void **state) {
     for (int pass = 0; pass < 3; pass++)
         for (int k = -1; k <= BATCHES; k++) {
             const pd_event *e = &d.events[n++];
-            int64_t seen = pass * TRAIN + pd__min((k + 1) * BATCH, TRAIN), samples = pd__min(BATCH, TRAIN - k * BATCH);
+            int64_t seen = pass * TRAIN + smaller((k + 1) * BATCH, TRAIN), samples = smaller(BATCH, TRAIN - k * BATCH);
             assert_int_equal(e->kind, k < 0 ? PD_BEGIN_PASS : k < BATCHES ? PD_END_BATCH : PD_END_PASS);
             assert_ptr_equal(e->trainer, m.trainer);
             assert_int_equal(e->pass, pass);
@@ -478,7 +478,7 @@ static void test_checkpoints(void **state) {
     p.prune = 0.4;
     p.trainer.schedule.warm_up = 50;
     p.trainer.l2 = 0.01;
-    for (int i = 0; i < PD__COUNT(methods); i++) {
+    for (int i = 0; i < COUNT(methods); i++) {
         p.trainer.average_window = i % 2 ? 0.4 : 0;
         p.optimizer = methods[i].optimizer;
         p.optimizer.centered = methods[i].centered;
@@ -497,7 +497,7 @@ static void test_checkpoints_by_the_way(void **state) {
     plan other = lively;
     (void)state;
     other.seed = 99;
-    for (int i = 0; i < PD__COUNT(every); i++) {
+    for (int i = 0; i < COUNT(every); i++) {
         model first, second;
         diary d = { .stop_at = 2 * (BATCHES + 2) - 1 }; /* after batch 4 of pass 1: step 10 */
         pd_train_opts opts = { .batch_size = BATCH, .on_event = write_diary, .user = &d, .checkpoint = path };
@@ -711,7 +711,7 @@ static void expect_numeric(model *m, const pd_batch *batch, const char *const *p
 static void spoil_data(const plan *p) {
     const pd_real bad[] = { (pd_real)NAN, (pd_real)INFINITY, -(pd_real)INFINITY };
     static const char *const parts[] = { "x: the input", "row 5", "batch 2 of pass 1" };
-    for (int k = 0; k < PD__COUNT(bad); k++) {
+    for (int k = 0; k < COUNT(bad); k++) {
         model m;
         pd_batch *batch;
         diary d = { .stop_at = BATCHES + 2 + 3 }; /* after batch 1 of pass 1 */
@@ -723,7 +723,7 @@ static void spoil_data(const plan *p) {
         assert_int_equal(m.test->next(m.test, batch, BATCH), PD_OK);
         batch->slots[0].data[5 * batch->slots[0].width + 1] = bad[k];
         bits = bits_of(m.net);
-        expect_numeric(&m, batch, parts, PD__COUNT(parts));
+        expect_numeric(&m, batch, parts, COUNT(parts));
         if (!p->conv && k == 0) assert_true(bits_of(m.net) == bits); /* else a bounded activation lets it get on */
         assert_true(all_finite(m.net));
         check_status(&m, pd_train(m.trainer, m.train, 3, NULL), PD_OK);
@@ -786,8 +786,8 @@ static void test_bad_layers(void **state) {
                   { PD_EXP, 1e4, { "low: the output", "row 0", "batch 0" } } };
     static const pd_trainer_opts options[] = { { .l2 = 0 }, { .clip_norm = 1 }, { .clip_value = 1 } };
     (void)state;
-    for (int i = 0; i < PD__COUNT(cases); i++)
-        for (int k = 0; k < PD__COUNT(options); k++) {
+    for (int i = 0; i < COUNT(cases); i++)
+        for (int k = 0; k < COUNT(options); k++) {
             model m;
             pd_batch *batch;
             pd_real grad[6];
@@ -866,7 +866,7 @@ static void test_bad_parameter(void **state) {
     open_regression(&m, PD_TANH, 0.5, pd_adam(0.1), NULL);
     batch = regression_batch(&m, 1, 2, 3);
     pd_param_set(pd_param_find(m.net, "high.weight"), values, 3);
-    expect_numeric(&m, batch, parts, PD__COUNT(parts));
+    expect_numeric(&m, batch, parts, COUNT(parts));
     pd_batch_free(batch);
     close_model(&m);
 }
@@ -967,7 +967,7 @@ static void test_bad_logs(void **state) {
                   { { .csv_log = "/dev/full" }, "/dev/full" },
                   { { .checkpoint = "/nowhere/checkpoint" }, "/nowhere/checkpoint" } };
     (void)state;
-    for (int i = 0; i < PD__COUNT(cases); i++) {
+    for (int i = 0; i < COUNT(cases); i++) {
         model m;
         open_model(&m, &plain);
         check_status(&m, pd_train(m.trainer, m.train, 1, &cases[i].opts), PD_E_IO);
@@ -1128,7 +1128,7 @@ static void test_no_allocation_later(void **state) {
     plans[0].trainer.clip_norm = 1;
     plans[2].prefetch = 0;
     plans[2].trainer.average_window = 0.5;
-    for (int i = 0; i < PD__COUNT(plans); i++) {
+    for (int i = 0; i < COUNT(plans); i++) {
         model m;
         pd_train_opts opts = { .batch_size = BATCH };
         int64_t calls;
@@ -1334,7 +1334,7 @@ static void test_updater_applies(void **state) {
 static void test_updater_failures(void **state) {
     static const char *const calls[] = { "begin:", "need:", "final:", "poll", "end", "sync" };
     (void)state;
-    for (int i = 0; i < 2 * PD__COUNT(calls); i++) {
+    for (int i = 0; i < 2 * COUNT(calls); i++) {
         pd_layer *cost;
         pd_net *net = recorded_net(&cost);
         pd_trainer_opts opts = { .updater = &current.updater };
@@ -1439,7 +1439,7 @@ static void test_misuse(void **state) {
     open_model(&m, &plain);
     bits = bits_of(m.net);
     batch = pd_batch_new(m.net);
-    for (int i = 0; i < PD__COUNT(cases); i++) {
+    for (int i = 0; i < COUNT(cases); i++) {
         check_status(&m, pd_train(m.trainer, m.train, 1, &cases[i].opts), PD_E_ARGUMENT);
         check_contains(pd_error(m.net), cases[i].text);
     }

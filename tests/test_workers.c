@@ -2,7 +2,6 @@
    out of data. The workers are two threads with a net each, and an updater that meets at barriers. The oracle is one net
    that trains on both workers' batches together. */
 #define _POSIX_C_SOURCE 200809L
-#define PADDLE_IMPLEMENTATION
 #include "../paddle.h"
 
 #include <pthread.h>
@@ -154,7 +153,7 @@ static pd_status worker_sync(pd_updater *u) {
 static pd_status worker_reduce(pd_updater *u, double *sums, int64_t count) {
     worker *w = (worker *)u->self;
     for (int64_t first = 0; first < count; first += 64) {
-        int64_t n = pd__min(64, count - first);
+        int64_t n = smaller(64, count - first);
         memcpy(w->sums, sums + first, (size_t)n * sizeof *sums);
         meet();
         for (int64_t i = 0; i < n; i++) sums[first + i] = workers[0].sums[i] + workers[1].sums[i];
@@ -303,8 +302,8 @@ static void test_shares(void **state) {
                 }
                 assert_int_equal(first, end);
                 end = first + count;
-                least = pd__min(least, count);
-                most = pd__max(most, count);
+                least = smaller(least, count);
+                if (count > most) most = count;
             }
             if (!p->opts.sparse) assert_true(end == p->size && most - least <= 1);
         }
