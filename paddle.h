@@ -14577,12 +14577,11 @@ static void PD__K(pd__pool_pairs)(const PD__K(pd__pool_job) * j, int64_t map) {
     const pd_real *x = j->x + map * s->in_h * s->in_w;
     pd_real *y = j->out + map * s->out_h * s->out_w;
     for (int64_t i = 0, w = 0; i < count; i += 2, y += PD__LANES) {
-        PD__V sum[2];
-        for (int k = 0; k < 2; k++) {
+        PD__V sum[2] = { PD__K(pd__all)(0), PD__K(pd__all)(0) };
+        for (int k = 0; k < 2 && i + k < count; k++) {
             sum[k] = PD__K(pd__pool_join)(largest, PD__LOAD(x + w), PD__LOAD(x + w + s->in_w));
             w += PD__LANES;
-            if (w == s->in_w && i + k + 1 < count) w = 0, x += 2 * s->in_w;
-            else if (i + k + 1 >= count) w -= PD__LANES; /* there is no second one: it is not stored */
+            if (w == s->in_w) w = 0, x += 2 * s->in_w;
         }
         sum[0] = PD__K(pd__pool_join)(largest, PD__EVEN(sum[0], sum[1]), PD__ODD(sum[0], sum[1]));
         PD__K(pd__store)(y, largest ? sum[0] : sum[0] * factor, (count - i) * PD__LANES / 2);

@@ -27,7 +27,8 @@ NETS = {
 
 
 class Ours:
-    """A running build/bench/nets; `steps(n)` makes n steps and returns the seconds of one. `memory`: bytes, at the peak."""
+    """A running build/bench/nets; `steps(n)` makes n steps and returns the seconds of one; `memory` is then the peak of
+    its outputs and working memory, in bytes."""
 
     def __init__(self, name, batch, threads, mode):
         self.process = subprocess.Popen(["build/bench/nets", name, str(batch), str(threads), mode], text=True,

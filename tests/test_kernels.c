@@ -1245,6 +1245,20 @@ static void test_pool(void **state) {
     }
 }
 
+/* Windows of 2 x 2 that cover the image have a path of their own where rows are whole vectors. */
+static void test_pool_pairs(void **state) {
+    (void)state;
+    for (int i = 0; i < 120; i++) {
+        pd_pool_shape s = { 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 0, 0, (pd_pool_method)(i % 4) };
+        bool big = i >= 116;
+        begin((uint64_t)(17300 + i));
+        s.rows = big ? 4 : whole(1, 3), s.channels = big ? 5 : whole(1, 5);
+        s.out_h = big ? 33 : whole(1, 6), s.out_w = big ? 64 : (1 + i / 4 % 3) * (int64_t[]){ 1, 2, 4, 8, 5 }[below(5)];
+        s.in_h = 2 * s.out_h, s.in_w = 2 * s.out_w;
+        check_pool(&s, big);
+    }
+}
+
 static void test_pool_nan(void **state) {
     (void)state;
     for (int64_t side = 1; side <= 20; side++) {
@@ -1795,6 +1809,7 @@ int main(void) {
         cmocka_unit_test(test_update_rows),
         cmocka_unit_test(test_dropout),
         cmocka_unit_test(test_pool),
+        cmocka_unit_test(test_pool_pairs),
         cmocka_unit_test(test_pool_nan),
         cmocka_unit_test(test_batch_norm),
         cmocka_unit_test(test_layer_norm),
