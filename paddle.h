@@ -12473,7 +12473,7 @@ typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), alig
 #else
 #define PD__NV 2
 #if PD__BYTES == 64
-#define PD__MR 14 /* of 32 registers */
+#define PD__MR 12 /* of 32 registers */
 #elif PD__BYTES == 32
 #define PD__MR 6 /* of 16 */
 #else
@@ -12484,9 +12484,9 @@ typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), alig
 
 /* Blocks of a product: KC deep, so that a panel of B stays in the first-level cache (32 KB and more), MC rows of A, which
    stay in the second, NC columns of B. */
-#define PD__KC (PD__BYTES == 64 ? 256 : 512)
-#define PD__MC (PD__BYTES == 64 ? 168 : 120)
-#define PD__NC 2048
+#define PD__KC (PD__BYTES == 64 ? 320 : 512)
+#define PD__MC (PD__BYTES == 64 ? 168 : 96)
+#define PD__NC 1024
 
 static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
 #if PD__LANES == 1
@@ -12599,7 +12599,6 @@ static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_r
         PD__ROWS(8)
         PD__ROWS(10)
         PD__ROWS(12)
-        PD__ROWS(14)
 #endif
     }
 #undef PD__ROWS
@@ -12655,10 +12654,15 @@ static void PD__K(pd__pack_a)(const pd_real *a, int64_t rs, int64_t cs, int64_t 
         int64_t rows = pd__min(h, m - i);
         const pd_real *from = a + i * rs;
         pd_real *to = panel + first * rows;
-        if (rs == 1)
-            for (int64_t p = 0; p < k; p++)
+        if (rs == 1) {
+            int64_t p = 0, whole = pd__ceil_div(rows, PD__LANES) * PD__LANES;
+            if (i + whole <= m) /* the next step replaces what is written too much */
+                for (; p + 1 < k; p++)
+                    for (int64_t r = 0; r < rows; r += PD__LANES)
+                        PD__STORE(to + p * rows + r, PD__LOAD(from + p * cs + r));
+            for (; p < k; p++)
                 for (int64_t r = 0; r < rows; r++) to[p * rows + r] = from[p * cs + r];
-        else PD__K(pd__transpose)(rows, k, from, rs, to, rows);
+        } else PD__K(pd__transpose)(rows, k, from, rs, to, rows);
     }
 }
 
@@ -12788,29 +12792,34 @@ static void PD__K(pd__gemm_share)(const PD__K(pd__gemm_job) * g, int64_t share) 
     int64_t i0 = share / g->across * g->rows, j0 = share % g->across * g->columns;
     int64_t i1 = pd__min(g->m, i0 + g->rows), j1 = pd__min(g->n, j0 + g->columns);
     int64_t ra = g->ta ? 1 : g->lda, ca = g->ta ? g->lda : 1, rb = g->tb ? 1 : g->ldb, cb = g->tb ? g->ldb : 1;
-    int64_t depth = PD__K(pd__depth)(g->k), h, mc;
+    int64_t depth = PD__K(pd__depth)(g->k), padded = pd__ceil_div(j1 - j0, PD__NR) * PD__NR, h, mc, nc;
     pd_real *packed_a = g->space + share * g->each, *packed_b;
     if (i0 >= i1 || j0 >= j1) return;
     h = PD__K(pd__height)(i1 - i0);
     mc = pd__min(i1 - i0, PD__MC / h * h);
+    /* B packed for one block of rows only is used at once, so that a few columns, still in the cache, do; of a B that is
+       read by rows, more. */
+    nc = mc < i1 - i0 ? PD__NC : g->tb ? 64 : 256;
     packed_b = packed_a + pd__ceil_div(mc * depth, 16) * 16;
-    for (int64_t j = j0; j < j1; j += PD__NC)
-        for (int64_t p = 0; p < g->k || p == 0; p += depth) {
-            PD__K(pd__block) b;
-            memset(&b, 0, sizeof b);
-            b.n = pd__min(PD__NC, j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
-            b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
-            b.after = p + depth >= g->k ? g->after : NULL, b.channel = j;
-            b.a = packed_a, b.b = packed_b;
-            if (g->right) b.b = packed_b = g->right + j * g->k + p * pd__ceil_div(b.n, PD__NR) * PD__NR;
-            if (!g->ready) PD__K(pd__pack_b)(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
-            for (int64_t i = i0; i < i1; i += mc) {
-                b.m = pd__min(mc, i1 - i);
-                PD__K(pd__pack_a)(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
-                b.c = g->c + i * g->ldc + j;
-                PD__K(pd__multiply)(&b);
+    for (int64_t wide = j0; wide < j1; wide += PD__NC)
+        for (int64_t p = 0; p < g->k || p == 0; p += depth)
+            for (int64_t j = wide; j < pd__min(j1, wide + PD__NC); j += nc) {
+                PD__K(pd__block) b;
+                memset(&b, 0, sizeof b);
+                b.n = pd__min(pd__min(nc, wide + PD__NC - j), j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
+                b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
+                b.after = p + depth >= g->k ? g->after : NULL, b.channel = j;
+                b.a = packed_a, b.b = packed_b;
+                if (g->right) b.b = packed_b = g->right + j0 * g->k + p * padded + (j - j0) * b.k;
+                if (!g->ready) PD__K(pd__pack_b)(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
+                for (int64_t i = i0; i < i1; i += mc) {
+                    b.m = pd__min(mc, i1 - i);
+                    if (j == wide || mc < i1 - i0)
+                        PD__K(pd__pack_a)(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
+                    b.c = g->c + i * g->ldc + j;
+                    PD__K(pd__multiply)(&b);
+                }
             }
-        }
 }
 
 /* A share of one row times a matrix, which is read once, as it lies: some rows at a time, in the order of k. */
