@@ -13303,7 +13303,7 @@ static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool grad
                 for (int r = 0; r < 6; r++) PD__STORE(to + (r * 6 + c) * plane + at + t, done[r]);
             }
     }
-    for (int i = 0; i < 36; i++) /* what is multiplied beside the tiles */
+    for (int i = 0; i < 36 && at % PD__NR; i++) /* what is multiplied beside the tiles */
         memset(to + i * plane + at, 0, (size_t)(pd__ceil_div(at, PD__NR) * PD__NR - at) * sizeof *to);
 }
 
@@ -13397,6 +13397,11 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
                 if (early && length[0] == 4 * PD__LANES) line = to + at[0];
                 PD__K(pd__winograd_turn)(4, PD__LANES, phases, PD__LANES, line, 4);
                 if (line != buffer) continue;
+                if (early && most == 4 && numbers == 4 * PD__LANES && j->out_w % 4 == 0) { /* whole pieces only */
+                    PD__UNROLL
+                    for (int i = 0; i < PD__LANES; i++) memcpy(to + at[i], line + 4 * i, 4 * sizeof *to);
+                    continue;
+                }
                 for (int64_t i = 0; i < pieces && j->beta != 0; i++)
                     PD__K(pd__winograd_add)(j->beta, to + at[i], length[i], most, line + i * most);
                 if (j->after && !early)
