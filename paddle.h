@@ -13440,7 +13440,8 @@ static void PD__K(pd__winograd_unit)(const PD__K(pd__winograd) * j, int64_t unit
 }
 
 /* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
-static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_shape *s, bool back, int64_t tiles) {
+static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_shape *s, bool back, int64_t tiles,
+                                      int64_t threads) {
     memset(j, 0, sizeof *j);
     j->rows = s->rows, j->groups = s->groups, j->back = back;
     j->channels = (back ? s->out_c : s->in_c) / s->groups, j->filters = (back ? s->in_c : s->out_c) / s->groups;
@@ -13450,7 +13451,10 @@ static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_sha
     j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
     j->across = 4 * j->wide < 3 * PD__LANES ? pd__min(j->rows, PD__NR / j->wide) : 1;
     j->width = j->across * j->wide;
+    /* A block for each thread, as long as its tiles fill a panel. */
     j->lines = pd__max(1, pd__min(tiles / j->width, PD__K(pd__winograd_rows)(j)));
+    j->lines = pd__min(j->lines, pd__max(pd__ceil_div(PD__NR, j->width),
+                                         pd__ceil_div(PD__K(pd__winograd_rows)(j), pd__ceil_div(threads, s->groups))));
     j->blocks = pd__ceil_div(PD__K(pd__winograd_rows)(j), j->lines);
     j->stride = pd__ceil_div(j->width, PD__LANES) * PD__LANES + 4;
     /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
@@ -13574,7 +13578,7 @@ static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real 
     if (images == 0) return;
     if (pd__winograd_fits(s)) {
         PD__K(pd__winograd) fast;
-        PD__K(pd__winograd_sizes)(&fast, s, false, 64);
+        PD__K(pd__winograd_sizes)(&fast, s, false, 64, pd__cpu_threads(d));
         fast.x = x, fast.w = w, fast.out = y, fast.beta = beta, fast.after = after;
         PD__K(pd__winograd_run)(d, &fast);
         return;
@@ -13603,7 +13607,7 @@ static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, 
     if (images == 0) return;
     if (pd__winograd_fits(s)) {
         PD__K(pd__winograd) fast;
-        PD__K(pd__winograd_sizes)(&fast, s, true, 64);
+        PD__K(pd__winograd_sizes)(&fast, s, true, 64, pd__cpu_threads(d));
         fast.x = dy, fast.w = w, fast.out = dx, fast.beta = 1;
         PD__K(pd__winograd_run)(d, &fast);
         return;
@@ -13628,7 +13632,7 @@ static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s
     if (pd__winograd_fits(s)) {
         PD__K(pd__winograd) fast;
         PD__K(pd__winograd_sizes)
-        (&fast, s, false, pd__max(64, pd__min(512, 2000000 / (36 * (s->in_c + s->out_c) / s->groups))));
+        (&fast, s, false, pd__max(64, pd__min(512, 2000000 / (36 * (s->in_c + s->out_c) / s->groups))), 1);
         fast.x = x, fast.dy = dy, fast.out = dw;
         PD__K(pd__winograd_backward_filter)(d, &fast);
         return;
