@@ -1961,15 +1961,16 @@ static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->sel
    one thread longer than that. */
 static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 : pd__cpu_threads(d); }
 
-/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters;
-   the numbers below are about what that costs, in multiplications, as measured. */
+/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
+   and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
+   are about what that costs, in multiplications, as measured. */
 static bool pd__winograd_fits(const pd_conv_shape *s) {
     const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
     const int64_t wide = pd__ceil_div(s->out_w, 4), tiles = pd__ceil_div(s->out_h, 4) * wide;
     const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, s->rows * wide));
     return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
            s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
-           s->rows * tiles * (36 * products + transform * (channels + filters)) + 150 * products <
+           s->rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
                s->rows * outputs * products * 10;
 }
 
