@@ -1954,6 +1954,18 @@ typedef struct pd__cpu {
 #define PD__PARALLEL(d, work) (void)(d), (void)(work);
 #define PD__THREAD_INDEX() 0
 #endif
+/* Such a loop of calls, i = 0, step, .. below `end`. For one thread OpenMP is left alone: a team of one takes longer to
+   make than many a small layer. */
+#define PD__TEAM_STEPS(d, work, i, end, step, call)                                                                    \
+    do {                                                                                                               \
+        if (pd__team(d, work) == 1) {                                                                                  \
+            for (int64_t i = 0; i < (end); i += (step)) call;                                                          \
+        } else {                                                                                                       \
+            PD__PARALLEL(d, work)                                                                                      \
+            for (int64_t i = 0; i < (end); i += (step)) call;                                                          \
+        }                                                                                                              \
+    } while (0)
+#define PD__TEAM(d, work, i, end, call) PD__TEAM_STEPS(d, work, i, end, 1, call)
 
 static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->self)->threads; }
 
@@ -12437,9 +12449,9 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 /* >>kernels: the CPU's heavy operations, once for every instruction set                                    */
 
 /* This part of the file is compiled several times: ">>device: the CPU" includes the file for each level with PD__LEVEL
-   set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. In a
-   loop that PD__PARALLEL stands before, only functions are called: what a compiler makes of such a loop's body may
-   have been compiled for another instruction set. */
+   set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. Loops
+   that threads share only call functions (PD__TEAM): what a compiler makes of such a loop's body may have been compiled
+   for another instruction set. */
 #if defined(PD__LEVEL)
 
 #if PD__BYTES == 0
@@ -12878,8 +12890,7 @@ static void PD__K(pd__gemm)(pd_device *d, bool ta, bool tb, int64_t m, int64_t n
     g.rows = pd__ceil_div(pd__ceil_div(m, g.down), PD__MR) * PD__MR;
     g.columns = pd__ceil_div(pd__ceil_div(n, g.across), PD__NR) * PD__NR;
     if (m == 1 && !tb) { /* then shares go across */
-        PD__PARALLEL(d, n * k / 8)
-        for (int64_t share = 0; share < g.across; share++) PD__K(pd__gemm_row)(&g, share);
+        PD__TEAM(d, n * k / 8, share, g.across, PD__K(pd__gemm_row)(&g, share));
         return;
     }
     form[4] = ldb, form[5] = g.columns;
@@ -12889,8 +12900,7 @@ static void PD__K(pd__gemm)(pd_device *d, bool ta, bool tb, int64_t m, int64_t n
     g.each = pd__ceil_div(g.each, 16) * 16; /* whole cache lines */
     g.space = (pd_real *)pd__scratch(d, shares * g.each, sizeof(pd_real));
     if (!g.space) return;
-    PD__PARALLEL(d, m * n * k / 8)
-    for (int64_t share = 0; share < shares; share++) PD__K(pd__gemm_share)(&g, share);
+    PD__TEAM(d, m * n * k / 8, share, shares, PD__K(pd__gemm_share)(&g, share));
     if (kept) memcpy(kept->form, form, sizeof form);
 }
 
@@ -13481,11 +13491,10 @@ static void PD__K(pd__winograd_run)(pd_device *d, PD__K(pd__winograd) * j) {
     if (!j->packed) return;
     j->space = j->packed + (kept ? 0 : filters);
     if (kept) j->packed = kept->numbers;
-    PD__PARALLEL(d, j->groups * j->filters * j->channels * 36)
-    for (int64_t unit = 0; unit < (ready ? 0 : j->groups * j->panels); unit++) PD__K(pd__winograd_panel)(j, unit);
+    PD__TEAM(d, j->groups * j->filters * j->channels * 36, unit, ready ? 0 : j->groups * j->panels,
+             PD__K(pd__winograd_panel)(j, unit));
     if (kept) memcpy(kept->form, form, sizeof form);
-    PD__PARALLEL(d, work)
-    for (int64_t unit = 0; unit < units * j->parts; unit++) PD__K(pd__winograd_unit)(j, unit);
+    PD__TEAM(d, work, unit, units * j->parts, PD__K(pd__winograd_unit)(j, unit));
 }
 
 /* The filter gradient: one channel of a block's images, or one filter of its output gradients. */
@@ -13560,13 +13569,10 @@ static void PD__K(pd__winograd_backward_filter)(pd_device *d, PD__K(pd__winograd
     j->space = j->gradients + gradients;
     for (j->group = 0; j->group < j->groups; j->group++) {
         for (j->block = 0; j->block < j->blocks; j->block++) {
-            PD__PARALLEL(d, work)
-            for (int64_t unit = 0; unit < j->channels + j->filters; unit++) PD__K(pd__winograd_transform)(j, unit);
-            PD__PARALLEL(d, work * 16)
-            for (int64_t unit = 0; unit < 36; unit++) PD__K(pd__winograd_sum)(j, unit);
+            PD__TEAM(d, work, unit, j->channels + j->filters, PD__K(pd__winograd_transform)(j, unit));
+            PD__TEAM(d, work * 16, unit, 36, PD__K(pd__winograd_sum)(j, unit));
         }
-        PD__PARALLEL(d, sums)
-        for (int64_t unit = 0; unit < j->filters; unit++) PD__K(pd__winograd_filter_unit)(j, unit);
+        PD__TEAM(d, sums, unit, j->filters, PD__K(pd__winograd_filter_unit)(j, unit));
     }
 }
 
@@ -13594,11 +13600,9 @@ static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real 
                                PD__K(pd__depth)(j.depth) * j.block_n))
         return;
     if (kept) j.packed = kept->numbers;
-    PD__PARALLEL(d, s->out_c * j.depth)
-    for (int64_t unit = 0; unit < (ready ? 0 : s->groups * j.parts); unit++) PD__K(pd__pack_filters_forward)(&j, unit);
+    PD__TEAM(d, s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts, PD__K(pd__pack_filters_forward)(&j, unit));
     if (kept) memcpy(kept->form, form, sizeof form);
-    PD__PARALLEL(d, images * j.depth * j.area)
-    for (int64_t unit = 0; unit < images * j.parts; unit++) PD__K(pd__conv_unit)(&j, unit);
+    PD__TEAM(d, images * j.depth * j.area, unit, images * j.parts, PD__K(pd__conv_unit)(&j, unit));
 }
 
 static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
@@ -13620,10 +13624,8 @@ static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, 
     if (!PD__K(pd__conv_space)(d, &j, s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
                                PD__K(pd__depth)(j.filters) * j.block_n))
         return;
-    PD__PARALLEL(d, s->out_c * j.depth)
-    for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__pack_filters_back)(&j, unit);
-    PD__PARALLEL(d, images * j.depth * j.area)
-    for (int64_t unit = 0; unit < images * j.parts; unit++) PD__K(pd__conv_back_unit)(&j, unit);
+    PD__TEAM(d, s->out_c * j.depth, unit, s->groups * j.parts, PD__K(pd__pack_filters_back)(&j, unit));
+    PD__TEAM(d, images * j.depth * j.area, unit, images * j.parts, PD__K(pd__conv_back_unit)(&j, unit));
 }
 
 static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
@@ -13647,8 +13649,8 @@ static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s
     if (!PD__K(pd__conv_space)(d, &j, 0, PD__K(pd__is_padded)(&j) ? j.together * j.channels : 0,
                                (pd__min(PD__MC, j.filters) + j.block_n) * j.block_k))
         return;
-    PD__PARALLEL(d, s->rows * s->groups * j.depth * j.area)
-    for (int64_t unit = 0; unit < s->groups * j.parts; unit++) PD__K(pd__conv_filter_unit)(&j, unit);
+    PD__TEAM(d, s->rows * s->groups * j.depth * j.area, unit, s->groups * j.parts,
+             PD__K(pd__conv_filter_unit)(&j, unit));
 }
 
 /* ---- elementwise: vectors of PD__LANES numbers, or of PD__WIDE_LANES doubles made from as many numbers ---- */
@@ -13850,9 +13852,8 @@ static void PD__K(pd__fill_piece)(int64_t n, pd_real value, pd_real *y) {
     for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, PD__K(pd__all)(value), n - i);
 }
 static void PD__K(pd__fill)(pd_device *d, int64_t n, pd_real value, pd_real *y) {
-    (void)d; /* here and below: only named by PD__PARALLEL, which is empty without OpenMP */
-    PD__PARALLEL(d, n)
-    for (int64_t i = 0; i < n; i += PD__PIECE) PD__K(pd__fill_piece)(pd__min(PD__PIECE, n - i), value, y + i);
+    (void)d; /* here and below: only named by PD__TEAM, which needs it for OpenMP alone */
+    PD__TEAM_STEPS(d, n, i, n, PD__PIECE, PD__K(pd__fill_piece)(pd__min(PD__PIECE, n - i), value, y + i));
 }
 
 /* The innermost axis of muladd. Sums run in double. */
@@ -13923,9 +13924,7 @@ static void PD__K(pd__muladd)(pd_device *d, const int64_t size[4], pd_real alpha
     }
     piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
     pieces = pd__ceil_div(size[axis], piece);
-    PD__PARALLEL(d, work)
-    for (int64_t p = 0; p < pieces; p++)
-        PD__K(pd__muladd_piece)(size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys);
+    PD__TEAM(d, work, p, pieces, PD__K(pd__muladd_piece)(size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
 }
 
 static double PD__K(pd__sum_squares)(pd_device *d, int64_t n, const pd_real *x) {
@@ -13933,10 +13932,9 @@ static double PD__K(pd__sum_squares)(pd_device *d, int64_t n, const pd_real *x) 
     double parts[PARTS], sum = 0;
     int64_t piece = pd__ceil_div(n, PARTS);
     (void)d;
-    PD__PARALLEL(d, n)
-    for (int64_t p = 0; p < PARTS; p++)
-        parts[p] = PD__K(pd__dot)(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
-                                  x + pd__min(n, p * piece));
+    PD__TEAM(d, n, p, PARTS,
+             parts[p] = PD__K(pd__dot)(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
+                                       x + pd__min(n, p * piece)));
     for (int p = 0; p < PARTS; p++) sum += parts[p];
     return sum;
 }
@@ -14059,8 +14057,7 @@ static void PD__K(pd__update)(pd_device *d, const pd_update *u, int64_t n, pd_re
     j.correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
     j.l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2;
     j.w = w, j.g = g, j.mask = mask, j.states = states;
-    PD__PARALLEL(d, n * 4)
-    for (int64_t i = 0; i < n; i += PD__PIECE) PD__K(pd__update_piece)(&j, i, pd__min(n, i + PD__PIECE));
+    PD__TEAM_STEPS(d, n * 4, i, n, PD__PIECE, PD__K(pd__update_piece)(&j, i, pd__min(n, i + PD__PIECE)));
 }
 
 /* One row; SGD and momentum only, which have no bias correction and one state at most. */
@@ -14089,10 +14086,9 @@ static void PD__K(pd__update_rows)(pd_device *d, const pd_update *u, int64_t cou
                                    const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
                                    pd_real *state) {
     (void)d;
-    PD__PARALLEL(d, count * width * 4)
-    for (int64_t i = 0; i < count; i++) PD__K(pd__update_row)
-    (u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, g ? g + i * width : NULL,
-     state ? state + state_rows[i] * width : NULL);
+    PD__TEAM(d, count * width * 4, i, count,
+             PD__K(pd__update_row)(u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width,
+                                   g ? g + i * width : NULL, state ? state + state_rows[i] * width : NULL));
 }
 
 /* ---- activations ---- */
@@ -14235,13 +14231,11 @@ static void PD__K(pd__activate)(pd_device *d, pd_act act, pd_real alpha, int64_t
     (void)d;
     alpha = pd__act_alpha(act, alpha);
     if (act == PD_SOFTMAX) {
-        PD__PARALLEL(d, n * 8)
-        for (int64_t r = 0; r < rows; r++) PD__K(pd__softmax_row)(width, x + r * width, y + r * width);
+        PD__TEAM(d, n * 8, r, rows, PD__K(pd__softmax_row)(width, x + r * width, y + r * width));
         return;
     }
-    PD__PARALLEL(d, n * 2)
-    for (int64_t i = 0; i < n; i += PD__PIECE)
-        PD__K(pd__activate_piece)(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i);
+    PD__TEAM_STEPS(d, n * 2, i, n, PD__PIECE,
+                   PD__K(pd__activate_piece)(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i));
 }
 
 static void PD__K(pd__activate_backward)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
@@ -14250,13 +14244,12 @@ static void PD__K(pd__activate_backward)(pd_device *d, pd_act act, pd_real alpha
     (void)d;
     alpha = pd__act_alpha(act, alpha);
     if (act == PD_SOFTMAX) {
-        PD__PARALLEL(d, n * 2)
-        for (int64_t r = 0; r < rows; r++) PD__K(pd__softmax_backward_row)(width, y + r * width, grad + r * width);
+        PD__TEAM(d, n * 2, r, rows, PD__K(pd__softmax_backward_row)(width, y + r * width, grad + r * width));
         return;
     }
-    PD__PARALLEL(d, n * 2)
-    for (int64_t i = 0; i < n; i += PD__PIECE)
-        PD__K(pd__activate_backward_piece)(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i);
+    PD__TEAM_STEPS(
+        d, n * 2, i, n, PD__PIECE,
+        PD__K(pd__activate_backward_piece)(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i));
 }
 
 /* ---- normalisation ---- */
@@ -14294,8 +14287,7 @@ static void PD__K(pd__channel_moments)(pd_device *d, int64_t rows, int64_t chann
     memset(&j, 0, sizeof j);
     (void)d;
     j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moment1 = mean, j.moment2 = variance;
-    PD__PARALLEL(d, rows * channels * area)
-    for (int64_t c = 0; c < channels; c++) PD__K(pd__moments_of)(&j, c);
+    PD__TEAM(d, rows * channels * area, c, channels, PD__K(pd__moments_of)(&j, c));
 }
 
 static void PD__K(pd__batch_norm_map)(const PD__K(pd__channel_job) * j, int64_t m) {
@@ -14317,8 +14309,7 @@ static void PD__K(pd__batch_norm)(pd_device *d, int64_t rows, int64_t channels, 
     (void)d;
     j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance, j.epsilon = epsilon;
     j.weight = weight, j.bias = bias, j.y = y;
-    PD__PARALLEL(d, rows * channels * area)
-    for (int64_t m = 0; m < rows * channels; m++) PD__K(pd__batch_norm_map)(&j, m);
+    PD__TEAM(d, rows * channels * area, m, rows * channels, PD__K(pd__batch_norm_map)(&j, m));
 }
 
 /* With n = rows * area and xhat = (x - mean) / deviation: dx = weight / deviation (dy - mean(dy) - xhat mean(dy xhat)),
@@ -14358,8 +14349,7 @@ static void PD__K(pd__batch_norm_backward)(pd_device *d, int64_t rows, int64_t c
     j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance;
     j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
     j.dx = dx, j.dweight = dweight, j.dbias = dbias;
-    PD__PARALLEL(d, rows * channels * area)
-    for (int64_t c = 0; c < channels; c++) PD__K(pd__batch_norm_back)(&j, c);
+    PD__TEAM(d, rows * channels * area, c, channels, PD__K(pd__batch_norm_back)(&j, c));
 }
 
 /* Response norm runs along the channels of a strip of positions. */
@@ -14402,8 +14392,7 @@ static void PD__K(pd__response_norm)(pd_device *d, int64_t rows, int64_t channel
     (void)d;
     j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta, j.k = k;
     j.x = x, j.scales = scales, j.y = y, j.strips = pd__ceil_div(area, PD__K(pd__strip));
-    PD__PARALLEL(d, rows * channels * area * 8)
-    for (int64_t unit = 0; unit < rows * j.strips; unit++) PD__K(pd__response_strip)(&j, unit);
+    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, PD__K(pd__response_strip)(&j, unit));
 }
 
 /* dx_j += dy_j s_j^-beta - 2 alpha beta / size x_j sum over the windows c that hold j of dy_c x_c s_c^(-beta - 1) */
@@ -14439,8 +14428,7 @@ static void PD__K(pd__response_norm_backward)(pd_device *d, int64_t rows, int64_
     j.x = x, j.scale = scales, j.dy = dy, j.dx = dx, j.strips = pd__ceil_div(area, PD__K(pd__strip));
     j.space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * channels * PD__K(pd__strip), sizeof(pd_real));
     if (!j.space) return;
-    PD__PARALLEL(d, rows * channels * area * 8)
-    for (int64_t unit = 0; unit < rows * j.strips; unit++) PD__K(pd__response_strip_back)(&j, unit);
+    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, PD__K(pd__response_strip_back)(&j, unit));
 }
 
 /* ---- recurrent units ---- */
@@ -14468,9 +14456,9 @@ static void PD__K(pd__gru_row)(int64_t width, pd_real *gates, const pd_real *rec
 static void PD__K(pd__gru)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
                            const pd_real *before, pd_real *after) {
     (void)d;
-    PD__PARALLEL(d, rows * width * 16)
-    for (int64_t r = 0; r < rows; r++) PD__K(pd__gru_row)
-    (width, gates + r * 3 * width, recurrent + r * 3 * width, before ? before + r * width : NULL, after + r * width);
+    PD__TEAM(d, rows * width * 16, r, rows,
+             PD__K(pd__gru_row)(width, gates + r * 3 * width, recurrent + r * 3 * width,
+                                before ? before + r * width : NULL, after + r * width));
 }
 
 /* ---- pooling: rows of a window first, then columns, a vector's outputs at a time ---- */
@@ -14615,14 +14603,14 @@ static void PD__K(pd__pool)(pd_device *d, const pd_pool_shape *s, const pd_real 
 #if PD__LANES > 1
     if (s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 && s->in_h == 2 * s->out_h &&
         s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 && s->in_w % PD__LANES == 0) {
-        PD__PARALLEL(d, s->rows * s->channels * s->in_h * s->in_w / 2)
-        for (int64_t map = 0; map < s->rows * s->channels; map++) PD__K(pd__pool_pairs)(&j, map);
+        PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w / 2, map, s->rows * s->channels,
+                 PD__K(pd__pool_pairs)(&j, map));
         return;
     }
 #endif
     if (!PD__K(pd__pool_space)(d, &j)) return;
-    PD__PARALLEL(d, s->rows * s->channels * s->in_h * s->in_w * 2)
-    for (int64_t map = 0; map < s->rows * s->channels; map++) PD__K(pd__pool_map)(&j, map);
+    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels,
+             PD__K(pd__pool_map)(&j, map));
 }
 
 /* Where the gradient of a maximum goes: to the first of the cells that have it, if one has; without branches, because
@@ -14666,8 +14654,8 @@ static void PD__K(pd__pool_backward)(pd_device *d, const pd_pool_shape *s, const
     memset(&j, 0, sizeof j);
     j.s = s, j.x = x, j.y = y, j.dy = dy, j.out = dx;
     if (!PD__K(pd__pool_space)(d, &j)) return;
-    PD__PARALLEL(d, s->rows * s->channels * s->in_h * s->in_w * 2)
-    for (int64_t map = 0; map < s->rows * s->channels; map++) PD__K(pd__pool_map_back)(&j, map);
+    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels,
+             PD__K(pd__pool_map_back)(&j, map));
 }
 
 /* Puts this level's operations into a CPU device. */
