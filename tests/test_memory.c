@@ -2,7 +2,7 @@
    with every kind of layer, trains it from shuffled and prefetched data, tests, saves, loads, goes on from checkpoints,
    shares it, predicts, and checks gradients. Each failure must be reported as such, must not leak, and must leave
    everything in a state in which the same call works. */
-#define PADDLE_IMPLEMENTATION
+#define _POSIX_C_SOURCE 200809L
 #include "../paddle.h"
 
 #include <dirent.h>
@@ -215,7 +215,7 @@ static pd_status fill_batch(run *r) {
     pd_batch_clear(r->batch);
     status = r->test->reset(r->test, 0);
     if (status == PD_OK) status = r->test->next(r->test, r->batch, TEST);
-    if (status != PD_OK) pd__fail(r->net, status, "%.400s", r->test->error.text);
+    if (status != PD_OK) pd_layer_fail(r->features, status, "%.400s", r->test->error.text);
     return status;
 }
 
