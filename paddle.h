@@ -13680,25 +13680,32 @@ typedef pd_real PD__K(pd__narrow)
 #define PD__SELECT_WIDE(mask, a, b) ((PD__W)(((PD__WI)(mask) & (PD__WI)(a)) | (~(PD__WI)(mask) & (PD__WI)(b))))
 #define PD__CONVERT(v, type) __builtin_convertvector(v, type)
 #define PD__LANE(v, i) ((v)[i])
-/* Every second number of two vectors. */
+/* Every second number of two vectors, and every second half. */
 #if PD__LANES == 2
 #define PD__EVERY_SECOND(i) i, i + 2
+#define PD__EVERY_HALF(i) i, i + 2
 #elif PD__LANES == 4
 #define PD__EVERY_SECOND(i) i, i + 2, i + 4, i + 6
+#define PD__EVERY_HALF(i) i, i + 1, i + 4, i + 5
 #elif PD__LANES == 8
 #define PD__EVERY_SECOND(i) i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14
+#define PD__EVERY_HALF(i) i, i + 1, i + 2, i + 3, i + 8, i + 9, i + 10, i + 11
 #else
 #define PD__EVERY_SECOND(i)                                                                                            \
     i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 16, i + 18, i + 20, i + 22, i + 24, i + 26, i + 28,     \
         i + 30
+#define PD__EVERY_HALF(i)                                                                                              \
+    i, i + 1, i + 2, i + 3, i + 4, i + 5, i + 6, i + 7, i + 16, i + 17, i + 18, i + 19, i + 20, i + 21, i + 22, i + 23
 #endif
 #if defined(__clang__) || __GNUC__ >= 12
-#define PD__EVEN(a, b) __builtin_shufflevector(a, b, PD__EVERY_SECOND(0))
-#define PD__ODD(a, b) __builtin_shufflevector(a, b, PD__EVERY_SECOND(1))
+#define PD__PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define PD__EVEN(a, b) __builtin_shuffle(a, b, __extension__(PD__I){ PD__EVERY_SECOND(0) })
-#define PD__ODD(a, b) __builtin_shuffle(a, b, __extension__(PD__I){ PD__EVERY_SECOND(1) })
+#define PD__PICK(a, b, ...) __builtin_shuffle(a, b, __extension__(PD__I){ __VA_ARGS__ })
 #endif
+#define PD__EVEN(a, b) PD__PICK(a, b, PD__EVERY_SECOND(0))
+#define PD__ODD(a, b) PD__PICK(a, b, PD__EVERY_SECOND(1))
+#define PD__LOWER(a, b) PD__PICK(a, b, PD__EVERY_HALF(0))
+#define PD__UPPER(a, b) PD__PICK(a, b, PD__EVERY_HALF(PD__LANES / 2))
 /* A mask of the first `count` lanes. */
 static PD__INLINE PD__I PD__K(pd__first_lanes)(int count) {
     static const PD__INT lanes[] = { PD__TIMES(PD__LANES, -1), PD__TIMES(PD__LANES, 0) };
@@ -14573,11 +14580,11 @@ static void PD__K(pd__pool_map)(const PD__K(pd__pool_job) * j, int64_t map) {
 }
 
 #if PD__LANES > 1
-/* Windows of 2 x 2 that cover an image whose rows are whole vectors: two vectors of a row, or of this and the next one,
-   give one of the output. */
+/* Windows of 2 x 2 that cover an image whose rows are whole vectors, or halves of them: two vectors of columns, of this
+   row of windows or of this and the next ones, give one of the output. */
 static void PD__K(pd__pool_pairs)(const PD__K(pd__pool_job) * j, int64_t map) {
     const pd_pool_shape *s = j->s;
-    const bool largest = s->method == PD_MAX;
+    const bool largest = s->method == PD_MAX, halves = s->in_w < PD__LANES;
     const int64_t count = s->out_h * s->in_w / PD__LANES;
     const pd__window whole = { 0, 2, 0, 2 };
     const PD__V factor = PD__K(pd__all)(pd__pool_factor(s, &whole));
@@ -14586,9 +14593,11 @@ static void PD__K(pd__pool_pairs)(const PD__K(pd__pool_job) * j, int64_t map) {
     for (int64_t i = 0, w = 0; i < count; i += 2, y += PD__LANES) {
         PD__V sum[2] = { PD__K(pd__all)(0), PD__K(pd__all)(0) };
         for (int k = 0; k < 2 && i + k < count; k++) {
-            sum[k] = PD__K(pd__pool_join)(largest, PD__LOAD(x + w), PD__LOAD(x + w + s->in_w));
+            PD__V a = PD__LOAD(x + w), b = PD__LOAD(x + w + (halves ? PD__LANES : s->in_w));
+            sum[k] = halves ? PD__K(pd__pool_join)(largest, PD__LOWER(a, b), PD__UPPER(a, b))
+                            : PD__K(pd__pool_join)(largest, a, b);
             w += PD__LANES;
-            if (w == s->in_w) w = 0, x += 2 * s->in_w;
+            if (w >= s->in_w) w = 0, x += 2 * (halves ? PD__LANES : s->in_w);
         }
         sum[0] = PD__K(pd__pool_join)(largest, PD__EVEN(sum[0], sum[1]), PD__ODD(sum[0], sum[1]));
         PD__K(pd__store)(y, largest ? sum[0] : sum[0] * factor, (count - i) * PD__LANES / 2);
@@ -14602,7 +14611,8 @@ static void PD__K(pd__pool)(pd_device *d, const pd_pool_shape *s, const pd_real 
     j.s = s, j.x = x, j.out = y;
 #if PD__LANES > 1
     if (s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 && s->in_h == 2 * s->out_h &&
-        s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 && s->in_w % PD__LANES == 0) {
+        s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 &&
+        (s->in_w % PD__LANES == 0 || (2 * s->in_w == PD__LANES && s->out_h % 2 == 0))) {
         PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w / 2, map, s->rows * s->channels,
                  PD__K(pd__pool_pairs)(&j, map));
         return;
@@ -14702,6 +14712,10 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
 #undef PD__LANE
 #undef PD__EVEN
 #undef PD__ODD
+#undef PD__LOWER
+#undef PD__UPPER
+#undef PD__PICK
+#undef PD__EVERY_HALF
 #undef PD__EVERY_SECOND
 #undef PD__WIDE_LANES
 #endif
