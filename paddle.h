@@ -1978,8 +1978,8 @@ static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 
    are about what that costs, in multiplications, as measured. */
 static bool pd__winograd_fits(const pd_conv_shape *s) {
     const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
-    const int64_t wide = pd__ceil_div(s->out_w, 4), tiles = pd__ceil_div(s->out_h, 4) * wide;
-    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, s->rows * wide));
+    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4);
+    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, s->rows * tiles));
     return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
            s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
            s->rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
@@ -12500,6 +12500,9 @@ typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), alig
 #define PD__KC (PD__BYTES == 64 ? 320 : 512)
 #define PD__MC (PD__BYTES == 64 ? 168 : 96)
 #define PD__NC 1024
+/* How many numbers ahead panels of A are fetched that may come from memory. (Beside the 48 KB of first-level cache that
+   come with 64-byte vectors it pays for others too.) */
+#define PD__AHEAD 512
 
 static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
 #if PD__LANES == 1
@@ -12546,10 +12549,10 @@ static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
    Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
 
 /* mr rows x nv vectors of C, alpha A B + beta C (beta 0: C is not read): a (k x mr, lda apart), b (k x nv vectors, ldb
-   apart). */
+   apart). `ahead`: what lies so many numbers further is fetched with each line of a. */
 static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k, pd_real alpha, const pd_real *a,
-                                          int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
-                                          int64_t ldc) {
+                                          int64_t lda, int64_t ahead, const pd_real *b, int64_t ldb, pd_real beta,
+                                          pd_real *c, int64_t ldc) {
     PD__V sum[PD__MR][PD__NV], right[PD__NV];
     PD__UNROLL
     for (int i = 0; i < mr; i++) {
@@ -12559,6 +12562,7 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
         PD__PREFETCH(c + i * ldc + nv * PD__LANES - 1);
     }
     for (int64_t p = 0; p < k; p++, a += lda, b += ldb) {
+        PD__PREFETCH(a + ahead);
         PD__UNROLL
         for (int j = 0; j < nv; j++) right[j] = PD__LOAD(b + j * PD__LANES);
         PD__UNROLL
@@ -12580,18 +12584,18 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
 }
 
 /* The same for 1 to MR rows, and 1 or NV vectors. (Where there are many, odd ones go in two parts: less to compile.) */
-static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, const pd_real *b, int64_t ldb,
-                            pd_real beta, pd_real *c, int64_t ldc) {
+static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead, const pd_real *b,
+                            int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
     const int64_t lda = mr;
 #define PD__ROWS(n)                                                                                                    \
     case n:                                                                                                            \
-        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, b, ldb, beta, c, ldc);               \
-        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, b, ldb, beta, c, ldc);                  \
+        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);        \
+        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);           \
         break;
 #if PD__MR > 6
     if (mr % 2) {
-        if (nv == 1) PD__K(pd__tile_of)(1, 1, k, alpha, a, lda, b, ldb, beta, c, ldc);
-        else PD__K(pd__tile_of)(1, PD__NV, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        if (nv == 1) PD__K(pd__tile_of)(1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);
+        else PD__K(pd__tile_of)(1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);
         mr--, a++, c += ldc;
     }
 #endif
@@ -12715,7 +12719,9 @@ static void PD__K(pd__pick_b_panel)(const pd_real *image, const int64_t *row_at,
         int64_t count = pd__min(PD__LANES, width - first);
         const int64_t *at = column_at + first;
         pd_real *line = to + first;
-        if (count == PD__LANES && at[PD__LANES - 1] - at[0] == PD__LANES - 1) {
+        bool contiguous = count == PD__LANES;
+        for (int64_t c = 1; contiguous && c < PD__LANES; c++) contiguous = at[c] == at[0] + c;
+        if (contiguous) {
             for (int64_t p = 0; p < k; p++, line += wide) PD__STORE(line, PD__LOAD(image + row_at[p] + at[0]));
         } else {
             for (int64_t p = 0; p < k; p++, line += wide) {
@@ -12758,25 +12764,33 @@ static void PD__K(pd__scatter)(const PD__K(pd__block) * k, const pd_real *tile, 
     }
 }
 
+/* The tile at row i and column j. */
+static PD__INLINE void PD__K(pd__multiply_tile)(const PD__K(pd__block) * k, int64_t ahead, int64_t i, int64_t j) {
+    const int64_t rows = pd__min(k->h, k->m - i), width = pd__min(PD__NR, k->n - j), wide = PD__K(pd__panel)(width);
+    const int nv = (int)(wide / PD__LANES);
+    const pd_real *a = k->a + i * k->k, *b = k->b + j * k->k;
+    pd_real tile[PD__MR * PD__NR], *c = k->c + i * k->ldc + j;
+    bool direct = !k->row_at && width == wide;
+    if (direct) PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, ahead, b, wide, k->beta, c, k->ldc);
+    else PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, ahead, b, wide, 0, tile, wide);
+    if (k->row_at) PD__K(pd__scatter)(k, tile, wide, i, rows, j, width);
+    for (int64_t r = 0; !direct && !k->row_at && r < rows; r++)
+        for (int64_t s = 0; s < width; s++)
+            c[r * k->ldc + s] = tile[r * wide + s] + (k->beta != 0 ? k->beta * c[r * k->ldc + s] : 0);
+}
+
 static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
-    pd_real tile[PD__MR * PD__NR];
+    /* A is not in the second-level cache, B is; and the order in which things are scattered is always the same. */
+    if (k->m * k->k > PD__MC * PD__KC && k->n * k->k <= PD__MC * PD__KC && !k->row_at) {
+        for (int64_t i = 0; i < k->m; i += k->h)
+            for (int64_t j = 0; j < k->n; j += PD__NR) PD__K(pd__multiply_tile)(k, PD__AHEAD, i, j);
+        if (k->after) PD__K(pd__finish)(k->after, k->by_row, k->channel, k->m, k->n, k->c, k->ldc);
+        return;
+    }
     for (int64_t j = 0; j < k->n; j += PD__NR) {
-        int64_t width = pd__min(PD__NR, k->n - j), wide = PD__K(pd__panel)(width);
-        int nv = (int)(wide / PD__LANES);
-        for (int64_t i = 0; i < k->m; i += k->h) {
-            int64_t rows = pd__min(k->h, k->m - i);
-            const pd_real *a = k->a + i * k->k, *b = k->b + j * k->k;
-            pd_real *c = k->c + i * k->ldc + j;
-            bool direct = !k->row_at && width == wide;
-            if (direct) PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, k->beta, c, k->ldc);
-            else PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, b, wide, 0, tile, wide);
-            if (k->row_at) PD__K(pd__scatter)(k, tile, wide, i, rows, j, width);
-            for (int64_t r = 0; !direct && !k->row_at && r < rows; r++)
-                for (int64_t s = 0; s < width; s++)
-                    c[r * k->ldc + s] = tile[r * wide + s] + (k->beta != 0 ? k->beta * c[r * k->ldc + s] : 0);
-        }
-        if (k->after)
-            PD__K(pd__finish)(k->after, k->by_row, k->channel + (k->by_row ? 0 : j), k->m, width, k->c + j, k->ldc);
+        for (int64_t i = 0; i < k->m; i += k->h) PD__K(pd__multiply_tile)(k, PD__BYTES == 64 ? PD__AHEAD : 0, i, j);
+        if (k->after) PD__K(pd__finish)
+        (k->after, k->by_row, k->channel + (k->by_row ? 0 : j), k->m, pd__min(PD__NR, k->n - j), k->c + j, k->ldc);
     }
 }
 
@@ -12906,21 +12920,25 @@ static void PD__K(pd__gemm)(pd_device *d, bool ta, bool tb, int64_t m, int64_t n
 
 /* ---- convolution as products of filters and patches, which are picked straight from the image ----
    Element (k, j) of the patches, k = (channel, filter row, filter column) and j = (output row, output column), is at
-   image[k_at[k] + j_at[j]], in an image with its padding around it. Images are independent of each other and filters
-   are packed once, so the forward pass and the data gradient are cut by images and, for few of them, by filters or
-   channels; the filter gradient, a sum over images, is cut by columns of its matrix. */
+   image[k_at[k] + j_at[j]], in an image with its padding around it. Where patches are more than one column apart, the
+   image's columns are sorted by phase, their remainder modulo the stride: then outputs that are side by side are made
+   of numbers that are. Images are independent of each other and filters are packed once, so the forward pass and the
+   data gradient are cut by images and, for few of them, by filters, channels or columns; the filter gradient, a sum
+   over images, is cut by columns of its matrix. */
 
 typedef struct PD__K(pd__conv_job) {
     const pd_conv_shape *s;
     int64_t channels, filters;                /* per group */
     int64_t depth, area;                      /* of the patches of a group */
     int64_t in_area, high, wide, padded_area; /* of an image's channel, and with its padding */
+    int64_t phases, per_phase;                /* of its columns: column c is at c % phases * per_phase + c / phases */
     const int64_t *k_at, *j_at;
     const pd_real *x, *w, *dy;
     pd_real *out;             /* y, dx or dw */
     pd_real beta;             /* of y .. */
     const pd_epilogue *after; /* .. and what is made of it */
     int64_t parts, per_part;  /* of a group's filters, channels or columns */
+    int64_t across, columns;  /* parts of the patches of an image, in the forward pass; columns of each */
     int64_t block_n, block_k; /* columns and depth of the blocks that are packed at a time .. */
     int64_t together;         /* .. and images */
     pd_real *packed;          /* filters */
@@ -12938,11 +12956,22 @@ static void PD__K(pd__conv_sizes)(PD__K(pd__conv_job) * j, const pd_conv_shape *
     j->in_area = s->in_h * s->in_w;
     j->high = pd__max(s->in_h + 2 * s->pad_h, (s->out_h - 1) * s->stride_h + (s->filter_h - 1) * s->dilation_h + 1);
     j->wide = pd__max(s->in_w + 2 * s->pad_w, (s->out_w - 1) * s->stride_w + (s->filter_w - 1) * s->dilation_w + 1);
+    j->phases = s->filter_w > 1 ? s->stride_w : 1;
+    j->per_phase = pd__ceil_div(j->wide, j->phases);
+    j->wide = j->phases * j->per_phase;
     j->padded_area = j->high * j->wide;
-    j->together = 1;
+    j->together = j->across = 1;
+    j->columns = j->area;
 }
 
-static bool PD__K(pd__is_padded)(const PD__K(pd__conv_job) * j) { return j->padded_area != j->in_area; }
+/* Is a copy made of images? */
+static bool PD__K(pd__is_padded)(const PD__K(pd__conv_job) * j) {
+    return j->padded_area != j->in_area || j->phases > 1;
+}
+
+static int64_t PD__K(pd__conv_column)(const PD__K(pd__conv_job) * j, int64_t column) {
+    return column % j->phases * j->per_phase + column / j->phases;
+}
 
 /* Fills the offsets, and takes scratch for them, `packed` numbers of filters and, for each thread, a padded image of
    so many channels and `block` numbers. False when out of memory. */
@@ -12963,10 +12992,12 @@ static bool PD__K(pd__conv_space)(pd_device *d, PD__K(pd__conv_job) * j, int64_t
     for (int64_t channel = 0; channel < j->channels; channel++)
         for (int64_t h = 0; h < s->filter_h; h++)
             for (int64_t w = 0; w < s->filter_w; w++)
-                *at++ = channel * j->padded_area + h * s->dilation_h * j->wide + w * s->dilation_w;
+                *at++ = channel * j->padded_area + h * s->dilation_h * j->wide +
+                        PD__K(pd__conv_column)(j, w * s->dilation_w);
     for (int64_t i = 0; i < j->together; i++)
         for (int64_t h = 0; h < s->out_h; h++)
-            for (int64_t w = 0; w < s->out_w; w++) *at++ = i * image + h * s->stride_h * j->wide + w * s->stride_w;
+            for (int64_t w = 0; w < s->out_w; w++)
+                *at++ = i * image + h * s->stride_h * j->wide + PD__K(pd__conv_column)(j, w * s->stride_w);
     j->space = j->packed + packed;
     return true;
 }
@@ -12979,10 +13010,16 @@ static void PD__K(pd__pad)(const PD__K(pd__conv_job) * j, bool back, int64_t cha
     for (int64_t c = 0; c < channels; c++)
         for (int64_t h = 0; h < s->in_h; h++) {
             pd_real *line = image + c * j->in_area + h * s->in_w;
-            pd_real *inside = padded + c * j->padded_area + (h + s->pad_h) * j->wide + s->pad_w;
-            if (!back) memcpy(inside, line, (size_t)s->in_w * sizeof *line);
-            else
-                for (int64_t w = 0; w < s->in_w; w++) line[w] += inside[w];
+            pd_real *to = padded + c * j->padded_area + (h + s->pad_h) * j->wide;
+            for (int64_t phase = 0; phase < j->phases; phase++) {
+                int64_t w = (phase + j->phases - s->pad_w % j->phases) % j->phases; /* its first column */
+                pd_real *inside = to + PD__K(pd__conv_column)(j, w + s->pad_w);
+                if (back)
+                    for (; w < s->in_w; w += j->phases) line[w] += *inside++;
+                else if (j->phases == 1) memcpy(inside, line, (size_t)s->in_w * sizeof *line);
+                else
+                    for (; w < s->in_w; w += j->phases) *inside++ = line[w];
+            }
         }
 }
 
@@ -13009,7 +13046,8 @@ static void PD__K(pd__pack_filters_back)(const PD__K(pd__conv_job) * j, int64_t 
 
 /* One part of one group of one image: y = filters * patches + beta y. */
 static void PD__K(pd__conv_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
-    int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
+    int64_t left = unit % j->across * j->columns, right = pd__min(left + j->columns, j->area);
+    int64_t part = unit / j->across % j->parts, image = unit / j->across / j->parts, group = image % j->s->groups;
     int64_t first = part * j->per_part, step = PD__K(pd__depth)(j->depth);
     pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *patches = padded;
     const pd_real *x = j->x + image * j->channels * j->in_area;
@@ -13028,9 +13066,9 @@ static void PD__K(pd__conv_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
         patches += j->channels * j->padded_area;
     }
     b.b = patches;
-    for (int64_t at = 0; at < j->area; at += j->block_n)
+    for (int64_t at = left; at < right; at += j->block_n)
         for (int64_t p = 0; p < j->depth; p += step) {
-            b.n = pd__min(j->block_n, j->area - at);
+            b.n = pd__min(j->block_n, right - at);
             b.k = pd__min(step, j->depth - p);
             b.beta = p ? 1 : j->beta;
             b.after = p + step >= j->depth ? j->after : NULL;
@@ -13138,8 +13176,9 @@ typedef struct PD__K(pd__winograd) {
     int64_t rows, groups, channels, filters; /* of a group */
     int64_t in_h, in_w, out_h, out_w, top, left;
     int64_t high, wide;    /* tiles of an image's channel */
-    int64_t across, width; /* images side by side in a row of tiles, where one would leave vectors empty; tiles then */
-    int64_t lines, blocks; /* rows of tiles in a block, blocks in all images */
+    /* The rows of tiles of all images, one below the other, are cut into `across` columns of `deep` rows side by side
+       where one row would leave vectors empty. Such a line has `width` tiles, a block so many lines. */
+    int64_t across, deep, width, lines, blocks;
     int64_t stride;        /* columns of tiles in a line that is read, filled up with zeros */
     int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
     int64_t height, panels;  /* of the filters */
@@ -13149,7 +13188,7 @@ typedef struct PD__K(pd__winograd) {
     pd_real *out;                /* y, dx or dw */
     pd_real beta;                /* of y or dx .. */
     const pd_epilogue *after;    /* .. and what is made of y */
-    pd_real *packed;             /* [group][36] of filters in panels, or [36][filters][channels] of sums */
+    pd_real *packed;             /* [group][36][panel] of filters, or [36][filters][channels] of sums */
     pd_real *images, *gradients; /* [36][channels or filters][places] */
     pd_real *space;
     int64_t each, group, block; /* working space of a thread; what is done at the moment */
@@ -13223,12 +13262,27 @@ static PD__INLINE void PD__K(pd__winograd_turn)(int64_t rows, int64_t columns, c
 #endif
 }
 
-/* Rows of tiles in all images, and how many of them a block has. */
-static int64_t PD__K(pd__winograd_rows)(const PD__K(pd__winograd) * j) {
-    return pd__ceil_div(j->rows, j->across) * j->high;
-}
+/* How many lines a block has. */
 static int64_t PD__K(pd__winograd_lines)(const PD__K(pd__winograd) * j, int64_t block) {
-    return pd__min(j->lines, PD__K(pd__winograd_rows)(j) - block * j->lines);
+    return pd__min(j->lines, j->deep - block * j->lines);
+}
+
+/* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
+typedef struct PD__K(pd__winograd_rows) {
+    int64_t image[PD__NR], row[PD__NR];
+} PD__K(pd__winograd_rows);
+
+static void PD__K(pd__winograd_first)(const PD__K(pd__winograd) * j, int64_t line, PD__K(pd__winograd_rows) * at) {
+    int64_t image = line / j->high, row = line % j->high;
+    for (int64_t i = 0; i < j->across; i++) {
+        at->image[i] = image, at->row[i] = row;
+        image += j->deep / j->high, row += j->deep % j->high;
+        if (row >= j->high) row -= j->high, image++;
+    }
+}
+static void PD__K(pd__winograd_next)(const PD__K(pd__winograd) * j, PD__K(pd__winograd_rows) * at) {
+    for (int64_t i = 0; i < j->across; i++)
+        if (++at->row[i] == j->high) at->row[i] = 0, at->image[i]++;
 }
 
 /* Numbers of all channels of an image, and of its output. */
@@ -13239,36 +13293,45 @@ static int64_t PD__K(pd__winograd_out)(const PD__K(pd__winograd) * j) {
     return j->groups * j->filters * j->out_h * j->out_w;
 }
 
-/* Row `row` of a channel of `images` images from column -left on, transformed for all tiles of the row:
+/* What row r of a line's tiles reads of a channel, from column -left on, transformed for all of them:
    to[c * stride + tile]. `space`: 10 strides. */
-static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *image, int64_t images,
-                                     int64_t row, pd_real *space, pd_real *to) {
+static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *x,
+                                     const PD__K(pd__winograd_rows) * at, int64_t r, pd_real *space, pd_real *to) {
     const int64_t stride = j->stride, high = gradient ? j->out_h : j->in_h, wide = gradient ? j->out_w : j->in_w;
     const int64_t next = gradient ? PD__K(pd__winograd_out)(j) : PD__K(pd__winograd_in)(j);
     const int64_t left = gradient ? 0 : j->left, columns = j->across > 1 ? 4 * j->wide + 2 : 4 * stride;
     const int64_t length = pd__min(wide, columns - left);
     pd_real *phase = space + 4 * stride; /* columns 4 t + p are phase[p * stride + t] */
     const pd_real *fourth = j->across > 1 ? phase + 4 * stride : phase + 1, *fifth = fourth + stride;
-    if (row < 0 || row >= high) {
+    bool present[PD__NR], none = true;
+    if (!gradient) r -= j->top;
+    for (int64_t i = 0; i < j->across; i++) {
+        present[i] = at->image[i] < j->rows && at->row[i] * 4 + r >= 0 && at->row[i] * 4 + r < high;
+        none = none && !present[i];
+    }
+    if (none) {
         memset(to, 0, (size_t)(6 * stride) * sizeof *to);
         return;
     }
     memset(space, 0, (size_t)left * sizeof *space);
     memset(space + left + length, 0, (size_t)(columns - left - length) * sizeof *space);
     if (j->across == 1) {
-        memcpy(space + left, image + row * wide, (size_t)length * sizeof *space);
+        memcpy(space + left, x + at->image[0] * next + (at->row[0] * 4 + r) * wide, (size_t)length * sizeof *space);
         PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
     } else {
-        for (int64_t i = 0; i < images; i++) {
-            pd_real *from = space, *at = phase + i * j->wide;
-            memcpy(space + left, image + i * next + row * wide, (size_t)length * sizeof *space);
-            for (int64_t t = 0; t < j->wide; t++, from += 4, at++) {
+        for (int64_t i = 0; i < j->across; i++) {
+            pd_real *from = space, *tile = phase + i * j->wide;
+            if (present[i])
+                memcpy(space + left, x + at->image[i] * next + (at->row[i] * 4 + r) * wide,
+                       (size_t)length * sizeof *space);
+            else memset(space + left, 0, (size_t)length * sizeof *space);
+            for (int64_t t = 0; t < j->wide; t++, from += 4, tile++) {
                 PD__UNROLL
-                for (int p = 0; p < 6; p++) at[p * stride] = from[p];
+                for (int p = 0; p < 6; p++) tile[p * stride] = from[p];
             }
         }
-        for (int p = 0; p < 6; p++) /* images that are not there, and what vectors run over */
-            memset(phase + p * stride + images * j->wide, 0, (size_t)(stride - images * j->wide) * sizeof *phase);
+        for (int p = 0; p < 6; p++) /* what vectors run over */
+            memset(phase + p * stride + j->width, 0, (size_t)(stride - j->width) * sizeof *phase);
     }
     for (int64_t t = 0; t < j->width; t += PD__LANES) {
         PD__V column[6], done[6];
@@ -13287,27 +13350,28 @@ static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool grad
                                         int64_t channel, pd_real *space, pd_real *to, int64_t plane) {
     const int64_t stride = j->stride, first = block * j->lines, last = first + PD__K(pd__winograd_lines)(j, block);
     const int64_t rows = gradient ? 4 : 6;
-    const int64_t next = gradient ? PD__K(pd__winograd_out)(j) : PD__K(pd__winograd_in)(j);
     const pd_real *x = gradient ? j->dy + (group * j->filters + channel) * j->out_h * j->out_w
                                 : j->x + (group * j->channels + channel) * j->in_h * j->in_w;
-    pd_real *lines = space + 10 * stride; /* the last rows, in a ring */
+    pd_real *ring = space + 10 * stride; /* the last rows */
+    PD__K(pd__winograd_rows) tiles;
     int64_t at = 0;
-    for (int64_t row = first; row < last; row++, at += j->width) {
-        const int64_t image = row / j->high * j->across, tile = row % j->high, top = tile * 4;
-        const int64_t images = pd__min(j->across, j->rows - image);
-        const pd_real *ring[6];
-        for (int64_t r = 0; r < rows; r++) ring[r] = lines + (top + r) % 6 * 6 * stride;
-        for (int64_t r = !gradient && tile > 0 && row > first ? 2 : 0; r < rows; r++) PD__K(pd__winograd_line)
-        (j, gradient, x + image * next, images, top + r - (gradient ? 0 : j->top), space,
-         lines + (top + r) % 6 * 6 * stride);
+    PD__K(pd__winograd_first)(j, first, &tiles);
+    for (int64_t line = first; line < last; line++, at += j->width) {
+        pd_real *part[6];
+        bool below = !gradient && line > first; /* then two rows are there already */
+        for (int64_t i = 0; i < j->across; i++) below = below && tiles.row[i] > 0;
+        for (int64_t r = 0; r < rows; r++) part[r] = ring + (line * 4 + r) % 6 * 6 * stride;
+        for (int64_t r = below ? 2 : 0; r < rows; r++)
+            PD__K(pd__winograd_line)(j, gradient, x, &tiles, r, space, part[r]);
+        PD__K(pd__winograd_next)(j, &tiles);
         for (int64_t t = 0; t < j->width; t += PD__LANES)
             for (int c = 0; c < 6; c++) {
                 PD__V column[6], done[6];
                 PD__UNROLL
-                for (int r = 0; r < 4; r++) column[r] = PD__LOAD(ring[r] + c * stride + t);
+                for (int r = 0; r < 4; r++) column[r] = PD__LOAD(part[r] + c * stride + t);
                 if (gradient) PD__K(pd__winograd_gradient)(column, done);
                 else {
-                    column[4] = PD__LOAD(ring[4] + c * stride + t), column[5] = PD__LOAD(ring[5] + c * stride + t);
+                    column[4] = PD__LOAD(part[4] + c * stride + t), column[5] = PD__LOAD(part[5] + c * stride + t);
                     PD__K(pd__winograd_image)(column, done);
                 }
                 PD__UNROLL
@@ -13318,7 +13382,7 @@ static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool grad
         memset(to + i * plane + at, 0, (size_t)(pd__ceil_div(at, PD__NR) * PD__NR - at) * sizeof *to);
 }
 
-/* A panel of filters, transformed: [36][channels][height of the panel]. */
+/* A panel of filters, transformed: of each of the 36 planes [channels][height of the panel]. */
 static void PD__K(pd__winograd_panel)(const PD__K(pd__winograd) * j, int64_t unit) {
     int64_t group = unit / j->panels, first = unit % j->panels * j->height,
             rows = pd__min(j->height, j->filters - first);
@@ -13327,8 +13391,8 @@ static void PD__K(pd__winograd_panel)(const PD__K(pd__winograd) * j, int64_t uni
     const int64_t plane = PD__WINOGRAD_PLANE(j->channels, j->height);
     int64_t c = 0, r = 0;
     for (int64_t at = 0; at < rows * j->channels; at += PD__LANES) {
-        pd_real *to = j->packed + unit * 36 * plane + at; /* vectors may reach into the gap */
-        PD__V part[18], done[6];                          /* part: [column][row] */
+        pd_real *to = j->packed + (group * 35 * j->panels + unit) * plane + at; /* vectors may reach into the gap */
+        PD__V part[18], done[6];                                                /* part: [column][row] */
         pd_real numbers[9 * PD__LANES];
         for (int64_t l = 0; l < PD__LANES; l++) {
             const pd_real *filter = w + r * next + c * step;
@@ -13347,7 +13411,7 @@ static void PD__K(pd__winograd_panel)(const PD__K(pd__winograd) * j, int64_t uni
         for (int k = 0; k < 6; k++) {
             PD__K(pd__winograd_filter)(part + k * 3, done);
             PD__UNROLL
-            for (int i = 0; i < 6; i++) PD__STORE(to + (i * 6 + k) * plane, done[i]);
+            for (int i = 0; i < 6; i++) PD__STORE(to + (i * 6 + k) * j->panels * plane, done[i]);
         }
     }
 }
@@ -13379,17 +13443,25 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
     const PD__V scale = PD__K(pd__all)(early && j->after && j->after->scale ? j->after->scale[channel] : 1);
     const PD__V bias = PD__K(pd__all)(early && j->after && j->after->bias ? j->after->bias[channel] : 0);
     const PD__V least = PD__K(pd__all)(early && j->after && j->after->act == PD_RELU ? 0 : -(pd_real)INFINITY);
-    for (int64_t row = first; row < last; row++, m += j->width) {
-        int64_t image = row / j->high * j->across, column = 0, top = row % j->high * 4;
+    PD__K(pd__winograd_rows) tiles;
+    PD__K(pd__winograd_first)(j, first, &tiles);
+    for (int64_t row = first; row < last; row++, m += j->width, PD__K(pd__winograd_next)(j, &tiles)) {
+        int64_t i = 0, column = 0;
         for (int64_t t = 0; t < j->width; t += PD__LANES) {
-            int64_t pieces = 0, at[PD__LANES] = { 0 }, length[PD__LANES] = { 0 }, numbers = 0;
+            int64_t pieces = 0, at[PD__LANES] = { 0 }, length[PD__LANES] = { 0 }, rows[PD__LANES] = { 0 }, numbers = 0;
+            int64_t lowest = 4, highest = 0;     /* of `rows` */
             PD__V part[24], columns[6], done[4]; /* part: [row][column] */
-            for (; numbers < 4 * PD__LANES && image < j->rows && t + numbers / 4 < j->width; numbers += most) {
+            for (; numbers < 4 * PD__LANES && i < j->across && tiles.image[i] < j->rows; numbers += most, pieces++) {
+                const int64_t top = tiles.row[i] * 4;
                 length[pieces] = pd__min(most, j->out_w - column);
-                at[pieces++] = image * PD__K(pd__winograd_out)(j) + channel * area + top * j->out_w + column;
+                rows[pieces] = pd__min(4, j->out_h - top);
+                lowest = pd__min(lowest, rows[pieces]), highest = pd__max(highest, rows[pieces]);
+                at[pieces] = tiles.image[i] * PD__K(pd__winograd_out)(j) + channel * area + top * j->out_w + column;
                 column += most;
-                if (column >= j->out_w) column = 0, image += j->across > 1;
+                if (column >= j->out_w) column = 0, i++;
             }
+            if (j->out_w % 4 != 0 || numbers < 4 * PD__LANES)
+                lowest = 0; /* rows of whole pieces only, in all of them */
             for (int c = 0; c < 6; c++) {
                 PD__UNROLL
                 for (int r = 0; r < 6; r++) columns[r] = PD__LOAD(m + (r * 6 + c) * plane + t);
@@ -13397,7 +13469,7 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
                 PD__UNROLL
                 for (int r = 0; r < 4; r++) part[r * 6 + c] = done[r];
             }
-            for (int r = 0; r < pd__min(4, j->out_h - top); r++) {
+            for (int r = 0; r < highest; r++) {
                 pd_real phases[4 * PD__LANES], buffer[4 * PD__LANES], *to = j->out + r * j->out_w, *line = buffer;
                 PD__K(pd__winograd_output)(part + r * 6, done);
                 PD__UNROLL
@@ -13408,17 +13480,17 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
                 if (early && length[0] == 4 * PD__LANES) line = to + at[0];
                 PD__K(pd__winograd_turn)(4, PD__LANES, phases, PD__LANES, line, 4);
                 if (line != buffer) continue;
-                if (early && most == 4 && numbers == 4 * PD__LANES && j->out_w % 4 == 0) { /* whole pieces only */
+                if (early && most == 4 && r < lowest) {
                     PD__UNROLL
-                    for (int i = 0; i < PD__LANES; i++) memcpy(to + at[i], line + 4 * i, 4 * sizeof *to);
+                    for (int k = 0; k < PD__LANES; k++) memcpy(to + at[k], line + 4 * k, 4 * sizeof *to);
                     continue;
                 }
-                for (int64_t i = 0; i < pieces && j->beta != 0; i++)
-                    PD__K(pd__winograd_add)(j->beta, to + at[i], length[i], most, line + i * most);
+                for (int64_t k = 0; k < pieces && j->beta != 0; k++)
+                    if (r < rows[k]) PD__K(pd__winograd_add)(j->beta, to + at[k], length[k], most, line + k * most);
                 if (j->after && !early)
                     PD__K(pd__finish)(j->after, true, channel, 1, pieces == 1 ? length[0] : pieces * most, line, 0);
-                for (int64_t i = 0; i < pieces; i++)
-                    PD__K(pd__winograd_copy)(line + i * most, length[i], most, to + at[i]);
+                for (int64_t k = 0; k < pieces; k++)
+                    if (r < rows[k]) PD__K(pd__winograd_copy)(line + k * most, length[k], most, to + at[k]);
             }
         }
     }
@@ -13444,7 +13516,7 @@ static void PD__K(pd__winograd_unit)(const PD__K(pd__winograd) * j, int64_t unit
         for (int64_t t = 0; t < tiles; t += PD__NR)
             for (int64_t p = first; p < last; p++) PD__K(pd__tile)
     ((int)pd__min(j->height, j->filters - p * j->height), (int)(PD__K(pd__panel)(tiles - t) / PD__LANES), j->channels,
-     1, j->packed + ((group * j->panels + p) * 36 + i) * panel, images + i * plane + t, j->places, 0,
+     1, j->packed + ((group * 36 + i) * j->panels + p) * panel, PD__AHEAD, images + i * plane + t, j->places, 0,
      sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
     for (int64_t k = 0; k < count; k++)
         PD__K(pd__winograd_put)(j, group, block, filter + k, sums + k * j->places, sum_plane);
@@ -13460,13 +13532,15 @@ static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_sha
     j->out_h = back ? s->in_h : s->out_h, j->out_w = back ? s->in_w : s->out_w;
     j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
     j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
-    j->across = 4 * j->wide < 3 * PD__LANES ? pd__min(j->rows, PD__NR / j->wide) : 1;
+    j->across = 4 * j->wide < 3 * PD__LANES ? pd__min(j->rows * j->high, PD__NR / j->wide) : 1;
+    j->deep = pd__ceil_div(j->rows * j->high, j->across);
+    j->across = pd__ceil_div(j->rows * j->high, j->deep);
     j->width = j->across * j->wide;
     /* A block for each thread, as long as its tiles fill a panel. */
-    j->lines = pd__max(1, pd__min(tiles / j->width, PD__K(pd__winograd_rows)(j)));
-    j->lines = pd__min(j->lines, pd__max(pd__ceil_div(PD__NR, j->width),
-                                         pd__ceil_div(PD__K(pd__winograd_rows)(j), pd__ceil_div(threads, s->groups))));
-    j->blocks = pd__ceil_div(PD__K(pd__winograd_rows)(j), j->lines);
+    j->lines = pd__max(1, pd__min(tiles / j->width, j->deep));
+    j->lines = pd__min(j->lines,
+                       pd__max(pd__max(1, PD__NR / j->width), pd__ceil_div(j->deep, pd__ceil_div(threads, s->groups))));
+    j->blocks = pd__ceil_div(j->deep, j->lines);
     j->stride = pd__ceil_div(j->width, PD__LANES) * PD__LANES + 4;
     /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
     j->places = pd__ceil_div(j->lines * j->width + PD__LANES + 2, PD__NR) * PD__NR + 16;
@@ -13593,7 +13667,13 @@ static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real 
     PD__K(pd__conv_sizes)(&j, s);
     j.x = x, j.w = w, j.out = y, j.beta = beta, j.after = after;
     PD__K(pd__conv_parts)(d, &j, images, j.filters, PD__MR);
-    j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, PD__NR) * PD__NR);
+    if (j.parts > 1 && j.filters < j.area) { /* the less is read by all threads */
+        j.across = j.parts;
+        j.columns = pd__ceil_div(pd__ceil_div(j.area, j.across), PD__NR) * PD__NR;
+        j.parts = 1;
+        j.per_part = j.filters;
+    }
+    j.block_n = pd__min(PD__NC, pd__ceil_div(j.columns, PD__NR) * PD__NR);
     form[0] = PD__FORM_CONV, form[1] = s->groups, form[2] = j.filters, form[3] = j.depth, form[4] = j.per_part;
     kept = pd__kept_form(d, w, form, s->out_c * j.depth, &ready);
     if (!PD__K(pd__conv_space)(d, &j, kept ? 0 : s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
@@ -13602,7 +13682,7 @@ static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real 
     if (kept) j.packed = kept->numbers;
     PD__TEAM(d, s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts, PD__K(pd__pack_filters_forward)(&j, unit));
     if (kept) memcpy(kept->form, form, sizeof form);
-    PD__TEAM(d, images * j.depth * j.area, unit, images * j.parts, PD__K(pd__conv_unit)(&j, unit));
+    PD__TEAM(d, images * j.depth * j.area, unit, images * j.parts * j.across, PD__K(pd__conv_unit)(&j, unit));
 }
 
 static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
@@ -14702,6 +14782,7 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
 #undef PD__KC
 #undef PD__MC
 #undef PD__NC
+#undef PD__AHEAD
 #undef PD__FMA
 #undef PD__I
 #undef PD__WI
