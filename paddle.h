@@ -1973,6 +1973,9 @@ static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->sel
    one thread longer than that. */
 static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 : pd__cpu_threads(d); }
 
+/* The work of `count` products of m x n numbers, k deep each. A tile of them takes about as long to begin as 32 steps. */
+static int64_t pd__product_work(int64_t count, int64_t m, int64_t n, int64_t k) { return count * m * n * (k + 32) / 8; }
+
 /* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
    and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
    are about what that costs, in multiplications, as measured. */
@@ -12513,6 +12516,16 @@ static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
 #endif
 }
 
+#if PD__LANES > 1
+/* A mask of the first `count` lanes. */
+static PD__INLINE PD__I PD__K(pd__first_lanes)(int count) {
+    static const PD__INT lanes[] = { PD__TIMES(PD__LANES, -1), PD__TIMES(PD__LANES, 0) };
+    PD__I mask;
+    memcpy(&mask, lanes + PD__LANES - count, sizeof mask);
+    return mask;
+}
+#endif
+
 /* A vector of which only `left` numbers may be there; the others are 0, and are not stored. */
 static PD__INLINE PD__V PD__K(pd__load)(const pd_real *from, int64_t left) {
     pd_real part[PD__LANES];
@@ -12716,19 +12729,33 @@ static void PD__K(pd__pick_b_panel)(const pd_real *image, const int64_t *row_at,
                                     int64_t width, pd_real *to) {
     int64_t wide = PD__K(pd__panel)(width);
     for (int64_t first = 0; first < wide; first += PD__LANES) { /* a vector's columns at a time */
-        int64_t count = pd__min(PD__LANES, width - first);
-        const int64_t *at = column_at + first;
+        const int64_t count = pd__max(0, pd__min(PD__LANES, width - first)), *at = column_at + first;
         pd_real *line = to + first;
-        bool contiguous = count == PD__LANES;
-        for (int64_t c = 1; contiguous && c < PD__LANES; c++) contiguous = at[c] == at[0] + c;
-        if (contiguous) {
-            for (int64_t p = 0; p < k; p++, line += wide) PD__STORE(line, PD__LOAD(image + row_at[p] + at[0]));
-        } else {
+#if PD__LANES > 1
+        /* Whole vectors are read for columns that lie together, and of each what comes `before` the next is taken. They
+           are all between the first and the last column's number if columns rise. */
+        enum { MOST = PD__LANES / 2 };
+        int64_t runs = 0, from[MOST] = { 0 };
+        bool rising = count == PD__LANES;
+        PD__I before[MOST] = { PD__K(pd__first_lanes)(0) };
+        for (int c = 0; c < count; c++) {
+            rising = rising && (c == 0 || at[c] > at[c - 1]);
+            if (c > 0 && at[c] == at[c - 1] + 1) continue;
+            if (runs < MOST) from[runs] = at[c] - c, before[runs] = PD__K(pd__first_lanes)(c);
+            runs++;
+        }
+        if (rising && runs <= MOST) {
             for (int64_t p = 0; p < k; p++, line += wide) {
-                const pd_real *from = image + row_at[p];
-                for (int64_t c = 0; c < count; c++) line[c] = from[at[c]];
-                for (int64_t c = pd__max(count, 0); c < PD__LANES; c++) line[c] = 0;
+                PD__V v = PD__LOAD(image + row_at[p] + from[0]);
+                for (int64_t r = 1; r < runs; r++) v = PD__SELECT(before[r], v, PD__LOAD(image + row_at[p] + from[r]));
+                PD__STORE(line, v);
             }
+            continue;
+        }
+#endif
+        for (int64_t p = 0; p < k; p++, line += wide) {
+            for (int64_t c = 0; c < count; c++) line[c] = image[row_at[p] + at[c]];
+            for (int64_t c = count; c < PD__LANES; c++) line[c] = 0;
         }
     }
 }
@@ -13176,9 +13203,10 @@ typedef struct PD__K(pd__winograd) {
     int64_t rows, groups, channels, filters; /* of a group */
     int64_t in_h, in_w, out_h, out_w, top, left;
     int64_t high, wide;    /* tiles of an image's channel */
-    /* The rows of tiles of all images, one below the other, are cut into `across` columns of `deep` rows side by side
-       where one row would leave vectors empty. Such a line has `width` tiles, a block so many lines. */
-    int64_t across, deep, width, lines, blocks;
+    /* A block takes `across` times `lines` of the rows of tiles, which follow each other in all images. Where one row
+       would leave vectors empty they are put side by side, the first `lines` in the first column: such a line of a
+       block has `width` tiles. */
+    int64_t across, width, lines, blocks;
     int64_t stride;        /* columns of tiles in a line that is read, filled up with zeros */
     int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
     int64_t height, panels;  /* of the filters */
@@ -13264,7 +13292,7 @@ static PD__INLINE void PD__K(pd__winograd_turn)(int64_t rows, int64_t columns, c
 
 /* How many lines a block has. */
 static int64_t PD__K(pd__winograd_lines)(const PD__K(pd__winograd) * j, int64_t block) {
-    return pd__min(j->lines, j->deep - block * j->lines);
+    return pd__min(j->lines, pd__ceil_div(j->rows * j->high - block * j->across * j->lines, j->across));
 }
 
 /* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
@@ -13272,11 +13300,13 @@ typedef struct PD__K(pd__winograd_rows) {
     int64_t image[PD__NR], row[PD__NR];
 } PD__K(pd__winograd_rows);
 
-static void PD__K(pd__winograd_first)(const PD__K(pd__winograd) * j, int64_t line, PD__K(pd__winograd_rows) * at) {
-    int64_t image = line / j->high, row = line % j->high;
+static void PD__K(pd__winograd_first)(const PD__K(pd__winograd) * j, int64_t block, PD__K(pd__winograd_rows) * at) {
+    const int64_t first = block * j->across * j->lines, lines = PD__K(pd__winograd_lines)(j, block);
+    const int64_t images = lines / j->high, rows = lines % j->high; /* in a column */
+    int64_t image = first / j->high, row = first % j->high;
     for (int64_t i = 0; i < j->across; i++) {
         at->image[i] = image, at->row[i] = row;
-        image += j->deep / j->high, row += j->deep % j->high;
+        image += images, row += rows;
         if (row >= j->high) row -= j->high, image++;
     }
 }
@@ -13348,17 +13378,16 @@ static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradien
 /* One channel of a block's images, or of its output gradients, transformed. `space`: 46 strides. */
 static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool gradient, int64_t group, int64_t block,
                                         int64_t channel, pd_real *space, pd_real *to, int64_t plane) {
-    const int64_t stride = j->stride, first = block * j->lines, last = first + PD__K(pd__winograd_lines)(j, block);
-    const int64_t rows = gradient ? 4 : 6;
+    const int64_t stride = j->stride, lines = PD__K(pd__winograd_lines)(j, block), rows = gradient ? 4 : 6;
     const pd_real *x = gradient ? j->dy + (group * j->filters + channel) * j->out_h * j->out_w
                                 : j->x + (group * j->channels + channel) * j->in_h * j->in_w;
     pd_real *ring = space + 10 * stride; /* the last rows */
     PD__K(pd__winograd_rows) tiles;
     int64_t at = 0;
-    PD__K(pd__winograd_first)(j, first, &tiles);
-    for (int64_t line = first; line < last; line++, at += j->width) {
+    PD__K(pd__winograd_first)(j, block, &tiles);
+    for (int64_t line = 0; line < lines; line++, at += j->width) {
         pd_real *part[6];
-        bool below = !gradient && line > first; /* then two rows are there already */
+        bool below = !gradient && line > 0; /* then two rows are there already */
         for (int64_t i = 0; i < j->across; i++) below = below && tiles.row[i] > 0;
         for (int64_t r = 0; r < rows; r++) part[r] = ring + (line * 4 + r) % 6 * 6 * stride;
         for (int64_t r = below ? 2 : 0; r < rows; r++)
@@ -13435,8 +13464,8 @@ static PD__INLINE void PD__K(pd__winograd_copy)(const pd_real *line, int64_t n, 
 /* A^T m A of a block's tiles of one filter goes to the images; m: [36], `plane` apart. */
 static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group, int64_t block, int64_t filter,
                                     const pd_real *m, int64_t plane) {
-    const int64_t first = block * j->lines, last = first + PD__K(pd__winograd_lines)(j, block);
-    const int64_t channel = group * j->filters + filter, area = j->out_h * j->out_w;
+    const int64_t lines = PD__K(pd__winograd_lines)(j, block), channel = group * j->filters + filter;
+    const int64_t area = j->out_h * j->out_w;
     const int64_t most = j->across > 1 ? 4 : 4 * PD__LANES; /* columns that lie together */
     /* The most frequent epilogues are applied to the vectors while these are in registers. */
     const bool early = j->beta == 0 && (!j->after || j->after->act == PD_LINEAR || j->after->act == PD_RELU);
@@ -13444,8 +13473,8 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
     const PD__V bias = PD__K(pd__all)(early && j->after && j->after->bias ? j->after->bias[channel] : 0);
     const PD__V least = PD__K(pd__all)(early && j->after && j->after->act == PD_RELU ? 0 : -(pd_real)INFINITY);
     PD__K(pd__winograd_rows) tiles;
-    PD__K(pd__winograd_first)(j, first, &tiles);
-    for (int64_t row = first; row < last; row++, m += j->width, PD__K(pd__winograd_next)(j, &tiles)) {
+    PD__K(pd__winograd_first)(j, block, &tiles);
+    for (int64_t row = 0; row < lines; row++, m += j->width, PD__K(pd__winograd_next)(j, &tiles)) {
         int64_t i = 0, column = 0;
         for (int64_t t = 0; t < j->width; t += PD__LANES) {
             int64_t pieces = 0, at[PD__LANES] = { 0 }, length[PD__LANES] = { 0 }, rows[PD__LANES] = { 0 }, numbers = 0;
@@ -13533,14 +13562,12 @@ static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_sha
     j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
     j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
     j->across = 4 * j->wide < 3 * PD__LANES ? pd__min(j->rows * j->high, PD__NR / j->wide) : 1;
-    j->deep = pd__ceil_div(j->rows * j->high, j->across);
-    j->across = pd__ceil_div(j->rows * j->high, j->deep);
     j->width = j->across * j->wide;
-    /* A block for each thread, as long as its tiles fill a panel. */
-    j->lines = pd__max(1, pd__min(tiles / j->width, j->deep));
-    j->lines = pd__min(j->lines,
-                       pd__max(pd__max(1, PD__NR / j->width), pd__ceil_div(j->deep, pd__ceil_div(threads, s->groups))));
-    j->blocks = pd__ceil_div(j->deep, j->lines);
+    /* A block for each thread, as long as its tiles about fill a panel. */
+    j->lines = pd__ceil_div(j->rows * j->high, j->across * pd__ceil_div(threads, s->groups));
+    j->lines = pd__min(pd__max(j->lines, PD__NR / j->width), tiles / j->width);
+    j->lines = pd__max(1, pd__min(j->lines, pd__ceil_div(j->rows * j->high, j->across)));
+    j->blocks = pd__ceil_div(j->rows * j->high, j->across * j->lines);
     j->stride = pd__ceil_div(j->width, PD__LANES) * PD__LANES + 4;
     /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
     j->places = pd__ceil_div(j->lines * j->width + PD__LANES + 2, PD__NR) * PD__NR + 16;
@@ -13565,7 +13592,7 @@ static void PD__K(pd__winograd_run)(pd_device *d, PD__K(pd__winograd) * j) {
     if (!j->packed) return;
     j->space = j->packed + (kept ? 0 : filters);
     if (kept) j->packed = kept->numbers;
-    PD__TEAM(d, j->groups * j->filters * j->channels * 36, unit, ready ? 0 : j->groups * j->panels,
+    PD__TEAM(d, ready ? 0 : j->groups * j->filters * j->channels * 36, unit, ready ? 0 : j->groups * j->panels,
              PD__K(pd__winograd_panel)(j, unit));
     if (kept) memcpy(kept->form, form, sizeof form);
     PD__TEAM(d, work, unit, units * j->parts, PD__K(pd__winograd_unit)(j, unit));
@@ -13680,9 +13707,11 @@ static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real 
                                PD__K(pd__depth)(j.depth) * j.block_n))
         return;
     if (kept) j.packed = kept->numbers;
-    PD__TEAM(d, s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts, PD__K(pd__pack_filters_forward)(&j, unit));
+    PD__TEAM(d, ready ? 0 : s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts,
+             PD__K(pd__pack_filters_forward)(&j, unit));
     if (kept) memcpy(kept->form, form, sizeof form);
-    PD__TEAM(d, images * j.depth * j.area, unit, images * j.parts * j.across, PD__K(pd__conv_unit)(&j, unit));
+    PD__TEAM(d, pd__product_work(images, j.filters, j.area, j.depth), unit, images * j.parts * j.across,
+             PD__K(pd__conv_unit)(&j, unit));
 }
 
 static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
@@ -13705,7 +13734,8 @@ static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, 
                                PD__K(pd__depth)(j.filters) * j.block_n))
         return;
     PD__TEAM(d, s->out_c * j.depth, unit, s->groups * j.parts, PD__K(pd__pack_filters_back)(&j, unit));
-    PD__TEAM(d, images * j.depth * j.area, unit, images * j.parts, PD__K(pd__conv_back_unit)(&j, unit));
+    PD__TEAM(d, pd__product_work(images, j.depth, j.area, j.filters), unit, images * j.parts,
+             PD__K(pd__conv_back_unit)(&j, unit));
 }
 
 static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
@@ -13729,7 +13759,7 @@ static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s
     if (!PD__K(pd__conv_space)(d, &j, 0, PD__K(pd__is_padded)(&j) ? j.together * j.channels : 0,
                                (pd__min(PD__MC, j.filters) + j.block_n) * j.block_k))
         return;
-    PD__TEAM(d, s->rows * s->groups * j.depth * j.area, unit, s->groups * j.parts,
+    PD__TEAM(d, pd__product_work(s->rows * s->groups, j.filters, j.depth, j.area), unit, s->groups * j.parts,
              PD__K(pd__conv_filter_unit)(&j, unit));
 }
 
@@ -13786,13 +13816,6 @@ typedef pd_real PD__K(pd__narrow)
 #define PD__ODD(a, b) PD__PICK(a, b, PD__EVERY_SECOND(1))
 #define PD__LOWER(a, b) PD__PICK(a, b, PD__EVERY_HALF(0))
 #define PD__UPPER(a, b) PD__PICK(a, b, PD__EVERY_HALF(PD__LANES / 2))
-/* A mask of the first `count` lanes. */
-static PD__INLINE PD__I PD__K(pd__first_lanes)(int count) {
-    static const PD__INT lanes[] = { PD__TIMES(PD__LANES, -1), PD__TIMES(PD__LANES, 0) };
-    PD__I mask;
-    memcpy(&mask, lanes + PD__LANES - count, sizeof mask);
-    return mask;
-}
 #endif
 #define PD__W PD__K(pd__doubles)
 
