@@ -12596,41 +12596,40 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
     }
 }
 
-/* The same for 1 to MR rows, and 1 or NV vectors. (Where there are many, odd ones go in two parts: less to compile.) */
+/* The same for 1 to MR rows, and 1 or NV vectors. (Where there are many, those beyond a multiple of four go by
+   themselves: less to compile.) */
 static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead, const pd_real *b,
                             int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
     const int64_t lda = mr;
 #define PD__ROWS(n)                                                                                                    \
-    case n:                                                                                                            \
-        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);        \
-        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);           \
-        break;
+    if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);            \
+    else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc)
 #if PD__MR > 6
     if (mr % 2) {
-        if (nv == 1) PD__K(pd__tile_of)(1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);
-        else PD__K(pd__tile_of)(1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);
+        PD__ROWS(1);
         mr--, a++, c += ldc;
     }
-#endif
+    if (mr % 4) {
+        PD__ROWS(2);
+        mr -= 2, a += 2, c += 2 * ldc;
+    }
     switch (mr) {
-        PD__ROWS(2)
-        PD__ROWS(4)
-#if PD__MR <= 6
-        PD__ROWS(1)
-        PD__ROWS(3)
-#endif
+    case 4: PD__ROWS(4); break;
+    case 8: PD__ROWS(8); break;
+    case 12: PD__ROWS(12); break;
+    }
+#else
+    switch (mr) {
+    case 1: PD__ROWS(1); break;
+    case 2: PD__ROWS(2); break;
+    case 3: PD__ROWS(3); break;
+    case 4: PD__ROWS(4); break;
 #if PD__MR == 6
-        PD__ROWS(5)
-#endif
-#if PD__MR >= 6
-        PD__ROWS(6)
-#endif
-#if PD__MR > 6
-        PD__ROWS(8)
-        PD__ROWS(10)
-        PD__ROWS(12)
+    case 5: PD__ROWS(5); break;
+    case 6: PD__ROWS(6); break;
 #endif
     }
+#endif
 #undef PD__ROWS
 }
 
@@ -12792,7 +12791,7 @@ static void PD__K(pd__scatter)(const PD__K(pd__block) * k, const pd_real *tile, 
 }
 
 /* The tile at row i and column j. */
-static PD__INLINE void PD__K(pd__multiply_tile)(const PD__K(pd__block) * k, int64_t ahead, int64_t i, int64_t j) {
+static void PD__K(pd__multiply_tile)(const PD__K(pd__block) * k, int64_t ahead, int64_t i, int64_t j) {
     const int64_t rows = pd__min(k->h, k->m - i), width = pd__min(PD__NR, k->n - j), wide = PD__K(pd__panel)(width);
     const int nv = (int)(wide / PD__LANES);
     const pd_real *a = k->a + i * k->k, *b = k->b + j * k->k;
@@ -12821,10 +12820,10 @@ static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
     }
 }
 
-/* Rows in a panel of A so that all panels of m rows are about as high, at most MR, and even where pd__tile wants that. */
+/* Rows in a panel of A so that all panels of m rows are about as high, at most MR, and as pd__tile wants them. */
 static int64_t PD__K(pd__height)(int64_t m) {
     int64_t h = pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), PD__MR));
-    return PD__MR > 6 ? h + h % 2 : h;
+    return PD__MR > 6 ? pd__ceil_div(h, 4) * 4 : h;
 }
 
 typedef struct PD__K(pd__gemm_job) {
