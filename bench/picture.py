@@ -1,6 +1,6 @@
 # picture.py - MIT-or-Unlicense - an SVG of the ratios in a file of bench lines, a bar for each
 #
-# picture.py FILE >speed.svg. Of the products of matrices only the means by kind are drawn. Bars are cut off at twice
+# picture.py FILE >PICTURE. Of the products of matrices only the means by kind are drawn. Bars are cut off at twice
 # the peer's speed.
 import re
 import sys
