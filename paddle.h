@@ -2251,6 +2251,7 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
 #define PD__VECTORS 1 /* the compiler has them */
 #define PD__INLINE inline __attribute__((always_inline))
 #define PD__PREFETCH(at) __builtin_prefetch(at)
+#define PD__FORGET(pointer) __asm__("" : "+r"(pointer)) /* nothing is known of it any more */
 #if defined(__clang__)
 #define PD__UNROLL _Pragma("unroll")
 #define PD__BEGIN_TARGET(text) PD__PRAGMA(clang attribute push(__attribute__((target(text))), apply_to = function))
@@ -2276,6 +2277,7 @@ typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
 #else
 #define PD__INLINE inline
 #define PD__PREFETCH(at) ((void)0)
+#define PD__FORGET(pointer) ((void)0)
 #define PD__UNROLL
 #endif
 
@@ -12585,6 +12587,7 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
             for (int j = 0; j < nv; j++) sum[i][j] = PD__FMA(left, right[j], sum[i][j]);
         }
     }
+    PD__FORGET(c); /* else pointers to all rows are kept, and registers of the sums are taken for them */
     PD__UNROLL
     for (int i = 0; i < mr; i++, c += ldc) {
         PD__UNROLL
@@ -12596,41 +12599,36 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
     }
 }
 
-/* The same for 1 to MR rows, and 1 or NV vectors. (Where there are many, those beyond a multiple of four go by
-   themselves: less to compile.) */
+/* The same for 1 or NV vectors and as many rows as there are cases. */
+static void PD__K(pd__tile_rows)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t lda, int64_t ahead,
+                                 const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
+#define PD__ROWS(n)                                                                                                    \
+    case n:                                                                                                            \
+        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);        \
+        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);           \
+        break;
+    switch (mr) {
+        PD__ROWS(1)
+        PD__ROWS(2)
+        PD__ROWS(3)
+        PD__ROWS(4)
+#if PD__MR == 6
+        PD__ROWS(5)
+        PD__ROWS(6)
+#elif PD__MR > 6
+        PD__ROWS(8)
+        PD__ROWS(12)
+#endif
+    }
+#undef PD__ROWS
+}
+
+/* And for 1 to MR rows; of many, those beyond a multiple of four go by themselves: less to compile. */
 static void PD__K(pd__tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead, const pd_real *b,
                             int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
-    const int64_t lda = mr;
-#define PD__ROWS(n)                                                                                                    \
-    if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);            \
-    else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc)
-#if PD__MR > 6
-    if (mr % 2) {
-        PD__ROWS(1);
-        mr--, a++, c += ldc;
-    }
-    if (mr % 4) {
-        PD__ROWS(2);
-        mr -= 2, a += 2, c += 2 * ldc;
-    }
-    switch (mr) {
-    case 4: PD__ROWS(4); break;
-    case 8: PD__ROWS(8); break;
-    case 12: PD__ROWS(12); break;
-    }
-#else
-    switch (mr) {
-    case 1: PD__ROWS(1); break;
-    case 2: PD__ROWS(2); break;
-    case 3: PD__ROWS(3); break;
-    case 4: PD__ROWS(4); break;
-#if PD__MR == 6
-    case 5: PD__ROWS(5); break;
-    case 6: PD__ROWS(6); break;
-#endif
-    }
-#endif
-#undef PD__ROWS
+    const int few = PD__MR > 6 && mr > 4 ? mr % 4 : 0;
+    if (few) PD__K(pd__tile_rows)(few, nv, k, alpha, a, mr, ahead, b, ldb, beta, c, ldc);
+    PD__K(pd__tile_rows)(mr - few, nv, k, alpha, a + few, mr, ahead, b, ldb, beta, c + few * ldc, ldc);
 }
 
 #if PD__BYTES > 0
