@@ -12657,11 +12657,11 @@ static void PD__K(pd__transpose)(int64_t rows, int64_t columns, const pd_real *f
                                  int64_t ldto) {
     int64_t r = 0;
 #if PD__BYTES > 0
-    enum { SIDE = 16 / PD__REAL_BYTES };
+    enum { SIDE = 16 / PD__REAL_BYTES, LINE = 64 / PD__REAL_BYTES };
     for (; r + SIDE <= rows; r += SIDE) {
         int64_t c = 0;
         for (; c + SIDE <= columns; c += SIDE) {
-            if (c % (64 / PD__REAL_BYTES) == 0) /* the rows that come next */
+            if (c % LINE == 0 && columns >= LINE) /* the rows that come next, which are in other places */
                 for (int i = 0; i < SIDE; i++) PD__PREFETCH(from + (r + SIDE + i) * ld + c);
             PD__K(pd__transpose_square)(from + r * ld + c, ld, to + c * ldto + r, ldto);
         }
@@ -13202,8 +13202,10 @@ typedef struct PD__K(pd__winograd) {
     int64_t high, wide;    /* tiles of an image's channel */
     /* A block takes `across` times `lines` of the rows of tiles, which follow each other in all images. Where one row
        would leave vectors empty they are put side by side, the first `lines` in the first column: such a line of a
-       block has `width` tiles. */
-    int64_t across, width, lines, blocks;
+       block has `width` tiles. Or, of many small images, `by_lane`: the same row of as many images as a vector has
+       lanes is a line, with the images of a tile side by side. */
+    bool by_lane;
+    int64_t across, width, lines, all_lines, blocks;
     int64_t stride;        /* columns of tiles in a line that is read, filled up with zeros */
     int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
     int64_t height, panels;  /* of the filters */
@@ -13289,7 +13291,7 @@ static PD__INLINE void PD__K(pd__winograd_turn)(int64_t rows, int64_t columns, c
 
 /* How many lines a block has. */
 static int64_t PD__K(pd__winograd_lines)(const PD__K(pd__winograd) * j, int64_t block) {
-    return pd__min(j->lines, pd__ceil_div(j->rows * j->high - block * j->across * j->lines, j->across));
+    return pd__min(j->lines, j->all_lines - block * j->lines);
 }
 
 /* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
@@ -13298,9 +13300,9 @@ typedef struct PD__K(pd__winograd_rows) {
 } PD__K(pd__winograd_rows);
 
 static void PD__K(pd__winograd_first)(const PD__K(pd__winograd) * j, int64_t block, PD__K(pd__winograd_rows) * at) {
-    const int64_t first = block * j->across * j->lines, lines = PD__K(pd__winograd_lines)(j, block);
-    const int64_t images = lines / j->high, rows = lines % j->high; /* in a column */
-    int64_t image = first / j->high, row = first % j->high;
+    const int64_t lines = PD__K(pd__winograd_lines)(j, block), first = block * j->lines * (j->by_lane ? 1 : j->across);
+    const int64_t images = j->by_lane ? 1 : lines / j->high, rows = j->by_lane ? 0 : lines % j->high; /* to the next */
+    int64_t image = first / j->high * (j->by_lane ? j->across : 1), row = first % j->high;
     for (int64_t i = 0; i < j->across; i++) {
         at->image[i] = image, at->row[i] = row;
         image += images, row += rows;
@@ -13309,7 +13311,7 @@ static void PD__K(pd__winograd_first)(const PD__K(pd__winograd) * j, int64_t blo
 }
 static void PD__K(pd__winograd_next)(const PD__K(pd__winograd) * j, PD__K(pd__winograd_rows) * at) {
     for (int64_t i = 0; i < j->across; i++)
-        if (++at->row[i] == j->high) at->row[i] = 0, at->image[i]++;
+        if (++at->row[i] == j->high) at->row[i] = 0, at->image[i] += j->by_lane ? j->across : 1;
 }
 
 /* Numbers of all channels of an image, and of its output. */
@@ -13320,51 +13322,72 @@ static int64_t PD__K(pd__winograd_out)(const PD__K(pd__winograd) * j) {
     return j->groups * j->filters * j->out_h * j->out_w;
 }
 
+/* memcpy of a few numbers, of which 4 at a time are one instruction. */
+static PD__INLINE void PD__K(pd__winograd_few)(int64_t n, const pd_real *from, pd_real *to) {
+    int64_t c = 0;
+    for (; c + 4 <= n; c += 4) memcpy(to + c, from + c, 4 * sizeof *to);
+    for (; c < n; c++) to[c] = from[c];
+}
+
 /* What row r of a line's tiles reads of a channel, from column -left on, transformed for all of them:
    to[c * stride + tile]. `space`: 10 strides. */
 static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *x,
                                      const PD__K(pd__winograd_rows) * at, int64_t r, pd_real *space, pd_real *to) {
     const int64_t stride = j->stride, high = gradient ? j->out_h : j->in_h, wide = gradient ? j->out_w : j->in_w;
     const int64_t next = gradient ? PD__K(pd__winograd_out)(j) : PD__K(pd__winograd_in)(j);
-    const int64_t left = gradient ? 0 : j->left, columns = j->across > 1 ? 4 * j->wide + 2 : 4 * stride;
+    const int64_t left = gradient ? 0 : j->left, columns = 4 * (j->across > 1 ? j->wide : stride);
     const int64_t length = pd__min(wide, columns - left);
-    pd_real *phase = space + 4 * stride; /* columns 4 t + p are phase[p * stride + t] */
-    const pd_real *fourth = j->across > 1 ? phase + 4 * stride : phase + 1, *fifth = fourth + stride;
-    bool present[PD__NR], none = true;
+    pd_real *phase = space + 4 * stride; /* columns 4 t + p are phase[p * gap + t * step] */
+    const pd_real *fourth = phase + 1, *fifth = fourth + stride;
+    const pd_real *from[PD__NR]; /* the numbers of each row of tiles, NULL where there are none */
+    int64_t gap = stride, step = 1;
+    const bool by_lane = PD__LANES > 1 && j->by_lane;
+    bool none = true;
     if (!gradient) r -= j->top;
-    for (int64_t i = 0; i < j->across; i++) {
-        present[i] = at->image[i] < j->rows && at->row[i] * 4 + r >= 0 && at->row[i] * 4 + r < high;
-        none = none && !present[i];
+    for (int64_t i = 0; i < (by_lane ? 1 : j->across); i++) {
+        const int64_t row = at->row[i] * 4 + r;
+        const bool present = at->image[i] < j->rows && row >= 0 && row < high;
+        from[i] = present ? x + at->image[i] * next + row * wide : NULL;
+        none = none && !present;
     }
     if (none) {
         memset(to, 0, (size_t)(6 * stride) * sizeof *to);
         return;
     }
-    memset(space, 0, (size_t)left * sizeof *space);
-    memset(space + left + length, 0, (size_t)(columns - left - length) * sizeof *space);
-    if (j->across == 1) {
-        memcpy(space + left, x + at->image[0] * next + (at->row[0] * 4 + r) * wide, (size_t)length * sizeof *space);
+    if (by_lane) {
+        const int64_t lanes = pd__min(PD__LANES, j->rows - at->image[0]);
+        memset(space, 0, (size_t)((columns + 2) * PD__LANES) * sizeof *space);
+        for (int64_t l = 0; l < lanes; l += 4) /* few at a time: they may take each other's places in the cache */
+            PD__K(pd__transpose)
+        (pd__min(4, lanes - l), pd__min(wide, columns + 2 - left), from[0] + l * next, next,
+         space + left * PD__LANES + l, PD__LANES);
+        phase = space, gap = PD__LANES, step = 4;
+        fourth = space + 4 * PD__LANES, fifth = fourth + PD__LANES;
+    } else if (j->across == 1) {
+        memset(space, 0, (size_t)left * sizeof *space);
+        memset(space + left + length, 0, (size_t)(columns - left - length) * sizeof *space);
+        memcpy(space + left, from[0], (size_t)length * sizeof *space);
         PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
     } else {
-        for (int64_t i = 0; i < j->across; i++) {
-            pd_real *from = space, *tile = phase + i * j->wide;
-            if (present[i])
-                memcpy(space + left, x + at->image[i] * next + (at->row[i] * 4 + r) * wide,
-                       (size_t)length * sizeof *space);
-            else memset(space + left, 0, (size_t)length * sizeof *space);
-            for (int64_t t = 0; t < j->wide; t++, from += 4, tile++) {
-                PD__UNROLL
-                for (int p = 0; p < 6; p++) tile[p * stride] = from[p];
-            }
+        pd_real *last = phase + 4 * stride; /* fourth and fifth: images do not go on in the next one */
+        memset(space, 0, (size_t)(4 * stride) * sizeof *space);
+        for (int64_t i = 0; i < j->across; i++)
+            if (from[i]) PD__K(pd__winograd_few)(length, from[i], space + i * columns + left);
+        PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
+        for (int64_t t = 0; t < j->width; t += PD__LANES) {
+            PD__STORE(last + t, PD__LOAD(fourth + t));
+            PD__STORE(last + stride + t, PD__LOAD(fifth + t));
         }
-        for (int p = 0; p < 6; p++) /* what vectors run over */
-            memset(phase + p * stride + j->width, 0, (size_t)(stride - j->width) * sizeof *phase);
+        fourth = last, fifth = last + stride;
+        last += j->wide - 1;
+        for (int64_t c = columns - left; c < columns - left + 2; c++, last += stride)
+            for (int64_t i = 0; i < j->across; i++) last[i * j->wide] = from[i] && c < wide ? from[i][c] : 0;
     }
     for (int64_t t = 0; t < j->width; t += PD__LANES) {
         PD__V column[6], done[6];
         PD__UNROLL
-        for (int i = 0; i < 4; i++) column[i] = PD__LOAD(phase + i * stride + t);
-        column[4] = PD__LOAD(fourth + t), column[5] = PD__LOAD(fifth + t);
+        for (int i = 0; i < 4; i++) column[i] = PD__LOAD(phase + i * gap + t * step);
+        column[4] = PD__LOAD(fourth + t * step), column[5] = PD__LOAD(fifth + t * step);
         if (gradient) PD__K(pd__winograd_gradient)(column, done);
         else PD__K(pd__winograd_image)(column, done);
         PD__UNROLL
@@ -13458,17 +13481,40 @@ static PD__INLINE void PD__K(pd__winograd_copy)(const pd_real *line, int64_t n, 
         for (int64_t c = 0; c < n; c += PD__LANES) PD__K(pd__store)(y + c, PD__LOAD(line + c), n - c);
 }
 
-/* A^T m A of a block's tiles of one filter goes to the images; m: [36], `plane` apart. */
+/* The most frequent epilogues are applied to the vectors while these are in registers: max(least, scale v + bias). */
+static PD__INLINE bool PD__K(pd__winograd_early)(const PD__K(pd__winograd) * j, int64_t channel, PD__V *scale,
+                                                 PD__V *bias, PD__V *least) {
+    const bool early = j->beta == 0 && (!j->after || j->after->act == PD_LINEAR || j->after->act == PD_RELU);
+    *scale = PD__K(pd__all)(early && j->after && j->after->scale ? j->after->scale[channel] : 1);
+    *bias = PD__K(pd__all)(early && j->after && j->after->bias ? j->after->bias[channel] : 0);
+    *least = PD__K(pd__all)(early && j->after && j->after->act == PD_RELU ? 0 : -(pd_real)INFINITY);
+    return early;
+}
+
+/* Lines by lane: a channel's numbers of each image, `count` of them, from vectors of all images to where `y` points in
+   the first. `space`: as many numbers again, behind the vectors. */
+static void PD__K(pd__winograd_put_lanes)(const PD__K(pd__winograd) * j, bool early, int64_t channel, int64_t lanes,
+                                          int64_t count, pd_real *space, pd_real *y) {
+    const int64_t next = early ? PD__K(pd__winograd_out)(j) : count;
+    pd_real *line = early ? y : space + count * PD__LANES;
+    for (int64_t l = 0; l < lanes; l += 4) /* as above */
+        PD__K(pd__transpose)(count, pd__min(4, lanes - l), space + l, PD__LANES, line + l * next, next);
+    for (int64_t l = 0; l < lanes && !early; l++, y += PD__K(pd__winograd_out)(j), line += count) {
+        if (j->beta != 0) PD__K(pd__winograd_add)(j->beta, y, count, count, line);
+        if (j->after) PD__K(pd__finish)(j->after, true, channel, 1, count, line, 0);
+        memcpy(y, line, (size_t)count * sizeof *y);
+    }
+}
+
+/* A^T m A of a block's tiles of one filter goes to the images; m: [36], `plane` apart. `space`: as of 36 planes. */
 static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group, int64_t block, int64_t filter,
-                                    const pd_real *m, int64_t plane) {
+                                    const pd_real *m, int64_t plane, pd_real *space) {
     const int64_t lines = PD__K(pd__winograd_lines)(j, block), channel = group * j->filters + filter;
     const int64_t area = j->out_h * j->out_w;
     const int64_t most = j->across > 1 ? 4 : 4 * PD__LANES; /* columns that lie together */
-    /* The most frequent epilogues are applied to the vectors while these are in registers. */
-    const bool early = j->beta == 0 && (!j->after || j->after->act == PD_LINEAR || j->after->act == PD_RELU);
-    const PD__V scale = PD__K(pd__all)(early && j->after && j->after->scale ? j->after->scale[channel] : 1);
-    const PD__V bias = PD__K(pd__all)(early && j->after && j->after->bias ? j->after->bias[channel] : 0);
-    const PD__V least = PD__K(pd__all)(early && j->after && j->after->act == PD_RELU ? 0 : -(pd_real)INFINITY);
+    const bool by_lane = PD__LANES > 1 && j->by_lane;
+    PD__V scale, bias, least;
+    const bool early = PD__K(pd__winograd_early)(j, channel, &scale, &bias, &least);
     PD__K(pd__winograd_rows) tiles;
     PD__K(pd__winograd_first)(j, block, &tiles);
     for (int64_t row = 0; row < lines; row++, m += j->width, PD__K(pd__winograd_next)(j, &tiles)) {
@@ -13477,7 +13523,8 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
             int64_t pieces = 0, at[PD__LANES] = { 0 }, length[PD__LANES] = { 0 }, rows[PD__LANES] = { 0 }, numbers = 0;
             int64_t lowest = 4, highest = 0;     /* of `rows` */
             PD__V part[24], columns[6], done[4]; /* part: [row][column] */
-            for (; numbers < 4 * PD__LANES && i < j->across && tiles.image[i] < j->rows; numbers += most, pieces++) {
+            for (; !by_lane && numbers < 4 * PD__LANES && i < j->across && tiles.image[i] < j->rows;
+                 numbers += most, pieces++) {
                 const int64_t top = tiles.row[i] * 4;
                 length[pieces] = pd__min(most, j->out_w - column);
                 rows[pieces] = pd__min(4, j->out_h - top);
@@ -13495,14 +13542,18 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
                 PD__UNROLL
                 for (int r = 0; r < 4; r++) part[r * 6 + c] = done[r];
             }
+            if (by_lane) highest = pd__min(4, j->out_h - tiles.row[0] * 4);
+            const int64_t limit = by_lane ? j->out_w - t / PD__LANES * 4 : 4;
             for (int r = 0; r < highest; r++) {
                 pd_real phases[4 * PD__LANES], buffer[4 * PD__LANES], *to = j->out + r * j->out_w, *line = buffer;
+                pd_real *vectors = by_lane ? space + (r * j->out_w + t / PD__LANES * 4) * PD__LANES : phases;
                 PD__K(pd__winograd_output)(part + r * 6, done);
                 PD__UNROLL
                 for (int c = 0; c < 4; c++) {
                     PD__V v = PD__FMA(scale, done[c], bias);
-                    PD__STORE(phases + c * PD__LANES, PD__SELECT(v < least, least, v));
+                    if (c < limit) PD__STORE(vectors + c * PD__LANES, PD__SELECT(v < least, least, v));
                 }
+                if (by_lane) continue;
                 if (early && length[0] == 4 * PD__LANES) line = to + at[0];
                 PD__K(pd__winograd_turn)(4, PD__LANES, phases, PD__LANES, line, 4);
                 if (line != buffer) continue;
@@ -13519,6 +13570,10 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
                     if (r < rows[k]) PD__K(pd__winograd_copy)(line + k * most, length[k], most, to + at[k]);
             }
         }
+        if (by_lane) PD__K(pd__winograd_put_lanes)
+        (j, early, channel, pd__min(PD__LANES, j->rows - tiles.image[0]),
+         pd__min(4, j->out_h - tiles.row[0] * 4) * j->out_w, space,
+         j->out + tiles.image[0] * PD__K(pd__winograd_out)(j) + channel * area + tiles.row[0] * 4 * j->out_w);
     }
 }
 
@@ -13545,7 +13600,12 @@ static void PD__K(pd__winograd_unit)(const PD__K(pd__winograd) * j, int64_t unit
      1, j->packed + ((group * 36 + i) * j->panels + p) * panel, PD__AHEAD, images + i * plane + t, j->places, 0,
      sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
     for (int64_t k = 0; k < count; k++)
-        PD__K(pd__winograd_put)(j, group, block, filter + k, sums + k * j->places, sum_plane);
+        PD__K(pd__winograd_put)(j, group, block, filter + k, sums + k * j->places, sum_plane, images);
+}
+
+/* Are images worth a lane each? Their rows must be short, and not many lanes be empty. */
+static bool PD__K(pd__winograd_by_lane)(int64_t rows, int64_t wide) {
+    return PD__LANES > 1 && wide * PD__LANES <= 64 && pd__ceil_div(rows, PD__LANES) * PD__LANES * 3 <= rows * 4;
 }
 
 /* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
@@ -13559,12 +13619,15 @@ static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_sha
     j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
     j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
     j->across = 4 * j->wide < 3 * PD__LANES ? pd__min(j->rows * j->high, PD__NR / j->wide) : 1;
+    j->all_lines = pd__ceil_div(j->rows * j->high, j->across);
+    j->by_lane = PD__K(pd__winograd_by_lane)(j->rows, j->wide);
+    if (j->by_lane) j->across = PD__LANES, j->all_lines = pd__ceil_div(j->rows, PD__LANES) * j->high;
     j->width = j->across * j->wide;
     /* A block for each thread, as long as its tiles about fill a panel. */
-    j->lines = pd__ceil_div(j->rows * j->high, j->across * pd__ceil_div(threads, s->groups));
+    j->lines = pd__ceil_div(j->all_lines, pd__ceil_div(threads, s->groups));
     j->lines = pd__min(pd__max(j->lines, PD__NR / j->width), tiles / j->width);
-    j->lines = pd__max(1, pd__min(j->lines, pd__ceil_div(j->rows * j->high, j->across)));
-    j->blocks = pd__ceil_div(j->rows * j->high, j->across * j->lines);
+    j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
+    j->blocks = pd__ceil_div(j->all_lines, j->lines);
     j->stride = pd__ceil_div(j->width, PD__LANES) * PD__LANES + 4;
     /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
     j->places = pd__ceil_div(j->lines * j->width + PD__LANES + 2, PD__NR) * PD__NR + 16;
@@ -14070,7 +14133,13 @@ static PD__INLINE PD__W PD__K(pd__update_gradient)(const pd_update *u, double l2
     return g + PD__K(pd__all_wide)(l2) * w;
 }
 
-/* One step of some numbers w with gradient g; s: their states. Returns the new w. */
+/* One step of some numbers w with gradient g; s: their states. Returns the new w. First of SGD and momentum only. */
+static PD__INLINE PD__W PD__K(pd__update_plainly)(const pd_update *u, PD__W w, PD__W g, PD__W *s) {
+    const PD__W r = PD__K(pd__all_wide)(u->rate), mu = PD__K(pd__all_wide)(u->optimizer.momentum);
+    if (u->optimizer.kind == PD_OPT_SGD) return w - r * g;
+    s[0] = mu * s[0] - r * g;
+    return u->optimizer.nesterov ? w + mu * s[0] - r * g : w + s[0];
+}
 static PD__INLINE PD__W PD__K(pd__update_step)(const pd_update *u, double correct1, double correct2, PD__W w, PD__W g,
                                                PD__W *s) {
 #define PD__ALL(x) PD__K(pd__all_wide)(x)
@@ -14078,8 +14147,8 @@ static PD__INLINE PD__W PD__K(pd__update_step)(const pd_update *u, double correc
     const PD__W r = PD__ALL(u->rate), mu = PD__ALL(o->momentum), zero = PD__ALL(0);
     PD__W v;
     switch (o->kind) {
-    case PD_OPT_SGD: return w - r * g;
-    case PD_OPT_MOMENTUM: s[0] = mu * s[0] - r * g; return o->nesterov ? w + mu * s[0] - r * g : w + s[0];
+    case PD_OPT_SGD:
+    case PD_OPT_MOMENTUM: return PD__K(pd__update_plainly)(u, w, g, s);
     case PD_OPT_ADAGRAD: s[0] += g * g; return w - r * g / (PD__K(pd__square_root)(s[0]) + PD__ALL(o->epsilon));
     case PD_OPT_ADADELTA:
         s[0] = PD__ALL(o->rho) * s[0] + PD__ALL(1 - o->rho) * g * g;
@@ -14182,8 +14251,8 @@ static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const doubl
             s[0] = PD__CONVERT(PD__CONVERT(s[0], PD__K(pd__narrow)), PD__W);
         }
         if (g)
-            v = PD__K(pd__update_step)(u, 1, 1, v,
-                                       PD__K(pd__update_gradient)(u, u->l2, v, PD__K(pd__load_wide)(g + i, left)), s);
+            v = PD__K(pd__update_plainly)(
+                u, v, PD__K(pd__update_gradient)(u, u->l2, v, PD__K(pd__load_wide)(g + i, left)), s);
         PD__K(pd__store_wide)(w + i, v, left);
         if (state) PD__K(pd__store_wide)(state + i, s[0], left);
     }

@@ -476,6 +476,9 @@ static pd_conv_shape random_conv(int kind) {
             s.filter_h = s.filter_w = 3, s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
             s.pad_h = below(3), s.pad_w = below(3), s.in_h = whole(1, 20), s.in_w = whole(1, 40), s.rows = whole(1, 5);
             s.groups = whole(1, 2), channels = whole(20, 50), filters = whole(20, 50);
+            if (chance(0.5)) break;
+            s.in_h = whole(1, 10), s.in_w = whole(1, 18), s.rows = whole(6, 36); /* many small images */
+            s.groups = 1, channels = whole(12, 30), filters = whole(12, 30);
             break;
         default: break;
         }
