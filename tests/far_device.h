@@ -162,6 +162,9 @@ static void far_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real 
 }
 static void far_keep(pd_device *d, const pd_real *w, bool kept) { far_cpu(d)->keep(far_cpu(d), near(w), kept); }
 
+/* The CPU, from a net that is given no other device; adds a layer to it. */
+static inline pd_device *cpu_of(pd_net *net) { return pd_vector(net, NULL, 1)->device; }
+
 /* A far twin of `cpu`, which must outlive it. */
 static far_device make_far(pd_device *cpu, unsigned ops) {
     const pd_device table = { PD_API_VERSION,

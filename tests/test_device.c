@@ -19,8 +19,6 @@ enum { SAMPLES = 37, SIDE = 6, CLASSES = 3 };
 static pd_real images[SAMPLES * SIDE * SIDE], targets[SAMPLES * CLASSES];
 static int64_t labels[SAMPLES];
 
-static pd_device *cpu_of(pd_net *net) { return pd_vector(net, NULL, 1)->device; }
-
 static void make_data(void) {
     random_seed(7);
     for (int64_t i = 0; i < SAMPLES * SIDE * SIDE; i++) images[i] = (pd_real)uniform(-1, 1);

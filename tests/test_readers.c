@@ -256,6 +256,28 @@ static void test_batch_sequences(void **state) {
     pd_net_free(other);
 }
 
+static void test_batch_sparse(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_sparse(net, "x", 6));
+    pd_batch *b = pd_batch_new(net);
+    const int64_t columns[3] = { 4, 0, 2 };
+    const unsigned char marks[3] = { 0, 1, 0 };
+    (void)state;
+    (void)x;
+    for (int64_t sample = 2; sample >= 0; sample--) { /* of 3, 2, 1 rows with 2 3 0, 1 2, 0 entries */
+        for (int64_t row = 0; row <= sample; row++)
+            assert_int_equal(pd_batch_add_sparse(b, 0, columns, NULL, (sample + row) % 4), PD_OK);
+        assert_int_equal(pd_batch_end_sample(b), PD_OK);
+    }
+    pd__remove_samples(b, marks);
+    assert_int_equal(b->samples, 2);
+    assert_int_equal(b->slots[0].starts[2], 4);
+    assert_int_equal(b->slots[0].row_starts[2], 5);
+    assert_int_equal(b->slots[0].row_starts[4], 5);
+    pd_batch_free(b);
+    pd_net_free(net);
+}
+
 /* ---- numbers ---- */
 
 static void check_number(const char *s, pd_status status, double expected) {
@@ -1812,6 +1834,7 @@ int main(void) {
         TEST(test_batch),
         TEST(test_batch_left_out),
         TEST(test_batch_sequences),
+        TEST(test_batch_sparse),
         TEST(test_numbers),
         TEST(test_locale),
         TEST(test_csv),
