@@ -62,7 +62,7 @@ works 3 float compare wide momentum
 works 4 double compare wide far uneven clip
 works 3 double compare conv far momentum
 works 4 double compare words far momentum l2 uneven
-works 3 pieces compare wide momentum
+works 3 pieces compare broad momentum
 works 3 pieces compare words momentum l2
 works 3 pieces compare rows far uneven
 works 3 float again words momentum
@@ -95,7 +95,7 @@ for n in 1 2 3 4; do
     works $n float bytes rows momentum l2
 done
 works 3 double bytes conv far
-works 3 pieces bytes wide
+works 3 pieces bytes broad
 for words in 'mlp adam' 'rows momentum l2' 'words clip' 'conv far'; do
     works 3 float steady $words
 done

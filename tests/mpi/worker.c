@@ -9,7 +9,7 @@
      worker reduce            tests on shares of the samples, and compares with a test of all
      worker NAME WORD..       some way to fail: see `failures`; exit code 3 where the others were told
 
-   Words: a net (mlp, conv, rows, words, norm, wide), an optimizer (sgd, momentum, ..), clip, l2, uneven, far,
+   Words: a net (mlp, conv, rows, words, norm, wide, broad), an optimizer (sgd, momentum, ..), clip, l2, uneven, far,
    schedule. */
 #define PADDLE_IMPLEMENTATION
 #include "../../paddle.h"
@@ -124,6 +124,7 @@ static pd_layer *build(pd_net *net) {
     } else {
         top = pd_fc(net, pd_vector(net, "x", VECTOR),
                     has("wide")                 ? 20001
+                    : has("broad")              ? 1001
                     : has("wrong") && rank == 1 ? 12
                                                 : 11,
                     &hidden);
