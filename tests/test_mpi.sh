@@ -32,15 +32,15 @@ build() { # NAME FLAG..; without the larger kernels, which take most of the time
         mpicc -std=c99 -g $warnings -DPADDLE_NO_AVX "$@" tests/mpi/worker.c -o $dir/$name -lm -pthread
 }
 sanitize='-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all'
-check build float -O2
-check build double -O2 -DPADDLE_DOUBLE
-check build pieces -O2 -DPD__MPI_PIECE=100 -DPD__MPI_BOX=40
+check build float -O1
+check build double -O1 -DPADDLE_DOUBLE
+check build pieces -O1 -DPD__MPI_PIECE=100 -DPD__MPI_BOX=40
 check build asan $sanitize
 check build static -O1 -DPADDLE_STATIC -DPADDLE_NO_THREADS
 for compiler in gcc clang; do
     command -v $compiler >/dev/null || continue
-    check build $compiler -O1
-    check build $compiler -O1 -DPADDLE_DOUBLE -fopenmp
+    check build $compiler -O0
+    check build $compiler -O0 -DPADDLE_DOUBLE -fopenmp
     check $compiler -std=c99 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o
     case $compiler in gcc) plus=g++ ;; *) plus=clang++ ;; esac
     check $plus -x c++ -std=c++11 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o
