@@ -12658,8 +12658,9 @@ static void PD__K(pd__transpose)(int64_t rows, int64_t columns, const pd_real *f
     int64_t r = 0;
 #if PD__BYTES > 0
     enum { SIDE = 16 / PD__REAL_BYTES, LINE = 64 / PD__REAL_BYTES };
-    for (; r + SIDE <= rows; r += SIDE) {
+    for (; r < rows && rows >= SIDE; r += SIDE) {
         int64_t c = 0;
+        r = pd__min(r, rows - SIDE); /* the last ones may be the second time */
         for (; c + SIDE <= columns; c += SIDE) {
             if (c % LINE == 0 && columns >= LINE) /* the rows that come next, which are in other places */
                 for (int i = 0; i < SIDE; i++) PD__PREFETCH(from + (r + SIDE + i) * ld + c);
@@ -12673,24 +12674,27 @@ static void PD__K(pd__transpose)(int64_t rows, int64_t columns, const pd_real *f
         for (int64_t c = 0; c < columns; c++) to[c * ldto + r] = from[r * ld + c];
 }
 
-/* A (m x k, strides rs and cs, one of which is 1) as panels of h rows, the last may have fewer: panel[p * rows + r]. They are `depth` steps
-   of p long, of which `first` .. first + k - 1 are filled. */
+/* memcpy of a few numbers, 4 at a time, the last ones perhaps twice. */
+static PD__INLINE void PD__K(pd__copy_few)(int64_t n, const pd_real *from, pd_real *to) {
+    int64_t i = 0;
+    for (; i + 4 < n; i += 4) memcpy(to + i, from + i, 4 * sizeof *to);
+    if (n >= 4) memcpy(to + n - 4, from + n - 4, 4 * sizeof *to);
+    else
+        for (; i < n; i++) to[i] = from[i];
+}
+
+/* A (m x k, strides rs and cs, one of which is 1) as panels of h rows, the last may have fewer: panel[p * rows + r].
+   They are `depth` steps of p long, of which `first` .. first + k - 1 are filled. */
 static void PD__K(pd__pack_a)(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
-                              int64_t depth, pd_real *panel) {
-    for (int64_t i = 0; i < m; i += h, panel += h * depth) {
-        int64_t rows = pd__min(h, m - i);
-        const pd_real *from = a + i * rs;
-        pd_real *to = panel + first * rows;
-        if (rs == 1) {
-            int64_t p = 0, whole = pd__ceil_div(rows, PD__LANES) * PD__LANES;
-            if (i + whole <= m) /* the next step replaces what is written too much */
-                for (; p + 1 < k; p++)
-                    for (int64_t r = 0; r < rows; r += PD__LANES)
-                        PD__STORE(to + p * rows + r, PD__LOAD(from + p * cs + r));
-            for (; p < k; p++)
-                for (int64_t r = 0; r < rows; r++) to[p * rows + r] = from[p * cs + r];
-        } else PD__K(pd__transpose)(rows, k, from, rs, to, rows);
-    }
+                              int64_t depth, pd_real *panels) {
+    const int64_t together = rs == 1 ? 8 : k; /* few steps of all panels, so that A is read as it lies */
+    for (int64_t p = 0; p < k; p += together)
+        for (int64_t i = 0; i < m; i += h) {
+            const int64_t rows = pd__min(h, m - i), end = pd__min(k, p + together);
+            pd_real *to = panels + i * depth + first * rows;
+            if (rs != 1) PD__K(pd__transpose)(rows, k, a + i * rs, rs, to, rows);
+            for (int64_t q = p; q < end && rs == 1; q++) PD__K(pd__copy_few)(rows, a + i + q * cs, to + q * rows);
+        }
 }
 
 /* How many numbers a panel of B is wide that begins where n columns are left. */
@@ -13322,13 +13326,6 @@ static int64_t PD__K(pd__winograd_out)(const PD__K(pd__winograd) * j) {
     return j->groups * j->filters * j->out_h * j->out_w;
 }
 
-/* memcpy of a few numbers, of which 4 at a time are one instruction. */
-static PD__INLINE void PD__K(pd__winograd_few)(int64_t n, const pd_real *from, pd_real *to) {
-    int64_t c = 0;
-    for (; c + 4 <= n; c += 4) memcpy(to + c, from + c, 4 * sizeof *to);
-    for (; c < n; c++) to[c] = from[c];
-}
-
 /* What row r of a line's tiles reads of a channel, from column -left on, transformed for all of them:
    to[c * stride + tile]. `space`: 10 strides. */
 static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *x,
@@ -13372,7 +13369,7 @@ static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradien
         pd_real *last = phase + 4 * stride; /* fourth and fifth: images do not go on in the next one */
         memset(space, 0, (size_t)(4 * stride) * sizeof *space);
         for (int64_t i = 0; i < j->across; i++)
-            if (from[i]) PD__K(pd__winograd_few)(length, from[i], space + i * columns + left);
+            if (from[i]) PD__K(pd__copy_few)(length, from[i], space + i * columns + left);
         PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
         for (int64_t t = 0; t < j->width; t += PD__LANES) {
             PD__STORE(last + t, PD__LOAD(fourth + t));
