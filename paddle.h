@@ -12692,8 +12692,9 @@ static void PD__K(pd__pack_a)(const pd_real *a, int64_t rs, int64_t cs, int64_t 
         for (int64_t i = 0; i < m; i += h) {
             const int64_t rows = pd__min(h, m - i), end = pd__min(k, p + together);
             pd_real *to = panels + i * depth + first * rows;
-            if (rs != 1) PD__K(pd__transpose)(rows, k, a + i * rs, rs, to, rows);
-            for (int64_t q = p; q < end && rs == 1; q++) PD__K(pd__copy_few)(rows, a + i + q * cs, to + q * rows);
+            if (rs == 1)
+                for (int64_t q = p; q < end; q++) PD__K(pd__copy_few)(rows, a + i + q * cs, to + q * rows);
+            else PD__K(pd__transpose)(rows, k, a + i * rs, rs, to, rows);
         }
 }
 

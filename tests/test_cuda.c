@@ -958,7 +958,7 @@ static void test_failures(void **state) {
     assert_true(file >= 0);
     close(file);
     for (int kind = 0; kind < CUDA_ON_CPU_KINDS; kind++)
-        for (int64_t at = 1;; at += 1 + at / 2) { /* what repeats need not be seen each time */
+        for (int64_t at = 1;; at += 1 + at / 4) { /* what repeats need not be seen each time */
             char message[600] = "";
             int64_t calls = cuda_on_cpu_count().calls[kind];
             pd_device *d;

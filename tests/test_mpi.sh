@@ -39,8 +39,8 @@ check build asan $sanitize
 check build static -O1 -DPADDLE_STATIC -DPADDLE_NO_THREADS
 for compiler in gcc clang; do
     command -v $compiler >/dev/null || continue
-    check build $compiler -O0
-    check build $compiler -O0 -DPADDLE_DOUBLE -fopenmp
+    check build $compiler -O1
+    check build $compiler -O1 -DPADDLE_DOUBLE -fopenmp
     check $compiler -std=c99 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o
     case $compiler in gcc) plus=g++ ;; *) plus=clang++ ;; esac
     check $plus -x c++ -std=c++11 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o

@@ -264,7 +264,7 @@ static void test_batch_sparse(void **state) {
     const unsigned char marks[3] = { 0, 1, 0 };
     (void)state;
     (void)x;
-    for (int64_t sample = 2; sample >= 0; sample--) { /* of 3, 2, 1 rows with 2 3 0, 1 2, 0 entries */
+    for (int64_t sample = 0; sample < 3; sample++) { /* of 1, 2, 3 rows with 0, 1 2, 2 3 0 entries */
         for (int64_t row = 0; row <= sample; row++)
             assert_int_equal(pd_batch_add_sparse(b, 0, columns, NULL, (sample + row) % 4), PD_OK);
         assert_int_equal(pd_batch_end_sample(b), PD_OK);
@@ -272,8 +272,11 @@ static void test_batch_sparse(void **state) {
     pd__remove_samples(b, marks);
     assert_int_equal(b->samples, 2);
     assert_int_equal(b->slots[0].starts[2], 4);
-    assert_int_equal(b->slots[0].row_starts[2], 5);
+    assert_int_equal(b->slots[0].row_starts[1], 0);
+    assert_int_equal(b->slots[0].row_starts[2], 2);
+    assert_int_equal(b->slots[0].row_starts[3], 5);
     assert_int_equal(b->slots[0].row_starts[4], 5);
+    for (int i = 0; i < 5; i++) assert_int_equal(b->slots[0].ids[i], columns[i < 2 ? i : i - 2]);
     pd_batch_free(b);
     pd_net_free(net);
 }
