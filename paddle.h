@@ -1926,6 +1926,58 @@ static void pd__thread_join(pd__thread t) { pthread_join(t, NULL); }
 /* Results do not depend on the number of threads: work is cut where it writes, never inside a sum, or a sum is cut
    into a fixed number of parts that are added in order. */
 
+typedef struct pd__block_job pd__block_job;
+typedef struct pd__gemm_job pd__gemm_job;
+typedef struct pd__winograd pd__winograd;
+typedef struct pd__update_job pd__update_job;
+typedef struct pd__channel_job pd__channel_job;
+typedef struct pd__response_job pd__response_job;
+typedef struct pd__pool_job pd__pool_job;
+
+/* The work of one thread in the instructions of one level; what each does is said where it is, in >>kernels. */
+typedef struct pd__kernels {
+    int64_t lanes;  /* numbers of a vector */
+    int64_t mr, nr; /* rows and columns of the tile of a product that stays in registers; nr: whole vectors */
+    int64_t kc, mc; /* depth of a product's blocks, and rows of A in one */
+    void (*fill_piece)(int64_t n, pd_real value, pd_real *y);
+    void (*muladd_box)(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4], const pd_real *b,
+                       const int64_t bs[4], pd_real *y, const int64_t ys[4]);
+    void (*muladd_line)(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b, int64_t bs,
+                        pd_real *y, int64_t ys);
+    double (*dot)(int64_t n, const pd_real *a, const pd_real *b);
+    void (*pack_a)(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
+                   int64_t depth, pd_real *panels);
+    void (*pack_b)(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t n, pd_real *panels);
+    void (*pick_b_panel)(const pd_real *image, const int64_t *row_at, const int64_t *column_at, int64_t k,
+                         int64_t width, pd_real *to);
+    void (*tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead, const pd_real *b,
+                 int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
+    void (*multiply)(const pd__block_job *k);
+    void (*gemm_row)(const pd__gemm_job *g, int64_t share);
+    void (*winograd_channel)(const pd__winograd *j, bool gradient, int64_t group, int64_t block, int64_t channel,
+                             pd_real *space, pd_real *to, int64_t plane);
+    void (*winograd_panel)(const pd__winograd *j, int64_t unit);
+    void (*winograd_put)(const pd__winograd *j, int64_t group, int64_t block, int64_t filter, const pd_real *m,
+                         int64_t plane, pd_real *space);
+    void (*winograd_filter_unit)(const pd__winograd *j, int64_t filter);
+    void (*update_piece)(const pd__update_job *j, int64_t start, int64_t end);
+    void (*update_row)(const pd_update *u, int64_t width, const double *c, pd_real *w, const pd_real *g,
+                       pd_real *state);
+    void (*activate_piece)(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y);
+    void (*activate_backward_piece)(pd_act act, pd_real alpha, int64_t n, const pd_real *x, const pd_real *y,
+                                    pd_real *grad);
+    void (*softmax_row)(int64_t n, const pd_real *x, pd_real *y);
+    void (*softmax_backward_row)(int64_t n, const pd_real *y, pd_real *grad);
+    void (*moments_of)(const pd__channel_job *j, int64_t c);
+    void (*batch_norm_map)(const pd__channel_job *j, int64_t m);
+    void (*batch_norm_back)(const pd__channel_job *j, int64_t c);
+    void (*response_strip)(const pd__response_job *j, int64_t unit);
+    void (*response_strip_back)(const pd__response_job *j, int64_t unit);
+    void (*gru_row)(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before, pd_real *after);
+    void (*pool_pairs)(const pd__pool_job *j, int64_t map); /* NULL without vectors */
+    void (*pool_map)(const pd__pool_job *j, int64_t map);
+} pd__kernels;
+
 /* Another form of numbers that stay, for products: packed, or transformed. */
 typedef struct pd__kept {
     struct pd__kept *next;
@@ -1939,7 +1991,8 @@ typedef struct pd__cpu {
     const pd_allocator *allocator;
     int threads;
     pd_simd simd;
-    void *scratch; /* of one operation at a time */
+    const pd__kernels *kernels; /* of this level */
+    void *scratch;              /* of one operation at a time */
     int64_t scratch_capacity;
     bool failed;    /* out of memory for scratch, since the last synchronize */
     pd__kept *kept; /* of all that pd_device.keep has named */
@@ -1968,26 +2021,11 @@ typedef struct pd__cpu {
 #define PD__TEAM(d, work, i, end, call) PD__TEAM_STEPS(d, work, i, end, 1, call)
 
 static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->self)->threads; }
+static const pd__kernels *pd__cpu_kernels(const pd_device *d) { return ((const pd__cpu *)d->self)->kernels; }
 
 /* Threads for so much work. Waking a team costs some microseconds, and far more on a busy machine; so many numbers take
    one thread longer than that. */
 static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 : pd__cpu_threads(d); }
-
-/* The work of `count` products of m x n numbers, k deep each. A tile of them takes about as long to begin as 32 steps. */
-static int64_t pd__product_work(int64_t count, int64_t m, int64_t n, int64_t k) { return count * m * n * (k + 32) / 8; }
-
-/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
-   and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
-   are about what that costs, in multiplications, as measured. */
-static bool pd__winograd_fits(const pd_conv_shape *s) {
-    const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
-    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4);
-    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, s->rows * tiles));
-    return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
-           s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
-           s->rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
-               s->rows * outputs * products * 10;
-}
 
 /* `size` bytes until the next call, or NULL: then synchronize will say so. */
 static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
@@ -2061,12 +2099,794 @@ static pd_status pd__cpu_synchronize(pd_device *d, char *message, size_t size) {
 
 enum { PD__PIECE = 8192 }; /* numbers per piece of an elementwise operation */
 
+static void pd__cpu_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM_STEPS(d, n, i, n, PD__PIECE, kernels->fill_piece(pd__min(PD__PIECE, n - i), value, y + i));
+}
+
+/* A piece of the box along one axis. */
+static void pd__muladd_piece(const pd__kernels *kernels, const int64_t size[4], int axis, int64_t start, int64_t piece,
+                             pd_real alpha, const pd_real *a, const int64_t as[4], const pd_real *b,
+                             const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    int64_t part[4];
+    memcpy(part, size, sizeof part);
+    part[axis] = pd__min(piece, size[axis] - start);
+    kernels->muladd_box(part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs,
+                        y + start * ys[axis], ys);
+}
+
+/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
+static void pd__cpu_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                           const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    int axis = -1;
+    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
+    if (work == 0) return;
+    for (int i = 0; i < 4; i++)
+        if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
+    if (axis < 0) {
+        kernels->muladd_box(size, alpha, a, as, b, bs, y, ys);
+        return;
+    }
+    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
+    pieces = pd__ceil_div(size[axis], piece);
+    PD__TEAM(d, work, p, pieces, pd__muladd_piece(kernels, size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
+}
+
+static double pd__cpu_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    enum { PARTS = 64 };
+    double parts[PARTS], sum = 0;
+    int64_t piece = pd__ceil_div(n, PARTS);
+    PD__TEAM(d, n, p, PARTS,
+             parts[p] = kernels->dot(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
+                                     x + pd__min(n, p * piece)));
+    for (int p = 0; p < PARTS; p++) sum += parts[p];
+    return sum;
+}
+
+/* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
+   Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
+
+enum { PD__NC = 1024 }; /* columns of a product's blocks */
+/* How many numbers ahead panels of A are fetched that may come from memory. (Beside the 48 KB of first-level cache that
+   come with 64-byte vectors it pays for others too.) */
+enum { PD__AHEAD = 512 };
+
+/* A product's panels: m x k in panels of h rows, times k x n, to C. */
+struct pd__block_job {
+    int64_t m, n, k, h;
+    const pd_real *a, *b;
+    pd_real alpha, beta, *c;
+    int64_t ldc;
+    const pd_epilogue *after; /* NULL: more is to come, or nothing is to be done */
+    int64_t channel;          /* of the first row, if `by_row`, else of the first column */
+    bool by_row;
+    /* Or, where row_at is not NULL, added to c[row_at[i] + column_at[j]]. */
+    const int64_t *row_at, *column_at;
+};
+
+struct pd__gemm_job {
+    const pd__kernels *kernels;
+    bool ta, tb;
+    int64_t m, n, k, lda, ldb, ldc;
+    pd_real alpha, beta;
+    const pd_real *a, *b;
+    pd_real *c, *space;
+    const pd_epilogue *after;
+    int64_t across, down, rows, columns, each; /* shares of so many rows and columns; working space of each */
+    pd_real *right;                            /* all of B, packed, if it is kept; `ready`: it is there already */
+    bool ready;
+};
+
+/* Rows in a panel of A so that all panels of m rows are about as high, at most MR, and as pd__tile wants them. */
+static int64_t pd__height(const pd__kernels *kernels, int64_t m) {
+    int64_t h = pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), kernels->mr));
+    return kernels->mr > 6 ? pd__ceil_div(h, 4) * 4 : h;
+}
+
+/* Depth of the packed blocks: k in equal parts of at most KC. */
+static int64_t pd__depth(const pd__kernels *kernels, int64_t k) {
+    return pd__max(1, pd__ceil_div(k, pd__ceil_div(pd__max(k, 1), kernels->kc)));
+}
+
+static void pd__gemm_share(const pd__gemm_job *g, int64_t share) {
+    const pd__kernels *kernels = g->kernels;
+    int64_t i0 = share / g->across * g->rows, j0 = share % g->across * g->columns;
+    int64_t i1 = pd__min(g->m, i0 + g->rows), j1 = pd__min(g->n, j0 + g->columns);
+    int64_t ra = g->ta ? 1 : g->lda, ca = g->ta ? g->lda : 1, rb = g->tb ? 1 : g->ldb, cb = g->tb ? g->ldb : 1;
+    int64_t depth = pd__depth(kernels, g->k), padded = pd__ceil_div(j1 - j0, kernels->nr) * kernels->nr, h, mc, nc;
+    pd_real *packed_a = g->space + share * g->each, *packed_b;
+    if (i0 >= i1 || j0 >= j1) return;
+    h = pd__height(kernels, i1 - i0);
+    mc = pd__min(i1 - i0, kernels->mc / h * h);
+    /* B packed for one block of rows only is used at once, so that a few columns, still in the cache, do; of a B that is
+       read by rows, more. */
+    nc = mc < i1 - i0 ? PD__NC : g->tb ? 64 : 256;
+    packed_b = packed_a + pd__ceil_div(mc * depth, 16) * 16;
+    for (int64_t wide = j0; wide < j1; wide += PD__NC)
+        for (int64_t p = 0; p < g->k || p == 0; p += depth)
+            for (int64_t j = wide; j < pd__min(j1, wide + PD__NC); j += nc) {
+                pd__block_job b;
+                memset(&b, 0, sizeof b);
+                b.n = pd__min(pd__min(nc, wide + PD__NC - j), j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
+                b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
+                b.after = p + depth >= g->k ? g->after : NULL, b.channel = j;
+                b.a = packed_a, b.b = packed_b;
+                if (g->right) b.b = packed_b = g->right + j0 * g->k + p * padded + (j - j0) * b.k;
+                if (!g->ready) kernels->pack_b(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
+                for (int64_t i = i0; i < i1; i += mc) {
+                    b.m = pd__min(mc, i1 - i);
+                    if (j == wide || mc < i1 - i0)
+                        kernels->pack_a(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
+                    b.c = g->c + i * g->ldc + j;
+                    kernels->multiply(&b);
+                }
+            }
+}
+
+static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
+                         const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                         int64_t ldc, const pd_epilogue *after) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__gemm_job g;
+    int64_t shares = pd__team(d, m * n * k / 8), depth = pd__depth(kernels, k),
+            form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
+    pd__kept *kept = NULL;
+    if (m <= 0 || n <= 0) return;
+    memset(&g, 0, sizeof g);
+    g.kernels = kernels;
+    g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
+    g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c, g.after = after;
+    /* Each share packs its rows of A and its columns of B: choose the grid for which that is least. */
+    g.across = 1, g.down = shares;
+    for (int64_t across = 2; across <= shares; across++)
+        if (shares % across == 0 && across * m + shares / across * n < g.across * m + g.down * n)
+            g.across = across, g.down = shares / across;
+    g.rows = pd__ceil_div(pd__ceil_div(m, g.down), kernels->mr) * kernels->mr;
+    g.columns = pd__ceil_div(pd__ceil_div(n, g.across), kernels->nr) * kernels->nr;
+    if (m == 1 && !tb) { /* then shares go across */
+        PD__TEAM(d, n * k / 8, share, g.across, kernels->gemm_row(&g, share));
+        return;
+    }
+    form[4] = ldb, form[5] = g.columns;
+    if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + kernels->nr), &g.ready);
+    if (kept) g.right = kept->numbers;
+    g.each = (pd__min(kernels->mc, g.rows) + pd__min(PD__NC, g.columns)) * depth + 32;
+    g.each = pd__ceil_div(g.each, 16) * 16; /* whole cache lines */
+    g.space = (pd_real *)pd__scratch(d, shares * g.each, sizeof(pd_real));
+    if (!g.space) return;
+    PD__TEAM(d, m * n * k / 8, share, shares, pd__gemm_share(&g, share));
+    if (kept) memcpy(kept->form, form, sizeof form);
+}
+
+/* ---- convolution as products of filters and patches, which are picked straight from the image ----
+   Element (k, j) of the patches, k = (channel, filter row, filter column) and j = (output row, output column), is at
+   image[k_at[k] + j_at[j]], in an image with its padding around it. Where patches are more than one column apart, the
+   image's columns are sorted by phase, their remainder modulo the stride: then outputs that are side by side are made
+   of numbers that are. Images are independent of each other and filters are packed once, so the forward pass and the
+   data gradient are cut by images and, for few of them, by filters, channels or columns; the filter gradient, a sum
+   over images, is cut by columns of its matrix. */
+
+/* The work of `count` products of m x n numbers, k deep each. A tile of them takes about as long to begin as 32 steps. */
+static int64_t pd__product_work(int64_t count, int64_t m, int64_t n, int64_t k) { return count * m * n * (k + 32) / 8; }
+
+typedef struct pd__conv_job {
+    const pd__kernels *kernels;
+    const pd_conv_shape *s;
+    int64_t channels, filters;                /* per group */
+    int64_t depth, area;                      /* of the patches of a group */
+    int64_t in_area, high, wide, padded_area; /* of an image's channel, and with its padding */
+    int64_t phases, per_phase;                /* of its columns: column c is at c % phases * per_phase + c / phases */
+    const int64_t *k_at, *j_at;
+    const pd_real *x, *w, *dy;
+    pd_real *out;             /* y, dx or dw */
+    pd_real beta;             /* of y .. */
+    const pd_epilogue *after; /* .. and what is made of it */
+    int64_t parts, per_part;  /* of a group's filters, channels or columns */
+    int64_t across, columns;  /* parts of the patches of an image, in the forward pass; columns of each */
+    int64_t block_n, block_k; /* columns and depth of the blocks that are packed at a time .. */
+    int64_t together;         /* .. and images */
+    pd_real *packed;          /* filters */
+    pd_real *space;
+    int64_t each; /* working space of one thread */
+} pd__conv_job;
+
+static void pd__conv_sizes(pd__conv_job *j, const pd__kernels *kernels, const pd_conv_shape *s) {
+    memset(j, 0, sizeof *j);
+    j->kernels = kernels;
+    j->s = s;
+    j->channels = s->in_c / s->groups;
+    j->filters = s->out_c / s->groups;
+    j->depth = j->channels * s->filter_h * s->filter_w;
+    j->area = s->out_h * s->out_w;
+    j->in_area = s->in_h * s->in_w;
+    j->high = pd__max(s->in_h + 2 * s->pad_h, (s->out_h - 1) * s->stride_h + (s->filter_h - 1) * s->dilation_h + 1);
+    j->wide = pd__max(s->in_w + 2 * s->pad_w, (s->out_w - 1) * s->stride_w + (s->filter_w - 1) * s->dilation_w + 1);
+    j->phases = s->filter_w > 1 ? s->stride_w : 1;
+    j->per_phase = pd__ceil_div(j->wide, j->phases);
+    j->wide = j->phases * j->per_phase;
+    j->padded_area = j->high * j->wide;
+    j->together = j->across = 1;
+    j->columns = j->area;
+}
+
+/* Is a copy made of images? */
+static bool pd__is_padded(const pd__conv_job *j) { return j->padded_area != j->in_area || j->phases > 1; }
+
+static int64_t pd__conv_column(const pd__conv_job *j, int64_t column) {
+    return column % j->phases * j->per_phase + column / j->phases;
+}
+
+/* Fills the offsets, and takes scratch for them, `packed` numbers of filters and, for each thread, a padded image of
+   so many channels and `block` numbers. False when out of memory. */
+static bool pd__conv_space(pd_device *d, pd__conv_job *j, int64_t packed, int64_t channels, int64_t block) {
+    const pd_conv_shape *s = j->s;
+    int64_t places = j->together * j->area, offsets = j->depth + places, *at, threads = pd__cpu_threads(d),
+            line = 64 / (int64_t)sizeof(pd_real);
+    int64_t image = pd__is_padded(j) ? j->channels * j->padded_area : s->in_c * j->in_area;
+    int64_t head = pd__ceil_div(offsets * (int64_t)sizeof *at, 64) * line;
+    packed = pd__ceil_div(packed, line) * line;
+    j->each = pd__ceil_div(channels * j->padded_area, line) * line + pd__ceil_div(block, line) * line;
+    at = (int64_t *)pd__scratch(d, head + packed + threads * j->each, sizeof(pd_real));
+    if (!at) return false;
+    j->k_at = at;
+    j->j_at = at + j->depth;
+    j->packed = (pd_real *)at + head;
+    for (int64_t channel = 0; channel < j->channels; channel++)
+        for (int64_t h = 0; h < s->filter_h; h++)
+            for (int64_t w = 0; w < s->filter_w; w++)
+                *at++ = channel * j->padded_area + h * s->dilation_h * j->wide + pd__conv_column(j, w * s->dilation_w);
+    for (int64_t i = 0; i < j->together; i++)
+        for (int64_t h = 0; h < s->out_h; h++)
+            for (int64_t w = 0; w < s->out_w; w++)
+                *at++ = i * image + h * s->stride_h * j->wide + pd__conv_column(j, w * s->stride_w);
+    j->space = j->packed + packed;
+    return true;
+}
+
+/* Copies channels with zeros around them, or, if `back`, adds what is inside to the channels. */
+static void pd__pad(const pd__conv_job *j, bool back, int64_t channels, pd_real *image, pd_real *padded) {
+    const pd_conv_shape *s = j->s;
+    if (!back) memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t h = 0; h < s->in_h; h++) {
+            pd_real *line = image + c * j->in_area + h * s->in_w;
+            pd_real *to = padded + c * j->padded_area + (h + s->pad_h) * j->wide;
+            for (int64_t phase = 0; phase < j->phases; phase++) {
+                int64_t w = (phase + j->phases - s->pad_w % j->phases) % j->phases; /* its first column */
+                pd_real *inside = to + pd__conv_column(j, w + s->pad_w);
+                if (back)
+                    for (; w < s->in_w; w += j->phases) line[w] += *inside++;
+                else if (j->phases == 1) memcpy(inside, line, (size_t)s->in_w * sizeof *line);
+                else
+                    for (; w < s->in_w; w += j->phases) *inside++ = line[w];
+            }
+        }
+}
+
+/* Packs rows first .. first + rows - 1 of a group's filter matrix (filters x depth), or of its transpose, block of k by
+   block. */
+static void pd__pack_filters(const pd__conv_job *j, bool transposed, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t group = unit / j->parts, m = transposed ? j->depth : j->filters, k = transposed ? j->filters : j->depth;
+    int64_t first = unit % j->parts * j->per_part, rows = pd__min(j->per_part, m - first), step = pd__depth(kernels, k);
+    int64_t rs = transposed ? 1 : j->depth, cs = transposed ? j->depth : 1;
+    const pd_real *w = j->w + group * j->filters * j->depth + first * rs;
+    pd_real *to = j->packed + (group * m + first) * k;
+    if (rows <= 0) return;
+    for (int64_t p = 0; p < k; p += step) {
+        int64_t steps = pd__min(step, k - p);
+        kernels->pack_a(w + p * cs, rs, cs, rows, steps, pd__height(kernels, rows), 0, steps, to + p * rows);
+    }
+}
+
+static void pd__pack_filters_forward(const pd__conv_job *j, int64_t unit) { pd__pack_filters(j, false, unit); }
+static void pd__pack_filters_back(const pd__conv_job *j, int64_t unit) { pd__pack_filters(j, true, unit); }
+
+/* One part of one group of one image: y = filters * patches + beta y. */
+static void pd__conv_unit(const pd__conv_job *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t left = unit % j->across * j->columns, right = pd__min(left + j->columns, j->area);
+    int64_t part = unit / j->across % j->parts, image = unit / j->across / j->parts, group = image % j->s->groups;
+    int64_t first = part * j->per_part, step = pd__depth(kernels, j->depth);
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *patches = padded;
+    const pd_real *x = j->x + image * j->channels * j->in_area;
+    pd__block_job b;
+    memset(&b, 0, sizeof b);
+    b.m = pd__min(j->per_part, j->filters - first);
+    if (b.m <= 0) return;
+    b.h = pd__height(kernels, b.m);
+    b.alpha = 1;
+    b.ldc = j->area;
+    b.by_row = true;
+    b.channel = group * j->filters + first;
+    if (pd__is_padded(j)) {
+        pd__pad(j, false, j->channels, (pd_real *)(uintptr_t)x, padded); /* only read */
+        x = padded;
+        patches += j->channels * j->padded_area;
+    }
+    b.b = patches;
+    for (int64_t at = left; at < right; at += j->block_n)
+        for (int64_t p = 0; p < j->depth; p += step) {
+            b.n = pd__min(j->block_n, right - at);
+            b.k = pd__min(step, j->depth - p);
+            b.beta = p ? 1 : j->beta;
+            b.after = p + step >= j->depth ? j->after : NULL;
+            b.a = j->packed + (group * j->filters + first) * j->depth + p * b.m;
+            b.c = j->out + (image * j->filters + first) * j->area + at;
+            for (int64_t c = 0; c < b.n; c += kernels->nr)
+                kernels->pick_b_panel(x, j->k_at + p, j->j_at + at + c, b.k, pd__min(kernels->nr, b.n - c),
+                                      patches + c * b.k);
+            kernels->multiply(&b);
+        }
+}
+
+/* One part, a number of whole channels, of one group of one image: dx += scattered (filters^T * dy). */
+static void pd__conv_back_unit(const pd__conv_job *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
+    int64_t window = j->s->filter_h * j->s->filter_w, first = part * j->per_part, step = pd__depth(kernels, j->filters);
+    int64_t channels = pd__min(j->per_part, j->depth - first) / window;
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed = padded;
+    pd_real *dx = j->out + (image * j->channels + first / window) * j->in_area;
+    const pd_real *dy = j->dy + image * j->filters * j->area;
+    pd__block_job b;
+    if (channels <= 0) return;
+    memset(&b, 0, sizeof b);
+    b.m = channels * window;
+    b.h = pd__height(kernels, b.m);
+    b.alpha = 1;
+    b.c = dx;
+    if (pd__is_padded(j)) {
+        memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
+        b.c = padded;
+        packed += channels * j->padded_area;
+    }
+    b.row_at = j->k_at; /* of the part's own channels, the first of which is at 0 */
+    b.b = packed;
+    for (int64_t at = 0; at < j->area; at += j->block_n)
+        for (int64_t p = 0; p < j->filters; p += step) {
+            b.n = pd__min(j->block_n, j->area - at);
+            b.k = pd__min(step, j->filters - p);
+            b.a = j->packed + (group * j->depth + first) * j->filters + p * b.m;
+            b.column_at = j->j_at + at;
+            kernels->pack_b(dy + p * j->area + at, j->area, 1, b.k, b.n, packed);
+            kernels->multiply(&b);
+        }
+    if (b.c == padded) pd__pad(j, true, channels, dx, padded);
+}
+
+/* One part, a number of columns, of one group of dw: dw += dy * patches^T, summed over all images in order. */
+static void pd__conv_filter_unit(const pd__conv_job *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t part = unit % j->parts, group = unit / j->parts, window = j->s->filter_h * j->s->filter_w;
+    int64_t first = part * j->per_part, columns = pd__min(j->per_part, j->depth - first);
+    int64_t channel = first / window, channels = (first + columns - 1) / window - channel + 1;
+    int64_t h = pd__height(kernels, j->filters), mc = pd__min(j->filters, kernels->mc / h * h), step = j->block_k;
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed_a = padded, *packed_b;
+    pd__block_job b;
+    if (columns <= 0) return;
+    memset(&b, 0, sizeof b);
+    b.h = h;
+    b.alpha = b.beta = 1;
+    b.ldc = j->depth;
+    if (pd__is_padded(j)) packed_a += j->together * j->channels * j->padded_area;
+    packed_b = packed_a + mc * step;
+    b.a = packed_a;
+    b.b = packed_b;
+    for (int64_t row = 0; row < j->s->rows; row += j->together) {
+        int64_t rows = pd__min(j->together, j->s->rows - row), image = row * j->s->groups + group;
+        const pd_real *x = j->x + image * j->channels * j->in_area, *dy = j->dy + image * j->filters * j->area;
+        int64_t x_row = j->s->in_c * j->in_area, dy_row = j->s->out_c * j->area;
+        if (pd__is_padded(j)) {
+            for (int64_t r = 0; r < rows; r++)
+                pd__pad(j, false, channels, (pd_real *)(uintptr_t)x + r * x_row + channel * j->in_area,
+                        padded + (r * j->channels + channel) * j->padded_area);
+            x = padded;
+        }
+        for (int64_t p = 0; p < rows * j->area; p += step)
+            for (int64_t n = 0; n < columns; n += j->block_n) {
+                b.k = pd__min(step, rows * j->area - p);
+                b.n = pd__min(j->block_n, columns - n);
+                for (int64_t c = 0; c < b.n; c += kernels->nr)
+                    kernels->pick_b_panel(x, j->j_at + p, j->k_at + first + n + c, b.k, pd__min(kernels->nr, b.n - c),
+                                          packed_b + c * b.k);
+                for (int64_t i = 0; i < j->filters; i += mc) {
+                    b.m = pd__min(mc, j->filters - i);
+                    for (int64_t r = 0; r < rows; r++) /* of several rows all positions, of one a block of them */
+                        kernels->pack_a(dy + r * dy_row + i * j->area + p, j->area, 1, b.m, b.k / rows, h, r * j->area,
+                                        b.k, packed_a);
+                    b.c = j->out + (group * j->filters + i) * j->depth + first + n;
+                    kernels->multiply(&b);
+                }
+            }
+    }
+}
+
+/* Cuts `units` things of `size` into parts of whole multiples of `grain`, so that there is work for every thread. */
+static void pd__conv_parts(pd_device *d, pd__conv_job *j, int64_t units, int64_t size, int64_t grain) {
+    int64_t grains = pd__ceil_div(size, grain);
+    j->parts = pd__min(grains, pd__ceil_div(pd__cpu_threads(d), pd__max(units, 1)));
+    j->per_part = pd__ceil_div(grains, j->parts) * grain;
+}
+
+/* ---- convolution with 3 x 3 filters at stride 1, after Winograd: F(4 x 4, 3 x 3) of Lavin and Gray 2016 ----
+   A tile of 4 x 4 outputs needs 6 x 6 inputs. With B, G and A of that paper, B^T d B of each tile d of each channel and
+   G g G^T of each filter g are made once; their 36 places are multiplied like matrices of filters, channels and tiles;
+   and A^T m A of the sums m are the outputs: 36 multiplications instead of 144. The data gradient is the same with the
+   filters turned round and the channels as filters; the filter gradient is the transpose, G^T (A dy A^T * B^T d B) G. */
+
+/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
+   and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
+   are about what that costs, in multiplications, as measured. */
+static bool pd__winograd_fits(const pd_conv_shape *s) {
+    const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
+    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4);
+    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, s->rows * tiles));
+    return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
+           s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
+           s->rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
+               s->rows * outputs * products * 10;
+}
+
+/* Numbers in one of the 36 planes, with a gap: else the planes would often take each other's places in the cache. */
+static int64_t pd__winograd_plane(int64_t lines, int64_t length) { return lines * length + 16; }
+
+struct pd__winograd {
+    const pd__kernels *kernels;
+    int64_t rows, groups, channels, filters; /* of a group */
+    int64_t in_h, in_w, out_h, out_w, top, left;
+    int64_t high, wide; /* tiles of an image's channel */
+    /* A block takes `across` times `lines` of the rows of tiles, which follow each other in all images. Where one row
+       would leave vectors empty they are put side by side, the first `lines` in the first column: such a line of a
+       block has `width` tiles. Or, of many small images, `by_lane`: the same row of as many images as a vector has
+       lanes is a line, with the images of a tile side by side. */
+    bool by_lane;
+    int64_t across, width, lines, all_lines, blocks;
+    int64_t stride; /* columns of tiles in a line that is read, filled up with zeros */
+    int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
+    int64_t height, panels;  /* of the filters */
+    int64_t parts, per_part; /* of the panels */
+    bool back;               /* the filters are those of the data gradient */
+    const pd_real *x, *w, *dy;
+    pd_real *out;                /* y, dx or dw */
+    pd_real beta;                /* of y or dx .. */
+    const pd_epilogue *after;    /* .. and what is made of y */
+    pd_real *packed;             /* [group][36][panel] of filters, or [36][filters][channels] of sums */
+    pd_real *images, *gradients; /* [36][channels or filters][places] */
+    pd_real *space;
+    int64_t each, group, block; /* working space of a thread; what is done at the moment */
+};
+
+/* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
+typedef struct pd__winograd_rows {
+    int64_t image[2 * 64 / sizeof(pd_real)], row[2 * 64 / sizeof(pd_real)]; /* nr of the widest vectors */
+} pd__winograd_rows;
+
+/* How many lines a block has. */
+static int64_t pd__winograd_lines(const pd__winograd *j, int64_t block) {
+    return pd__min(j->lines, j->all_lines - block * j->lines);
+}
+
+/* Those of the first line of a block, and of the line after. */
+static void pd__winograd_first(const pd__winograd *j, int64_t block, pd__winograd_rows *at) {
+    const int64_t lines = pd__winograd_lines(j, block), first = block * j->lines * (j->by_lane ? 1 : j->across);
+    const int64_t images = j->by_lane ? 1 : lines / j->high, rows = j->by_lane ? 0 : lines % j->high; /* to the next */
+    int64_t image = first / j->high * (j->by_lane ? j->across : 1), row = first % j->high;
+    for (int64_t i = 0; i < j->across; i++) {
+        at->image[i] = image, at->row[i] = row;
+        image += images, row += rows;
+        if (row >= j->high) row -= j->high, image++;
+    }
+}
+
+static void pd__winograd_next(const pd__winograd *j, pd__winograd_rows *at) {
+    for (int64_t i = 0; i < j->across; i++)
+        if (++at->row[i] == j->high) at->row[i] = 0, at->image[i] += j->by_lane ? j->across : 1;
+}
+
+/* Numbers of all channels of an image, and of its output. */
+static int64_t pd__winograd_in(const pd__winograd *j) { return j->groups * j->channels * j->in_h * j->in_w; }
+static int64_t pd__winograd_out(const pd__winograd *j) { return j->groups * j->filters * j->out_h * j->out_w; }
+
+/* How many tiles a block has. */
+static int64_t pd__winograd_tiles(const pd__winograd *j, int64_t block) {
+    return pd__winograd_lines(j, block) * j->width;
+}
+
+/* One block of tiles and one part of the filters. */
+static void pd__winograd_unit(const pd__winograd *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t part = unit % j->parts, group = unit / j->parts % j->groups, block = unit / j->parts / j->groups;
+    int64_t first = part * j->per_part, last = pd__min(first + j->per_part, j->panels), filter = first * j->height;
+    int64_t count = pd__min(last * j->height, j->filters) - filter, tiles = pd__winograd_tiles(j, block);
+    int64_t plane = pd__winograd_plane(j->channels, j->places), sum_plane = pd__winograd_plane(count, j->places);
+    int64_t panel = pd__winograd_plane(j->channels, j->height);
+    pd_real *images = j->space + PD__THREAD_INDEX() * j->each, *sums = images + 36 * plane;
+    if (count <= 0) return;
+    for (int64_t c = 0; c < j->channels; c++) /* the sums lie idle yet */
+        kernels->winograd_channel(j, false, group, block, c, sums, images + c * j->places, plane);
+    for (int64_t i = 0; i < 36; i++)
+        for (int64_t t = 0; t < tiles; t += kernels->nr)
+            for (int64_t p = first; p < last; p++)
+                kernels->tile((int)pd__min(j->height, j->filters - p * j->height),
+                              (int)(tiles - t <= kernels->lanes ? 1 : kernels->nr / kernels->lanes), j->channels, 1,
+                              j->packed + ((group * 36 + i) * j->panels + p) * panel, PD__AHEAD, images + i * plane + t,
+                              j->places, 0, sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
+    for (int64_t k = 0; k < count; k++)
+        kernels->winograd_put(j, group, block, filter + k, sums + k * j->places, sum_plane, images);
+}
+
+/* Are images worth a lane each? Their rows must be short, and not many lanes be empty. */
+static bool pd__winograd_by_lane(const pd__kernels *kernels, int64_t rows, int64_t wide) {
+    return kernels->lanes > 1 && wide * kernels->lanes <= 64 &&
+           pd__ceil_div(rows, kernels->lanes) * kernels->lanes * 3 <= rows * 4;
+}
+
+/* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
+static void pd__winograd_sizes(pd__winograd *j, const pd__kernels *kernels, const pd_conv_shape *s, bool back,
+                               int64_t tiles, int64_t threads) {
+    memset(j, 0, sizeof *j);
+    j->kernels = kernels;
+    j->rows = s->rows, j->groups = s->groups, j->back = back;
+    j->channels = (back ? s->out_c : s->in_c) / s->groups, j->filters = (back ? s->in_c : s->out_c) / s->groups;
+    j->in_h = back ? s->out_h : s->in_h, j->in_w = back ? s->out_w : s->in_w;
+    j->out_h = back ? s->in_h : s->out_h, j->out_w = back ? s->in_w : s->out_w;
+    j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
+    j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
+    j->across = 4 * j->wide < 3 * kernels->lanes ? pd__min(j->rows * j->high, kernels->nr / j->wide) : 1;
+    j->all_lines = pd__ceil_div(j->rows * j->high, j->across);
+    j->by_lane = pd__winograd_by_lane(kernels, j->rows, j->wide);
+    if (j->by_lane) j->across = kernels->lanes, j->all_lines = pd__ceil_div(j->rows, kernels->lanes) * j->high;
+    j->width = j->across * j->wide;
+    /* A block for each thread, as long as its tiles about fill a panel. */
+    j->lines = pd__ceil_div(j->all_lines, pd__ceil_div(threads, s->groups));
+    j->lines = pd__min(pd__max(j->lines, kernels->nr / j->width), tiles / j->width);
+    j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
+    j->blocks = pd__ceil_div(j->all_lines, j->lines);
+    j->stride = pd__ceil_div(j->width, kernels->lanes) * kernels->lanes + 4;
+    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
+    j->places = pd__ceil_div(j->lines * j->width + kernels->lanes + 2, kernels->nr) * kernels->nr + 16;
+}
+
+static void pd__winograd_run(pd_device *d, pd__winograd *j) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t threads = pd__cpu_threads(d), units = j->blocks * j->groups, filters;
+    int64_t form[6] = { PD__FORM_WINOGRAD, j->groups, j->filters, j->channels, j->back, 0 };
+    pd__kept *kept;
+    bool ready;
+    int64_t work = j->rows * j->groups * j->out_h * j->out_w * j->filters * j->channels;
+    j->height = pd__height(kernels, j->filters);
+    j->panels = pd__ceil_div(j->filters, j->height);
+    j->parts = pd__min(j->panels, pd__ceil_div(threads, units));
+    j->per_part = pd__ceil_div(j->panels, j->parts);
+    j->each =
+        36 * pd__winograd_plane(j->channels, j->places) + 36 * pd__winograd_plane(j->per_part * j->height, j->places);
+    filters = j->groups * j->panels * 36 * pd__winograd_plane(j->channels, j->height);
+    filters = pd__ceil_div(filters, 16) * 16;
+    kept = pd__kept_form(d, j->w, form, filters, &ready);
+    j->packed = (pd_real *)pd__scratch(d, (kept ? 0 : filters) + threads * j->each, sizeof(pd_real));
+    if (!j->packed) return;
+    j->space = j->packed + (kept ? 0 : filters);
+    if (kept) j->packed = kept->numbers;
+    PD__TEAM(d, ready ? 0 : j->groups * j->filters * j->channels * 36, unit, ready ? 0 : j->groups * j->panels,
+             kernels->winograd_panel(j, unit));
+    if (kept) memcpy(kept->form, form, sizeof form);
+    PD__TEAM(d, work, unit, units * j->parts, pd__winograd_unit(j, unit));
+}
+
+/* The filter gradient: one channel of a block's images, or one filter of its output gradients. */
+static void pd__winograd_transform(const pd__winograd *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    const bool gradient = unit >= j->channels;
+    const int64_t lines = gradient ? j->filters : j->channels, channel = gradient ? unit - j->channels : unit;
+    pd_real *to = (gradient ? j->gradients : j->images) + channel * j->places;
+    kernels->winograd_channel(j, gradient, j->group, j->block, channel, j->space + PD__THREAD_INDEX() * j->each, to,
+                              pd__winograd_plane(lines, j->places));
+}
+
+/* One of the 36 sums over a block's tiles, of filters x channels. */
+static void pd__winograd_sum(const pd__winograd *j, int64_t i) {
+    pd__gemm_job g;
+    memset(&g, 0, sizeof g);
+    g.kernels = j->kernels;
+    g.tb = true;
+    g.m = g.rows = j->filters, g.n = g.columns = j->channels;
+    g.k = pd__winograd_tiles(j, j->block);
+    g.lda = g.ldb = j->places, g.ldc = j->channels;
+    g.alpha = 1, g.beta = j->block == 0 ? 0 : 1;
+    g.a = j->gradients + i * pd__winograd_plane(j->filters, j->places);
+    g.b = j->images + i * pd__winograd_plane(j->channels, j->places);
+    g.c = j->packed + i * pd__winograd_plane(j->filters, j->channels);
+    g.space = j->space + PD__THREAD_INDEX() * j->each;
+    g.across = 1;
+    pd__gemm_share(&g, 0);
+}
+
+static void pd__winograd_backward_filter(pd_device *d, pd__winograd *j) {
+    const pd__kernels *kernels = j->kernels;
+    const int64_t images = 36 * pd__winograd_plane(j->channels, j->places);
+    const int64_t gradients = 36 * pd__winograd_plane(j->filters, j->places);
+    int64_t sums = 36 * pd__winograd_plane(j->filters, j->channels);
+    int64_t tiles = j->lines * j->width, threads = pd__cpu_threads(d);
+    int64_t work = tiles * (j->channels + j->filters) * 36;
+    /* of a product's packed factors, or of phases */
+    j->each = pd__max((pd__min(kernels->mc, j->filters) + pd__min(PD__NC, j->channels + kernels->nr)) *
+                          pd__depth(kernels, tiles),
+                      46 * j->stride);
+    j->each = pd__ceil_div(j->each, 16) * 16 + 32;
+    sums = pd__ceil_div(sums, 16) * 16;
+    j->packed = (pd_real *)pd__scratch(d, sums + images + gradients + threads * j->each, sizeof(pd_real));
+    if (!j->packed) return;
+    j->images = j->packed + sums;
+    j->gradients = j->images + images;
+    j->space = j->gradients + gradients;
+    for (j->group = 0; j->group < j->groups; j->group++) {
+        for (j->block = 0; j->block < j->blocks; j->block++) {
+            PD__TEAM(d, work, unit, j->channels + j->filters, pd__winograd_transform(j, unit));
+            PD__TEAM(d, work * 16, unit, 36, pd__winograd_sum(j, unit));
+        }
+        PD__TEAM(d, sums, unit, j->filters, kernels->winograd_filter_unit(j, unit));
+    }
+}
+
+/* ---- convolution: one way or the other ---- */
+
+static void pd__cpu_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
+                         pd_real *y, const pd_epilogue *after) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__conv_job j;
+    int64_t images = s->rows * s->groups, form[6] = { 0 };
+    pd__kept *kept;
+    bool ready;
+    if (images == 0) return;
+    if (pd__winograd_fits(s)) {
+        pd__winograd fast;
+        pd__winograd_sizes(&fast, kernels, s, false, 64, pd__cpu_threads(d));
+        fast.x = x, fast.w = w, fast.out = y, fast.beta = beta, fast.after = after;
+        pd__winograd_run(d, &fast);
+        return;
+    }
+    pd__conv_sizes(&j, kernels, s);
+    j.x = x, j.w = w, j.out = y, j.beta = beta, j.after = after;
+    pd__conv_parts(d, &j, images, j.filters, kernels->mr);
+    if (j.parts > 1 && j.filters < j.area) { /* the less is read by all threads */
+        j.across = j.parts;
+        j.columns = pd__ceil_div(pd__ceil_div(j.area, j.across), kernels->nr) * kernels->nr;
+        j.parts = 1;
+        j.per_part = j.filters;
+    }
+    j.block_n = pd__min(PD__NC, pd__ceil_div(j.columns, kernels->nr) * kernels->nr);
+    form[0] = PD__FORM_CONV, form[1] = s->groups, form[2] = j.filters, form[3] = j.depth, form[4] = j.per_part;
+    kept = pd__kept_form(d, w, form, s->out_c * j.depth, &ready);
+    if (!pd__conv_space(d, &j, kept ? 0 : s->out_c * j.depth, pd__is_padded(&j) ? j.channels : 0,
+                        pd__depth(kernels, j.depth) * j.block_n))
+        return;
+    if (kept) j.packed = kept->numbers;
+    PD__TEAM(d, ready ? 0 : s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts,
+             pd__pack_filters_forward(&j, unit));
+    if (kept) memcpy(kept->form, form, sizeof form);
+    PD__TEAM(d, pd__product_work(images, j.filters, j.area, j.depth), unit, images * j.parts * j.across,
+             pd__conv_unit(&j, unit));
+}
+
+static void pd__cpu_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
+                                       pd_real *dx) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__conv_job j;
+    int64_t images = s->rows * s->groups;
+    if (images == 0) return;
+    if (pd__winograd_fits(s)) {
+        pd__winograd fast;
+        pd__winograd_sizes(&fast, kernels, s, true, 64, pd__cpu_threads(d));
+        fast.x = dy, fast.w = w, fast.out = dx, fast.beta = 1;
+        pd__winograd_run(d, &fast);
+        return;
+    }
+    pd__conv_sizes(&j, kernels, s);
+    j.w = w, j.dy = dy, j.out = dx;
+    pd__conv_parts(d, &j, images, j.depth, s->filter_h * s->filter_w);
+    j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, kernels->nr) * kernels->nr);
+    if (!pd__conv_space(d, &j, s->out_c * j.depth, pd__is_padded(&j) ? j.channels : 0,
+                        pd__depth(kernels, j.filters) * j.block_n))
+        return;
+    PD__TEAM(d, s->out_c * j.depth, unit, s->groups * j.parts, pd__pack_filters_back(&j, unit));
+    PD__TEAM(d, pd__product_work(images, j.depth, j.area, j.filters), unit, images * j.parts,
+             pd__conv_back_unit(&j, unit));
+}
+
+static void pd__cpu_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
+                                         pd_real *dw) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__conv_job j;
+    if (s->rows == 0) return;
+    if (pd__winograd_fits(s)) {
+        pd__winograd fast;
+        pd__winograd_sizes(&fast, kernels, s, false,
+                           pd__max(64, pd__min(512, 2000000 / (36 * (s->in_c + s->out_c) / s->groups))), 1);
+        fast.x = x, fast.dy = dy, fast.out = dw;
+        pd__winograd_backward_filter(d, &fast);
+        return;
+    }
+    pd__conv_sizes(&j, kernels, s);
+    j.x = x, j.dy = dy, j.out = dw;
+    pd__conv_parts(d, &j, s->groups, j.depth, kernels->nr);
+    j.together = pd__max(1, pd__min(s->rows, kernels->kc / j.area));
+    j.block_k = j.together > 1 ? j.together * j.area : pd__depth(kernels, j.area);
+    j.block_n = pd__min(PD__NC, j.per_part);
+    if (!pd__conv_space(d, &j, 0, pd__is_padded(&j) ? j.together * j.channels : 0,
+                        (pd__min(kernels->mc, j.filters) + j.block_n) * j.block_k))
+        return;
+    PD__TEAM(d, pd__product_work(s->rows * s->groups, j.filters, j.depth, j.area), unit, s->groups * j.parts,
+             pd__conv_filter_unit(&j, unit));
+}
+
+/* ---- optimizers' arithmetic ---- */
+
+struct pd__update_job {
+    const pd_update *u;
+    double correct1, correct2, l2;
+    pd_real *w;
+    const pd_real *g;
+    const unsigned char *mask;
+    pd_real *const *states;
+};
+
+static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
+                           const unsigned char *mask, pd_real *const *states) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__update_job j;
+    j.u = u;
+    j.correct1 = 1 - pow(u->optimizer.beta1, (double)u->step);
+    j.correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
+    j.l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2;
+    j.w = w, j.g = g, j.mask = mask, j.states = states;
+    PD__TEAM_STEPS(d, n * 4, i, n, PD__PIECE, kernels->update_piece(&j, i, pd__min(n, i + PD__PIECE)));
+}
+
+static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
+                                const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
+                                pd_real *state) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, count * width * 4, i, count,
+             kernels->update_row(u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, g ? g + i * width : NULL,
+                                 state ? state + state_rows[i] * width : NULL));
+}
+
 /* ---- activations ---- */
 
 static const double pd__stanh_a = 1.7159, pd__stanh_b = 2.0 / 3.0;
 
 static pd_real pd__act_alpha(pd_act act, pd_real alpha) {
     return alpha != 0 ? alpha : act == PD_BRELU ? 24 : (pd_real)0.01;
+}
+
+static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                             pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    int64_t n = rows * width;
+    alpha = pd__act_alpha(act, alpha);
+    if (act == PD_SOFTMAX) {
+        PD__TEAM(d, n * 8, r, rows, kernels->softmax_row(width, x + r * width, y + r * width));
+        return;
+    }
+    PD__TEAM_STEPS(d, n * 2, i, n, PD__PIECE,
+                   kernels->activate_piece(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i));
+}
+
+static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
+                                      const pd_real *x, const pd_real *y, pd_real *grad) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    int64_t n = rows * width;
+    alpha = pd__act_alpha(act, alpha);
+    if (act == PD_SOFTMAX) {
+        PD__TEAM(d, n * 2, r, rows, kernels->softmax_backward_row(width, y + r * width, grad + r * width));
+        return;
+    }
+    PD__TEAM_STEPS(
+        d, n * 2, i, n, PD__PIECE,
+        kernels->activate_backward_piece(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i));
 }
 
 /* ---- pooling ---- */
@@ -2092,6 +2912,93 @@ static pd_real pd__pool_factor(const pd_pool_shape *s, const pd__window *v) {
     double cells = (double)((v->h1 - v->h0) * (v->w1 - v->w0));
     if (s->method == PD_AVERAGE) return (pd_real)(1 / cells);
     return s->method == PD_SQRT_N ? (pd_real)(1 / sqrt(cells)) : 1;
+}
+
+struct pd__pool_job {
+    const pd__kernels *kernels;
+    const pd_pool_shape *s;
+    const pd_real *x, *y, *dy;
+    pd_real *out, *space; /* for each thread a line of the image, and `lines` of phases */
+    int64_t each, line, lines;
+    int64_t begin, stop; /* of a window's columns, those that are inside the image for some output */
+    /* Column w is number w / stride of phase w % stride. Phases are `wide`, and begin `lead` numbers before column 0; there
+       are none beyond `phases`, where nothing of the image is. */
+    int64_t stride, phases, lead, wide;
+};
+
+static bool pd__pool_space(pd_device *d, pd__pool_job *j) {
+    const pd__kernels *kernels = j->kernels;
+    const pd_pool_shape *s = j->s;
+    j->stride = s->out_w > 1 ? s->stride_w : 1;
+    j->phases = pd__min(j->stride, s->in_w + 1);
+    j->begin = pd__max(0, s->pad_w - (s->out_w - 1) * j->stride);
+    j->stop = pd__min(s->size_w, s->in_w + s->pad_w);
+    j->lead = pd__ceil_div(s->pad_w - j->begin, j->stride);
+    j->wide = j->lead + kernels->lanes + 1 +
+              pd__max(pd__ceil_div(s->in_w, j->stride), s->out_w + pd__ceil_div(j->stop - j->begin, j->stride));
+    j->line = pd__ceil_div(s->in_w, 16) * 16 + 16;
+    j->lines = pd__min(s->out_h, 8);
+    j->each = pd__ceil_div(j->line + j->lines * j->phases * j->wide, 16) * 16;
+    j->space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * j->each, sizeof(pd_real));
+    return j->space != NULL;
+}
+
+static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__pool_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = kernels, j.s = s, j.x = x, j.out = y;
+    if (kernels->lanes > 1 && s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 &&
+        s->in_h == 2 * s->out_h && s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 &&
+        (s->in_w % kernels->lanes == 0 || (2 * s->in_w == kernels->lanes && s->out_h % 2 == 0))) {
+        PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w / 2, map, s->rows * s->channels,
+                 kernels->pool_pairs(&j, map));
+        return;
+    }
+    if (!pd__pool_space(d, &j)) return;
+    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, kernels->pool_map(&j, map));
+}
+
+/* Where the gradient of a maximum goes: to the first of the cells that have it, if one has; without branches, because
+   nothing foretells them. */
+static int64_t pd__pool_first(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y) {
+    int64_t at = -1;
+    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
+        for (int64_t w = v->w1 - 1; w >= v->w0; w--) at = map[h * s->in_w + w] == y ? h * s->in_w + w : at;
+    return at;
+}
+
+static void pd__pool_map_back(const pd__pool_job *j, int64_t map) {
+    const pd__kernels *kernels = j->kernels;
+    const pd_pool_shape *s = j->s;
+    const pd_real *x = j->x + map * s->in_h * s->in_w, *y = j->y + map * s->out_h * s->out_w;
+    const pd_real *dy = j->dy + map * s->out_h * s->out_w;
+    pd_real *dx = j->out + map * s->in_h * s->in_w, *line = j->space + PD__THREAD_INDEX() * j->each;
+    for (int64_t oh = 0; oh < s->out_h; oh++) {
+        pd__window v = pd__pool_window(s, oh, 0);
+        memset(line, 0, (size_t)j->line * sizeof *line);
+        for (int64_t ow = 0; ow < s->out_w; ow++, y++, dy++) {
+            v = pd__pool_window(s, oh, ow);
+            if (s->method == PD_MAX) {
+                int64_t at = pd__pool_first(s, &v, x, *y);
+                if (at >= 0) dx[at] += *dy;
+            } else {
+                pd_real part = *dy * pd__pool_factor(s, &v);
+                for (int64_t w = v.w0; w < v.w1; w++) line[w] += part;
+            }
+        }
+        for (int64_t h = v.h0; s->method != PD_MAX && h < v.h1; h++)
+            kernels->muladd_line(s->in_w, 1, line, 1, NULL, 0, dx + h * s->in_w, 1);
+    }
+}
+
+static void pd__cpu_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
+                                  const pd_real *dy, pd_real *dx) {
+    pd__pool_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = pd__cpu_kernels(d), j.s = s, j.x = x, j.y = y, j.dy = dy, j.out = dx;
+    if (!pd__pool_space(d, &j)) return;
+    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, pd__pool_map_back(&j, map));
 }
 
 /* ---- cross-entropy ---- */
@@ -2142,6 +3049,81 @@ static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double rate, 
 }
 
 /* ---- normalisation ---- */
+
+/* What batch norm needs of one channel, over rows and `area` positions. */
+struct pd__channel_job {
+    int64_t rows, channels, area;
+    const pd_real *x, *dy, *mean, *variance, *weight, *bias;
+    double epsilon;
+    bool batch_moments;
+    pd_real *moment1, *moment2, *y, *dx, *dweight, *dbias;
+};
+
+static void pd__cpu_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                    pd_real *mean, pd_real *variance) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__channel_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moment1 = mean, j.moment2 = variance;
+    PD__TEAM(d, rows * channels * area, c, channels, kernels->moments_of(&j, c));
+}
+
+static void pd__cpu_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                               const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
+                               const pd_real *bias, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__channel_job j;
+    memset(&j, 0, sizeof j);
+    j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance, j.epsilon = epsilon;
+    j.weight = weight, j.bias = bias, j.y = y;
+    PD__TEAM(d, rows * channels * area, m, rows * channels, kernels->batch_norm_map(&j, m));
+}
+
+static void pd__cpu_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                        const pd_real *mean, const pd_real *variance, double epsilon,
+                                        bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                        pd_real *dweight, pd_real *dbias) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__channel_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance;
+    j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
+    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
+    PD__TEAM(d, rows * channels * area, c, channels, kernels->batch_norm_back(&j, c));
+}
+
+/* Response norm runs along the channels of a strip of positions. */
+struct pd__response_job {
+    int64_t channels, area, size, strip, strips; /* numbers of a strip; strips of each row */
+    double alpha, beta, k;
+    const pd_real *x, *scale, *dy;
+    pd_real *scales, *y, *dx, *space;
+};
+
+static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                  double alpha, double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__response_job j;
+    memset(&j, 0, sizeof j);
+    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta, j.k = k;
+    j.x = x, j.scales = scales, j.y = y;
+    j.strip = 8 * kernels->lanes, j.strips = pd__ceil_div(area, j.strip);
+    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, kernels->response_strip(&j, unit));
+}
+
+static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                           double alpha, double beta, const pd_real *x, const pd_real *scales,
+                                           const pd_real *dy, pd_real *dx) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__response_job j;
+    memset(&j, 0, sizeof j);
+    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta;
+    j.x = x, j.scale = scales, j.dy = dy, j.dx = dx;
+    j.strip = 8 * kernels->lanes, j.strips = pd__ceil_div(area, j.strip);
+    j.space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * channels * j.strip, sizeof(pd_real));
+    if (!j.space) return;
+    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, kernels->response_strip_back(&j, unit));
+}
 
 static void pd__cpu_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
                                const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
@@ -2211,6 +3193,14 @@ static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width,
 }
 
 /* ---- recurrent units ---- */
+
+static void pd__cpu_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
+                        const pd_real *before, pd_real *after) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * width * 16, r, rows,
+             kernels->gru_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
+                              before ? before + r * width : NULL, after + r * width));
+}
 
 static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
                                  const pd_real *before, const pd_real *dafter, pd_real *dbefore) {
@@ -2331,18 +3321,18 @@ PD__END_TARGET
 
 static const struct pd__level {
     const char *name;
-    void (*take)(pd_device *d); /* NULL: not compiled */
+    const pd__kernels *kernels; /* NULL: not compiled */
 } pd__levels[PD_SIMD_COUNT] = {
     { "best", NULL },
-    { "scalar", pd__cpu_take_scalar },
+    { "scalar", &pd__kernels_scalar },
 #if defined(PD__VECTORS)
-    { "baseline", pd__cpu_take_baseline },
+    { "baseline", &pd__kernels_baseline },
 #else
     { "baseline", NULL },
 #endif
 #if defined(PD__AVX)
-    { "avx2", pd__cpu_take_avx2 },
-    { "avx512", pd__cpu_take_avx512 },
+    { "avx2", &pd__kernels_avx2 },
+    { "avx512", &pd__kernels_avx512 },
 #else
     { "avx2", NULL },     { "avx512", NULL },
 #endif
@@ -2361,7 +3351,7 @@ static bool pd__cpu_has(pd_simd level) {
         if (level == PD_SIMD_AVX512 && (!(b & AVX512F) || (kept & ZMM) != ZMM)) return false;
     }
 #endif
-    return pd__levels[level].take != NULL;
+    return pd__levels[level].kernels != NULL;
 }
 
 static pd_simd pd__best_simd(void) {
@@ -2400,31 +3390,31 @@ static const pd_device pd__cpu_table = {
     pd__cpu_copy,
     pd__cpu_copy,
     pd__cpu_synchronize,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
-    NULL,
+    pd__cpu_fill,
+    pd__cpu_muladd,
+    pd__cpu_gemm,
+    pd__cpu_sum_squares,
+    pd__cpu_update,
+    pd__cpu_update_rows,
+    pd__cpu_activate,
+    pd__cpu_activate_backward,
+    pd__cpu_conv,
+    pd__cpu_conv_backward_data,
+    pd__cpu_conv_backward_filter,
+    pd__cpu_pool,
+    pd__cpu_pool_backward,
     pd__cpu_cross_entropy,
     pd__cpu_cross_entropy_backward,
     pd__cpu_dropout,
-    NULL,
-    NULL,
-    NULL,
+    pd__cpu_channel_moments,
+    pd__cpu_batch_norm,
+    pd__cpu_batch_norm_backward,
     pd__cpu_layer_norm,
     pd__cpu_layer_norm_backward,
-    NULL,
-    NULL,
+    pd__cpu_response_norm,
+    pd__cpu_response_norm_backward,
     pd__cpu_sparse_product,
-    NULL,
+    pd__cpu_gru,
     pd__cpu_gru_backward,
     pd__cpu_keep,
 };
@@ -2441,7 +3431,7 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_sim
     d->self = cpu;
     cpu->allocator = allocator;
     cpu->simd = simd;
-    pd__levels[simd].take(d);
+    cpu->kernels = pd__levels[simd].kernels;
 #if defined(_OPENMP)
     cpu->threads = threads > 0 ? threads : omp_get_max_threads();
 #else
@@ -12454,9 +13444,8 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 /* >>kernels: the CPU's heavy operations, once for every instruction set                                    */
 
 /* This part of the file is compiled several times: ">>device: the CPU" includes the file for each level with PD__LEVEL
-   set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. Loops
-   that threads share only call functions (PD__TEAM): what a compiler makes of such a loop's body may have been compiled
-   for another instruction set. */
+   set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. What is
+   here is the work of one thread; how it is cut up, and what memory it takes, is decided there, once for all levels. */
 #if defined(PD__LEVEL)
 
 #if PD__BYTES == 0
@@ -12501,13 +13490,9 @@ typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), alig
 #define PD__NR (PD__NV * PD__LANES)
 
 /* Blocks of a product: KC deep, so that a panel of B stays in the first-level cache (32 KB and more), MC rows of A, which
-   stay in the second, NC columns of B. */
+   stay in the second, PD__NC columns of B. */
 #define PD__KC (PD__BYTES == 64 ? 320 : 512)
 #define PD__MC (PD__BYTES == 64 ? 168 : 96)
-#define PD__NC 1024
-/* How many numbers ahead panels of A are fetched that may come from memory. (Beside the 48 KB of first-level cache that
-   come with 64-byte vectors it pays for others too.) */
-#define PD__AHEAD 512
 
 static PD__INLINE PD__V PD__K(pd__all)(pd_real x) {
 #if PD__LANES == 1
@@ -12762,24 +13747,11 @@ static void PD__K(pd__pick_b_panel)(const pd_real *image, const int64_t *row_at,
     }
 }
 
-/* A product's panels: m x k in panels of h rows, times k x n, to C. */
-typedef struct PD__K(pd__block) {
-    int64_t m, n, k, h;
-    const pd_real *a, *b;
-    pd_real alpha, beta, *c;
-    int64_t ldc;
-    const pd_epilogue *after; /* NULL: more is to come, or nothing is to be done */
-    int64_t channel;          /* of the first row, if `by_row`, else of the first column */
-    bool by_row;
-    /* Or, where row_at is not NULL, added to c[row_at[i] + column_at[j]]. */
-    const int64_t *row_at, *column_at;
-} PD__K(pd__block);
-
 /* With >>activations: applies the epilogue to rows x columns of finished sums. */
 static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
                               pd_real *c, int64_t ldc);
 
-static void PD__K(pd__scatter)(const PD__K(pd__block) * k, const pd_real *tile, int64_t ld, int64_t i, int64_t rows,
+static void PD__K(pd__scatter)(const pd__block_job *k, const pd_real *tile, int64_t ld, int64_t i, int64_t rows,
                                int64_t j, int64_t width) {
     const int64_t *at = k->column_at + j;
     bool contiguous = width == ld && at[width - 1] - at[0] == width - 1;
@@ -12794,7 +13766,7 @@ static void PD__K(pd__scatter)(const PD__K(pd__block) * k, const pd_real *tile, 
 }
 
 /* The tile at row i and column j. */
-static void PD__K(pd__multiply_tile)(const PD__K(pd__block) * k, int64_t ahead, int64_t i, int64_t j) {
+static void PD__K(pd__multiply_tile)(const pd__block_job *k, int64_t ahead, int64_t i, int64_t j) {
     const int64_t rows = pd__min(k->h, k->m - i), width = pd__min(PD__NR, k->n - j), wide = PD__K(pd__panel)(width);
     const int nv = (int)(wide / PD__LANES);
     const pd_real *a = k->a + i * k->k, *b = k->b + j * k->k;
@@ -12808,7 +13780,7 @@ static void PD__K(pd__multiply_tile)(const PD__K(pd__block) * k, int64_t ahead, 
             c[r * k->ldc + s] = tile[r * wide + s] + (k->beta != 0 ? k->beta * c[r * k->ldc + s] : 0);
 }
 
-static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
+static void PD__K(pd__multiply)(const pd__block_job *k) {
     /* A is not in the second-level cache, B is; and the order in which things are scattered is always the same. */
     if (k->m * k->k > PD__MC * PD__KC && k->n * k->k <= PD__MC * PD__KC && !k->row_at) {
         for (int64_t i = 0; i < k->m; i += k->h)
@@ -12823,63 +13795,8 @@ static void PD__K(pd__multiply)(const PD__K(pd__block) * k) {
     }
 }
 
-/* Rows in a panel of A so that all panels of m rows are about as high, at most MR, and as pd__tile wants them. */
-static int64_t PD__K(pd__height)(int64_t m) {
-    int64_t h = pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), PD__MR));
-    return PD__MR > 6 ? pd__ceil_div(h, 4) * 4 : h;
-}
-
-typedef struct PD__K(pd__gemm_job) {
-    bool ta, tb;
-    int64_t m, n, k, lda, ldb, ldc;
-    pd_real alpha, beta;
-    const pd_real *a, *b;
-    pd_real *c, *space;
-    const pd_epilogue *after;
-    int64_t across, down, rows, columns, each; /* shares of so many rows and columns; working space of each */
-    pd_real *right;                            /* all of B, packed, if it is kept; `ready`: it is there already */
-    bool ready;
-} PD__K(pd__gemm_job);
-
-/* Depth of the packed blocks: k in equal parts of at most KC. */
-static int64_t PD__K(pd__depth)(int64_t k) { return pd__max(1, pd__ceil_div(k, pd__ceil_div(pd__max(k, 1), PD__KC))); }
-
-static void PD__K(pd__gemm_share)(const PD__K(pd__gemm_job) * g, int64_t share) {
-    int64_t i0 = share / g->across * g->rows, j0 = share % g->across * g->columns;
-    int64_t i1 = pd__min(g->m, i0 + g->rows), j1 = pd__min(g->n, j0 + g->columns);
-    int64_t ra = g->ta ? 1 : g->lda, ca = g->ta ? g->lda : 1, rb = g->tb ? 1 : g->ldb, cb = g->tb ? g->ldb : 1;
-    int64_t depth = PD__K(pd__depth)(g->k), padded = pd__ceil_div(j1 - j0, PD__NR) * PD__NR, h, mc, nc;
-    pd_real *packed_a = g->space + share * g->each, *packed_b;
-    if (i0 >= i1 || j0 >= j1) return;
-    h = PD__K(pd__height)(i1 - i0);
-    mc = pd__min(i1 - i0, PD__MC / h * h);
-    /* B packed for one block of rows only is used at once, so that a few columns, still in the cache, do; of a B that is
-       read by rows, more. */
-    nc = mc < i1 - i0 ? PD__NC : g->tb ? 64 : 256;
-    packed_b = packed_a + pd__ceil_div(mc * depth, 16) * 16;
-    for (int64_t wide = j0; wide < j1; wide += PD__NC)
-        for (int64_t p = 0; p < g->k || p == 0; p += depth)
-            for (int64_t j = wide; j < pd__min(j1, wide + PD__NC); j += nc) {
-                PD__K(pd__block) b;
-                memset(&b, 0, sizeof b);
-                b.n = pd__min(pd__min(nc, wide + PD__NC - j), j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
-                b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
-                b.after = p + depth >= g->k ? g->after : NULL, b.channel = j;
-                b.a = packed_a, b.b = packed_b;
-                if (g->right) b.b = packed_b = g->right + j0 * g->k + p * padded + (j - j0) * b.k;
-                if (!g->ready) PD__K(pd__pack_b)(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
-                for (int64_t i = i0; i < i1; i += mc) {
-                    b.m = pd__min(mc, i1 - i);
-                    if (j == wide || mc < i1 - i0)
-                        PD__K(pd__pack_a)(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
-                    b.c = g->c + i * g->ldc + j;
-                    PD__K(pd__multiply)(&b);
-                }
-            }
-}
-
 /* A share of one row times a matrix, which is read once, as it lies: some rows at a time, in the order of k. */
-static void PD__K(pd__gemm_row)(const PD__K(pd__gemm_job) * g, int64_t share) {
+static void PD__K(pd__gemm_row)(const pd__gemm_job *g, int64_t share) {
     enum { STRIP = 64 * PD__LANES, TOGETHER = 4 };
     const int64_t step = g->ta ? g->lda : 1, end = pd__min(g->n, (share + 1) * g->columns);
     for (int64_t j = share * g->columns; j < end; j += STRIP) {
@@ -12914,320 +13831,7 @@ static void PD__K(pd__gemm_row)(const PD__K(pd__gemm_job) * g, int64_t share) {
     }
 }
 
-static void PD__K(pd__gemm)(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
-                            const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
-                            int64_t ldc, const pd_epilogue *after) {
-    PD__K(pd__gemm_job) g;
-    int64_t shares = pd__team(d, m * n * k / 8), depth = PD__K(pd__depth)(k),
-            form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
-    pd__kept *kept = NULL;
-    if (m <= 0 || n <= 0) return;
-    memset(&g, 0, sizeof g);
-    g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
-    g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c, g.after = after;
-    /* Each share packs its rows of A and its columns of B: choose the grid for which that is least. */
-    g.across = 1, g.down = shares;
-    for (int64_t across = 2; across <= shares; across++)
-        if (shares % across == 0 && across * m + shares / across * n < g.across * m + g.down * n)
-            g.across = across, g.down = shares / across;
-    g.rows = pd__ceil_div(pd__ceil_div(m, g.down), PD__MR) * PD__MR;
-    g.columns = pd__ceil_div(pd__ceil_div(n, g.across), PD__NR) * PD__NR;
-    if (m == 1 && !tb) { /* then shares go across */
-        PD__TEAM(d, n * k / 8, share, g.across, PD__K(pd__gemm_row)(&g, share));
-        return;
-    }
-    form[4] = ldb, form[5] = g.columns;
-    if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + PD__NR), &g.ready);
-    if (kept) g.right = kept->numbers;
-    g.each = (pd__min(PD__MC, g.rows) + pd__min(PD__NC, g.columns)) * depth + 32;
-    g.each = pd__ceil_div(g.each, 16) * 16; /* whole cache lines */
-    g.space = (pd_real *)pd__scratch(d, shares * g.each, sizeof(pd_real));
-    if (!g.space) return;
-    PD__TEAM(d, m * n * k / 8, share, shares, PD__K(pd__gemm_share)(&g, share));
-    if (kept) memcpy(kept->form, form, sizeof form);
-}
-
-/* ---- convolution as products of filters and patches, which are picked straight from the image ----
-   Element (k, j) of the patches, k = (channel, filter row, filter column) and j = (output row, output column), is at
-   image[k_at[k] + j_at[j]], in an image with its padding around it. Where patches are more than one column apart, the
-   image's columns are sorted by phase, their remainder modulo the stride: then outputs that are side by side are made
-   of numbers that are. Images are independent of each other and filters are packed once, so the forward pass and the
-   data gradient are cut by images and, for few of them, by filters, channels or columns; the filter gradient, a sum
-   over images, is cut by columns of its matrix. */
-
-typedef struct PD__K(pd__conv_job) {
-    const pd_conv_shape *s;
-    int64_t channels, filters;                /* per group */
-    int64_t depth, area;                      /* of the patches of a group */
-    int64_t in_area, high, wide, padded_area; /* of an image's channel, and with its padding */
-    int64_t phases, per_phase;                /* of its columns: column c is at c % phases * per_phase + c / phases */
-    const int64_t *k_at, *j_at;
-    const pd_real *x, *w, *dy;
-    pd_real *out;             /* y, dx or dw */
-    pd_real beta;             /* of y .. */
-    const pd_epilogue *after; /* .. and what is made of it */
-    int64_t parts, per_part;  /* of a group's filters, channels or columns */
-    int64_t across, columns;  /* parts of the patches of an image, in the forward pass; columns of each */
-    int64_t block_n, block_k; /* columns and depth of the blocks that are packed at a time .. */
-    int64_t together;         /* .. and images */
-    pd_real *packed;          /* filters */
-    pd_real *space;
-    int64_t each; /* working space of one thread */
-} PD__K(pd__conv_job);
-
-static void PD__K(pd__conv_sizes)(PD__K(pd__conv_job) * j, const pd_conv_shape *s) {
-    memset(j, 0, sizeof *j);
-    j->s = s;
-    j->channels = s->in_c / s->groups;
-    j->filters = s->out_c / s->groups;
-    j->depth = j->channels * s->filter_h * s->filter_w;
-    j->area = s->out_h * s->out_w;
-    j->in_area = s->in_h * s->in_w;
-    j->high = pd__max(s->in_h + 2 * s->pad_h, (s->out_h - 1) * s->stride_h + (s->filter_h - 1) * s->dilation_h + 1);
-    j->wide = pd__max(s->in_w + 2 * s->pad_w, (s->out_w - 1) * s->stride_w + (s->filter_w - 1) * s->dilation_w + 1);
-    j->phases = s->filter_w > 1 ? s->stride_w : 1;
-    j->per_phase = pd__ceil_div(j->wide, j->phases);
-    j->wide = j->phases * j->per_phase;
-    j->padded_area = j->high * j->wide;
-    j->together = j->across = 1;
-    j->columns = j->area;
-}
-
-/* Is a copy made of images? */
-static bool PD__K(pd__is_padded)(const PD__K(pd__conv_job) * j) {
-    return j->padded_area != j->in_area || j->phases > 1;
-}
-
-static int64_t PD__K(pd__conv_column)(const PD__K(pd__conv_job) * j, int64_t column) {
-    return column % j->phases * j->per_phase + column / j->phases;
-}
-
-/* Fills the offsets, and takes scratch for them, `packed` numbers of filters and, for each thread, a padded image of
-   so many channels and `block` numbers. False when out of memory. */
-static bool PD__K(pd__conv_space)(pd_device *d, PD__K(pd__conv_job) * j, int64_t packed, int64_t channels,
-                                  int64_t block) {
-    const pd_conv_shape *s = j->s;
-    int64_t places = j->together * j->area, offsets = j->depth + places, *at, threads = pd__cpu_threads(d),
-            line = 64 / (int64_t)sizeof(pd_real);
-    int64_t image = PD__K(pd__is_padded)(j) ? j->channels * j->padded_area : s->in_c * j->in_area;
-    int64_t head = pd__ceil_div(offsets * (int64_t)sizeof *at, 64) * line;
-    packed = pd__ceil_div(packed, line) * line;
-    j->each = pd__ceil_div(channels * j->padded_area, line) * line + pd__ceil_div(block, line) * line;
-    at = (int64_t *)pd__scratch(d, head + packed + threads * j->each, sizeof(pd_real));
-    if (!at) return false;
-    j->k_at = at;
-    j->j_at = at + j->depth;
-    j->packed = (pd_real *)at + head;
-    for (int64_t channel = 0; channel < j->channels; channel++)
-        for (int64_t h = 0; h < s->filter_h; h++)
-            for (int64_t w = 0; w < s->filter_w; w++)
-                *at++ = channel * j->padded_area + h * s->dilation_h * j->wide +
-                        PD__K(pd__conv_column)(j, w * s->dilation_w);
-    for (int64_t i = 0; i < j->together; i++)
-        for (int64_t h = 0; h < s->out_h; h++)
-            for (int64_t w = 0; w < s->out_w; w++)
-                *at++ = i * image + h * s->stride_h * j->wide + PD__K(pd__conv_column)(j, w * s->stride_w);
-    j->space = j->packed + packed;
-    return true;
-}
-
-/* Copies channels with zeros around them, or, if `back`, adds what is inside to the channels. */
-static void PD__K(pd__pad)(const PD__K(pd__conv_job) * j, bool back, int64_t channels, pd_real *image,
-                           pd_real *padded) {
-    const pd_conv_shape *s = j->s;
-    if (!back) memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
-    for (int64_t c = 0; c < channels; c++)
-        for (int64_t h = 0; h < s->in_h; h++) {
-            pd_real *line = image + c * j->in_area + h * s->in_w;
-            pd_real *to = padded + c * j->padded_area + (h + s->pad_h) * j->wide;
-            for (int64_t phase = 0; phase < j->phases; phase++) {
-                int64_t w = (phase + j->phases - s->pad_w % j->phases) % j->phases; /* its first column */
-                pd_real *inside = to + PD__K(pd__conv_column)(j, w + s->pad_w);
-                if (back)
-                    for (; w < s->in_w; w += j->phases) line[w] += *inside++;
-                else if (j->phases == 1) memcpy(inside, line, (size_t)s->in_w * sizeof *line);
-                else
-                    for (; w < s->in_w; w += j->phases) *inside++ = line[w];
-            }
-        }
-}
-
-/* Packs rows first .. first + rows - 1 of a group's filter matrix (filters x depth), or of its transpose, block of k by
-   block. */
-static void PD__K(pd__pack_filters)(const PD__K(pd__conv_job) * j, bool transposed, int64_t unit) {
-    int64_t group = unit / j->parts, m = transposed ? j->depth : j->filters, k = transposed ? j->filters : j->depth;
-    int64_t first = unit % j->parts * j->per_part, rows = pd__min(j->per_part, m - first), step = PD__K(pd__depth)(k);
-    int64_t rs = transposed ? 1 : j->depth, cs = transposed ? j->depth : 1;
-    const pd_real *w = j->w + group * j->filters * j->depth + first * rs;
-    pd_real *to = j->packed + (group * m + first) * k;
-    if (rows <= 0) return;
-    for (int64_t p = 0; p < k; p += step) {
-        int64_t steps = pd__min(step, k - p);
-        PD__K(pd__pack_a)(w + p * cs, rs, cs, rows, steps, PD__K(pd__height)(rows), 0, steps, to + p * rows);
-    }
-}
-static void PD__K(pd__pack_filters_forward)(const PD__K(pd__conv_job) * j, int64_t unit) {
-    PD__K(pd__pack_filters)(j, false, unit);
-}
-static void PD__K(pd__pack_filters_back)(const PD__K(pd__conv_job) * j, int64_t unit) {
-    PD__K(pd__pack_filters)(j, true, unit);
-}
-
-/* One part of one group of one image: y = filters * patches + beta y. */
-static void PD__K(pd__conv_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
-    int64_t left = unit % j->across * j->columns, right = pd__min(left + j->columns, j->area);
-    int64_t part = unit / j->across % j->parts, image = unit / j->across / j->parts, group = image % j->s->groups;
-    int64_t first = part * j->per_part, step = PD__K(pd__depth)(j->depth);
-    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *patches = padded;
-    const pd_real *x = j->x + image * j->channels * j->in_area;
-    PD__K(pd__block) b;
-    memset(&b, 0, sizeof b);
-    b.m = pd__min(j->per_part, j->filters - first);
-    if (b.m <= 0) return;
-    b.h = PD__K(pd__height)(b.m);
-    b.alpha = 1;
-    b.ldc = j->area;
-    b.by_row = true;
-    b.channel = group * j->filters + first;
-    if (PD__K(pd__is_padded)(j)) {
-        PD__K(pd__pad)(j, false, j->channels, (pd_real *)(uintptr_t)x, padded); /* only read */
-        x = padded;
-        patches += j->channels * j->padded_area;
-    }
-    b.b = patches;
-    for (int64_t at = left; at < right; at += j->block_n)
-        for (int64_t p = 0; p < j->depth; p += step) {
-            b.n = pd__min(j->block_n, right - at);
-            b.k = pd__min(step, j->depth - p);
-            b.beta = p ? 1 : j->beta;
-            b.after = p + step >= j->depth ? j->after : NULL;
-            b.a = j->packed + (group * j->filters + first) * j->depth + p * b.m;
-            b.c = j->out + (image * j->filters + first) * j->area + at;
-            for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pick_b_panel)
-            (x, j->k_at + p, j->j_at + at + c, b.k, pd__min(PD__NR, b.n - c), patches + c * b.k);
-            PD__K(pd__multiply)(&b);
-        }
-}
-
-/* One part, a number of whole channels, of one group of one image: dx += scattered (filters^T * dy). */
-static void PD__K(pd__conv_back_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
-    int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
-    int64_t window = j->s->filter_h * j->s->filter_w, first = part * j->per_part, step = PD__K(pd__depth)(j->filters);
-    int64_t channels = pd__min(j->per_part, j->depth - first) / window;
-    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed = padded;
-    pd_real *dx = j->out + (image * j->channels + first / window) * j->in_area;
-    const pd_real *dy = j->dy + image * j->filters * j->area;
-    PD__K(pd__block) b;
-    if (channels <= 0) return;
-    memset(&b, 0, sizeof b);
-    b.m = channels * window;
-    b.h = PD__K(pd__height)(b.m);
-    b.alpha = 1;
-    b.c = dx;
-    if (PD__K(pd__is_padded)(j)) {
-        memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
-        b.c = padded;
-        packed += channels * j->padded_area;
-    }
-    b.row_at = j->k_at; /* of the part's own channels, the first of which is at 0 */
-    b.b = packed;
-    for (int64_t at = 0; at < j->area; at += j->block_n)
-        for (int64_t p = 0; p < j->filters; p += step) {
-            b.n = pd__min(j->block_n, j->area - at);
-            b.k = pd__min(step, j->filters - p);
-            b.a = j->packed + (group * j->depth + first) * j->filters + p * b.m;
-            b.column_at = j->j_at + at;
-            PD__K(pd__pack_b)(dy + p * j->area + at, j->area, 1, b.k, b.n, packed);
-            PD__K(pd__multiply)(&b);
-        }
-    if (b.c == padded) PD__K(pd__pad)(j, true, channels, dx, padded);
-}
-
-/* One part, a number of columns, of one group of dw: dw += dy * patches^T, summed over all images in order. */
-static void PD__K(pd__conv_filter_unit)(const PD__K(pd__conv_job) * j, int64_t unit) {
-    int64_t part = unit % j->parts, group = unit / j->parts, window = j->s->filter_h * j->s->filter_w;
-    int64_t first = part * j->per_part, columns = pd__min(j->per_part, j->depth - first);
-    int64_t channel = first / window, channels = (first + columns - 1) / window - channel + 1;
-    int64_t h = PD__K(pd__height)(j->filters), mc = pd__min(j->filters, PD__MC / h * h), step = j->block_k;
-    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed_a = padded, *packed_b;
-    PD__K(pd__block) b;
-    if (columns <= 0) return;
-    memset(&b, 0, sizeof b);
-    b.h = h;
-    b.alpha = b.beta = 1;
-    b.ldc = j->depth;
-    if (PD__K(pd__is_padded)(j)) packed_a += j->together * j->channels * j->padded_area;
-    packed_b = packed_a + mc * step;
-    b.a = packed_a;
-    b.b = packed_b;
-    for (int64_t row = 0; row < j->s->rows; row += j->together) {
-        int64_t rows = pd__min(j->together, j->s->rows - row), image = row * j->s->groups + group;
-        const pd_real *x = j->x + image * j->channels * j->in_area, *dy = j->dy + image * j->filters * j->area;
-        int64_t x_row = j->s->in_c * j->in_area, dy_row = j->s->out_c * j->area;
-        if (PD__K(pd__is_padded)(j)) {
-            for (int64_t r = 0; r < rows; r++) PD__K(pd__pad)
-            (j, false, channels, (pd_real *)(uintptr_t)x + r * x_row + channel * j->in_area,
-             padded + (r * j->channels + channel) * j->padded_area);
-            x = padded;
-        }
-        for (int64_t p = 0; p < rows * j->area; p += step)
-            for (int64_t n = 0; n < columns; n += j->block_n) {
-                b.k = pd__min(step, rows * j->area - p);
-                b.n = pd__min(j->block_n, columns - n);
-                for (int64_t c = 0; c < b.n; c += PD__NR) PD__K(pd__pick_b_panel)
-                (x, j->j_at + p, j->k_at + first + n + c, b.k, pd__min(PD__NR, b.n - c), packed_b + c * b.k);
-                for (int64_t i = 0; i < j->filters; i += mc) {
-                    b.m = pd__min(mc, j->filters - i);
-                    for (int64_t r = 0; r < rows; r++) /* of several rows all positions, of one a block of them */
-                        PD__K(pd__pack_a)
-                    (dy + r * dy_row + i * j->area + p, j->area, 1, b.m, b.k / rows, h, r * j->area, b.k, packed_a);
-                    b.c = j->out + (group * j->filters + i) * j->depth + first + n;
-                    PD__K(pd__multiply)(&b);
-                }
-            }
-    }
-}
-
-/* Cuts `units` things of `size` into parts of whole multiples of `grain`, so that there is work for every thread. */
-static void PD__K(pd__conv_parts)(pd_device *d, PD__K(pd__conv_job) * j, int64_t units, int64_t size, int64_t grain) {
-    int64_t grains = pd__ceil_div(size, grain);
-    j->parts = pd__min(grains, pd__ceil_div(pd__cpu_threads(d), pd__max(units, 1)));
-    j->per_part = pd__ceil_div(grains, j->parts) * grain;
-}
-
-/* ---- convolution with 3 x 3 filters at stride 1, after Winograd: F(4 x 4, 3 x 3) of Lavin and Gray 2016 ----
-   A tile of 4 x 4 outputs needs 6 x 6 inputs. With B, G and A of that paper, B^T d B of each tile d of each channel and
-   G g G^T of each filter g are made once; their 36 places are multiplied like matrices of filters, channels and tiles;
-   and A^T m A of the sums m are the outputs: 36 multiplications instead of 144. The data gradient is the same with the
-   filters turned round and the channels as filters; the filter gradient is the transpose, G^T (A dy A^T * B^T d B) G. */
-
-typedef struct PD__K(pd__winograd) {
-    int64_t rows, groups, channels, filters; /* of a group */
-    int64_t in_h, in_w, out_h, out_w, top, left;
-    int64_t high, wide;    /* tiles of an image's channel */
-    /* A block takes `across` times `lines` of the rows of tiles, which follow each other in all images. Where one row
-       would leave vectors empty they are put side by side, the first `lines` in the first column: such a line of a
-       block has `width` tiles. Or, of many small images, `by_lane`: the same row of as many images as a vector has
-       lanes is a line, with the images of a tile side by side. */
-    bool by_lane;
-    int64_t across, width, lines, all_lines, blocks;
-    int64_t stride;        /* columns of tiles in a line that is read, filled up with zeros */
-    int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
-    int64_t height, panels;  /* of the filters */
-    int64_t parts, per_part; /* of the panels */
-    bool back;               /* the filters are those of the data gradient */
-    const pd_real *x, *w, *dy;
-    pd_real *out;                /* y, dx or dw */
-    pd_real beta;                /* of y or dx .. */
-    const pd_epilogue *after;    /* .. and what is made of y */
-    pd_real *packed;             /* [group][36][panel] of filters, or [36][filters][channels] of sums */
-    pd_real *images, *gradients; /* [36][channels or filters][places] */
-    pd_real *space;
-    int64_t each, group, block; /* working space of a thread; what is done at the moment */
-} PD__K(pd__winograd);
-
-/* Numbers in one of the 36 planes, with a gap: else the planes would often take each other's places in the cache. */
-#define PD__WINOGRAD_PLANE(lines, length) ((lines) * (length) + 16)
+/* ---- Winograd's convolution: tiles of images, output gradients and filters, transformed, and sums back ---- */
 
 /* One dimension of B^T d, A d, G g, A^T m and G^T m, for the points 0, a, -a, b, -b and infinity. With a = 5/8 and b = 3/2
    rounding errors are half those of 1 and 2. */
@@ -13294,45 +13898,12 @@ static PD__INLINE void PD__K(pd__winograd_turn)(int64_t rows, int64_t columns, c
 #endif
 }
 
-/* How many lines a block has. */
-static int64_t PD__K(pd__winograd_lines)(const PD__K(pd__winograd) * j, int64_t block) {
-    return pd__min(j->lines, j->all_lines - block * j->lines);
-}
-
-/* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
-typedef struct PD__K(pd__winograd_rows) {
-    int64_t image[PD__NR], row[PD__NR];
-} PD__K(pd__winograd_rows);
-
-static void PD__K(pd__winograd_first)(const PD__K(pd__winograd) * j, int64_t block, PD__K(pd__winograd_rows) * at) {
-    const int64_t lines = PD__K(pd__winograd_lines)(j, block), first = block * j->lines * (j->by_lane ? 1 : j->across);
-    const int64_t images = j->by_lane ? 1 : lines / j->high, rows = j->by_lane ? 0 : lines % j->high; /* to the next */
-    int64_t image = first / j->high * (j->by_lane ? j->across : 1), row = first % j->high;
-    for (int64_t i = 0; i < j->across; i++) {
-        at->image[i] = image, at->row[i] = row;
-        image += images, row += rows;
-        if (row >= j->high) row -= j->high, image++;
-    }
-}
-static void PD__K(pd__winograd_next)(const PD__K(pd__winograd) * j, PD__K(pd__winograd_rows) * at) {
-    for (int64_t i = 0; i < j->across; i++)
-        if (++at->row[i] == j->high) at->row[i] = 0, at->image[i] += j->by_lane ? j->across : 1;
-}
-
-/* Numbers of all channels of an image, and of its output. */
-static int64_t PD__K(pd__winograd_in)(const PD__K(pd__winograd) * j) {
-    return j->groups * j->channels * j->in_h * j->in_w;
-}
-static int64_t PD__K(pd__winograd_out)(const PD__K(pd__winograd) * j) {
-    return j->groups * j->filters * j->out_h * j->out_w;
-}
-
 /* What row r of a line's tiles reads of a channel, from column -left on, transformed for all of them:
    to[c * stride + tile]. `space`: 10 strides. */
-static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradient, const pd_real *x,
-                                     const PD__K(pd__winograd_rows) * at, int64_t r, pd_real *space, pd_real *to) {
+static void PD__K(pd__winograd_line)(const pd__winograd *j, bool gradient, const pd_real *x,
+                                     const pd__winograd_rows *at, int64_t r, pd_real *space, pd_real *to) {
     const int64_t stride = j->stride, high = gradient ? j->out_h : j->in_h, wide = gradient ? j->out_w : j->in_w;
-    const int64_t next = gradient ? PD__K(pd__winograd_out)(j) : PD__K(pd__winograd_in)(j);
+    const int64_t next = gradient ? pd__winograd_out(j) : pd__winograd_in(j);
     const int64_t left = gradient ? 0 : j->left, columns = 4 * (j->across > 1 ? j->wide : stride);
     const int64_t length = pd__min(wide, columns - left);
     pd_real *phase = space + 4 * stride; /* columns 4 t + p are phase[p * gap + t * step] */
@@ -13394,15 +13965,15 @@ static void PD__K(pd__winograd_line)(const PD__K(pd__winograd) * j, bool gradien
 }
 
 /* One channel of a block's images, or of its output gradients, transformed. `space`: 46 strides. */
-static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool gradient, int64_t group, int64_t block,
+static void PD__K(pd__winograd_channel)(const pd__winograd *j, bool gradient, int64_t group, int64_t block,
                                         int64_t channel, pd_real *space, pd_real *to, int64_t plane) {
-    const int64_t stride = j->stride, lines = PD__K(pd__winograd_lines)(j, block), rows = gradient ? 4 : 6;
+    const int64_t stride = j->stride, lines = pd__winograd_lines(j, block), rows = gradient ? 4 : 6;
     const pd_real *x = gradient ? j->dy + (group * j->filters + channel) * j->out_h * j->out_w
                                 : j->x + (group * j->channels + channel) * j->in_h * j->in_w;
     pd_real *ring = space + 10 * stride; /* the last rows */
-    PD__K(pd__winograd_rows) tiles;
+    pd__winograd_rows tiles;
     int64_t at = 0;
-    PD__K(pd__winograd_first)(j, block, &tiles);
+    pd__winograd_first(j, block, &tiles);
     for (int64_t line = 0; line < lines; line++, at += j->width) {
         pd_real *part[6];
         bool below = !gradient && line > 0; /* then two rows are there already */
@@ -13410,7 +13981,7 @@ static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool grad
         for (int64_t r = 0; r < rows; r++) part[r] = ring + (line * 4 + r) % 6 * 6 * stride;
         for (int64_t r = below ? 2 : 0; r < rows; r++)
             PD__K(pd__winograd_line)(j, gradient, x, &tiles, r, space, part[r]);
-        PD__K(pd__winograd_next)(j, &tiles);
+        pd__winograd_next(j, &tiles);
         for (int64_t t = 0; t < j->width; t += PD__LANES)
             for (int c = 0; c < 6; c++) {
                 PD__V column[6], done[6];
@@ -13430,12 +14001,12 @@ static void PD__K(pd__winograd_channel)(const PD__K(pd__winograd) * j, bool grad
 }
 
 /* A panel of filters, transformed: of each of the 36 planes [channels][height of the panel]. */
-static void PD__K(pd__winograd_panel)(const PD__K(pd__winograd) * j, int64_t unit) {
+static void PD__K(pd__winograd_panel)(const pd__winograd *j, int64_t unit) {
     int64_t group = unit / j->panels, first = unit % j->panels * j->height,
             rows = pd__min(j->height, j->filters - first);
     int64_t step = j->back ? j->filters * 9 : 9, next = j->back ? 9 : j->channels * 9; /* to the next channel, filter */
     const pd_real *w = j->w + group * j->filters * j->channels * 9 + first * next;
-    const int64_t plane = PD__WINOGRAD_PLANE(j->channels, j->height);
+    const int64_t plane = pd__winograd_plane(j->channels, j->height);
     int64_t c = 0, r = 0;
     for (int64_t at = 0; at < rows * j->channels; at += PD__LANES) {
         pd_real *to = j->packed + (group * 35 * j->panels + unit) * plane + at; /* vectors may reach into the gap */
@@ -13480,8 +14051,8 @@ static PD__INLINE void PD__K(pd__winograd_copy)(const pd_real *line, int64_t n, 
 }
 
 /* The most frequent epilogues are applied to the vectors while these are in registers: max(least, scale v + bias). */
-static PD__INLINE bool PD__K(pd__winograd_early)(const PD__K(pd__winograd) * j, int64_t channel, PD__V *scale,
-                                                 PD__V *bias, PD__V *least) {
+static PD__INLINE bool PD__K(pd__winograd_early)(const pd__winograd *j, int64_t channel, PD__V *scale, PD__V *bias,
+                                                 PD__V *least) {
     const bool early = j->beta == 0 && (!j->after || j->after->act == PD_LINEAR || j->after->act == PD_RELU);
     *scale = PD__K(pd__all)(early && j->after && j->after->scale ? j->after->scale[channel] : 1);
     *bias = PD__K(pd__all)(early && j->after && j->after->bias ? j->after->bias[channel] : 0);
@@ -13491,13 +14062,13 @@ static PD__INLINE bool PD__K(pd__winograd_early)(const PD__K(pd__winograd) * j, 
 
 /* Lines by lane: a channel's numbers of each image, `count` of them, from vectors of all images to where `y` points in
    the first. `space`: as many numbers again, behind the vectors. */
-static void PD__K(pd__winograd_put_lanes)(const PD__K(pd__winograd) * j, bool early, int64_t channel, int64_t lanes,
+static void PD__K(pd__winograd_put_lanes)(const pd__winograd *j, bool early, int64_t channel, int64_t lanes,
                                           int64_t count, pd_real *space, pd_real *y) {
-    const int64_t next = early ? PD__K(pd__winograd_out)(j) : count;
+    const int64_t next = early ? pd__winograd_out(j) : count;
     pd_real *line = early ? y : space + count * PD__LANES;
     for (int64_t l = 0; l < lanes; l += 4) /* as above */
         PD__K(pd__transpose)(count, pd__min(4, lanes - l), space + l, PD__LANES, line + l * next, next);
-    for (int64_t l = 0; l < lanes && !early; l++, y += PD__K(pd__winograd_out)(j), line += count) {
+    for (int64_t l = 0; l < lanes && !early; l++, y += pd__winograd_out(j), line += count) {
         if (j->beta != 0) PD__K(pd__winograd_add)(j->beta, y, count, count, line);
         if (j->after) PD__K(pd__finish)(j->after, true, channel, 1, count, line, 0);
         memcpy(y, line, (size_t)count * sizeof *y);
@@ -13505,17 +14076,17 @@ static void PD__K(pd__winograd_put_lanes)(const PD__K(pd__winograd) * j, bool ea
 }
 
 /* A^T m A of a block's tiles of one filter goes to the images; m: [36], `plane` apart. `space`: as of 36 planes. */
-static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group, int64_t block, int64_t filter,
+static void PD__K(pd__winograd_put)(const pd__winograd *j, int64_t group, int64_t block, int64_t filter,
                                     const pd_real *m, int64_t plane, pd_real *space) {
-    const int64_t lines = PD__K(pd__winograd_lines)(j, block), channel = group * j->filters + filter;
+    const int64_t lines = pd__winograd_lines(j, block), channel = group * j->filters + filter;
     const int64_t area = j->out_h * j->out_w;
     const int64_t most = j->across > 1 ? 4 : 4 * PD__LANES; /* columns that lie together */
     const bool by_lane = PD__LANES > 1 && j->by_lane;
     PD__V scale, bias, least;
     const bool early = PD__K(pd__winograd_early)(j, channel, &scale, &bias, &least);
-    PD__K(pd__winograd_rows) tiles;
-    PD__K(pd__winograd_first)(j, block, &tiles);
-    for (int64_t row = 0; row < lines; row++, m += j->width, PD__K(pd__winograd_next)(j, &tiles)) {
+    pd__winograd_rows tiles;
+    pd__winograd_first(j, block, &tiles);
+    for (int64_t row = 0; row < lines; row++, m += j->width, pd__winograd_next(j, &tiles)) {
         int64_t i = 0, column = 0;
         for (int64_t t = 0; t < j->width; t += PD__LANES) {
             int64_t pieces = 0, at[PD__LANES] = { 0 }, length[PD__LANES] = { 0 }, rows[PD__LANES] = { 0 }, numbers = 0;
@@ -13527,7 +14098,7 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
                 length[pieces] = pd__min(most, j->out_w - column);
                 rows[pieces] = pd__min(4, j->out_h - top);
                 lowest = pd__min(lowest, rows[pieces]), highest = pd__max(highest, rows[pieces]);
-                at[pieces] = tiles.image[i] * PD__K(pd__winograd_out)(j) + channel * area + top * j->out_w + column;
+                at[pieces] = tiles.image[i] * pd__winograd_out(j) + channel * area + top * j->out_w + column;
                 column += most;
                 if (column >= j->out_w) column = 0, i++;
             }
@@ -13571,121 +14142,13 @@ static void PD__K(pd__winograd_put)(const PD__K(pd__winograd) * j, int64_t group
         if (by_lane) PD__K(pd__winograd_put_lanes)
         (j, early, channel, pd__min(PD__LANES, j->rows - tiles.image[0]),
          pd__min(4, j->out_h - tiles.row[0] * 4) * j->out_w, space,
-         j->out + tiles.image[0] * PD__K(pd__winograd_out)(j) + channel * area + tiles.row[0] * 4 * j->out_w);
+         j->out + tiles.image[0] * pd__winograd_out(j) + channel * area + tiles.row[0] * 4 * j->out_w);
     }
 }
 
-/* How many tiles a block has. */
-static int64_t PD__K(pd__winograd_tiles)(const PD__K(pd__winograd) * j, int64_t block) {
-    return PD__K(pd__winograd_lines)(j, block) * j->width;
-}
-
-/* One block of tiles and one part of the filters. */
-static void PD__K(pd__winograd_unit)(const PD__K(pd__winograd) * j, int64_t unit) {
-    int64_t part = unit % j->parts, group = unit / j->parts % j->groups, block = unit / j->parts / j->groups;
-    int64_t first = part * j->per_part, last = pd__min(first + j->per_part, j->panels), filter = first * j->height;
-    int64_t count = pd__min(last * j->height, j->filters) - filter, tiles = PD__K(pd__winograd_tiles)(j, block);
-    int64_t plane = PD__WINOGRAD_PLANE(j->channels, j->places), sum_plane = PD__WINOGRAD_PLANE(count, j->places);
-    int64_t panel = PD__WINOGRAD_PLANE(j->channels, j->height);
-    pd_real *images = j->space + PD__THREAD_INDEX() * j->each, *sums = images + 36 * plane;
-    if (count <= 0) return;
-    for (int64_t c = 0; c < j->channels; c++) /* the sums lie idle yet */
-        PD__K(pd__winograd_channel)(j, false, group, block, c, sums, images + c * j->places, plane);
-    for (int64_t i = 0; i < 36; i++)
-        for (int64_t t = 0; t < tiles; t += PD__NR)
-            for (int64_t p = first; p < last; p++) PD__K(pd__tile)
-    ((int)pd__min(j->height, j->filters - p * j->height), (int)(PD__K(pd__panel)(tiles - t) / PD__LANES), j->channels,
-     1, j->packed + ((group * 36 + i) * j->panels + p) * panel, PD__AHEAD, images + i * plane + t, j->places, 0,
-     sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
-    for (int64_t k = 0; k < count; k++)
-        PD__K(pd__winograd_put)(j, group, block, filter + k, sums + k * j->places, sum_plane, images);
-}
-
-/* Are images worth a lane each? Their rows must be short, and not many lanes be empty. */
-static bool PD__K(pd__winograd_by_lane)(int64_t rows, int64_t wide) {
-    return PD__LANES > 1 && wide * PD__LANES <= 64 && pd__ceil_div(rows, PD__LANES) * PD__LANES * 3 <= rows * 4;
-}
-
-/* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
-static void PD__K(pd__winograd_sizes)(PD__K(pd__winograd) * j, const pd_conv_shape *s, bool back, int64_t tiles,
-                                      int64_t threads) {
-    memset(j, 0, sizeof *j);
-    j->rows = s->rows, j->groups = s->groups, j->back = back;
-    j->channels = (back ? s->out_c : s->in_c) / s->groups, j->filters = (back ? s->in_c : s->out_c) / s->groups;
-    j->in_h = back ? s->out_h : s->in_h, j->in_w = back ? s->out_w : s->in_w;
-    j->out_h = back ? s->in_h : s->out_h, j->out_w = back ? s->in_w : s->out_w;
-    j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
-    j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
-    j->across = 4 * j->wide < 3 * PD__LANES ? pd__min(j->rows * j->high, PD__NR / j->wide) : 1;
-    j->all_lines = pd__ceil_div(j->rows * j->high, j->across);
-    j->by_lane = PD__K(pd__winograd_by_lane)(j->rows, j->wide);
-    if (j->by_lane) j->across = PD__LANES, j->all_lines = pd__ceil_div(j->rows, PD__LANES) * j->high;
-    j->width = j->across * j->wide;
-    /* A block for each thread, as long as its tiles about fill a panel. */
-    j->lines = pd__ceil_div(j->all_lines, pd__ceil_div(threads, s->groups));
-    j->lines = pd__min(pd__max(j->lines, PD__NR / j->width), tiles / j->width);
-    j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
-    j->blocks = pd__ceil_div(j->all_lines, j->lines);
-    j->stride = pd__ceil_div(j->width, PD__LANES) * PD__LANES + 4;
-    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
-    j->places = pd__ceil_div(j->lines * j->width + PD__LANES + 2, PD__NR) * PD__NR + 16;
-}
-
-static void PD__K(pd__winograd_run)(pd_device *d, PD__K(pd__winograd) * j) {
-    int64_t threads = pd__cpu_threads(d), units = j->blocks * j->groups, filters;
-    int64_t form[6] = { PD__FORM_WINOGRAD, j->groups, j->filters, j->channels, j->back, 0 };
-    pd__kept *kept;
-    bool ready;
-    int64_t work = j->rows * j->groups * j->out_h * j->out_w * j->filters * j->channels;
-    j->height = PD__K(pd__height)(j->filters);
-    j->panels = pd__ceil_div(j->filters, j->height);
-    j->parts = pd__min(j->panels, pd__ceil_div(threads, units));
-    j->per_part = pd__ceil_div(j->panels, j->parts);
-    j->each =
-        36 * PD__WINOGRAD_PLANE(j->channels, j->places) + 36 * PD__WINOGRAD_PLANE(j->per_part * j->height, j->places);
-    filters = j->groups * j->panels * 36 * PD__WINOGRAD_PLANE(j->channels, j->height);
-    filters = pd__ceil_div(filters, 16) * 16;
-    kept = pd__kept_form(d, j->w, form, filters, &ready);
-    j->packed = (pd_real *)pd__scratch(d, (kept ? 0 : filters) + threads * j->each, sizeof(pd_real));
-    if (!j->packed) return;
-    j->space = j->packed + (kept ? 0 : filters);
-    if (kept) j->packed = kept->numbers;
-    PD__TEAM(d, ready ? 0 : j->groups * j->filters * j->channels * 36, unit, ready ? 0 : j->groups * j->panels,
-             PD__K(pd__winograd_panel)(j, unit));
-    if (kept) memcpy(kept->form, form, sizeof form);
-    PD__TEAM(d, work, unit, units * j->parts, PD__K(pd__winograd_unit)(j, unit));
-}
-
-/* The filter gradient: one channel of a block's images, or one filter of its output gradients. */
-static void PD__K(pd__winograd_transform)(const PD__K(pd__winograd) * j, int64_t unit) {
-    const bool gradient = unit >= j->channels;
-    const int64_t lines = gradient ? j->filters : j->channels, channel = gradient ? unit - j->channels : unit;
-    pd_real *to = (gradient ? j->gradients : j->images) + channel * j->places;
-    PD__K(pd__winograd_channel)
-    (j, gradient, j->group, j->block, channel, j->space + PD__THREAD_INDEX() * j->each, to,
-     PD__WINOGRAD_PLANE(lines, j->places));
-}
-
-/* One of the 36 sums over a block's tiles, of filters x channels. */
-static void PD__K(pd__winograd_sum)(const PD__K(pd__winograd) * j, int64_t i) {
-    PD__K(pd__gemm_job) g;
-    memset(&g, 0, sizeof g);
-    g.tb = true;
-    g.m = g.rows = j->filters, g.n = g.columns = j->channels;
-    g.k = PD__K(pd__winograd_tiles)(j, j->block);
-    g.lda = g.ldb = j->places, g.ldc = j->channels;
-    g.alpha = 1, g.beta = j->block == 0 ? 0 : 1;
-    g.a = j->gradients + i * PD__WINOGRAD_PLANE(j->filters, j->places);
-    g.b = j->images + i * PD__WINOGRAD_PLANE(j->channels, j->places);
-    g.c = j->packed + i * PD__WINOGRAD_PLANE(j->filters, j->channels);
-    g.space = j->space + PD__THREAD_INDEX() * j->each;
-    g.across = 1;
-    PD__K(pd__gemm_share)(&g, 0);
-}
-
 /* dw += G^T m G of one filter. */
-static void PD__K(pd__winograd_filter_unit)(const PD__K(pd__winograd) * j, int64_t filter) {
-    const int64_t plane = PD__WINOGRAD_PLANE(j->filters, j->channels);
+static void PD__K(pd__winograd_filter_unit)(const pd__winograd *j, int64_t filter) {
+    const int64_t plane = pd__winograd_plane(j->filters, j->channels);
     for (int64_t c = 0; c < j->channels; c += PD__LANES) {
         const pd_real *m = j->packed + filter * j->channels + c;
         pd_real *dw = j->out + ((j->group * j->filters + filter) * j->channels + c) * 9;
@@ -13708,117 +14171,6 @@ static void PD__K(pd__winograd_filter_unit)(const PD__K(pd__winograd) * j, int64
         for (int64_t i = 0; i < count * 9; i += PD__LANES)
             PD__K(pd__store)(dw + i, PD__K(pd__load)(dw + i, count * 9 - i) + PD__LOAD(turned + i), count * 9 - i);
     }
-}
-
-static void PD__K(pd__winograd_backward_filter)(pd_device *d, PD__K(pd__winograd) * j) {
-    const int64_t images = 36 * PD__WINOGRAD_PLANE(j->channels, j->places);
-    const int64_t gradients = 36 * PD__WINOGRAD_PLANE(j->filters, j->places);
-    int64_t sums = 36 * PD__WINOGRAD_PLANE(j->filters, j->channels);
-    int64_t tiles = j->lines * j->width, threads = pd__cpu_threads(d);
-    int64_t work = tiles * (j->channels + j->filters) * 36;
-    /* of a product's packed factors, or of phases */
-    j->each = pd__max((pd__min(PD__MC, j->filters) + pd__min(PD__NC, j->channels + PD__NR)) * PD__K(pd__depth)(tiles),
-                      46 * j->stride);
-    j->each = pd__ceil_div(j->each, 16) * 16 + 32;
-    sums = pd__ceil_div(sums, 16) * 16;
-    j->packed = (pd_real *)pd__scratch(d, sums + images + gradients + threads * j->each, sizeof(pd_real));
-    if (!j->packed) return;
-    j->images = j->packed + sums;
-    j->gradients = j->images + images;
-    j->space = j->gradients + gradients;
-    for (j->group = 0; j->group < j->groups; j->group++) {
-        for (j->block = 0; j->block < j->blocks; j->block++) {
-            PD__TEAM(d, work, unit, j->channels + j->filters, PD__K(pd__winograd_transform)(j, unit));
-            PD__TEAM(d, work * 16, unit, 36, PD__K(pd__winograd_sum)(j, unit));
-        }
-        PD__TEAM(d, sums, unit, j->filters, PD__K(pd__winograd_filter_unit)(j, unit));
-    }
-}
-
-static void PD__K(pd__conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
-                            pd_real *y, const pd_epilogue *after) {
-    PD__K(pd__conv_job) j;
-    int64_t images = s->rows * s->groups, form[6] = { 0 };
-    pd__kept *kept;
-    bool ready;
-    if (images == 0) return;
-    if (pd__winograd_fits(s)) {
-        PD__K(pd__winograd) fast;
-        PD__K(pd__winograd_sizes)(&fast, s, false, 64, pd__cpu_threads(d));
-        fast.x = x, fast.w = w, fast.out = y, fast.beta = beta, fast.after = after;
-        PD__K(pd__winograd_run)(d, &fast);
-        return;
-    }
-    PD__K(pd__conv_sizes)(&j, s);
-    j.x = x, j.w = w, j.out = y, j.beta = beta, j.after = after;
-    PD__K(pd__conv_parts)(d, &j, images, j.filters, PD__MR);
-    if (j.parts > 1 && j.filters < j.area) { /* the less is read by all threads */
-        j.across = j.parts;
-        j.columns = pd__ceil_div(pd__ceil_div(j.area, j.across), PD__NR) * PD__NR;
-        j.parts = 1;
-        j.per_part = j.filters;
-    }
-    j.block_n = pd__min(PD__NC, pd__ceil_div(j.columns, PD__NR) * PD__NR);
-    form[0] = PD__FORM_CONV, form[1] = s->groups, form[2] = j.filters, form[3] = j.depth, form[4] = j.per_part;
-    kept = pd__kept_form(d, w, form, s->out_c * j.depth, &ready);
-    if (!PD__K(pd__conv_space)(d, &j, kept ? 0 : s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
-                               PD__K(pd__depth)(j.depth) * j.block_n))
-        return;
-    if (kept) j.packed = kept->numbers;
-    PD__TEAM(d, ready ? 0 : s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts,
-             PD__K(pd__pack_filters_forward)(&j, unit));
-    if (kept) memcpy(kept->form, form, sizeof form);
-    PD__TEAM(d, pd__product_work(images, j.filters, j.area, j.depth), unit, images * j.parts * j.across,
-             PD__K(pd__conv_unit)(&j, unit));
-}
-
-static void PD__K(pd__conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
-                                          pd_real *dx) {
-    PD__K(pd__conv_job) j;
-    int64_t images = s->rows * s->groups;
-    if (images == 0) return;
-    if (pd__winograd_fits(s)) {
-        PD__K(pd__winograd) fast;
-        PD__K(pd__winograd_sizes)(&fast, s, true, 64, pd__cpu_threads(d));
-        fast.x = dy, fast.w = w, fast.out = dx, fast.beta = 1;
-        PD__K(pd__winograd_run)(d, &fast);
-        return;
-    }
-    PD__K(pd__conv_sizes)(&j, s);
-    j.w = w, j.dy = dy, j.out = dx;
-    PD__K(pd__conv_parts)(d, &j, images, j.depth, s->filter_h * s->filter_w);
-    j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, PD__NR) * PD__NR);
-    if (!PD__K(pd__conv_space)(d, &j, s->out_c * j.depth, PD__K(pd__is_padded)(&j) ? j.channels : 0,
-                               PD__K(pd__depth)(j.filters) * j.block_n))
-        return;
-    PD__TEAM(d, s->out_c * j.depth, unit, s->groups * j.parts, PD__K(pd__pack_filters_back)(&j, unit));
-    PD__TEAM(d, pd__product_work(images, j.depth, j.area, j.filters), unit, images * j.parts,
-             PD__K(pd__conv_back_unit)(&j, unit));
-}
-
-static void PD__K(pd__conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
-                                            pd_real *dw) {
-    PD__K(pd__conv_job) j;
-    if (s->rows == 0) return;
-    if (pd__winograd_fits(s)) {
-        PD__K(pd__winograd) fast;
-        PD__K(pd__winograd_sizes)
-        (&fast, s, false, pd__max(64, pd__min(512, 2000000 / (36 * (s->in_c + s->out_c) / s->groups))), 1);
-        fast.x = x, fast.dy = dy, fast.out = dw;
-        PD__K(pd__winograd_backward_filter)(d, &fast);
-        return;
-    }
-    PD__K(pd__conv_sizes)(&j, s);
-    j.x = x, j.dy = dy, j.out = dw;
-    PD__K(pd__conv_parts)(d, &j, s->groups, j.depth, PD__NR);
-    j.together = pd__max(1, pd__min(s->rows, PD__KC / j.area));
-    j.block_k = j.together > 1 ? j.together * j.area : PD__K(pd__depth)(j.area);
-    j.block_n = pd__min(PD__NC, j.per_part);
-    if (!PD__K(pd__conv_space)(d, &j, 0, PD__K(pd__is_padded)(&j) ? j.together * j.channels : 0,
-                               (pd__min(PD__MC, j.filters) + j.block_n) * j.block_k))
-        return;
-    PD__TEAM(d, pd__product_work(s->rows * s->groups, j.filters, j.depth, j.area), unit, s->groups * j.parts,
-             PD__K(pd__conv_filter_unit)(&j, unit));
 }
 
 /* ---- elementwise: vectors of PD__LANES numbers, or of PD__WIDE_LANES doubles made from as many numbers ---- */
@@ -14019,10 +14371,6 @@ static PD__INLINE PD__V PD__K(pd__tanh)(PD__V x) {
 static void PD__K(pd__fill_piece)(int64_t n, pd_real value, pd_real *y) {
     for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, PD__K(pd__all)(value), n - i);
 }
-static void PD__K(pd__fill)(pd_device *d, int64_t n, pd_real value, pd_real *y) {
-    (void)d; /* here and below: only named by PD__TEAM, which needs it for OpenMP alone */
-    PD__TEAM_STEPS(d, n, i, n, PD__PIECE, PD__K(pd__fill_piece)(pd__min(PD__PIECE, n - i), value, y + i));
-}
 
 /* The innermost axis of muladd. Sums run in double. */
 static void PD__K(pd__muladd_line)(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b, int64_t bs,
@@ -14064,47 +14412,6 @@ static void PD__K(pd__muladd_box)(const int64_t size[4], pd_real alpha, const pd
                 pd_real *to = y + i * ys[0] + j * ys[1] + k * ys[2];
                 PD__K(pd__muladd_line)(size[3], alpha, left, as[3], right, b ? bs[3] : 0, to, ys[3]);
             }
-}
-
-/* A piece of the box along one axis. */
-static void PD__K(pd__muladd_piece)(const int64_t size[4], int axis, int64_t start, int64_t piece, pd_real alpha,
-                                    const pd_real *a, const int64_t as[4], const pd_real *b, const int64_t bs[4],
-                                    pd_real *y, const int64_t ys[4]) {
-    int64_t part[4];
-    memcpy(part, size, sizeof part);
-    part[axis] = pd__min(piece, size[axis] - start);
-    PD__K(pd__muladd_box)
-    (part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs, y + start * ys[axis], ys);
-}
-
-/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
-static void PD__K(pd__muladd)(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                              const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
-    int axis = -1;
-    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
-    (void)d;
-    if (work == 0) return;
-    for (int i = 0; i < 4; i++)
-        if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
-    if (axis < 0) {
-        PD__K(pd__muladd_box)(size, alpha, a, as, b, bs, y, ys);
-        return;
-    }
-    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
-    pieces = pd__ceil_div(size[axis], piece);
-    PD__TEAM(d, work, p, pieces, PD__K(pd__muladd_piece)(size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
-}
-
-static double PD__K(pd__sum_squares)(pd_device *d, int64_t n, const pd_real *x) {
-    enum { PARTS = 64 };
-    double parts[PARTS], sum = 0;
-    int64_t piece = pd__ceil_div(n, PARTS);
-    (void)d;
-    PD__TEAM(d, n, p, PARTS,
-             parts[p] = PD__K(pd__dot)(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
-                                       x + pd__min(n, p * piece)));
-    for (int p = 0; p < PARTS; p++) sum += parts[p];
-    return sum;
 }
 
 /* ---- optimizers' arithmetic ---- */
@@ -14186,17 +14493,8 @@ static PD__INLINE PD__W PD__K(pd__update_step)(const pd_update *u, double correc
 #undef PD__ALL
 }
 
-typedef struct PD__K(pd__update_job) {
-    const pd_update *u;
-    double correct1, correct2, l2;
-    pd_real *w;
-    const pd_real *g;
-    const unsigned char *mask;
-    pd_real *const *states;
-} PD__K(pd__update_job);
-
-static void PD__K(pd__update_piece)(const PD__K(pd__update_job) * job, int64_t start, int64_t end) {
-    const PD__K(pd__update_job) j = *job;
+static void PD__K(pd__update_piece)(const pd__update_job *job, int64_t start, int64_t end) {
+    const pd__update_job j = *job;
     const pd_update update = *j.u; /* copies, which no store below can change */
     const double shrinking = update.rate * update.l1;
     const PD__W shrink = PD__K(pd__all_wide)(shrinking), zero = PD__K(pd__all_wide)(0);
@@ -14222,18 +14520,6 @@ static void PD__K(pd__update_piece)(const PD__K(pd__update_job) * job, int64_t s
         if (!j.mask[i]) j.w[i] = 0;
 }
 
-static void PD__K(pd__update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
-                              const unsigned char *mask, pd_real *const *states) {
-    PD__K(pd__update_job) j;
-    (void)d;
-    j.u = u;
-    j.correct1 = 1 - pow(u->optimizer.beta1, (double)u->step);
-    j.correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
-    j.l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2;
-    j.w = w, j.g = g, j.mask = mask, j.states = states;
-    PD__TEAM_STEPS(d, n * 4, i, n, PD__PIECE, PD__K(pd__update_piece)(&j, i, pd__min(n, i + PD__PIECE)));
-}
-
 /* One row; SGD and momentum only, which have no bias correction and one state at most. */
 static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const double *c, pd_real *w, const pd_real *g,
                                   pd_real *state) {
@@ -14254,15 +14540,6 @@ static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const doubl
         PD__K(pd__store_wide)(w + i, v, left);
         if (state) PD__K(pd__store_wide)(state + i, s[0], left);
     }
-}
-
-static void PD__K(pd__update_rows)(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
-                                   const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
-                                   pd_real *state) {
-    (void)d;
-    PD__TEAM(d, count * width * 4, i, count,
-             PD__K(pd__update_row)(u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width,
-                                   g ? g + i * width : NULL, state ? state + state_rows[i] * width : NULL));
 }
 
 /* ---- activations ---- */
@@ -14399,45 +14676,9 @@ static void PD__K(pd__softmax_backward_row)(int64_t n, const pd_real *y, pd_real
     }
 }
 
-static void PD__K(pd__activate)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
-                                pd_real *y) {
-    int64_t n = rows * width;
-    (void)d;
-    alpha = pd__act_alpha(act, alpha);
-    if (act == PD_SOFTMAX) {
-        PD__TEAM(d, n * 8, r, rows, PD__K(pd__softmax_row)(width, x + r * width, y + r * width));
-        return;
-    }
-    PD__TEAM_STEPS(d, n * 2, i, n, PD__PIECE,
-                   PD__K(pd__activate_piece)(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i));
-}
-
-static void PD__K(pd__activate_backward)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
-                                         const pd_real *x, const pd_real *y, pd_real *grad) {
-    int64_t n = rows * width;
-    (void)d;
-    alpha = pd__act_alpha(act, alpha);
-    if (act == PD_SOFTMAX) {
-        PD__TEAM(d, n * 2, r, rows, PD__K(pd__softmax_backward_row)(width, y + r * width, grad + r * width));
-        return;
-    }
-    PD__TEAM_STEPS(
-        d, n * 2, i, n, PD__PIECE,
-        PD__K(pd__activate_backward_piece)(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i));
-}
-
 /* ---- normalisation ---- */
 
-/* What batch norm needs of one channel, over rows and `area` positions. */
-typedef struct PD__K(pd__channel_job) {
-    int64_t rows, channels, area;
-    const pd_real *x, *dy, *mean, *variance, *weight, *bias;
-    double epsilon;
-    bool batch_moments;
-    pd_real *moment1, *moment2, *y, *dx, *dweight, *dbias;
-} PD__K(pd__channel_job);
-
-static void PD__K(pd__moments_of)(const PD__K(pd__channel_job) * j, int64_t c) {
+static void PD__K(pd__moments_of)(const pd__channel_job *j, int64_t c) {
     double n = (double)pd__max(j->rows * j->area, 1), sum = 0, tail = 0;
     PD__W mean, squares = PD__K(pd__all_wide)(0);
     for (int64_t r = 0; r < j->rows; r++) sum += PD__K(pd__dot)(j->area, j->x + (r * j->channels + c) * j->area, NULL);
@@ -14455,16 +14696,7 @@ static void PD__K(pd__moments_of)(const PD__K(pd__channel_job) * j, int64_t c) {
     j->moment2[c] = (pd_real)((tail + PD__K(pd__sum_lanes)(squares)) / n);
 }
 
-static void PD__K(pd__channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                       pd_real *mean, pd_real *variance) {
-    PD__K(pd__channel_job) j;
-    memset(&j, 0, sizeof j);
-    (void)d;
-    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moment1 = mean, j.moment2 = variance;
-    PD__TEAM(d, rows * channels * area, c, channels, PD__K(pd__moments_of)(&j, c));
-}
-
-static void PD__K(pd__batch_norm_map)(const PD__K(pd__channel_job) * j, int64_t m) {
+static void PD__K(pd__batch_norm_map)(const pd__channel_job *j, int64_t m) {
     int64_t c = m % j->channels;
     const PD__V factor =
         PD__K(pd__all)((pd_real)(1 / sqrt((double)j->variance[c] + j->epsilon)) * (j->weight ? j->weight[c] : 1));
@@ -14475,20 +14707,9 @@ static void PD__K(pd__batch_norm_map)(const PD__K(pd__channel_job) * j, int64_t 
     }
 }
 
-static void PD__K(pd__batch_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                  const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
-                                  const pd_real *bias, pd_real *y) {
-    PD__K(pd__channel_job) j;
-    memset(&j, 0, sizeof j);
-    (void)d;
-    j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance, j.epsilon = epsilon;
-    j.weight = weight, j.bias = bias, j.y = y;
-    PD__TEAM(d, rows * channels * area, m, rows * channels, PD__K(pd__batch_norm_map)(&j, m));
-}
-
 /* With n = rows * area and xhat = (x - mean) / deviation: dx = weight / deviation (dy - mean(dy) - xhat mean(dy xhat)),
    the two means only if the moments depend on x. */
-static void PD__K(pd__batch_norm_back)(const PD__K(pd__channel_job) * j, int64_t c) {
+static void PD__K(pd__batch_norm_back)(const pd__channel_job *j, int64_t c) {
     double n = (double)pd__max(j->rows * j->area, 1), mean = (double)j->mean[c], sum = 0, dot = 0;
     double inverse = 1 / sqrt((double)j->variance[c] + j->epsilon);
     double factor = inverse * (j->weight ? (double)j->weight[c] : 1);
@@ -14513,35 +14734,13 @@ static void PD__K(pd__batch_norm_back)(const PD__K(pd__channel_job) * j, int64_t
     }
 }
 
-static void PD__K(pd__batch_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                           const pd_real *mean, const pd_real *variance, double epsilon,
-                                           bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
-                                           pd_real *dweight, pd_real *dbias) {
-    PD__K(pd__channel_job) j;
-    memset(&j, 0, sizeof j);
-    (void)d;
-    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance;
-    j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
-    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
-    PD__TEAM(d, rows * channels * area, c, channels, PD__K(pd__batch_norm_back)(&j, c));
-}
-
-/* Response norm runs along the channels of a strip of positions. */
-typedef struct PD__K(pd__response_job) {
-    int64_t channels, area, size, strips; /* strips of each row */
-    double alpha, beta, k;
-    const pd_real *x, *scale, *dy;
-    pd_real *scales, *y, *dx, *space;
-} PD__K(pd__response_job);
-enum { PD__K(pd__strip) = 8 * PD__LANES };
-
 static PD__INLINE PD__V PD__K(pd__power)(PD__V x, double exponent) {
     return PD__K(pd__exp)(PD__K(pd__all)((pd_real)exponent) * PD__K(pd__log)(x));
 }
 
-static void PD__K(pd__response_strip)(const PD__K(pd__response_job) * j, int64_t unit) {
-    int64_t at = unit / j->strips * j->channels * j->area, first = unit % j->strips * PD__K(pd__strip);
-    int64_t end = pd__min(j->area, first + PD__K(pd__strip));
+static void PD__K(pd__response_strip)(const pd__response_job *j, int64_t unit) {
+    int64_t at = unit / j->strips * j->channels * j->area, first = unit % j->strips * j->strip;
+    int64_t end = pd__min(j->area, first + j->strip);
     const PD__V k = PD__K(pd__all)((pd_real)j->k), factor = PD__K(pd__all)((pd_real)(j->alpha / (double)j->size));
     for (int64_t c = 0; c < j->channels; c++)
         for (int64_t i = first; i < end; i += PD__LANES) {
@@ -14558,29 +14757,18 @@ static void PD__K(pd__response_strip)(const PD__K(pd__response_job) * j, int64_t
         }
 }
 
-static void PD__K(pd__response_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
-                                     double alpha, double beta, double k, const pd_real *x, pd_real *scales,
-                                     pd_real *y) {
-    PD__K(pd__response_job) j;
-    memset(&j, 0, sizeof j);
-    (void)d;
-    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta, j.k = k;
-    j.x = x, j.scales = scales, j.y = y, j.strips = pd__ceil_div(area, PD__K(pd__strip));
-    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, PD__K(pd__response_strip)(&j, unit));
-}
-
 /* dx_j += dy_j s_j^-beta - 2 alpha beta / size x_j sum over the windows c that hold j of dy_c x_c s_c^(-beta - 1) */
-static void PD__K(pd__response_strip_back)(const PD__K(pd__response_job) * j, int64_t unit) {
-    int64_t at = unit / j->strips * j->channels * j->area, first = unit % j->strips * PD__K(pd__strip);
-    int64_t end = pd__min(j->area, first + PD__K(pd__strip));
+static void PD__K(pd__response_strip_back)(const pd__response_job *j, int64_t unit) {
+    int64_t at = unit / j->strips * j->channels * j->area, first = unit % j->strips * j->strip;
+    int64_t end = pd__min(j->area, first + j->strip);
     const PD__V factor = PD__K(pd__all)((pd_real)(-2 * j->alpha * j->beta / (double)j->size));
-    pd_real *terms = j->space + PD__THREAD_INDEX() * j->channels * PD__K(pd__strip);
+    pd_real *terms = j->space + PD__THREAD_INDEX() * j->channels * j->strip;
     for (int64_t c = 0; c < j->channels; c++)
         for (int64_t i = first; i < end; i += PD__LANES) {
             int64_t place = at + c * j->area + i;
             PD__V s = PD__K(pd__load)(j->scale + place, end - i), dy = PD__K(pd__load)(j->dy + place, end - i);
             PD__V p = PD__K(pd__power)(s, -j->beta - 1), x = PD__K(pd__load)(j->x + place, end - i);
-            PD__STORE(terms + c * PD__K(pd__strip) + (i - first), dy * x * p);
+            PD__STORE(terms + c * j->strip + (i - first), dy * x * p);
             PD__K(pd__store)(j->dx + place, PD__FMA(dy, p * s, PD__K(pd__load)(j->dx + place, end - i)), end - i);
         }
     for (int64_t c = 0; c < j->channels; c++)
@@ -14588,21 +14776,9 @@ static void PD__K(pd__response_strip_back)(const PD__K(pd__response_job) * j, in
             int64_t place = at + c * j->area + i;
             int64_t from = pd__max(0, c + j->size / 2 - j->size + 1), to = pd__min(j->channels, c + j->size / 2 + 1);
             PD__V sum = PD__K(pd__all)(0), x = PD__K(pd__load)(j->x + place, end - i);
-            for (int64_t o = from; o < to; o++) sum += PD__LOAD(terms + o * PD__K(pd__strip) + (i - first));
+            for (int64_t o = from; o < to; o++) sum += PD__LOAD(terms + o * j->strip + (i - first));
             PD__K(pd__store)(j->dx + place, PD__FMA(factor * x, sum, PD__K(pd__load)(j->dx + place, end - i)), end - i);
         }
-}
-
-static void PD__K(pd__response_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
-                                              double alpha, double beta, const pd_real *x, const pd_real *scales,
-                                              const pd_real *dy, pd_real *dx) {
-    PD__K(pd__response_job) j;
-    memset(&j, 0, sizeof j);
-    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta;
-    j.x = x, j.scale = scales, j.dy = dy, j.dx = dx, j.strips = pd__ceil_div(area, PD__K(pd__strip));
-    j.space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * channels * PD__K(pd__strip), sizeof(pd_real));
-    if (!j.space) return;
-    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, PD__K(pd__response_strip_back)(&j, unit));
 }
 
 /* ---- recurrent units ---- */
@@ -14627,42 +14803,7 @@ static void PD__K(pd__gru_row)(int64_t width, pd_real *gates, const pd_real *rec
     }
 }
 
-static void PD__K(pd__gru)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
-                           const pd_real *before, pd_real *after) {
-    (void)d;
-    PD__TEAM(d, rows * width * 16, r, rows,
-             PD__K(pd__gru_row)(width, gates + r * 3 * width, recurrent + r * 3 * width,
-                                before ? before + r * width : NULL, after + r * width));
-}
-
 /* ---- pooling: rows of a window first, then columns, a vector's outputs at a time ---- */
-
-typedef struct PD__K(pd__pool_job) {
-    const pd_pool_shape *s;
-    const pd_real *x, *y, *dy;
-    pd_real *out, *space; /* for each thread a line of the image, and `lines` of phases */
-    int64_t each, line, lines;
-    int64_t begin, stop; /* of a window's columns, those that are inside the image for some output */
-    /* Column w is number w / stride of phase w % stride. Phases are `wide`, and begin `lead` numbers before column 0; there
-       are none beyond `phases`, where nothing of the image is. */
-    int64_t stride, phases, lead, wide;
-} PD__K(pd__pool_job);
-
-static bool PD__K(pd__pool_space)(pd_device *d, PD__K(pd__pool_job) * j) {
-    const pd_pool_shape *s = j->s;
-    j->stride = s->out_w > 1 ? s->stride_w : 1;
-    j->phases = pd__min(j->stride, s->in_w + 1);
-    j->begin = pd__max(0, s->pad_w - (s->out_w - 1) * j->stride);
-    j->stop = pd__min(s->size_w, s->in_w + s->pad_w);
-    j->lead = pd__ceil_div(s->pad_w - j->begin, j->stride);
-    j->wide = j->lead + PD__LANES + 1 +
-              pd__max(pd__ceil_div(s->in_w, j->stride), s->out_w + pd__ceil_div(j->stop - j->begin, j->stride));
-    j->line = pd__ceil_div(s->in_w, 16) * 16 + 16;
-    j->lines = pd__min(s->out_h, 8);
-    j->each = pd__ceil_div(j->line + j->lines * j->phases * j->wide, 16) * 16;
-    j->space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * j->each, sizeof(pd_real));
-    return j->space != NULL;
-}
 
 /* The larger number, or the sum. The maximum of anything and NaN is NaN. */
 static PD__INLINE PD__V PD__K(pd__pool_join)(bool largest, PD__V a, PD__V b) {
@@ -14690,7 +14831,7 @@ static PD__INLINE PD__V PD__K(pd__pool_rows)(const pd_pool_shape *s, const pd_re
 }
 
 /* Puts them into phases. What lies around the image are numbers that change nothing. */
-static void PD__K(pd__pool_line)(const PD__K(pd__pool_job) * j, const pd_real *from, int64_t rows, pd_real around,
+static void PD__K(pd__pool_line)(const pd__pool_job *j, const pd_real *from, int64_t rows, pd_real around,
                                  pd_real *line, pd_real *phases) {
     const pd_pool_shape *s = j->s;
     const pd_real *end = j->x + s->rows * s->channels * s->in_h * s->in_w;
@@ -14713,7 +14854,7 @@ static void PD__K(pd__pool_line)(const PD__K(pd__pool_job) * j, const pd_real *f
     }
 }
 
-static void PD__K(pd__pool_map)(const PD__K(pd__pool_job) * j, int64_t map) {
+static void PD__K(pd__pool_map)(const pd__pool_job *j, int64_t map) {
     const pd_pool_shape *s = j->s;
     const bool largest = s->method == PD_MAX;
     const pd_real around = largest ? -(pd_real)INFINITY : 0, *x = j->x + map * s->in_h * s->in_w;
@@ -14749,7 +14890,7 @@ static void PD__K(pd__pool_map)(const PD__K(pd__pool_job) * j, int64_t map) {
 #if PD__LANES > 1
 /* Windows of 2 x 2 that cover an image whose rows are whole vectors, or halves of them: two vectors of columns, of this
    row of windows or of this and the next ones, give one of the output. */
-static void PD__K(pd__pool_pairs)(const PD__K(pd__pool_job) * j, int64_t map) {
+static void PD__K(pd__pool_pairs)(const pd__pool_job *j, int64_t map) {
     const pd_pool_shape *s = j->s;
     const bool largest = s->method == PD_MAX, halves = s->in_w < PD__LANES;
     const int64_t count = s->out_h * s->in_w / PD__LANES;
@@ -14772,93 +14913,46 @@ static void PD__K(pd__pool_pairs)(const PD__K(pd__pool_job) * j, int64_t map) {
 }
 #endif
 
-static void PD__K(pd__pool)(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
-    PD__K(pd__pool_job) j;
-    memset(&j, 0, sizeof j);
-    j.s = s, j.x = x, j.out = y;
+static const pd__kernels PD__K(pd__kernels) = {
+    PD__LANES,
+    PD__MR,
+    PD__NR,
+    PD__KC,
+    PD__MC,
+    PD__K(pd__fill_piece),
+    PD__K(pd__muladd_box),
+    PD__K(pd__muladd_line),
+    PD__K(pd__dot),
+    PD__K(pd__pack_a),
+    PD__K(pd__pack_b),
+    PD__K(pd__pick_b_panel),
+    PD__K(pd__tile),
+    PD__K(pd__multiply),
+    PD__K(pd__gemm_row),
+    PD__K(pd__winograd_channel),
+    PD__K(pd__winograd_panel),
+    PD__K(pd__winograd_put),
+    PD__K(pd__winograd_filter_unit),
+    PD__K(pd__update_piece),
+    PD__K(pd__update_row),
+    PD__K(pd__activate_piece),
+    PD__K(pd__activate_backward_piece),
+    PD__K(pd__softmax_row),
+    PD__K(pd__softmax_backward_row),
+    PD__K(pd__moments_of),
+    PD__K(pd__batch_norm_map),
+    PD__K(pd__batch_norm_back),
+    PD__K(pd__response_strip),
+    PD__K(pd__response_strip_back),
+    PD__K(pd__gru_row),
 #if PD__LANES > 1
-    if (s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 && s->in_h == 2 * s->out_h &&
-        s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 &&
-        (s->in_w % PD__LANES == 0 || (2 * s->in_w == PD__LANES && s->out_h % 2 == 0))) {
-        PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w / 2, map, s->rows * s->channels,
-                 PD__K(pd__pool_pairs)(&j, map));
-        return;
-    }
+    PD__K(pd__pool_pairs),
+#else
+    NULL,
 #endif
-    if (!PD__K(pd__pool_space)(d, &j)) return;
-    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels,
-             PD__K(pd__pool_map)(&j, map));
-}
+    PD__K(pd__pool_map),
+};
 
-/* Where the gradient of a maximum goes: to the first of the cells that have it, if one has; without branches, because
-   nothing foretells them. */
-static int64_t PD__K(pd__pool_first)(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y) {
-    int64_t at = -1;
-    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
-        for (int64_t w = v->w1 - 1; w >= v->w0; w--) at = map[h * s->in_w + w] == y ? h * s->in_w + w : at;
-    return at;
-}
-
-static void PD__K(pd__pool_map_back)(const PD__K(pd__pool_job) * j, int64_t map) {
-    const pd_pool_shape *s = j->s;
-    const pd_real *x = j->x + map * s->in_h * s->in_w, *y = j->y + map * s->out_h * s->out_w;
-    const pd_real *dy = j->dy + map * s->out_h * s->out_w;
-    pd_real *dx = j->out + map * s->in_h * s->in_w, *line = j->space + PD__THREAD_INDEX() * j->each;
-    for (int64_t oh = 0; oh < s->out_h; oh++) {
-        pd__window v = pd__pool_window(s, oh, 0);
-        memset(line, 0, (size_t)j->line * sizeof *line);
-        for (int64_t ow = 0; ow < s->out_w; ow++, y++, dy++) {
-            v = pd__pool_window(s, oh, ow);
-            if (s->method == PD_MAX) {
-                int64_t at = PD__K(pd__pool_first)(s, &v, x, *y);
-                if (at >= 0) dx[at] += *dy;
-            } else {
-                pd_real part = *dy * pd__pool_factor(s, &v);
-                for (int64_t w = v.w0; w < v.w1; w++) line[w] += part;
-            }
-        }
-        for (int64_t h = v.h0; s->method != PD_MAX && h < v.h1; h++)
-            for (int64_t w = 0; w < s->in_w; w += PD__LANES) {
-                pd_real *to = dx + h * s->in_w + w;
-                PD__K(pd__store)(to, PD__K(pd__load)(to, s->in_w - w) + PD__LOAD(line + w), s->in_w - w);
-            }
-    }
-}
-
-static void PD__K(pd__pool_backward)(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
-                                     const pd_real *dy, pd_real *dx) {
-    PD__K(pd__pool_job) j;
-    memset(&j, 0, sizeof j);
-    j.s = s, j.x = x, j.y = y, j.dy = dy, j.out = dx;
-    if (!PD__K(pd__pool_space)(d, &j)) return;
-    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels,
-             PD__K(pd__pool_map_back)(&j, map));
-}
-
-/* Puts this level's operations into a CPU device. */
-static void PD__K(pd__cpu_take)(pd_device *d) {
-    d->fill = PD__K(pd__fill);
-    d->muladd = PD__K(pd__muladd);
-    d->sum_squares = PD__K(pd__sum_squares);
-    d->gemm = PD__K(pd__gemm);
-    d->update = PD__K(pd__update);
-    d->update_rows = PD__K(pd__update_rows);
-    d->activate = PD__K(pd__activate);
-    d->activate_backward = PD__K(pd__activate_backward);
-    d->channel_moments = PD__K(pd__channel_moments);
-    d->batch_norm = PD__K(pd__batch_norm);
-    d->batch_norm_backward = PD__K(pd__batch_norm_backward);
-    d->response_norm = PD__K(pd__response_norm);
-    d->response_norm_backward = PD__K(pd__response_norm_backward);
-    d->gru = PD__K(pd__gru);
-    d->pool = PD__K(pd__pool);
-    d->pool_backward = PD__K(pd__pool_backward);
-    d->conv = PD__K(pd__conv);
-    d->conv_backward_data = PD__K(pd__conv_backward_data);
-    d->conv_backward_filter = PD__K(pd__conv_backward_filter);
-}
-
-#undef PD__WINOGRAD_PLANE
 #undef PD__V
 #undef PD__LOAD
 #undef PD__STORE
@@ -14868,8 +14962,6 @@ static void PD__K(pd__cpu_take)(pd_device *d) {
 #undef PD__NR
 #undef PD__KC
 #undef PD__MC
-#undef PD__NC
-#undef PD__AHEAD
 #undef PD__FMA
 #undef PD__I
 #undef PD__WI
