@@ -14240,7 +14240,13 @@ static PD__INLINE PD__W PD__K(pd__load_wide)(const pd_real *from, int64_t left) 
         for (int i = 0; i < PD__WIDE_LANES; i++) part[i] = i < left ? from[i] : 0;
         from = part;
     }
+#if PD__BYTES == 64 && PD__REAL_BYTES == 4 /* gcc makes two conversions of one that it is not told of */
+    return (PD__W)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
+#elif PD__BYTES == 32 && PD__REAL_BYTES == 4
+    return (PD__W)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
     return PD__CONVERT(*(const PD__K(pd__narrow) *)from, PD__W);
+#endif
 }
 static PD__INLINE void PD__K(pd__store_wide)(pd_real *to, PD__W v, int64_t left) {
     pd_real part[PD__WIDE_LANES];
@@ -14493,31 +14499,74 @@ static PD__INLINE PD__W PD__K(pd__update_step)(const pd_update *u, double correc
 #undef PD__ALL
 }
 
-static void PD__K(pd__update_piece)(const pd__update_job *job, int64_t start, int64_t end) {
+/* Whole vectors, for one method with so many states at most. */
+static PD__INLINE void PD__K(pd__update_all)(const pd_optimizer_kind kind, const int states, const pd__update_job *job,
+                                             int64_t start, int64_t end) {
     const pd__update_job j = *job;
-    const pd_update update = *j.u; /* copies, which no store below can change */
+    pd_update update = *j.u; /* copies, which no store below can change */
     const double shrinking = update.rate * update.l1;
     const PD__W shrink = PD__K(pd__all_wide)(shrinking), zero = PD__K(pd__all_wide)(0);
-    pd_real *s0 = j.states[0], *s1 = j.states[1], *s2 = j.states[2];
+    const bool fewer = kind == PD_OPT_RMSPROP; /* it does without some of them; others have them all */
+    pd_real *state[PD_MAX_STATES];
+    update.optimizer.kind = kind;
+    for (int k = 0; k < states; k++) state[k] = j.states[k];
     for (int64_t i = start; i < end; i += PD__WIDE_LANES) {
-        const int64_t left = end - i;
-        PD__W w = PD__K(pd__load_wide)(j.w + i, left), g = PD__K(pd__load_wide)(j.g + i, left), s[PD_MAX_STATES];
-        s[0] = s0 ? PD__K(pd__load_wide)(s0 + i, left) : zero;
-        s[1] = s1 ? PD__K(pd__load_wide)(s1 + i, left) : zero;
-        s[2] = s2 ? PD__K(pd__load_wide)(s2 + i, left) : zero;
-        g = PD__K(pd__update_gradient)(&update, j.l2, w, g);
+        PD__W w = PD__K(pd__load_wide)(j.w + i, PD__WIDE_LANES), s[PD_MAX_STATES];
+        PD__W g = PD__K(pd__update_gradient)(&update, j.l2, w, PD__K(pd__load_wide)(j.g + i, PD__WIDE_LANES));
+        PD__UNROLL
+        for (int k = 0; k < states; k++)
+            s[k] = fewer && !state[k] ? zero : PD__K(pd__load_wide)(state[k] + i, PD__WIDE_LANES);
         w = PD__K(pd__update_step)(&update, j.correct1, j.correct2, w, g, s);
-        if (s0) PD__K(pd__store_wide)(s0 + i, s[0], left);
-        if (s1) PD__K(pd__store_wide)(s1 + i, s[1], left);
-        if (s2) PD__K(pd__store_wide)(s2 + i, s[2], left);
+        PD__UNROLL
+        for (int k = 0; k < states; k++)
+            if (!fewer || state[k]) PD__K(pd__store_wide)(state[k] + i, s[k], PD__WIDE_LANES);
         if (shrinking > 0) {
             PD__W less = PD__SELECT_WIDE(w < -shrink, w + shrink, zero);
             w = PD__SELECT_WIDE(w > shrink, w - shrink, less);
         }
-        PD__K(pd__store_wide)(j.w + i, w, left);
+        PD__K(pd__store_wide)(j.w + i, w, PD__WIDE_LANES);
     }
-    for (int64_t i = start; j.mask && i < end; i++)
-        if (!j.mask[i]) j.w[i] = 0;
+}
+static void PD__K(pd__update_vectors)(const pd__update_job *j, int64_t start, int64_t end) {
+#define PD__EACH(kind, states)                                                                                         \
+    case kind: PD__K(pd__update_all)(kind, states, j, start, end); break;
+    switch (j->u->optimizer.kind) {
+        PD__EACH(PD_OPT_SGD, 0)
+        PD__EACH(PD_OPT_MOMENTUM, 1)
+        PD__EACH(PD_OPT_ADAGRAD, 1)
+        PD__EACH(PD_OPT_ADADELTA, 2)
+        PD__EACH(PD_OPT_RMSPROP, 3)
+        PD__EACH(PD_OPT_DECAYED_ADAGRAD, 1)
+        PD__EACH(PD_OPT_ADAM, 2)
+        PD__EACH(PD_OPT_ADAMW, 2)
+        PD__EACH(PD_OPT_ADAMAX, 2)
+    case PD_OPT_COUNT: break;
+    }
+#undef PD__EACH
+}
+
+static void PD__K(pd__update_piece)(const pd__update_job *j, int64_t start, int64_t end) {
+    const int64_t whole = start + (end - start) / PD__WIDE_LANES * PD__WIDE_LANES;
+    const size_t rest = (size_t)(end - whole) * sizeof(pd_real);
+    PD__K(pd__update_vectors)(j, start, whole);
+    if (rest > 0) { /* they have a vector of their own */
+        pd_real w[PD__WIDE_LANES] = { 0 }, g[PD__WIDE_LANES] = { 0 }, s[PD_MAX_STATES][PD__WIDE_LANES] = { { 0 } };
+        pd_real *states[PD_MAX_STATES];
+        pd__update_job last = *j;
+        last.w = w, last.g = g, last.states = states;
+        memcpy(w, j->w + whole, rest);
+        memcpy(g, j->g + whole, rest);
+        for (int k = 0; k < PD_MAX_STATES; k++) {
+            states[k] = j->states[k] ? s[k] : NULL;
+            if (j->states[k]) memcpy(s[k], j->states[k] + whole, rest);
+        }
+        PD__K(pd__update_vectors)(&last, 0, PD__WIDE_LANES);
+        memcpy(j->w + whole, w, rest);
+        for (int k = 0; k < PD_MAX_STATES; k++)
+            if (j->states[k]) memcpy(j->states[k] + whole, s[k], rest);
+    }
+    for (int64_t i = start; j->mask && i < end; i++)
+        if (!j->mask[i]) j->w[i] = 0;
 }
 
 /* One row; SGD and momentum only, which have no bias correction and one state at most. */
