@@ -2646,8 +2646,9 @@ static void pd__winograd_sizes(pd__winograd *j, const pd__kernels *kernels, cons
     j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
     j->blocks = pd__ceil_div(j->all_lines, j->lines);
     j->stride = pd__ceil_div(j->width, kernels->lanes) * kernels->lanes + 4;
-    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share. */
-    j->places = pd__ceil_div(j->lines * j->width + kernels->lanes + 2, kernels->nr) * kernels->nr + 16;
+    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share; and an odd multiple
+       of 16, so that the same places of many lines do not take each other's in the cache. */
+    j->places = pd__ceil_div(j->lines * j->width + kernels->lanes + 2 + 16, 32) * 32 - 16;
 }
 
 static void pd__winograd_run(pd_device *d, pd__winograd *j) {
