@@ -13934,9 +13934,11 @@ static void PD__K(pd__winograd_line)(const pd__winograd *j, bool gradient, const
         phase = space, gap = PD__LANES, step = 4;
         fourth = space + 4 * PD__LANES, fifth = fourth + PD__LANES;
     } else if (j->across == 1) {
-        memset(space, 0, (size_t)left * sizeof *space);
-        memset(space + left + length, 0, (size_t)(columns - left - length) * sizeof *space);
-        memcpy(space + left, from[0], (size_t)length * sizeof *space);
+        int64_t c = 0; /* zeros, the row, and zeros, which may run over to the phases; calls would take longer */
+        for (; c < left; c += PD__LANES) PD__STORE(space + c, PD__K(pd__all)(0));
+        for (c = 0; c + PD__LANES <= length; c += PD__LANES) PD__STORE(space + left + c, PD__LOAD(from[0] + c));
+        PD__K(pd__copy_few)(length - c, from[0] + c, space + left + c);
+        for (c = left + length; c < columns; c += PD__LANES) PD__STORE(space + c, PD__K(pd__all)(0));
         PD__K(pd__winograd_turn)(stride, 4, space, 4, phase, stride);
     } else {
         pd_real *last = phase + 4 * stride; /* fourth and fifth: images do not go on in the next one */
