@@ -1931,6 +1931,7 @@ typedef struct pd__gemm_job pd__gemm_job;
 typedef struct pd__winograd pd__winograd;
 typedef struct pd__update_job pd__update_job;
 typedef struct pd__channel_job pd__channel_job;
+typedef struct pd__layer_norm_job pd__layer_norm_job;
 typedef struct pd__response_job pd__response_job;
 typedef struct pd__pool_job pd__pool_job;
 
@@ -1971,9 +1972,14 @@ typedef struct pd__kernels {
     void (*moments_of)(const pd__channel_job *j, int64_t c);
     void (*batch_norm_map)(const pd__channel_job *j, int64_t m);
     void (*batch_norm_back)(const pd__channel_job *j, int64_t c);
+    void (*layer_norm_row)(const pd__layer_norm_job *j, int64_t r);
+    void (*layer_norm_back_row)(const pd__layer_norm_job *j, int64_t r);
+    void (*layer_norm_back_columns)(const pd__layer_norm_job *j, int64_t unit);
     void (*response_strip)(const pd__response_job *j, int64_t unit);
     void (*response_strip_back)(const pd__response_job *j, int64_t unit);
     void (*gru_row)(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before, pd_real *after);
+    void (*gru_back_row)(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
+                         const pd_real *dafter, pd_real *dbefore);
     void (*pool_pairs)(const pd__pool_job *j, int64_t map); /* NULL without vectors */
     void (*pool_map)(const pd__pool_job *j, int64_t map);
 } pd__kernels;
@@ -3024,7 +3030,7 @@ static void pd__cpu_cross_entropy(pd_device *d, int64_t rows, int64_t width, con
 static void pd__cpu_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
                                            const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
                                            const pd_real *dcost, bool fused, pd_real *dx) {
-    (void)d;
+    const pd__kernels *kernels = pd__cpu_kernels(d);
     PD__PARALLEL(d, rows * width * 2)
     for (int64_t r = 0; r < rows; r++) {
         const pd_real *row = p + r * width;
@@ -3034,7 +3040,7 @@ static void pd__cpu_cross_entropy_backward(pd_device *d, int64_t rows, int64_t w
             to[c] -= dcost[r] * (fused ? t : t / pd__at_least_tiny(row[c]));
             total += t;
         }
-        for (int64_t c = 0; fused && c < width; c++) to[c] += dcost[r] * total * row[c];
+        if (fused) kernels->muladd_line(width, dcost[r] * total, row, 1, NULL, 0, to, 1);
     }
 }
 
@@ -3126,71 +3132,51 @@ static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t c
     PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, kernels->response_strip_back(&j, unit));
 }
 
+struct pd__layer_norm_job {
+    int64_t rows, width;
+    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each row the mean and 1 / deviation */
+    double epsilon;
+    pd_real *moments, *y, *dx, *dweight, *dbias;
+};
+enum { PD__COLUMNS = 64 }; /* that layer norm's sums over rows are made of at a time */
+
 static void pd__cpu_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
                                const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
-    (void)d;
-    PD__PARALLEL(d, rows * width)
-    for (int64_t r = 0; r < rows; r++) {
-        const pd_real *row = x + r * width;
-        double mean = 0, variance = 0, inverse;
-        for (int64_t i = 0; i < width; i++) mean += (double)row[i];
-        mean /= (double)width;
-        for (int64_t i = 0; i < width; i++) variance += ((double)row[i] - mean) * ((double)row[i] - mean);
-        inverse = 1 / sqrt(variance / (double)width + epsilon);
-        moments[2 * r] = (pd_real)mean;
-        moments[2 * r + 1] = (pd_real)inverse;
-        for (int64_t i = 0; i < width; i++)
-            y[r * width + i] =
-                (pd_real)(((double)row[i] - mean) * inverse) * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
-    }
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__layer_norm_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.width = width, j.x = x, j.epsilon = epsilon, j.weight = weight, j.bias = bias;
+    j.moments = moments, j.y = y;
+    PD__TEAM(d, rows * width, r, rows, kernels->layer_norm_row(&j, r));
 }
 
 static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *x,
                                         const pd_real *moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
                                         pd_real *dweight, pd_real *dbias) {
-    (void)d;
-    PD__PARALLEL(d, dx ? rows * width : 0)
-    for (int64_t r = 0; r < (dx ? rows : 0); r++) {
-        double mean = (double)moments[2 * r], inverse = (double)moments[2 * r + 1], sum = 0, dot = 0;
-        for (int64_t i = r * width; i < (r + 1) * width; i++) {
-            double g = (double)dy[i] * (weight ? (double)weight[i - r * width] : 1);
-            sum += g;
-            dot += g * ((double)x[i] - mean) * inverse;
-        }
-        for (int64_t i = r * width; i < (r + 1) * width; i++) {
-            double g = (double)dy[i] * (weight ? (double)weight[i - r * width] : 1);
-            dx[i] += (pd_real)(inverse * (g - (sum + ((double)x[i] - mean) * inverse * dot) / (double)width));
-        }
-    }
-    PD__PARALLEL(d, dweight || dbias ? rows * width : 0)
-    for (int64_t i = 0; i < (dweight || dbias ? width : 0); i++) {
-        double sum = 0, dot = 0;
-        for (int64_t r = 0; r < rows; r++) {
-            sum += (double)dy[r * width + i];
-            dot += (double)dy[r * width + i] * ((double)x[r * width + i] - (double)moments[2 * r]) *
-                   (double)moments[2 * r + 1];
-        }
-        if (dweight) dweight[i] += (pd_real)dot;
-        if (dbias) dbias[i] += (pd_real)sum;
-    }
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__layer_norm_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.width = width, j.x = x, j.means = moments, j.weight = weight, j.dy = dy;
+    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
+    PD__TEAM(d, rows * width, r, dx ? rows : 0, kernels->layer_norm_back_row(&j, r));
+    PD__TEAM(d, rows * width, unit, dweight || dbias ? pd__ceil_div(width, PD__COLUMNS) : 0,
+             kernels->layer_norm_back_columns(&j, unit));
 }
 
 /* ---- sparse rows ---- */
 
+static void pd__sparse_row(const pd__kernels *kernels, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y,
+                           int64_t r) {
+    int64_t first = s->starts ? s->starts[r] : r, end = s->starts ? s->starts[r + 1] : r + 1;
+    for (int64_t k = first; k < end; k++)
+        kernels->muladd_line(width, s->values ? s->values[k] : 1, x + s->columns[k] * width, 1, NULL, 0, y + r * width,
+                             1);
+}
+
 static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
     int64_t entries = s->starts && s->rows > 0 ? s->starts[s->rows] - s->starts[0] : s->rows;
-    (void)d;
-    (void)entries; /* also only named by PD__PARALLEL */
-    PD__PARALLEL(d, entries * width)
-    for (int64_t r = 0; r < s->rows; r++) {
-        int64_t first = s->starts ? s->starts[r] : r, end = s->starts ? s->starts[r + 1] : r + 1;
-        pd_real *to = y + r * width;
-        for (int64_t k = first; k < end; k++) {
-            const pd_real *from = x + s->columns[k] * width;
-            pd_real value = s->values ? s->values[k] : 1;
-            for (int64_t i = 0; i < width; i++) to[i] += value * from[i];
-        }
-    }
+    PD__TEAM(d, entries * width, r, s->rows, pd__sparse_row(kernels, s, width, x, y, r));
 }
 
 /* ---- recurrent units ---- */
@@ -3205,23 +3191,11 @@ static void pd__cpu_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gate
 
 static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
                                  const pd_real *before, const pd_real *dafter, pd_real *dbefore) {
-    (void)d;
-    PD__PARALLEL(d, rows * width * 16)
-    for (int64_t r = 0; r < rows; r++) {
-        pd_real *z = gates + r * 3 * width, *reset = z + width, *c = reset + width;
-        pd_real *uz = recurrent + r * 3 * width, *ur = uz + width, *uc = ur + width;
-        for (int64_t i = 0; i < width; i++) {
-            pd_real dh = dafter[r * width + i], h = before ? before[r * width + i] : 0;
-            pd_real dz = dh * (h - c[i]) * z[i] * (1 - z[i]), dc = dh * (1 - z[i]) * (1 - c[i] * c[i]);
-            pd_real dr = dc * uc[i] * reset[i] * (1 - reset[i]);
-            if (dbefore) dbefore[r * width + i] += dh * z[i];
-            uz[i] = z[i] = dz;
-            ur[i] = dr;
-            uc[i] = dc * reset[i];
-            reset[i] = dr;
-            c[i] = dc;
-        }
-    }
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * width * 16, r, rows,
+             kernels->gru_back_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
+                                   before ? before + r * width : NULL, dafter + r * width,
+                                   dbefore ? dbefore + r * width : NULL));
 }
 
 /* ---- instruction sets: the heavy operations (>>kernels) are compiled for several, and chosen when a net is made ---- */
@@ -14730,22 +14704,30 @@ static void PD__K(pd__softmax_backward_row)(int64_t n, const pd_real *y, pd_real
 
 /* ---- normalisation ---- */
 
-static void PD__K(pd__moments_of)(const pd__channel_job *j, int64_t c) {
-    double n = (double)pd__max(j->rows * j->area, 1), sum = 0, tail = 0;
-    PD__W mean, squares = PD__K(pd__all_wide)(0);
-    for (int64_t r = 0; r < j->rows; r++) sum += PD__K(pd__dot)(j->area, j->x + (r * j->channels + c) * j->area, NULL);
-    mean = PD__K(pd__all_wide)(sum / n);
-    for (int64_t r = 0; r < j->rows; r++) {
-        const pd_real *x = j->x + (r * j->channels + c) * j->area;
-        int64_t i = 0;
-        for (; i + PD__WIDE_LANES <= j->area; i += PD__WIDE_LANES) {
-            PD__W v = PD__K(pd__load_wide)(x + i, PD__WIDE_LANES) - mean;
-            squares += v * v;
+/* Sum of (x[i] - mean)^2. */
+static double PD__K(pd__deviations)(int64_t n, const pd_real *x, double mean_) {
+    const PD__W mean = PD__K(pd__all_wide)(mean_);
+    PD__W sum[2] = { PD__K(pd__all_wide)(0), PD__K(pd__all_wide)(0) };
+    double tail = 0;
+    int64_t i = 0;
+    for (; i + 2 * PD__WIDE_LANES <= n; i += 2 * PD__WIDE_LANES) {
+        PD__UNROLL
+        for (int k = 0; k < 2; k++) {
+            PD__W v = PD__K(pd__load_wide)(x + i + k * PD__WIDE_LANES, PD__WIDE_LANES) - mean;
+            sum[k] += v * v;
         }
-        for (; i < j->area; i++) tail += ((double)x[i] - sum / n) * ((double)x[i] - sum / n);
     }
+    for (; i < n; i++) tail += ((double)x[i] - mean_) * ((double)x[i] - mean_);
+    return PD__K(pd__sum_lanes)(sum[0] + sum[1]) + tail;
+}
+
+static void PD__K(pd__moments_of)(const pd__channel_job *j, int64_t c) {
+    double n = (double)pd__max(j->rows * j->area, 1), sum = 0, squares = 0;
+    for (int64_t r = 0; r < j->rows; r++) sum += PD__K(pd__dot)(j->area, j->x + (r * j->channels + c) * j->area, NULL);
+    for (int64_t r = 0; r < j->rows; r++)
+        squares += PD__K(pd__deviations)(j->area, j->x + (r * j->channels + c) * j->area, sum / n);
     j->moment1[c] = (pd_real)(sum / n);
-    j->moment2[c] = (pd_real)((tail + PD__K(pd__sum_lanes)(squares)) / n);
+    j->moment2[c] = (pd_real)(squares / n);
 }
 
 static void PD__K(pd__batch_norm_map)(const pd__channel_job *j, int64_t m) {
@@ -14783,6 +14765,72 @@ static void PD__K(pd__batch_norm_back)(const pd__channel_job *j, int64_t c) {
             PD__W v = a * PD__K(pd__load_wide)(j->dy + at + i, left) + b * PD__K(pd__load_wide)(j->x + at + i, left);
             PD__K(pd__store_wide)(j->dx + at + i, PD__K(pd__load_wide)(j->dx + at + i, left) + v + shift, left);
         }
+    }
+}
+
+/* y = (x - mean) / deviation weight + bias of a row */
+static void PD__K(pd__layer_norm_row)(const pd__layer_norm_job *j, int64_t r) {
+    const int64_t width = j->width;
+    const pd_real *x = j->x + r * width;
+    const double mean = PD__K(pd__dot)(width, x, NULL) / (double)width;
+    const double inverse = 1 / sqrt(PD__K(pd__deviations)(width, x, mean) / (double)width + j->epsilon);
+    const PD__W one = PD__K(pd__all_wide)(1), zero = PD__K(pd__all_wide)(0);
+    j->moments[2 * r] = (pd_real)mean;
+    j->moments[2 * r + 1] = (pd_real)inverse;
+    for (int64_t i = 0; i < width; i += PD__WIDE_LANES) {
+        const int64_t left = width - i;
+        const PD__W v = (PD__K(pd__load_wide)(x + i, left) - PD__K(pd__all_wide)(mean)) * PD__K(pd__all_wide)(inverse);
+        const PD__W weight = j->weight ? PD__K(pd__load_wide)(j->weight + i, left) : one;
+        const PD__W bias = j->bias ? PD__K(pd__load_wide)(j->bias + i, left) : zero;
+        PD__K(pd__store_wide)(j->y + r * width + i, v * weight + bias, left);
+    }
+}
+
+/* With xhat = (x - mean) / deviation and g = dy weight: dx += (g - mean(g) - xhat mean(g xhat)) / deviation. */
+static void PD__K(pd__layer_norm_back_row)(const pd__layer_norm_job *j, int64_t r) {
+    const int64_t width = j->width;
+    const pd_real *x = j->x + r * width, *dy = j->dy + r * width;
+    const PD__W mean = PD__K(pd__all_wide)((double)j->means[2 * r]), one = PD__K(pd__all_wide)(1);
+    const PD__W inverse = PD__K(pd__all_wide)((double)j->means[2 * r + 1]);
+    PD__W sum = PD__K(pd__all_wide)(0), dot = sum;
+    for (int pass = 0; pass < 2; pass++) { /* the sums, and what is made of them */
+        for (int64_t i = 0; i < width; i += PD__WIDE_LANES) {
+            const int64_t left = width - i;
+            const PD__W xhat = (PD__K(pd__load_wide)(x + i, left) - mean) * inverse;
+            const PD__W weight = j->weight ? PD__K(pd__load_wide)(j->weight + i, left) : one;
+            const PD__W g = PD__K(pd__load_wide)(dy + i, left) * weight; /* 0 beyond the row */
+            pd_real *dx = j->dx + r * width + i;
+            if (pass == 0) sum += g, dot += g * xhat;
+            else PD__K(pd__store_wide)(dx, PD__K(pd__load_wide)(dx, left) + inverse * (g - sum - xhat * dot), left);
+        }
+        if (pass == 0) {
+            sum = PD__K(pd__all_wide)(PD__K(pd__sum_lanes)(sum) / (double)width);
+            dot = PD__K(pd__all_wide)(PD__K(pd__sum_lanes)(dot) / (double)width);
+        }
+    }
+}
+
+/* dweight += sum over rows of dy xhat, dbias += that of dy, in PD__COLUMNS columns */
+static void PD__K(pd__layer_norm_back_columns)(const pd__layer_norm_job *j, int64_t unit) {
+    enum { VECTORS = PD__COLUMNS / PD__WIDE_LANES };
+    const int64_t first = unit * PD__COLUMNS, count = pd__min(PD__COLUMNS, j->width - first);
+    PD__W sum[VECTORS], dot[VECTORS];
+    for (int k = 0; k < VECTORS; k++) sum[k] = dot[k] = PD__K(pd__all_wide)(0);
+    for (int64_t r = 0; r < j->rows; r++) {
+        const pd_real *x = j->x + r * j->width + first, *dy = j->dy + r * j->width + first;
+        const PD__W mean = PD__K(pd__all_wide)((double)j->means[2 * r]);
+        const PD__W inverse = PD__K(pd__all_wide)((double)j->means[2 * r + 1]);
+        for (int64_t k = 0, i = 0; i < count; k++, i += PD__WIDE_LANES) {
+            const PD__W g = PD__K(pd__load_wide)(dy + i, count - i);
+            sum[k] += g;
+            dot[k] += g * ((PD__K(pd__load_wide)(x + i, count - i) - mean) * inverse);
+        }
+    }
+    for (int64_t k = 0, i = 0; i < count; k++, i += PD__WIDE_LANES) {
+        const int64_t at = first + i, left = count - i;
+        if (j->dweight)
+            PD__K(pd__store_wide)(j->dweight + at, PD__K(pd__load_wide)(j->dweight + at, left) + dot[k], left);
+        if (j->dbias) PD__K(pd__store_wide)(j->dbias + at, PD__K(pd__load_wide)(j->dbias + at, left) + sum[k], left);
     }
 }
 
@@ -14852,6 +14900,27 @@ static void PD__K(pd__gru_row)(int64_t width, pd_real *gates, const pd_real *rec
         PD__K(pd__store)(gates + width + i, r, left);
         PD__K(pd__store)(gates + 2 * width + i, c, left);
         PD__K(pd__store)(after + i, h, left);
+    }
+}
+
+static void PD__K(pd__gru_back_row)(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
+                                    const pd_real *dafter, pd_real *dbefore) {
+    const PD__V one = PD__K(pd__all)(1), zero = PD__K(pd__all)(0);
+    for (int64_t i = 0; i < width; i += PD__LANES) {
+        const int64_t left = width - i;
+        pd_real *gate = gates + i, *sum = recurrent + i;
+        const PD__V z = PD__K(pd__load)(gate, left), r = PD__K(pd__load)(gate + width, left);
+        const PD__V c = PD__K(pd__load)(gate + 2 * width, left), uc = PD__K(pd__load)(sum + 2 * width, left);
+        const PD__V dh = PD__K(pd__load)(dafter + i, left), h = before ? PD__K(pd__load)(before + i, left) : zero;
+        const PD__V dz = dh * (h - c) * z * (one - z), dc = dh * (one - z) * (one - c * c);
+        const PD__V dr = dc * uc * r * (one - r);
+        if (dbefore) PD__K(pd__store)(dbefore + i, PD__FMA(dh, z, PD__K(pd__load)(dbefore + i, left)), left);
+        PD__K(pd__store)(gate, dz, left);
+        PD__K(pd__store)(gate + width, dr, left);
+        PD__K(pd__store)(gate + 2 * width, dc, left);
+        PD__K(pd__store)(sum, dz, left);
+        PD__K(pd__store)(sum + width, dr, left);
+        PD__K(pd__store)(sum + 2 * width, dc * r, left);
     }
 }
 
@@ -14994,9 +15063,13 @@ static const pd__kernels PD__K(pd__kernels) = {
     PD__K(pd__moments_of),
     PD__K(pd__batch_norm_map),
     PD__K(pd__batch_norm_back),
+    PD__K(pd__layer_norm_row),
+    PD__K(pd__layer_norm_back_row),
+    PD__K(pd__layer_norm_back_columns),
     PD__K(pd__response_strip),
     PD__K(pd__response_strip_back),
     PD__K(pd__gru_row),
+    PD__K(pd__gru_back_row),
 #if PD__LANES > 1
     PD__K(pd__pool_pairs),
 #else
