@@ -13860,17 +13860,19 @@ static PD__INLINE void PD__K(pd__winograd_filter_sum)(const PD__V *m, PD__V *to)
 #undef PD__A_SCALE
 #undef PD__B_SCALE
 
-/* A small transpose: of multiples of 4 rows and columns, or of one column. */
+/* A small transpose. Of whole squares it is done here: the call would take as long. */
 static PD__INLINE void PD__K(pd__winograd_turn)(int64_t rows, int64_t columns, const pd_real *from, int64_t ld,
                                                 pd_real *to, int64_t ldto) {
 #if PD__BYTES > 0
     enum { SIDE = 16 / PD__REAL_BYTES };
-    for (int64_t r = 0; r < rows; r += SIDE)
-        for (int64_t c = 0; c < columns; c += SIDE)
-            PD__K(pd__transpose_square)(from + r * ld + c, ld, to + c * ldto + r, ldto);
-#else
-    PD__K(pd__transpose)(rows, columns, from, ld, to, ldto);
+    if (rows % SIDE == 0 && columns % SIDE == 0) {
+        for (int64_t r = 0; r < rows; r += SIDE)
+            for (int64_t c = 0; c < columns; c += SIDE)
+                PD__K(pd__transpose_square)(from + r * ld + c, ld, to + c * ldto + r, ldto);
+        return;
+    }
 #endif
+    PD__K(pd__transpose)(rows, columns, from, ld, to, ldto);
 }
 
 /* What row r of a line's tiles reads of a channel, from column -left on, transformed for all of them:
@@ -13902,7 +13904,7 @@ static void PD__K(pd__winograd_line)(const pd__winograd *j, bool gradient, const
         const int64_t lanes = pd__min(PD__LANES, j->rows - at->image[0]);
         memset(space, 0, (size_t)((columns + 2) * PD__LANES) * sizeof *space);
         for (int64_t l = 0; l < lanes; l += 4) /* few at a time: they may take each other's places in the cache */
-            PD__K(pd__transpose)
+            PD__K(pd__winograd_turn)
         (pd__min(4, lanes - l), pd__min(wide, columns + 2 - left), from[0] + l * next, next,
          space + left * PD__LANES + l, PD__LANES);
         phase = space, gap = PD__LANES, step = 4;
@@ -14044,7 +14046,7 @@ static void PD__K(pd__winograd_put_lanes)(const pd__winograd *j, bool early, int
     const int64_t next = early ? pd__winograd_out(j) : count;
     pd_real *line = early ? y : space + count * PD__LANES;
     for (int64_t l = 0; l < lanes; l += 4) /* as above */
-        PD__K(pd__transpose)(count, pd__min(4, lanes - l), space + l, PD__LANES, line + l * next, next);
+        PD__K(pd__winograd_turn)(count, pd__min(4, lanes - l), space + l, PD__LANES, line + l * next, next);
     for (int64_t l = 0; l < lanes && !early; l++, y += pd__winograd_out(j), line += count) {
         if (j->beta != 0) PD__K(pd__winograd_add)(j->beta, y, count, count, line);
         if (j->after) PD__K(pd__finish)(j->after, true, channel, 1, count, line, 0);
