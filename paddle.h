@@ -1980,7 +1980,7 @@ typedef struct pd__kernels {
     void (*gru_row)(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before, pd_real *after);
     void (*gru_back_row)(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
                          const pd_real *dafter, pd_real *dbefore);
-    void (*pool_pairs)(const pd__pool_job *j, int64_t map); /* NULL without vectors */
+    void (*pool_pairs)(const pd__pool_job *j, int64_t map, int64_t maps); /* NULL without vectors */
     void (*pool_map)(const pd__pool_job *j, int64_t map);
 } pd__kernels;
 
@@ -2958,8 +2958,10 @@ static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x,
     if (kernels->lanes > 1 && s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 &&
         s->in_h == 2 * s->out_h && s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 &&
         (s->in_w % kernels->lanes == 0 || (2 * s->in_w == kernels->lanes && s->out_h % 2 == 0))) {
-        PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w / 2, map, s->rows * s->channels,
-                 kernels->pool_pairs(&j, map));
+        const int64_t maps = s->rows * s->channels, area = s->in_h * s->in_w;
+        const int64_t together = pd__max(1, PD__PIECE / pd__max(1, area));
+        PD__TEAM_STEPS(d, maps * area / 2, map, maps, together,
+                       kernels->pool_pairs(&j, map, pd__min(together, maps - map)));
         return;
     }
     if (!pd__pool_space(d, &j)) return;
@@ -15013,10 +15015,10 @@ static void PD__K(pd__pool_map)(const pd__pool_job *j, int64_t map) {
 #if PD__LANES > 1
 /* Windows of 2 x 2 that cover an image whose rows are whole vectors, or halves of them: two vectors of columns, of this
    row of windows or of this and the next ones, give one of the output. */
-static void PD__K(pd__pool_pairs)(const pd__pool_job *j, int64_t map) {
+static void PD__K(pd__pool_pairs)(const pd__pool_job *j, int64_t map, int64_t maps) {
     const pd_pool_shape *s = j->s;
     const bool largest = s->method == PD_MAX, halves = s->in_w < PD__LANES;
-    const int64_t count = s->out_h * s->in_w / PD__LANES;
+    const int64_t count = maps * s->out_h * s->in_w / PD__LANES; /* one image follows the other, row by row */
     const pd__window whole = { 0, 2, 0, 2 };
     const PD__V factor = PD__K(pd__all)(pd__pool_factor(s, &whole));
     const pd_real *x = j->x + map * s->in_h * s->in_w;
