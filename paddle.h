@@ -1378,7 +1378,7 @@ typedef struct pd_trainer_opts {
 } pd_trainer_opts;
 
 /* A trainer of everything `cost` (width 1) depends on. Free before the net. NULL, with the message in the net, if the
-   net has failed or an option is wrong. */
+   net has failed or an option is wrong; a net that had not failed can be used as before then. */
 PD_API pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer optimizer, const pd_trainer_opts *opts);
 PD_API void pd_trainer_free(pd_trainer *trainer);
 
@@ -3462,8 +3462,10 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     simd = pd__choose_simd(o->simd, &asked);
     if (simd == PD_SIMD_COUNT) {
         simd = pd__best_simd();
-        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: the instruction set is %.50s, expected at most %s here", asked,
-                       pd__levels[simd].name);
+        pd__fail_build(
+            net, PD_E_ARGUMENT,
+            "pd_net_new: the instruction set is %.50s, expected best, scalar, baseline, avx2 or avx512, at most %s here",
+            asked, pd__levels[simd].name);
     }
     if (!net->device || !net->device->host_memory) {
         net->cpu = pd__cpu_new(&net->allocator, o->threads, simd);
@@ -11163,16 +11165,15 @@ static pd_status pd__check_trainer(pd_net *net, pd_layer *cost, const pd_optimiz
                                    const pd_trainer_opts *o) {
     const char *fault = pd__optimizer_fault(optimizer);
     if (!fault) fault = pd__trainer_fault(o);
-    if (fault) return pd__fail_build(net, PD_E_ARGUMENT, "pd_trainer_new: %s", fault);
+    if (fault) return pd__fail(net, PD_E_ARGUMENT, "pd_trainer_new: %s", fault);
     if (!cost || cost->net != net)
-        return pd__fail_build(net, PD_E_ARGUMENT, "pd_trainer_new: the cost is %s", cost ? "another net's" : "NULL");
-    if (net->origin) return pd__fail_build(net, PD_E_STATE, "pd_trainer_new: a shared net can't be trained");
-    if (net->frozen) return pd__fail_build(net, PD_E_STATE, "pd_trainer_new: the net was frozen by pd_freeze");
+        return pd__fail(net, PD_E_ARGUMENT, "pd_trainer_new: the cost is %s", cost ? "another net's" : "NULL");
+    if (net->origin) return pd__fail(net, PD_E_STATE, "pd_trainer_new: a shared net can't be trained");
+    if (net->frozen) return pd__fail(net, PD_E_STATE, "pd_trainer_new: the net was frozen by pd_freeze");
     if (cost->is_ids || cost->out.width != 1)
-        return pd__fail_build(net, PD_E_SHAPE, "%.100s: a cost has one number per row, this is %s", cost->name,
-                              pd_shape_text(cost, cost->shape));
-    if (!cost->wants_grad)
-        return pd__fail_build(net, PD_E_STATE, "%.100s: nothing that it depends on learns", cost->name);
+        return pd__fail(net, PD_E_SHAPE, "%.100s: a cost has one number per row, this is %s", cost->name,
+                        pd_shape_text(cost, cost->shape));
+    if (!cost->wants_grad) return pd__fail(net, PD_E_STATE, "%.100s: nothing that it depends on learns", cost->name);
     return PD_OK;
 }
 

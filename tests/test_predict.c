@@ -291,8 +291,11 @@ static void test_misuse(void **state) {
     assert_int_equal(pd_load(net, "build/tmp/no-such-file", NULL), PD_E_STATE);
     got = predict(net, batch, false);
     assert_memory_equal(got, want, 2 * 7 * sizeof *got);
+    free(got);
     assert_null(pd_trainer_new(net, cost, pd_sgd(0.1), NULL));
     assert_string_equal(pd_error(net), "pd_trainer_new: the net was frozen by pd_freeze");
+    got = predict(net, batch, false); /* which does not hurt the net */
+    assert_memory_equal(got, want, 2 * 7 * sizeof *got);
     free(want);
     free(got);
     pd_batch_free(batch);
