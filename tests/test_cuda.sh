@@ -18,9 +18,9 @@ fail() {
 
 # compiles NUMBER: one call for all of these GPUs
 compiles() {
-    define= gpus=
+    archs='75 80 86 89 90' define= gpus=
     [ "$1" = float ] || define=-DPADDLE_DOUBLE
-    for arch in 75 80 86 89 90; do
+    for arch in $archs; do
         gpus="$gpus -gencode arch=compute_$arch,code=sm_$arch"
     done
     if ! "$nvcc" -std=c++17 -O2 $gpus $define -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v \
@@ -29,7 +29,7 @@ compiles() {
         tail -n 20 $out/nvcc.$1.log
         return
     fi
-    for arch in 75 80 86 89 90; do # ptxas says first which function, and for which GPU, and later what it spills
+    for arch in $archs; do # ptxas says first which function, and for which GPU, and later what it spills
         if ! spills=$(awk -v gpu="'sm_$arch'" '
             /Compiling entry function/ { here = $NF == gpu }
             here && /bytes spill/ { all++; if ($0 !~ / 0 bytes spill stores/) spilling++ }
