@@ -1432,7 +1432,8 @@ PD_API pd_status pd_graphviz(pd_net *net, const char *path);
 /* ======================================================================================================== */
 /* >>files                                                                                                  */
 
-/* Parameters and buffers as a .safetensors file, replaced atomically: the old or the new file survives a crash. */
+/* Parameters and buffers as a .safetensors file, replaced atomically: the old or the new file survives a crash. What a
+   net learned before a builder failed can be saved still. */
 PD_API pd_status pd_save(pd_net *net, const char *path);
 
 typedef struct pd_load_map {
@@ -3437,6 +3438,9 @@ static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; 
 static pd_status pd__settle(pd_net *net, const pd_trainer *besides);
 
 static bool pd__check_net(pd_net *net) { return net && !net->broken; }
+
+/* The same for saving: what was learned before a builder failed is not lost. */
+static bool pd__check_learned(pd_net *net) { return net && (!net->broken || pd__owner(net)->step > 0); }
 
 PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     static const pd_net_opts defaults = PD__ZERO;
@@ -12946,7 +12950,7 @@ static pd_status pd__save_items(const pd__items *items, const char *path, const 
 PD_DEF pd_status pd_save(pd_net *net, const char *path) {
     pd__items items = PD__ZERO;
     pd_status status;
-    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!pd__check_learned(net)) return pd_error_status(net);
     if (!path) return pd__fail(net, PD_E_ARGUMENT, "pd_save: no path");
     status = pd__settle(net, NULL);
     if (status != PD_OK) return status;
@@ -12998,7 +13002,7 @@ PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
     pd__items items = PD__ZERO;
     pd_status status = PD_OK;
     if (!trainer) return PD_E_ARGUMENT;
-    if (!pd__check_net(trainer->net)) return pd_error_status(trainer->net);
+    if (!pd__check_learned(trainer->net)) return pd_error_status(trainer->net);
     if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_save: no path");
     if (trainer->ranks > 1)
         return pd__fail(

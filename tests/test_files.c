@@ -1348,6 +1348,29 @@ static void test_broken_net(void **state) {
     pd_net_free(net);
 }
 
+/* But what was learned before is saved, and is the same in another net. */
+static void test_broken_later(void **state) {
+    training t = new_training(1, pd_momentum(0.1, 0.9), NULL, NULL), other = new_training(2, pd_sgd(1), NULL, NULL);
+    pd_real learned[24], loaded[24];
+    (void)state;
+    assert_int_equal(train(&t, 0), PD_OK);
+    get(t.net, "hidden.weight", learned);
+    assert_null(pd_fc(t.net, pd_vector(t.net, "x2", 3), 0, NULL));
+    assert_int_equal(train(&t, 0), PD_E_ARGUMENT); /* nothing runs any more */
+    assert_int_equal(pd_save(t.net, path), PD_OK);
+    assert_int_equal(pd_load(other.net, path, NULL), PD_OK);
+    get(other.net, "hidden.weight", loaded);
+    assert_memory_equal(loaded, learned, sizeof learned);
+    assert_int_equal(pd_checkpoint_save(t.trainer, path), PD_OK);
+    free_training(&other);
+    other = new_training(3, pd_momentum(0.1, 0.9), NULL, NULL);
+    if (pd_checkpoint_load(other.trainer, path) != PD_OK) fail_msg("%s", pd_error(other.net));
+    get(other.net, "hidden.weight", loaded);
+    assert_memory_equal(loaded, learned, sizeof learned);
+    free_training(&other);
+    free_training(&t);
+}
+
 /* ---- TensorBoard ---- */
 
 /* The only file in `where`: its bytes. */
@@ -1481,6 +1504,7 @@ int main(void) {
         TEST(test_log),
         TEST(test_bad_names),
         TEST(test_broken_net),
+        TEST(test_broken_later),
         TEST(test_events),
         TEST(test_events_failures),
     };
