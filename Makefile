@@ -115,7 +115,8 @@ setup:
 
 setup-portability:
 	@tests/setup gcc g++ clang tcc musl-tools gcc-mingw-w64-x86-64 'wine64|wine' gcc-aarch64-linux-gnu \
-	    libc6-dev-arm64-cross 'qemu-user-static|qemu-user' lld wasi-libc 'libclang-rt-dev-wasm32|' nodejs
+	    libc6-dev-arm64-cross 'qemu-user-static|qemu-user' lld wasi-libc 'libclang-rt-dev-wasm32|' nodejs \
+	    bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso busybox-static cpio
 
 # In steps, so that compiling is parallel and goes on after a failure; tests/run counts what is missing then.
 TESTS = @$(MAKE) --no-print-directory -f tests/Makefile CC='$(CC)' OPENMP='$(OPENMP)'
