@@ -13546,12 +13546,29 @@ static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
 /* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
    Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
 
+/* One step of k: mr numbers of A times nv vectors of B. */
+static PD__INLINE void PD__K(pd__tile_step)(const int mr, const int nv, const pd_real *a, const pd_real *b,
+                                            PD__V sum[PD__MR][PD__NV]) {
+    PD__V right[PD__NV];
+    PD__UNROLL
+    for (int j = 0; j < nv; j++) right[j] = PD__LOAD(b + j * PD__LANES);
+    PD__UNROLL
+    for (int i = 0; i < mr; i++) {
+        PD__V left = PD__K(pd__all)(a[i]);
+        PD__UNROLL
+        for (int j = 0; j < nv; j++) sum[i][j] = PD__FMA(left, right[j], sum[i][j]);
+    }
+}
+
 /* mr rows x nv vectors of C, alpha A B + beta C (beta 0: C is not read): a (k x mr, lda apart), b (k x nv vectors, ldb
    apart). `ahead`: what lies so many numbers further is fetched with each line of a. */
 static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k, pd_real alpha, const pd_real *a,
-                                          int64_t lda, int64_t ahead, const pd_real *b, int64_t ldb, pd_real beta,
+                                          const int64_t lda, int64_t ahead, const pd_real *b, int64_t ldb, pd_real beta,
                                           pd_real *c, int64_t ldc) {
-    PD__V sum[PD__MR][PD__NV], right[PD__NV];
+    /* Two steps at a time of the usual tile, where lda is known: a tenth fewer instructions, which counts where two
+       threads share a core. */
+    const int steps = PD__MR <= 6 && mr == PD__MR && nv == PD__NV ? 2 : 1;
+    PD__V sum[PD__MR][PD__NV];
     PD__UNROLL
     for (int i = 0; i < mr; i++) {
         PD__UNROLL
@@ -13559,16 +13576,14 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
         PD__PREFETCH(c + i * ldc); /* a line that holds its first number, and one that holds its last */
         PD__PREFETCH(c + i * ldc + nv * PD__LANES - 1);
     }
-    for (int64_t p = 0; p < k; p++, a += lda, b += ldb) {
+    if (k % steps) {
+        PD__K(pd__tile_step)(mr, nv, a, b, sum);
+        a += lda, b += ldb;
+    }
+    for (k /= steps; k > 0; k--, a += steps * lda, b += steps * ldb) {
         PD__PREFETCH(a + ahead);
         PD__UNROLL
-        for (int j = 0; j < nv; j++) right[j] = PD__LOAD(b + j * PD__LANES);
-        PD__UNROLL
-        for (int i = 0; i < mr; i++) {
-            PD__V left = PD__K(pd__all)(a[i]);
-            PD__UNROLL
-            for (int j = 0; j < nv; j++) sum[i][j] = PD__FMA(left, right[j], sum[i][j]);
-        }
+        for (int p = 0; p < steps; p++) PD__K(pd__tile_step)(mr, nv, a + p * lda, b + p * ldb, sum);
     }
     PD__FORGET(c); /* else pointers to all rows are kept, and registers of the sums are taken for them */
     PD__UNROLL
@@ -13585,10 +13600,11 @@ static PD__INLINE void PD__K(pd__tile_of)(const int mr, const int nv, int64_t k,
 /* The same for 1 or NV vectors and as many rows as there are cases. */
 static void PD__K(pd__tile_rows)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t lda, int64_t ahead,
                                  const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
+#define PD__LDA(n) (PD__MR > 6 ? lda : n) /* see pd__tile */
 #define PD__ROWS(n)                                                                                                    \
     case n:                                                                                                            \
-        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);        \
-        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, lda, ahead, b, ldb, beta, c, ldc);           \
+        if (nv == 1) PD__K(pd__tile_of)(n <= PD__MR ? n : 1, 1, k, alpha, a, PD__LDA(n), ahead, b, ldb, beta, c, ldc); \
+        else PD__K(pd__tile_of)(n <= PD__MR ? n : 1, PD__NV, k, alpha, a, PD__LDA(n), ahead, b, ldb, beta, c, ldc);    \
         break;
     switch (mr) {
         PD__ROWS(1)
@@ -13604,6 +13620,7 @@ static void PD__K(pd__tile_rows)(int mr, int nv, int64_t k, pd_real alpha, const
 #endif
     }
 #undef PD__ROWS
+#undef PD__LDA
 }
 
 /* And for 1 to MR rows; of many, those beyond a multiple of four go by themselves: less to compile. */
