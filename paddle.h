@@ -1678,13 +1678,12 @@ static void *pd__default_alloc(void *user, size_t size, size_t align) {
     /* Pages of 2 MB, where Linux gives them to those who ask: reading weights once, as a batch of one does, is bound by
        memory, and misses fewer addresses. */
     const size_t page = (size_t)1 << 21;
-    bool large = size >= 2 * page;
-    if (posix_memalign(&memory, large ? page : align, size) != 0) return NULL;
-    if (large) madvise(memory, size, MADV_HUGEPAGE);
-    return memory;
-#else
-    return posix_memalign(&memory, align, size) == 0 ? memory : NULL;
+    if (size >= 2 * page && posix_memalign(&memory, page, size) == 0) {
+        madvise(memory, size, MADV_HUGEPAGE);
+        return memory;
+    }
 #endif
+    return posix_memalign(&memory, align, size) == 0 ? memory : NULL;
 #else
     char *raw = (char *)malloc(size + align + sizeof(void *)), *memory;
     if (!raw) return NULL;
