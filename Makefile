@@ -1,6 +1,8 @@
 # make               build the examples into build/
 # make run           train on real handwritten digits and predict some: needs a C compiler and make, nothing else
-# make setup test    install what the tests use (Debian, Ubuntu), then run them all
+# make setup test    install what the tests use (Debian, Ubuntu), then run them: 10 minutes or less on 2 cores
+# make test-all      the same tests and all that takes longer: README.md says what
+# make try TEST=test_sequences CASE=gru   from an edit of paddle.h to these results in half a minute; BUILD=double, asan, ..
 # make fuzz          FUZZ_RUNS (a million) hostile inputs for everything that reads files
 # make seams         two nets on the CPU, a GPU's stand-in and 1 to 3 ranks of mpiexec: the same results, in a table
 # make gpu-check     the GPU's tests on a real one, with a report in bench/results; without one it only says so
@@ -120,16 +122,21 @@ setup-portability:
 
 # In steps, so that compiling is parallel and goes on after a failure; tests/run counts what is missing then.
 TESTS = @$(MAKE) --no-print-directory -f tests/Makefile CC='$(CC)' OPENMP='$(OPENMP)'
-test: build/paddle.c
+test test-all:
 	$(TESTS) snippets
-	$(TESTS) -Otarget -k -j$(JOBS) programs || echo 'some tests did not build'
-	$(TESTS) run
+	$(TESTS) ALL=$(ALL) -Otarget -k -j$(JOBS) programs || echo 'some tests did not build'
+	$(TESTS) ALL=$(ALL) run
+test-all: ALL = 1
 
-fuzz: build/paddle.c
+try:
+	$(TESTS) -Otarget try
+
+fuzz:
 	$(TESTS) -k fuzz
 
 # KIND=asan or tsan: under sanitizers.
 seams:
+	$(TESTS) -Otarget -j$(JOBS) seams KIND=$(or $(KIND),plain)
 	@tests/seams/run $(KIND)
 
 gpu-check:
@@ -145,5 +152,5 @@ clean:
 	rm -rf build
 
 always:
-.PHONY: all run bench bench-peers bench-report setup-bench lib install setup setup-portability test fuzz seams gpu-check portability format clean always
+.PHONY: all run bench bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-/* For tests: random numbers, comparison, and an allocator that fails. Included after paddle.h and cmocka.h. */
+/* For tests: random numbers, comparison, an allocator that fails, and running them. Included after paddle.h and cmocka.h. */
 #ifndef PADDLE_TESTS_SUPPORT_H
 #define PADDLE_TESTS_SUPPORT_H
 
@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -53,6 +54,74 @@ static inline void failing_free(void *user, void *memory, size_t size) {
     (void)size;
     __sync_fetch_and_sub(&((failing_allocator *)user)->in_use, 1);
     free(memory);
+}
+
+/* ---- how much: ROUNDS in the environment is percent of the usual; tests/run sets it ---- */
+
+static inline int64_t percent(void) {
+    const char *text = getenv("ROUNDS");
+    return text ? atoi(text) : 100;
+}
+
+/* In loops over random cases: how many. Below 100 percent as many as usual, of which chosen() leaves some out. */
+static inline int rounds(int usual) { return percent() > 100 ? (int)(usual * percent() / 100) : usual; }
+
+/* In loops over cases that take long: is this one among those to do? They are spread evenly over all that ask, so a loop
+   that asks less often than 100 / ROUNDS times may find none. */
+static inline bool chosen(void) {
+    static int64_t sum = 99; /* the first is */
+    sum += percent() < 100 ? percent() : 100;
+    if (sum < 100) return false;
+    sum -= 100;
+    return true;
+}
+
+/* ---- running: says of each test how long it took. Parts of names, with blanks between, may be in the environment: CASE
+   of the tests to run, LEAVE_OUT of those not to run ---- */
+
+static inline double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static void timed_test(void **state) {
+    const struct CMUnitTest *test = (const struct CMUnitTest *)*state;
+    double begin = seconds();
+    *state = test->initial_state;
+    test->test_func(state);
+    print_message("[   TIME   ] %8.3f s %s\n", seconds() - begin, test->name);
+}
+
+static inline bool has_part(const char *name, const char *parts) {
+    char part[64];
+    int length;
+    for (; sscanf(parts, "%63s%n", part, &length) == 1; parts += length)
+        if (strstr(name, part)) return true;
+    return false;
+}
+
+#define run_group(tests, setup, teardown) run_timed(#tests, tests, COUNT(tests), setup, teardown)
+static inline int run_timed(const char *group, const struct CMUnitTest *tests, int count, CMFixtureFunction setup,
+                            CMFixtureFunction teardown) {
+    const char *wanted = getenv("CASE"), *unwanted = getenv("LEAVE_OUT");
+    struct CMUnitTest *timed = (struct CMUnitTest *)malloc((size_t)count * sizeof *timed);
+    int n = 0, failed = 1;
+    for (int i = 0; i < count; i++) {
+        if ((wanted && !has_part(tests[i].name, wanted)) || (unwanted && has_part(tests[i].name, unwanted))) continue;
+        timed[n] = tests[i];
+        timed[n].test_func = timed_test;
+        timed[n++].initial_state = (void *)(uintptr_t)&tests[i];
+    }
+    if (n > 0) {
+        failed = _cmocka_run_group_tests(group, timed, (size_t)n, setup, teardown);
+    } else {
+        printf("no test is left by CASE and LEAVE_OUT; there are:");
+        for (int i = 0; i < count; i++) printf(" %s", tests[i].name);
+        printf("\n");
+    }
+    free(timed);
+    return failed;
 }
 
 #endif

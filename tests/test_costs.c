@@ -638,5 +638,5 @@ int main(void) {
         cmocka_unit_test(test_misuse),           cmocka_unit_test(test_wrong_batches),
         cmocka_unit_test(test_lack_of_memory)
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_group(tests, NULL, NULL);
 }

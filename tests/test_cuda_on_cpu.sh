@@ -4,7 +4,7 @@
 tools=tests/cuda_on_cpu
 tests/cuda_on_cpu/headers >/dev/null || { echo 'skipped: no CUDA headers; tests/cuda_on_cpu/setup gets them'; exit 77; }
 ulimit -c 0 # many cases end by abort
-passed=0 failed=0
+. tests/script.sh
 out=build/cuda_on_cpu
 export TSAN_OPTIONS="${TSAN_OPTIONS:+$TSAN_OPTIONS:}atexit_sleep_ms=0" # by default it sleeps a second
 
@@ -12,33 +12,33 @@ pass() { passed=$((passed + 1)); }
 fail() {
     failed=$((failed + 1))
     echo "FAILED $*"
-    tail -n 30 "$out/log"
+    tail -n 30 "$log"
 }
 
-# planted KIND CASE right|wrong: the output in $out/log
+# planted KIND CASE right|wrong: the output in $log
 planted() {
     devices=1 randomly=
     case $2 in peer*) devices=2 ;; esac
     [ "$1" != tsan ] || ! setarch "$(uname -m)" -R true 2>/dev/null || randomly="setarch $(uname -m) -R"
-    CUDA_ON_CPU_DEVICES=$devices timeout 120 $randomly "$out/$1/planted" "$2" "$3" >"$out/log" 2>&1
+    CUDA_ON_CPU_DEVICES=$devices timeout 120 $randomly "$out/$1/planted" "$2" "$3" >"$log" 2>&1
 }
 
 expect_right() {
-    if planted "$1" "$2" right && ! grep -qE 'Sanitizer|runtime error' "$out/log"; then pass; else fail "$1 $2 without the bug"; fi
+    if planted "$1" "$2" right && ! grep -qE 'Sanitizer|runtime error' "$log"; then pass; else fail "$1 $2 without the bug"; fi
 }
 
 # expect_wrong KIND CASE PATTERN: it fails and says so
 expect_wrong() {
     [ -n "$3" ] || return
     if planted "$1" "$2" wrong; then fail "$1 $2: the bug is not found"
-    elif grep -qE "$3" "$out/log"; then pass
+    elif grep -qE "$3" "$log"; then pass
     else fail "$1 $2: found, but without \"$3\""
     fi
 }
 
 # case_ CASE PLAIN ASAN TSAN: what the bug shows in each build; - for nothing
 case_() {
-    name=$1
+    name=$1 begin=$(date +%s%N)
     for kind in plain asan tsan; do
         expect_right $kind "$name"
         shift
@@ -49,6 +49,7 @@ case_() {
     CUDA_ON_CPU_ORDER=random
     for CUDA_ON_CPU_SEED in 2 3 4 5; do expect_right plain "$name"; done
     unset CUDA_ON_CPU_ORDER CUDA_ON_CPU_SEED
+    took "$begin" "$name"
 }
 
 # What depends on which stream gets ahead: some of 20 seeds must show it in the plain build.
@@ -61,12 +62,6 @@ some_seed() {
 }
 
 line() { echo "planted\\.cu:$(grep -n "HERE $1" $tools/planted.cu | cut -d: -f1)"; }
-
-for kind in plain asan tsan; do
-    $tools/build $kind $out/$kind/planted $tools/planted.cu && continue
-    echo "$passed passed, $((failed + 1)) failed"
-    exit 1
-done
 
 wrong='wrong result'
 race='WARNING: ThreadSanitizer: data race'
@@ -114,5 +109,4 @@ bounds='gemm: A of 2x3, leading dimension 3, .*32 bytes do not fit at byte 0 of 
 case_ gemm_bounds "$bounds" "$bounds" "$bounds"
 for name in functions gemms interface peer_threads; do case_ $name - - -; done
 
-echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+finish

@@ -266,5 +266,5 @@ int main(void) {
         cmocka_unit_test(test_steady_state), cmocka_unit_test(test_no_memory),
     };
     make_data();
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_group(tests, NULL, NULL);
 }

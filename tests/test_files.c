@@ -1,17 +1,21 @@
 /* Saving and loading: .safetensors files, checkpoints, TensorBoard event files. */
 #define _GNU_SOURCE
-#define PADDLE_IMPLEMENTATION
 #include "../paddle.h"
 
+#include <dirent.h>
+#include <errno.h>
+#include <float.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/wait.h>
-#include <dirent.h>
-
+#include <unistd.h>
 #include <cmocka.h>
 
+#include "inside.h"
 #include "support.h"
 
 /* ---- a directory of our own, and files in it ---- */
@@ -50,6 +54,23 @@ static int remove_directory(void **state) {
     (void)state;
     list_directory(directory, true);
     return rmdir(directory);
+}
+
+static uint64_t little_endian(const unsigned char *bytes, int size) {
+    uint64_t value = 0;
+    while (size > 0) value = value << 8 | bytes[--size];
+    return value;
+}
+
+/* What TensorBoard puts behind the parts of a record: a CRC-32C (RFC 3720), bit by bit, turned and added to. */
+static uint32_t masked_crc(const unsigned char *bytes, size_t n) {
+    uint32_t crc = ~(uint32_t)0;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= bytes[i];
+        for (int k = 0; k < 8; k++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
+    }
+    crc = ~crc;
+    return (crc >> 15 | crc << 17) + 0xa282ead8u;
 }
 
 static void write_bytes(const char *name, const void *bytes, size_t n) {
@@ -150,7 +171,7 @@ static void test_round_trip(void **state) {
     assert_int_equal(pd_save(other, path), PD_OK);
     assert_int_equal(read_bytes(path, again, sizeof again), n);
     assert_memory_equal(bytes, again, n);
-    assert_int_equal(pd__load_le(bytes, 8) % 8, 0);
+    assert_int_equal(little_endian(bytes, 8) % 8, 0);
     assert_int_equal(list_directory(directory, false), 1); /* no temporary left */
     pd_net_free(net);
     pd_net_free(other);
@@ -269,7 +290,8 @@ static void test_odd_but_good(void **state) {
     float data[10] = { 1, 2, 3, 4, 5, 6, 7, 8 };
     pd_net *net = small_net(NULL);
     pd_real v[8];
-    pd__tensors t;
+    inside_tensors *t;
+    inside_tensor tensor;
     FILE *f;
     (void)state;
     write_file(header, -1, data, 38);
@@ -277,16 +299,19 @@ static void test_odd_but_good(void **state) {
     get_all(net, v);
     for (int i = 0; i < 8; i++) assert_true(v[i] == (pd_real)(i + 1));
     f = fopen(path, "rb");
-    assert_int_equal(pd__tensors_open(net, f, path, &t), PD_OK);
-    assert_int_equal(t.count, 6);
-    assert_string_equal(pd__tensors_text(&t, "for", "mat"), "pt");
-    assert_string_equal(pd__tensors_text(&t, "", "\xf0\x9f\x98\x80"), "\"\\/\b\f\n\r\t\xc3\xa9\xe2\x82\xac");
-    assert_null(pd__tensors_text(&t, "", "forma"));
-    assert_null(pd__tensors_text(&t, "format", "s"));
-    assert_int_equal(pd__tensors_find(&t, "", "quarter")->dim_count, 12);
-    assert_int_equal(pd__tensors_find(&t, "quar", "ter")->size, 4);
-    assert_null(pd__tensors_find(&t, "", ""));
-    pd__tensors_close(&t);
+    t = inside_tensors_open(net, f, path);
+    assert_non_null(t);
+    assert_int_equal(inside_tensors_count(t), 6);
+    assert_string_equal(inside_tensors_text(t, "for", "mat"), "pt");
+    assert_string_equal(inside_tensors_text(t, "", "\xf0\x9f\x98\x80"), "\"\\/\b\f\n\r\t\xc3\xa9\xe2\x82\xac");
+    assert_null(inside_tensors_text(t, "", "forma"));
+    assert_null(inside_tensors_text(t, "format", "s"));
+    assert_true(inside_tensors_find(t, "", "quarter", &tensor));
+    assert_int_equal(tensor.dim_count, 12);
+    assert_true(inside_tensors_find(t, "quar", "ter", &tensor));
+    assert_int_equal(tensor.size, 4);
+    assert_false(inside_tensors_find(t, "", "", &tensor));
+    inside_tensors_close(t);
     fclose(f);
     pd_net_free(net);
 }
@@ -647,13 +672,13 @@ typedef struct sick_file {
 
 static ssize_t sick_read(void *cookie, char *to, size_t n) {
     sick_file *f = (sick_file *)cookie;
-    int64_t left = pd__min(f->size, f->sick) - f->at;
+    int64_t left = smaller(f->size, f->sick) - f->at;
     if (f->at >= f->sick && !f->ends) {
         errno = EIO;
         return -1;
     }
     if (left <= 0) return 0;
-    n = (size_t)pd__min((int64_t)n, left);
+    n = (size_t)smaller((int64_t)n, left);
     memcpy(to, f->bytes + f->at, n);
     f->at += (int64_t)n;
     return (ssize_t)n;
@@ -680,7 +705,7 @@ static void test_read_errors(void **state) {
             setvbuf(f, NULL, _IONBF, 0);
             sick.at = 0;
             sick.ends = ends;
-            status = pd__load_file(net, f, "sick", NULL);
+            status = inside_load_file(net, f, "sick");
             fclose(f);
             if (sick.sick == sick.size) {
                 assert_int_equal(status, PD_OK);
@@ -730,22 +755,14 @@ static void test_full_disk(void **state) {
 }
 
 static void test_dev_full(void **state) {
-    unsigned char chunk[PD__FILE_CHUNK];
     pd_net *net = small_net(NULL);
-    pd__items items;
     FILE *f = fopen("/dev/full", "wb");
-    int error;
     (void)state;
     assert_int_equal(pd_save(net, "/dev/full"), PD_E_IO);
     assert_string_equal(pd_error(net), "/dev/full: is not a regular file");
     if (!f) skip();
-    memset(&items, 0, sizeof items);
-    assert_int_equal(pd__items_of_net(&items, net), PD_OK);
-    error = pd__write_tensors(f, &items, NULL, chunk);
-    if (!error) error = pd__sync_file(f);
-    assert_int_equal(error, ENOSPC);
+    assert_int_equal(inside_save_file(net, f), ENOSPC);
     fclose(f);
-    pd__items_free(&items);
     pd_net_free(net);
 }
 
@@ -1012,20 +1029,21 @@ static void test_go_back(void **state) {
     training t = new_training(1, pd_adam(0.01), NULL, NULL), whole = new_training(1, pd_adam(0.01), NULL, NULL);
     (void)state;
     assert_int_equal(train(&t, 3), PD_STOPPED);
-    assert_null(t.trainer->best);
+    assert_null(inside_best(t.trainer));
     assert_int_equal(pd_checkpoint_save(t.trainer, path), PD_OK);
     assert_int_equal(train(&t, 0), PD_OK);
-    assert_non_null(t.trainer->best);
+    assert_non_null(inside_best(t.trainer));
     assert_int_equal(pd_checkpoint_load(t.trainer, path), PD_OK);
-    assert_null(t.trainer->best);
+    assert_null(inside_best(t.trainer));
     assert_int_equal(train(&t, 0), PD_OK);
     assert_int_equal(train(&whole, 0), PD_OK);
     expect_same_state(&whole, &t);
-    t.net->device->free(t.net->device, t.trainer->best[1]); /* as if memory had run out while they were copied */
-    t.trainer->best[1] = NULL;
+    /* as if memory had run out while they were copied */
+    inside_device(t.net)->free(inside_device(t.net), inside_best(t.trainer)[1]);
+    inside_best(t.trainer)[1] = NULL;
     assert_int_equal(pd_checkpoint_save(t.trainer, path), PD_OK);
     assert_int_equal(pd_checkpoint_load(t.trainer, path), PD_OK);
-    assert_null(t.trainer->best);
+    assert_null(inside_best(t.trainer));
     free_training(&t);
     free_training(&whole);
 }
@@ -1170,27 +1188,27 @@ static void test_checkpoint_of_other_numbers(void **state) {
     training t = new_training(1, pd_sgd(0.01), NULL, NULL);
     static unsigned char bytes[1 << 16], wide[1 << 16];
     const char *other = sizeof(pd_real) == 8 ? "F32" : "F64";
-    pd__tensors index;
+    inside_tensors *index;
     char *header = (char *)wide + 8;
     size_t length, at = 0;
     FILE *f;
     (void)state;
     f = fmemopen(bytes, state_of(&t, bytes, sizeof bytes), "rb");
-    assert_int_equal(pd__tensors_open(t.net, f, path, &index), PD_OK);
-    memcpy(header, bytes + 8, (size_t)pd__load_le(bytes, 8));
+    index = inside_tensors_open(t.net, f, path);
+    assert_non_null(index);
+    memcpy(header, bytes + 8, (size_t)little_endian(bytes, 8));
     length = (size_t)(strstr(header, "},\"") - header + 2); /* the metadata, then all tensors with the other size */
-    for (int64_t i = 0; i < index.count; i++) {
-        const pd__tensor *tensor = &index.list[i];
-        bool mask = tensor->element == PD__U8;
-        size_t size = (size_t)tensor->size * (mask ? 1 : sizeof(pd_real) == 8 ? 4 : 8);
-        length += (size_t)sprintf(header + length, "\"%s\":{\"dtype\":\"%s\",\"shape\":[%lld", tensor->name,
-                                  mask ? "U8" : other, (long long)tensor->dims[0]);
-        if (tensor->dim_count == 2) length += (size_t)sprintf(header + length, ",%lld", (long long)tensor->dims[1]);
+    for (int64_t i = 0; i < inside_tensors_count(index); i++) {
+        inside_tensor tensor = inside_tensors_at(index, i);
+        size_t size = (size_t)tensor.size * (tensor.is_mask ? 1 : sizeof(pd_real) == 8 ? 4 : 8);
+        length += (size_t)sprintf(header + length, "\"%s\":{\"dtype\":\"%s\",\"shape\":[%lld", tensor.name,
+                                  tensor.is_mask ? "U8" : other, (long long)tensor.dims[0]);
+        if (tensor.dim_count == 2) length += (size_t)sprintf(header + length, ",%lld", (long long)tensor.dims[1]);
         length += (size_t)sprintf(header + length, "],\"data_offsets\":[%llu,%llu]}%s", (unsigned long long)at,
-                                  (unsigned long long)(at + size), i + 1 < index.count ? "," : "}");
+                                  (unsigned long long)(at + size), i + 1 < inside_tensors_count(index) ? "," : "}");
         at += size;
     }
-    pd__tensors_close(&index);
+    inside_tensors_close(index);
     fclose(f);
     write_file(header, (int64_t)length, NULL, at);
     expect_no_resume(&t, PD_E_UNSUPPORTED, other);
@@ -1272,7 +1290,7 @@ static pd_status failing_sync(pd_updater *u) {
 static void test_checkpoint_syncs(void **state) {
     training t = new_training(1, pd_sgd(0.1), NULL, NULL);
     (void)state;
-    t.trainer->local.sync = failing_sync;
+    inside_local(t.trainer)->sync = failing_sync;
     assert_int_equal(pd_checkpoint_save(t.trainer, path), PD_E_IO);
     assert_string_equal(pd_error(t.net), "no connection");
     assert_int_equal(list_directory(directory, false), 0);
@@ -1285,12 +1303,11 @@ static void test_double_texts(void **state) {
                                      DBL_MIN, 4.9e-324, -7e-320, INFINITY, -INFINITY, 1.0 / 3, 123456789.123456789 };
     (void)state;
     for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
-        pd__writer w = PD__ZERO;
         char text[200] = "", *value;
+        FILE *f = fmemopen(text, sizeof text, "wb");
         double back;
-        w.file = fmemopen(text, sizeof text, "wb");
-        pd__put_double(&w, "x", values[i]);
-        fclose(w.file);
+        inside_put_double(f, "x", values[i]);
+        fclose(f);
         assert_null(strpbrk(text + 1, ",."));
         value = strchr(text, ':') + 2;
         *strchr(value, '"') = '\0';
@@ -1393,28 +1410,32 @@ static void test_events(void **state) {
                                            0x0a, 0x04, 'c',  'o',  's', 't', 0x15, 0, 0, 0xc0, 0x3f }; /* 1.5f */
     char where[200], tag[400];
     pd_net *net = pd_net_new(NULL);
-    struct pd__events *e;
+    inside_events *e;
     size_t n, at;
     int records = 0;
     (void)state;
-    assert_int_equal(pd__masked_crc((const unsigned char *)"123456789", 9),
+    assert_int_equal(masked_crc((const unsigned char *)"123456789", 9),
                      ((0xe3069283u >> 15 | 0xe3069283u << 17) + 0xa282ead8u)); /* RFC 3720 */
     snprintf(where, sizeof where, "%s/runs//one/", directory);
-    e = pd__events_open(net, where);
+    e = inside_events_open(net, where);
     if (!e) fail_msg("%s", pd_error(net));
-    assert_int_equal(pd__events_scalar(e, "cost", 300, 1.5), PD_OK);
+    assert_int_equal(inside_events_scalar(e, "cost", 300, 1.5), PD_OK);
     memset(tag, 'x', sizeof tag);
     memcpy(tag + 249, "\xc3\xa4\xc3\xa4", 5); /* must not be cut in the middle of a character */
-    assert_int_equal(pd__events_scalar(e, tag, 1, NAN), PD_OK);
+    assert_int_equal(inside_events_scalar(e, tag, 1, NAN), PD_OK);
     n = read_events(where, bytes, sizeof bytes); /* all is there while it is still open */
-    pd__events_close(e);
+    inside_events_close(e);
     for (at = 0; at < n; records++) {
-        size_t length = (size_t)pd__load_le(bytes + at, 8);
+        size_t length = (size_t)little_endian(bytes + at, 8);
         const unsigned char *record = bytes + at + 12;
-        assert_int_equal(pd__load_le(bytes + at + 8, 4), pd__masked_crc(bytes + at, 8));
-        assert_int_equal(pd__load_le(record + length, 4), pd__masked_crc(record, length));
+        uint64_t bits;
+        double written;
+        assert_int_equal(little_endian(bytes + at + 8, 4), masked_crc(bytes + at, 8));
+        assert_int_equal(little_endian(record + length, 4), masked_crc(record, length));
         assert_int_equal(record[0], 0x09);
-        assert_true(fabs(pd__double_from_bits(pd__load_le(record + 1, 8)) - (double)time(NULL)) < 60);
+        bits = little_endian(record + 1, 8);
+        memcpy(&written, &bits, sizeof written);
+        assert_true(fabs(written - (double)time(NULL)) < 60);
         if (records == 0)
             assert_memory_equal(record + 9,
                                 "\x1a\x0d"
@@ -1426,7 +1447,7 @@ static void test_events(void **state) {
     }
     assert_int_equal(at, n);
     assert_int_equal(records, 3);
-    pd__events_close(NULL);
+    inside_events_close(NULL);
     pd_net_free(net);
 }
 
@@ -1434,35 +1455,33 @@ static void test_events_failures(void **state) {
     failing_allocator c;
     pd_net_opts counting = counting_opts(&c);
     pd_net *net = small_net(&counting);
-    struct pd__events *e = NULL, *second;
+    inside_events *e = NULL, *second;
     int64_t in_use = c.in_use;
     char where[200];
     (void)state;
     write_bytes(path, "", 0);
-    assert_null(pd__events_open(net, path)); /* a file is in the way */
+    assert_null(inside_events_open(net, path)); /* a file is in the way */
     assert_int_equal(pd_error_status(net), PD_E_IO);
     snprintf(where, sizeof where, "%s/below", path);
-    assert_null(pd__events_open(net, where));
+    assert_null(inside_events_open(net, where));
     check_contains(pd_error(net), "the directory could not be made: Not a directory");
-    assert_null(pd__events_open(net, ""));
+    assert_null(inside_events_open(net, ""));
     assert_int_equal(pd_error_status(net), PD_E_IO);
     assert_int_equal(c.in_use, in_use);
     snprintf(where, sizeof where, "%s/events", directory);
     for (c.fail_at = 0; !e; c.fail_at++) {
         c.calls = 0;
-        e = pd__events_open(net, where);
+        e = inside_events_open(net, where);
         assert_true(e || c.in_use == in_use);
     }
     assert_true(c.fail_at > 3);
     c.fail_at = -1;
-    second = pd__events_open(net, where); /* not the same file */
+    second = inside_events_open(net, where); /* not the same file */
     assert_non_null(second);
     assert_int_equal(list_directory(where, false), 2);
-    fclose(second->file);
-    second->file = fopen("/dev/full", "wb");
-    if (second->file) assert_int_equal(pd__events_scalar(second, "a", 0, 0), PD_E_IO);
-    pd__events_close(second);
-    pd__events_close(e);
+    if (inside_events_redirect(second, "/dev/full")) assert_int_equal(inside_events_scalar(second, "a", 0, 0), PD_E_IO);
+    inside_events_close(second);
+    inside_events_close(e);
     assert_int_equal(c.in_use, in_use);
     pd_net_free(net);
 }
@@ -1508,5 +1527,5 @@ int main(void) {
         TEST(test_events),
         TEST(test_events_failures),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_group(tests, NULL, NULL);
 }

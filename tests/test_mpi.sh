@@ -1,50 +1,19 @@
 #!/bin/sh
-# Builds tests/mpi/worker.c and starts it on 1 to 4 ranks: paddle_mpi.c against training in one process, counted bytes,
-# and all sorts of failures. Ends with the line `N passed, N failed`.
+# Starts build/mpi/*/worker, made of tests/mpi/worker.c, on 1 to 4 ranks: paddle_mpi.c against training in one process,
+# counted bytes, and all sorts of failures. Ends with the line `N passed, N failed`.
 command -v mpicc >/dev/null && command -v mpiexec >/dev/null || { echo 'skipped: MPI is not here'; exit 77; }
-passed=0 failed=0 dir=build/mpi
-mkdir -p $dir
-warnings='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror'
-export OMP_WAIT_POLICY=passive
-export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1
+. tests/script.sh
+dir=build/mpi
+export OMP_WAIT_POLICY=passive UBSAN_OPTIONS=print_stacktrace=1
+. tests/mpi/leaks.sh
 
-result() { # STATUS NAME
-    if [ "$1" = 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)) && echo "FAILED: $2" && cat $dir/log; fi
-}
-check() { # COMMAND..
-    "$@" >$dir/log 2>&1
-    result $? "$*"
-}
 # RANKS BUILD WORD.. on this machine, or with HOSTS=..: as if every rank were on its own.
 start() {
     n=$1 build=$2
     shift 2
-    timeout -k 5 60 mpiexec $HOSTS -n "$n" $dir/"$build" "$@"
+    timeout -k 5 60 mpiexec $HOSTS -n "$n" $dir/$build/worker "$@"
 }
-works() { check start "$@"; }
-
-# ---- building ----
-
-build() { # NAME FLAG..; without the larger kernels, which take most of the time
-    name=$1
-    shift
-    MPICH_CC=${compiler:-${CC:-cc}} OMPI_CC=${compiler:-${CC:-cc}} \
-        mpicc -std=c99 -g $warnings -DPADDLE_NO_AVX "$@" tests/mpi/worker.c -o $dir/$name -lm -pthread
-}
-sanitize='-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all'
-check build float -O1
-check build double -O1 -DPADDLE_DOUBLE
-check build pieces -O1 -DPD__MPI_PIECE=100 -DPD__MPI_BOX=40
-check build asan $sanitize
-check build static -O1 -DPADDLE_STATIC -DPADDLE_NO_THREADS
-for compiler in gcc clang; do
-    command -v $compiler >/dev/null || continue
-    check build $compiler -O1
-    check build $compiler -O1 -DPADDLE_DOUBLE -fopenmp
-    check $compiler -std=c99 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o
-    case $compiler in gcc) plus=g++ ;; *) plus=clang++ ;; esac
-    check $plus -x c++ -std=c++11 $warnings -I. -c tests/mpi/declarations.c -o $dir/declarations.o
-done
+works() { check "$*" start "$@"; }
 
 # ---- the same as one process ----
 
@@ -72,17 +41,16 @@ done
 
 # ---- the example ----
 
-check mpicc -std=c99 -O2 $warnings examples/cluster.c -o $dir/cluster -lm -pthread
-data=$PWD/examples/data/digits.csv
-(cd $dir && timeout -k 5 100 mpiexec -n 3 ./cluster "$data") >$dir/log 2>&1 && grep -Eq 'accuracy (98|99|100)' $dir/log
-result $? 'examples/cluster.c'
+data=$PWD/examples/data/digits.csv begin=$(date +%s%N)
+(cd $dir && timeout -k 5 100 mpiexec -n 3 ../example/cluster "$data") >$log 2>&1 && grep -Eq 'accuracy (98|99|100)' $log
+result $? examples/cluster.c $begin
 
 # ---- the same bits every time ----
 
 for words in 'mlp adam' 'words momentum l2 clip uneven' 'norm momentum'; do
     start 3 float bits $words >$dir/first 2>&1
     start 3 float bits $words >$dir/second 2>&1
-    check diff $dir/first $dir/second
+    check "bits $words, twice" diff $dir/first $dir/second
     grep -Eq '^[0-9a-f]{16}$' $dir/first
     result $? "bits $words"
 done
@@ -105,6 +73,8 @@ done
 for words in 'mlp adam' 'words momentum l2 clip uneven' 'rows far' 'conv far uneven' 'norm'; do
     works 3 asan bits $words
 done
+leaks() { ! start "$@" && grep -q 'LeakSanitizer: detected memory leaks' $log && grep -q 'in pd_batch_new' $log; }
+check 'a leak is found' leaks 2 asan leak mlp
 works 3 asan again words momentum
 works 2 asan reduce mlp
 for words in mlp 'words momentum clip' rows; do
@@ -117,17 +87,16 @@ done
 fails() {
     expected=$1 seconds=$2 text=$3 times=$4
     shift 4
-    begin=$(date +%s)
-    "$@" >$dir/log 2>&1
-    status=$?
-    took=$(($(date +%s) - begin)) found=$(grep -c "$text" $dir/log)
-    [ $status = "$expected" ] && [ $took -le "$seconds" ] && [ "$found" = "$times" ]
-    result $? "$* (status $status, $took s, $found times \"$text\")"
+    begin=$(date +%s%N)
+    "$@" >$log 2>&1
+    status=$? ms=$((($(date +%s%N) - begin) / 1000000)) found=$(grep -c "$text" $log)
+    [ $status = "$expected" ] && [ $ms -le "${seconds}000" ] && [ "$found" = "$times" ]
+    result $? "$* (status $status, $found times \"$text\")" "$begin"
 }
 # Without the process manager noticing: its child and the descriptors stay.
 killed() {
     timeout -k 5 60 mpiexec -n 3 sh -c \
-        "$dir/float signal kill mlp quick; status=\$?; [ \$status = 137 ] && exec sleep 40; exit \$status"
+        "$dir/float/worker signal kill mlp quick; status=\$?; [ \$status = 137 ] && exec sleep 40; exit \$status"
 }
 for HOSTS in '' '-launcher fork -hosts a:1,b:1,c:1,d:1'; do
     works 4 float compare mlp momentum
@@ -146,8 +115,10 @@ for HOSTS in '' '-launcher fork -hosts a:1,b:1,c:1,d:1'; do
 done
 HOSTS=
 # Rank 1 lacks memory for one allocation after the other, from the making of its net on, until the training ends.
+step=20 # one in so many allocations
+[ -z "$ALL" ] || step=9
 lack() {
-    for k in $(seq 60 9 400); do
+    for k in $(seq 60 $step 400); do
         start 2 asan lack "$k" words momentum clip >$dir/lack 2>&1
         status=$?
         echo "allocation $k, status $status:" && cat $dir/lack
@@ -155,10 +126,11 @@ lack() {
     done
     return 1
 }
-lack >$dir/log && [ "$(grep -c '^rank 0: rank 1: .*memory' $dir/log)" -ge 3 ] &&
-    grep -q 'rank 0: rank 1: out of memory for training with MPI' $dir/log
-result $? 'lack of memory'
-fails 3 30 'rank 1 has not been heard from for 10 s' 3 start 4 float signal words
+begin=$(date +%s%N)
+lack >$log && [ "$(grep -c '^rank 0: rank 1: .*memory' $log)" -ge 3 ] &&
+    grep -q 'rank 0: rank 1: out of memory for training with MPI' $log
+result $? 'lack of memory' $begin
+[ -z "$ALL" ] || fails 3 30 'rank 1 has not been heard from for 10 s' 3 start 4 float signal words
 fails 3 10 'rank 1 has not been heard from for 2 s' 2 killed
 fails 9 10 'Killed' 1 start 3 float signal kill mlp # the process manager does it
-echo "$passed passed, $failed failed"
+finish

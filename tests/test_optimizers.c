@@ -640,5 +640,5 @@ int main(void) {
         cmocka_unit_test(test_long_average),
         cmocka_unit_test(test_average_is_swapped_out),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_group(tests, NULL, NULL);
 }

@@ -1,15 +1,18 @@
 /* Batches, and everything that reads samples: good and malformed files, numbers against strtod, options, shards,
    shuffling, reading ahead, and a lack of memory at every point. */
 #define _GNU_SOURCE
-#define PADDLE_IMPLEMENTATION
 #include "../paddle.h"
 
+#include <float.h>
 #include <locale.h>
 #include <pthread.h>
 #include <setjmp.h>
+#include <stdarg.h>
 #include <dirent.h>
+#include <unistd.h>
 #include <cmocka.h>
 
+#include "inside.h"
 #include "support.h"
 
 #undef skip /* cmocka's hides that of readers */
@@ -69,20 +72,28 @@ typedef struct text {
     size_t n;
 } text;
 
+static void say(text *t, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    t->n += (size_t)vsnprintf(t->s + t->n, sizeof t->s - t->n, format, args);
+    va_end(args);
+    assert_true(t->n < sizeof t->s);
+}
+
 static void put_sample(text *t, const pd_batch *b, int64_t i) {
     for (int k = 0; k < b->slot_count; k++) {
         const pd_slot *slot = &b->slots[k];
         int64_t first = slot->sequence ? slot->starts[i] : i,
                 end = slot->sequence ? slot->starts[i + 1] : i + (slot->rows > 0);
-        if (k) pd__append(t->s, sizeof t->s, &t->n, "|");
+        if (k) say(t, "|");
         for (int64_t row = first; row < end; row++) {
-            if (row > first) pd__append(t->s, sizeof t->s, &t->n, ",");
-            if (slot->kind == PD_SLOT_IDS) pd__append(t->s, sizeof t->s, &t->n, "%lld", (long long)slot->ids[row]);
+            if (row > first) say(t, ",");
+            if (slot->kind == PD_SLOT_IDS) say(t, "%lld", (long long)slot->ids[row]);
             for (int64_t j = 0; slot->kind == PD_SLOT_DENSE && j < slot->width; j++)
-                pd__append(t->s, sizeof t->s, &t->n, "%s%g", j ? " " : "", (double)slot->data[row * slot->width + j]);
+                say(t, "%s%g", j ? " " : "", (double)slot->data[row * slot->width + j]);
         }
     }
-    pd__append(t->s, sizeof t->s, &t->n, "\n");
+    say(t, "\n");
 }
 
 /* Reads on to the end of the pass in batches of `count`; 0: of 1, 2, 3 .. samples. */
@@ -99,7 +110,7 @@ static void read_rest(pd_reader *r, pd_net *net, int64_t count, text *t) {
         if (status != PD_OK && status != PD_END) {
             assert_int_equal(r->error.status, status);
             assert_null(strpbrk(r->error.text, "\r\n"));
-            pd__append(t->s, sizeof t->s, &t->n, "! %s\n", r->error.text);
+            say(t, "! %s\n", r->error.text);
         }
         assert_true(turn < 5000);
     }
@@ -244,7 +255,7 @@ static void test_batch_sequences(void **state) {
     for (int i = 4; i >= 0; i -= 2) assert_int_equal(pd_batch_copy_sample(c, b, i), PD_OK);
     assert_string_equal(batch_text(c), "4 0,4 1,4 2,4 3|0,1,2,3\n2 0,2 1|0,1\n|\n");
     expect_batch_failure(d, pd_batch_copy_sample(d, b, 0), PD_E_SHAPE, "nets with different inputs");
-    pd__remove_samples(b, marks);
+    inside_remove_samples(b, marks);
     assert_string_equal(batch_text(b), "1 0|0\n2 0,2 1|0,1\n4 0,4 1,4 2,4 3|0,1,2,3\n");
     pd_batch_clear(b);
     assert_int_equal(pd_batch_end_sample(b), PD_OK); /* an empty sequence */
@@ -269,7 +280,7 @@ static void test_batch_sparse(void **state) {
             assert_int_equal(pd_batch_add_sparse(b, 0, columns, NULL, (sample + row) % 4), PD_OK);
         assert_int_equal(pd_batch_end_sample(b), PD_OK);
     }
-    pd__remove_samples(b, marks);
+    inside_remove_samples(b, marks);
     assert_int_equal(b->samples, 2);
     assert_int_equal(b->slots[0].starts[2], 4);
     assert_int_equal(b->slots[0].row_starts[1], 0);
@@ -289,7 +300,7 @@ static void check_number(const char *s, pd_status status, double expected) {
     size_t n = strlen(s);
     memcpy(copy, s, n);
     copy[n] = '7';
-    if (pd__parse_number(copy, copy + n, &x) != status) fail_msg("\"%s\" has not the status %d", s, (int)status);
+    if (inside_parse_number(copy, copy + n, &x) != status) fail_msg("\"%s\" has not the status %d", s, (int)status);
     if (status == PD_OK && (x != expected || signbit(x) != signbit(expected)))
         fail_msg("\"%s\" read as %.17g, expected %.17g", s, x, expected);
 }
@@ -300,7 +311,8 @@ static void check_random_numbers(void) {
     char s[64];
     for (int i = 0; i < 20000; i++) {
         uint64_t bits = pd_random(1, (uint64_t)i);
-        double x = pd__double_from_bits(bits);
+        double x;
+        memcpy(&x, &bits, sizeof x);
         if (!(fabs(x) <= DBL_MAX)) continue;
         snprintf(s, sizeof s, "%.*g", (int)(bits % 18) + 1, x);
         if (fabs(strtod(s, NULL)) <= DBL_MAX) check_by_strtod(s);
@@ -670,7 +682,7 @@ static const char *expected_samples(const pd_reader_opts *o, int rank, int ranks
         bool in = i >= o->first && (!o->count || i - o->first < o->count);
         if (o->folds && (i % o->folds == o->fold) == o->not_fold) in = false;
         if (!in || chosen++ % ranks != rank) continue;
-        pd__append(t.s, sizeof t.s, &t.n, "%d %d %d|%d\n", i, i, i, i % 4);
+        say(&t, "%d %d %d|%d\n", i, i, i, i % 4);
         ++*count;
     }
     return t.s;
@@ -1878,5 +1890,5 @@ int main(void) {
         TEST(test_line_out_of_memory),
         TEST(test_steady_memory),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_group(tests, NULL, NULL);
 }

@@ -680,5 +680,5 @@ int main(void) {
         cmocka_unit_test(test_shared_on_a_far_device),
         cmocka_unit_test(test_refused_word),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_group(tests, NULL, NULL);
 }

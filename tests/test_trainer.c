@@ -1562,5 +1562,5 @@ int main(void) {
         cmocka_unit_test(test_wrong_costs),
         cmocka_unit_test(test_shared_nets_are_not_trained),
     };
-    return cmocka_run_group_tests(tests, make_data, remove_data);
+    return run_group(tests, make_data, remove_data);
 }

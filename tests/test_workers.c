@@ -343,5 +343,5 @@ int main(void) {
         cmocka_unit_test(test_refused),
     };
     make_data();
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_group(tests, NULL, NULL);
 }

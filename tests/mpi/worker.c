@@ -6,18 +6,29 @@
      worker steady WORD..     looks for memory taken after the first steps
      worker again WORD..      three trainers, one after the other
      worker memory WORD..     memory runs out everywhere; for one rank
+     worker leak              loses a batch, which the address sanitizer must say
      worker reduce            tests on shares of the samples, and compares with a test of all
      worker NAME WORD..       some way to fail: see `failures`; exit code 3 where the others were told
 
    Words: a net (mlp, conv, rows, words, norm, wide, broad), an optimizer (sgd, momentum, ..), clip, l2, uneven, far,
    schedule. */
-#define PADDLE_IMPLEMENTATION
+#define _POSIX_C_SOURCE 200809L
 #include "../../paddle.h"
 #include "../../paddle_mpi.c"
 
-#include "../far_device.h"
-
+#include <math.h>
+#include <mpi.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../far_device.h"
+#include "library.h"
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 
 /* ---- what MPI is asked to send: the profiling interface puts this in front of MPI ---- */
 
@@ -95,11 +106,12 @@ typedef struct job {
     pd_net *net;
     pd_layer *cost;
     pd_trainer *trainer;
+    pd_evaluator *error;
     pd_net *host; /* whose device is behind the far one */
     far_device far;
 } job;
 
-static pd_layer *build(pd_net *net) {
+static pd_layer *build(pd_net *net, pd_evaluator **error) {
     pd_fc_opts soft, hidden, rows;
     pd_layer *label, *top;
     memset(&soft, 0, sizeof soft);
@@ -133,7 +145,7 @@ static pd_layer *build(pd_net *net) {
     }
     label = pd_label(net, "label", CLASSES);
     top = pd_fc(net, top, CLASSES, &soft);
-    pd_eval_error(net, top, label, NULL);
+    *error = pd_eval_error(net, top, label, NULL);
     return pd_cross_entropy(net, top, label, NULL);
 }
 
@@ -148,12 +160,12 @@ static bool begin(job *j, bool alone) {
     o.allocator.free = count_free;
     if (has("far") && !alone) {
         j->host = pd_net_new(NULL);
-        j->far = make_far(j->host->device, ~0u);
+        j->far = make_far(cpu_of(j->host), ~0u);
         j->far.device.self = &j->far;
         o.device = &j->far.device;
     }
     j->net = pd_net_new(&o);
-    j->cost = build(j->net);
+    j->cost = build(j->net, &j->error);
     j->trainer = pd_trainer_new(j->net, j->cost, optimizer(), &t);
     if (!j->trainer && fail_at < 0) complain(pd_error(j->net));
     return j->trainer != NULL;
@@ -256,7 +268,7 @@ static pd_status train_alone(job *j, int64_t passes) {
         for (int64_t step = 0; status == PD_OK; step++) {
             pd_batch_clear(b);
             for (int r = 0; r < ranks; r++)
-                for (int64_t k = step * BATCH; k < pd__min((step + 1) * BATCH, share_size(r)); k++)
+                for (int64_t k = step * BATCH; k < (step + 1) * BATCH && k < share_size(r); k++)
                     add_sample(b, share_sample(r, k));
             if (b->samples == 0) break;
             status = pd_train_batch(j->trainer, b, NULL);
@@ -402,7 +414,7 @@ static int bytes(void) {
             code = 1;
         }
         control -= (ranks - 1) * (8 * (1 + tables) + (has("clip") ? 8 : 0));
-        if (control % (int64_t)(offsetof(pd__mpi_message, text) + 1) != 0) /* heartbeats, on a busy machine */
+        if (control % heartbeat_bytes() != 0) /* heartbeats, on a busy machine */
             complain("other bytes than expected"), code = 1;
     }
     if (rank == 0 && !code) printf("bytes as expected, %lld messages in all\n", (long long)messages_sent);
@@ -431,6 +443,13 @@ static int steady(void) {
     return code;
 }
 
+static int leak(void) {
+    job j;
+    if (!begin(&j, false) || train(&j, 1) != PD_OK || !pd_batch_new(j.net)) return 1;
+    end(&j);
+    return 0;
+}
+
 /* ---- pd_test, whose sums go through reduce ---- */
 
 static int reduce(void) {
@@ -439,19 +458,19 @@ static int reduce(void) {
     int code = 0, all = ranks;
     if (!begin(&j, false) || train(&j, 1) != PD_OK) return 1;
     if (pd_test(j.trainer, &reader, BATCH, &cost) != PD_OK) return complain(pd_error(j.net)), 1;
-    error = pd_evaluator_value(j.net->evaluators, 0);
-    for (int i = 0; i < PD__COUNT(many); i++) many[i] = i + rank;
-    if (mpi->reduce(mpi, many, PD__COUNT(many)) != PD_OK) return 1;
-    for (int i = 0; i < PD__COUNT(many); i++)
+    error = pd_evaluator_value(j.error, 0);
+    for (int i = 0; i < COUNT(many); i++) many[i] = i + rank;
+    if (mpi->reduce(mpi, many, COUNT(many)) != PD_OK) return 1;
+    for (int i = 0; i < COUNT(many); i++)
         if (many[i] != i * all + all * (all - 1) / 2) code = 1;
     if (rank == 0) {
         if (!begin(&alone, true) || train_alone(&alone, 1) != PD_OK) return 1;
         ranks = 1; /* all samples */
         if (pd_test(alone.trainer, &reader, BATCH, &cost_alone) != PD_OK) return 1;
         ranks = all;
-        if (fabs(cost - cost_alone) > 1e-5 || fabs(error - pd_evaluator_value(alone.net->evaluators, 0)) > 1e-12) {
+        if (fabs(cost - cost_alone) > 1e-5 || fabs(error - pd_evaluator_value(alone.error, 0)) > 1e-12) {
             fprintf(stderr, "cost %g, alone %g; error %g, alone %g\n", cost, cost_alone, error,
-                    pd_evaluator_value(alone.net->evaluators, 0));
+                    pd_evaluator_value(alone.error, 0));
             code = 1;
         }
         end(&alone);
@@ -574,6 +593,7 @@ int main(int argc, char **argv) {
            : strcmp(what, "steady") == 0 ? steady()
            : strcmp(what, "reduce") == 0 ? reduce()
            : strcmp(what, "again") == 0  ? again()
+           : strcmp(what, "leak") == 0   ? leak()
            : strcmp(what, "memory") == 0 ? memory(&o)
                                          : failures(what);
     pd_mpi_exit(mpi, code);

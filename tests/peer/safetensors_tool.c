@@ -2,8 +2,10 @@
    safetensors_tool load FILE      loads FILE into the same net (`kernel` is mapped and transposed) and prints every
                                    parameter: a line with its name and numbers as hexadecimal floats
    For test_safetensors.py, which knows the net as well. */
-#define PADDLE_IMPLEMENTATION
 #include "paddle.h"
+
+#include <stdio.h>
+#include <string.h>
 
 static pd_net *make_net(void) {
     pd_net *net = pd_net_new(NULL);

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Model files against the reference implementation, Python's `safetensors`, in both directions: what paddle.h saves is
 read there, what is saved there (F64, F32, F16, BF16) is loaded by paddle.h, and what is refused here is refused there.
-Needs a C compiler (CC) and the packages safetensors and numpy; 77 when they are missing."""
+Needs build/float/safetensors_tool and build/double/safetensors_tool, and the packages safetensors and numpy; 77 when
+these are missing."""
 import json
 import os
 import shutil
@@ -18,11 +19,7 @@ except ImportError as error:
     print(f"skipped: python package {error.name} not installed")
     sys.exit(77)
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-CC = next((cc for cc in (os.environ.get("CC"), "cc", "gcc", "clang") if cc and shutil.which(cc)), None)
-if not CC:
-    print("skipped: no C compiler")
-    sys.exit(77)
+BUILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "build")
 
 # Name and shape, in the order of creation; all numbers follow from the index, as in safetensors_tool.c.
 PARAMETERS = {
@@ -44,13 +41,6 @@ def check(what, good):
     counts["passed" if good else "failed"] += 1
     if not good:
         print("FAILED:", what)
-
-
-def build(flags):
-    tool = os.path.join(folder, "tool" + "".join(flags))
-    source = os.path.join(ROOT, "tests", "peer", "safetensors_tool.c")
-    subprocess.run([CC, "-std=c99", "-O1", *flags, "-I" + ROOT, source, "-o", tool, "-lm", "-pthread"], check=True)
-    return tool
 
 
 def known(k, shape, dtype):
@@ -162,8 +152,8 @@ def refused_by_both(tool):
 
 
 try:
-    for flags, real in (([], numpy.float32), (["-DPADDLE_DOUBLE"], numpy.float64)):
-        tool = build(flags)
+    for build, real in (("float", numpy.float32), ("double", numpy.float64)):
+        tool = os.path.join(BUILD, build, "safetensors_tool")
         save_here_read_there(tool, real)
         save_there_load_here(tool, real)
         refused_by_both(tool)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The same numbers as PyTorch, from the same parameters and batches, by paddle.h in float and in double: outputs and
 gradients of single layers, costs and two nets; losses and parameters after ten steps of every optimizer that both have.
-Needs a C compiler (CC) and the packages numpy and torch; 77 when they are missing. Prints, per case, the largest
-difference of a tensor, relative to that tensor's largest number.
+Needs build/float/torch_tool and build/double/torch_tool, and the packages numpy and torch; 77 when these are missing.
+Prints, per case, the largest difference of a tensor, relative to that tensor's largest number.
 
 Where the same thing means something else, the PyTorch side below is written to mean ours:
 - its losses are means over all numbers, ours sum over a row; its hinge loss is divided by the number of classes;
@@ -25,11 +25,7 @@ except ImportError as error:
     print(f"skipped: python package {error.name} not installed")
     sys.exit(77)
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
-CC = next((cc for cc in (os.environ.get("CC"), "cc", "gcc", "clang") if cc and shutil.which(cc)), None)
-if not CC:
-    print("skipped: no C compiler")
-    sys.exit(77)
+BUILD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "build")
 
 ROWS, BATCHES, STEPS = 6, 3, 10
 LENGTHS = [4, 1, 7, 3, 7, 2]  # rows of each sample in the inputs named here
@@ -256,13 +252,6 @@ folder = tempfile.mkdtemp()
 counts = {"passed": 0, "failed": 0}
 
 
-def build(flags):
-    tool = os.path.join(folder, "tool" + "".join(flags))
-    source = os.path.join(ROOT, "tests", "peer", "torch_tool.c")
-    subprocess.run([CC, "-std=c99", "-O2", *flags, "-I" + ROOT, source, "-o", tool, "-lm", "-pthread"], check=True)
-    return tool
-
-
 def learns(name):
     return not name.startswith("running_")
 
@@ -365,8 +354,8 @@ def test_training(tool, dtype, tolerance, seed, optimizer, name, options, inputs
 
 torch.set_num_threads(1)
 try:
-    for flags, dtype, tolerance in (([], torch.float32, 1e-5), (["-DPADDLE_DOUBLE"], torch.float64, 1e-10)):
-        tool = build(flags)
+    for build, dtype, tolerance in (("float", torch.float32, 1e-5), ("double", torch.float64, 1e-10)):
+        tool = os.path.join(BUILD, build, "torch_tool")
         for seed, case in enumerate(NETS + RNNS + LAYERS):
             test_gradients(tool, dtype, tolerance, seed, *case)
         for seed, optimizer in enumerate(OPTIMIZERS):

@@ -6,8 +6,12 @@
    then, for the cost sum(c y) with c the last input, the gradients of the inputs but targets ("t") and of the
    parameters. With one: the loss before each step, the parameters after the last, and the outputs when predicting for
    the first batch. */
-#define PADDLE_IMPLEMENTATION
 #include "paddle.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 static char **options;
 

@@ -1,0 +1,84 @@
+/* The implementation, as the tests link it, and the functions of inside.h. */
+#define PADDLE_IMPLEMENTATION
+#include "paddle.h"
+
+#include "inside.h"
+
+pd_device *inside_device(pd_net *net) { return net->device; }
+bool inside_is_folded(const pd_layer *layer) { return layer->own->above_done; }
+pd_real **inside_best(pd_trainer *trainer) { return trainer->best; }
+pd_updater *inside_local(pd_trainer *trainer) { return &trainer->local; }
+
+bool inside_winograd_fits(const pd_conv_shape *shape) { return pd__winograd_fits(shape); }
+pd_status inside_evaluators_update(pd_net *net) { return pd__evaluators_update(net); }
+void inside_remove_samples(pd_batch *batch, const unsigned char *marks) { pd__remove_samples(batch, marks); }
+pd_status inside_parse_number(const char *text, const char *end, double *value) {
+    return pd__parse_number(text, end, value);
+}
+
+/* ---- files ---- */
+
+pd_status inside_load_file(pd_net *net, FILE *file, const char *path) { return pd__load_file(net, file, path, NULL); }
+
+int inside_save_file(pd_net *net, FILE *file) {
+    unsigned char chunk[PD__FILE_CHUNK];
+    pd__items items = PD__ZERO;
+    int error = ENOMEM;
+    if (pd__items_of_net(&items, net) == PD_OK) error = pd__write_tensors(file, &items, NULL, chunk);
+    if (!error) error = pd__sync_file(file);
+    pd__items_free(&items);
+    return error;
+}
+
+void inside_put_double(FILE *file, const char *name, double value) {
+    pd__writer w = PD__ZERO;
+    w.file = file;
+    pd__put_double(&w, name, value);
+}
+
+struct inside_tensors {
+    pd__tensors index;
+};
+
+static inside_tensor inside_tensor_of(const pd__tensor *tensor) {
+    inside_tensor t = PD__ZERO;
+    t.name = tensor->name;
+    t.is_mask = tensor->element == PD__U8;
+    t.dim_count = tensor->dim_count;
+    t.dims[0] = tensor->dims[0];
+    t.dims[1] = tensor->dims[1];
+    t.size = tensor->size;
+    return t;
+}
+
+inside_tensors *inside_tensors_open(pd_net *net, FILE *file, const char *path) {
+    inside_tensors *t = (inside_tensors *)calloc(1, sizeof *t);
+    if (!t || pd__tensors_open(net, file, path, &t->index) == PD_OK) return t;
+    free(t);
+    return NULL;
+}
+void inside_tensors_close(inside_tensors *t) {
+    pd__tensors_close(&t->index);
+    free(t);
+}
+int64_t inside_tensors_count(const inside_tensors *t) { return t->index.count; }
+inside_tensor inside_tensors_at(const inside_tensors *t, int64_t i) { return inside_tensor_of(&t->index.list[i]); }
+const char *inside_tensors_text(const inside_tensors *t, const char *prefix, const char *name) {
+    return pd__tensors_text(&t->index, prefix, name);
+}
+bool inside_tensors_find(const inside_tensors *t, const char *prefix, const char *name, inside_tensor *tensor) {
+    const pd__tensor *found = pd__tensors_find(&t->index, prefix, name);
+    if (found) *tensor = inside_tensor_of(found);
+    return found != NULL;
+}
+
+inside_events *inside_events_open(pd_net *net, const char *directory) { return pd__events_open(net, directory); }
+void inside_events_close(inside_events *e) { pd__events_close(e); }
+pd_status inside_events_scalar(inside_events *e, const char *tag, int64_t step, double value) {
+    return pd__events_scalar(e, tag, step, value);
+}
+bool inside_events_redirect(inside_events *e, const char *path) {
+    fclose(e->file);
+    e->file = fopen(path, "wb");
+    return e->file != NULL;
+}
