@@ -1476,8 +1476,9 @@ typedef struct pd_gradcheck {
     bool all_zero;   /* every gradient was 0: nothing was really checked */
 } pd_gradcheck;
 /* Compares backward with central differences of sum(w * cost) for all parameters and all dense inputs that want a
-   gradient; `layer` may be any layer: its outputs are weighted by fixed random numbers. PD_OK means it ran. Below 1e-6
-   with PADDLE_DOUBLE the gradient is right; in float differences are rough, some 1e-2, and nets with kinks worse. */
+   gradient (pd_want_gradient; of a layer without parameters only that is checked); `layer` may be any layer: its outputs
+   are weighted by fixed random numbers. PD_OK means it ran; with nothing to check it is PD_E_ARGUMENT. Below 1e-6 with
+   PADDLE_DOUBLE the gradient is right; in float differences are rough, some 1e-2, and nets with kinks worse. */
 PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, const pd_gradcheck_opts *opts,
                                     pd_gradcheck *result);
 
@@ -13220,6 +13221,7 @@ typedef struct pd__check {
     double step, scale; /* scale: sum of |w_i y_i|, below whose thousandth differences mean nothing */
     uint64_t key;
     int64_t elements;
+    int64_t tensors; /* checked so far */
     pd_gradcheck *result;
 } pd__check;
 
@@ -13354,6 +13356,7 @@ static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_l
     s.name = p ? p->name : slot->name;
     s.size = p ? p->size : slot->rows * slot->width;
     if (s.size == 0) return PD_OK;
+    c->tensors++;
     s.value = (pd_real *)pd__alloc(a, s.size, 3 * sizeof *s.value);
     if (!s.value) return pd__no_memory(c->net, "the gradient check");
     s.gradient = s.value + s.size;
@@ -13398,6 +13401,10 @@ static pd_status pd__check_all(pd__check *c) {
     for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
         if (net->layers[i]->own->active && net->layers[i]->own->wants_input_grad)
             status = pd__check_tensor(c, NULL, &c->batch->slots[net->layers[i]->own->slot], net->layers[i]);
+    if (status == PD_OK && c->tensors == 0)
+        return pd_layer_fail(c->layer, PD_E_ARGUMENT,
+                             "pd_check_gradients: nothing to check: below it no parameter learns, and no input with "
+                             "rows wants a gradient (pd_want_gradient)");
     return status;
 }
 

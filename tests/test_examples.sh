@@ -50,4 +50,7 @@ fi
 
 # In double the gradient of the example's layer is checked sharply.
 says custom_layer_of_double '^accuracy 9[5-9]\.' "$programs/custom_layer_of_double"
+finds_fault() { ! "$@" </dev/null && grep -q '^gradients WRONG' "$log"; }
+check 'custom_layer: a wrong gradient of the input' finds_fault "$programs/wrong_input"
+check 'custom_layer: a wrong gradient of the parameter' finds_fault "$programs/wrong_param"
 finish

@@ -1330,6 +1330,27 @@ static void test_checker_finds_faults(void **state) {
     }
 }
 
+/* Without a parameter only the input's gradient can be checked, if it is wanted and there are rows. */
+static void test_checker_has_something_to_check(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_vector(net, "x", 5)), *y = pd_activation(net, x, PD_TANH, NULL);
+    pd_batch *batch = pd_batch_new(net);
+    pd_gradcheck r;
+    (void)state;
+    assert_int_equal(pd_batch_end_sample(batch), PD_OK); /* without rows */
+    for (int wanted = 0; wanted < 2; wanted++) {
+        assert_int_equal(pd_check_gradients(y, batch, NULL, &r), PD_E_ARGUMENT);
+        check_contains(pd_error(net), "activation1: pd_check_gradients: nothing to check");
+        assert_int_equal(pd_want_gradient(x), PD_OK);
+    }
+    assert_non_null(pd_batch_add_row(batch, 0));
+    assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    assert_int_equal(pd_check_gradients(y, batch, NULL, &r), PD_OK);
+    assert_int_equal(r.checked, 5);
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
 /* ======================================================================================================== */
 /* Empty batches, threads, shared nets                                                                       */
 
@@ -2359,6 +2380,7 @@ int main(void) {
         cmocka_unit_test(test_shared_gradient_is_a_sum),
         cmocka_unit_test(test_names_of_several_weights),
         cmocka_unit_test(test_checker_finds_faults),
+        cmocka_unit_test(test_checker_has_something_to_check),
         cmocka_unit_test(test_empty_batch),
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_far_device),
