@@ -2,7 +2,7 @@
 # make run           train on real handwritten digits and predict some: needs a C compiler and make, nothing else
 # make setup test    install what the tests use (Debian, Ubuntu), then run them: 10 minutes or less on 2 cores
 # make test-all      the same tests and all that takes longer: README.md says what
-# make try TEST=test_sequences CASE=gru   from an edit of paddle.h to these results in half a minute; BUILD=double, asan, ..
+# make try TEST=test_sequences CASE=gru BUILD=try64   one program, some layers or tests: 10 s from an edit of paddle.h
 # make fuzz          FUZZ_RUNS (a million) hostile inputs for everything that reads files
 # make seams         two nets on the CPU, a GPU's stand-in and 1 to 3 ranks of mpiexec: the same results, in a table
 # make gpu-check     the GPU's tests on a real one, with a report in bench/results; without one it only says so

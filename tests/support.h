@@ -77,7 +77,8 @@ static inline bool chosen(void) {
 }
 
 /* ---- running: says of each test how long it took. Parts of names, with blanks between, may be in the environment: CASE
-   of the tests to run, LEAVE_OUT of those not to run ---- */
+   of the tests to run, or, if there are no such tests, of the layers to which lists of cases are confined; LEAVE_OUT of
+   tests not to run ---- */
 
 static inline double seconds(void) {
     struct timespec now;
@@ -101,22 +102,37 @@ static inline bool has_part(const char *name, const char *parts) {
     return false;
 }
 
+static const char *layer_part; /* CASE, where it is not of tests */
+static int layers_met;
+
+/* In lists of cases: is this layer among those asked for? */
+static inline bool asked_for(const char *layer) {
+    bool asked = !layer_part || has_part(layer, layer_part);
+    layers_met += asked;
+    return asked;
+}
+
 #define run_group(tests, setup, teardown) run_timed(#tests, tests, COUNT(tests), setup, teardown)
 static inline int run_timed(const char *group, const struct CMUnitTest *tests, int count, CMFixtureFunction setup,
                             CMFixtureFunction teardown) {
     const char *wanted = getenv("CASE"), *unwanted = getenv("LEAVE_OUT");
     struct CMUnitTest *timed = (struct CMUnitTest *)malloc((size_t)count * sizeof *timed);
-    int n = 0, failed = 1;
+    int n = 0, named = 0, failed = 1;
+    for (int i = 0; i < count && wanted; i++) named += has_part(tests[i].name, wanted);
+    if (wanted && named == 0) {
+        layer_part = wanted;
+        wanted = NULL;
+    }
     for (int i = 0; i < count; i++) {
         if ((wanted && !has_part(tests[i].name, wanted)) || (unwanted && has_part(tests[i].name, unwanted))) continue;
         timed[n] = tests[i];
         timed[n].test_func = timed_test;
         timed[n++].initial_state = (void *)(uintptr_t)&tests[i];
     }
-    if (n > 0) {
-        failed = _cmocka_run_group_tests(group, timed, (size_t)n, setup, teardown);
-    } else {
-        printf("no test is left by CASE and LEAVE_OUT; there are:");
+    if (n > 0) failed = _cmocka_run_group_tests(group, timed, (size_t)n, setup, teardown);
+    if (n == 0 || (layer_part && layers_met == 0)) {
+        failed = 1;
+        printf("no layer and none of these tests has \"%s\" in its name:", layer_part ? layer_part : "");
         for (int i = 0; i < count; i++) printf(" %s", tests[i].name);
         printf("\n");
     }

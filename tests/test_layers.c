@@ -930,7 +930,7 @@ static const layer_case cases[] = {
     for (const layer_case *c = cases; c < cases + COUNT(cases); c++)                                                   \
         for (uint64_t seed = 1000 * (uint64_t)(c - cases), seed##_end = seed + (uint64_t)rounds(count);                \
              seed < seed##_end; seed++)                                                                                \
-            if (chosen())
+            if (asked_for(c->name) && chosen())
 
 /* ======================================================================================================== */
 /* Forward against the twins                                                                                 */

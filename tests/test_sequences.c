@@ -327,7 +327,8 @@ enum { CASES = sizeof cases / sizeof *cases, TABLES = 3 /* the first ones have p
 
 #define FOR_SEEDS(count, c, seed)                                                                                      \
     for (const layer_case *c = cases; c < cases + (count); c++)                                                        \
-        for (uint64_t seed = 1000 * (uint64_t)(c - cases); seed % 1000 < (uint64_t)rounds(60); seed++)
+        for (uint64_t seed = 1000 * (uint64_t)(c - cases); seed % 1000 < (uint64_t)rounds(60); seed++)                 \
+            if (asked_for(c->name))
 
 /* ======================================================================================================== */
 /* Values and gradients                                                                                      */
@@ -596,7 +597,7 @@ static void test_threads(void **state) {
     for (const layer_case *c = cases; c < cases + CASES; c++)
         for (uint64_t seed = 1; seed < 3; seed++) {
             int64_t count, again;
-            if (!chosen()) continue;
+            if (!asked_for(c->name) || !chosen()) continue;
             pd_real *one = run_large(c, seed, 1, &count);
             for (int threads = 2; threads < 5; threads++) {
                 pd_real *more = run_large(c, seed, threads, &again);
