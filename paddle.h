@@ -71,7 +71,9 @@
    A batch is a stack of rows. Each layer turns rows into rows; the shape of one row (channels x height x width, or a
    plain number of values) is settled when the layer is built, the number of rows by each batch. A sample is one row,
    or, for inputs marked by pd_sequence, any number of rows: sequences lie end to end with a list of offsets, nothing is
-   padded, and layers that work row by row need not know. Labels and words are ids, 64-bit integers.
+   padded, and layers that work row by row need not know. What combines several inputs (layers, costs, evaluators) does
+   so row by row: all of them carry sequences, and then of the same lengths, or none does. Labels and words are ids,
+   64-bit integers.
 
    SEQUENCES AND SPARSE ROWS
 
@@ -854,7 +856,8 @@ PD_API pd_status pd_zero_grads(pd_net *net);
 PD_API pd_status pd_want_gradient(pd_layer *input);
 
 /* A layer's last output, in host memory: rows x width, owned by the net, valid until the next run. NULL on failure, and
-   for layers that the last run did not compute, or, in PD_PREDICT, not as a target. */
+   for layers that the last run did not compute, or, in PD_PREDICT, not as a target; if that run failed, its message
+   stays. */
 PD_API const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width);
 /* Predicts `rows` rows of the net's first input, a plain vector or image, from an array; the other inputs must not be
    needed. For sequences, ids and sparse rows: pd_batch_new, pd_forward, pd_output. */
@@ -1159,7 +1162,8 @@ struct pd_layer_type {
                                    there and back */
     /* Checks inputs and options, sets layer->shape (and act), declares parameters with pd_layer_param. */
     pd_status (*setup)(pd_layer *layer);
-    /* (optional) Sets layer->out.rows and the sequence offsets for this batch. Default: those of input 0. */
+    /* (optional) Sets layer->out.rows and the sequence offsets for this batch. Default: those of the inputs, which the
+       net then checks to be the same. */
     pd_status (*resize)(pd_layer *layer);
     /* Fills layer->out.data from the inputs' out.data. */
     pd_status (*forward)(pd_layer *layer);
@@ -1194,7 +1198,7 @@ struct pd_layer {
     double act_alpha; /* set by setup; 0 = the activation's default */
     bool is_ids;      /* the output is ids, not numbers */
     bool is_sparse;   /* the output is sparse rows, not numbers; is_ids too is set then */
-    bool is_sequence; /* rows come in sequences; default: if input 0's do. Setup may change it. */
+    bool is_sequence; /* rows come in sequences; default: if the inputs' do. Setup may change it. */
     bool wants_grad;  /* something below it learns */
     pd_tensor out;
     struct pd__layer *own; /* the net's */
@@ -1648,7 +1652,8 @@ struct pd_net {
     pd_mode mode;
     pd_updater *updater; /* during a trainer's step */
     pd_trainer *trainers;
-    pd_layer *ran; /* last target of the last forward with gradients */
+    pd_layer *ran;   /* last target of the last forward with gradients */
+    bool run_failed; /* the last forward */
     const pd_batch *batch;
     pd_batch *predict_batch;
     pd_net *origin; /* of a shared net */
@@ -3617,6 +3622,8 @@ static char *pd__default_name(pd_net *net, const pd_layer_type *type) {
     return pd__copy_text(&net->allocator, name);
 }
 
+static const char *const pd__rows_of[] = { "has one row per sample", "carries sequences" };
+
 static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
                                  int count) {
     const char *who = name ? name : type && type->name ? type->name : "layer";
@@ -3642,6 +3649,10 @@ static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const c
         if (inputs[i]->is_sparse && !type->prefetch)
             return pd__fail_build(net, PD_E_SHAPE, "%s: %s takes no sparse input such as \"%.100s\"; pd_fc does", who,
                                   type->name, inputs[i]->name);
+        if (inputs[i]->is_sequence != inputs[0]->is_sequence && !type->resize)
+            return pd__fail_build(net, PD_E_SHAPE, "%s: input \"%.100s\" %s, but \"%.100s\" %s", who, inputs[i]->name,
+                                  pd__rows_of[inputs[i]->is_sequence], inputs[0]->name,
+                                  pd__rows_of[inputs[0]->is_sequence]);
     }
     return PD_OK;
 }
@@ -4526,20 +4537,36 @@ static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     return PD_OK;
 }
 
+/* Do the rows of two layers belong to each other, one to one? If not, `text` says so. */
+static bool pd__rows_fit(const pd_layer *a, const pd_layer *b, char text[400]) {
+    const pd_tensor *x = &a->out, *y = &b->out;
+    int64_t sample = 0;
+    if (x->rows == y->rows && x->starts == y->starts) return true;
+    if (!x->starts || !y->starts || x->sequences != y->sequences) {
+        snprintf(text, 400, "\"%.100s\" has %lld %s, but \"%.100s\" has %lld %s", b->name,
+                 (long long)(y->starts ? y->sequences : y->rows), y->starts ? "sequences" : "rows", a->name,
+                 (long long)(x->starts ? x->sequences : x->rows), x->starts ? "sequences" : "rows");
+        return false;
+    }
+    if (memcmp(x->starts, y->starts, (size_t)(x->sequences + 1) * sizeof *x->starts) == 0) return true;
+    while (x->starts[sample + 1] == y->starts[sample + 1]) sample++;
+    snprintf(text, 400, "sample %lld of \"%.100s\" has %lld rows, but that of \"%.100s\" has %lld", (long long)sample,
+             b->name, (long long)(y->starts[sample + 1] - y->starts[sample]), a->name,
+             (long long)(x->starts[sample + 1] - x->starts[sample]));
+    return false;
+}
+
 /* Rows and offsets of this batch. */
 static pd_status pd__size_output(pd_layer *l) {
-    const pd_tensor *first = l->input_count ? &l->inputs[0]->out : NULL, *ordered = first;
-    for (int k = 1; k < l->input_count && !ordered->starts; k++) ordered = &l->inputs[k]->out;
+    const pd_tensor *first = l->input_count ? &l->inputs[0]->out : NULL;
+    char text[400];
     if (first) {
         l->out.rows = first->rows;
-        l->out.sequences = l->is_sequence ? ordered->sequences : 0;
-        l->out.starts = l->is_sequence ? ordered->starts : NULL;
+        l->out.sequences = l->is_sequence ? first->sequences : 0;
+        l->out.starts = l->is_sequence ? first->starts : NULL;
     }
     for (int k = 1; k < l->input_count && !l->type->resize; k++)
-        if (l->inputs[k]->out.rows != l->out.rows)
-            return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" has %lld rows, but \"%.100s\" has %lld",
-                                 l->inputs[k]->name, (long long)l->inputs[k]->out.rows, l->inputs[0]->name,
-                                 (long long)l->out.rows);
+        if (!pd__rows_fit(l->inputs[0], l->inputs[k], text)) return pd_layer_fail(l, PD_E_SHAPE, "%s", text);
     return l->type->resize ? l->type->resize(l) : PD_OK;
 }
 
@@ -4812,6 +4839,7 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
         if (net->layers[i]->own->active) status = pd__run_layer(net->layers[i]);
     if (status == PD_OK) status = pd__synchronize(net);
     if (status == PD_OK && mode != PD_PREDICT && count == 1) net->ran = targets[0];
+    net->run_failed = status != PD_OK;
     return status;
 }
 
@@ -4876,7 +4904,7 @@ PD_DEF pd_status pd_backward(pd_net *net, pd_layer *cost) {
 
 PD_DEF const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width) {
     if (!layer || !layer->own->active || !layer->out.data || layer->is_ids) {
-        if (layer)
+        if (layer && !(layer->net->run_failed && layer->net->failure.status != PD_OK)) /* else that is the reason */
             pd_layer_fail(layer, PD_E_STATE, "pd_output: it put out no numbers in the last run%s",
                           layer->net->mode == PD_PREDICT && !layer->own->target ? ", of which it was no target" : "");
         return NULL;
@@ -5951,7 +5979,6 @@ PD_DEF pd_layer *pd_pad(pd_net *net, pd_layer *input, const int64_t pad[6], cons
 
 static pd_status pd__scale_setup(pd_layer *l) {
     if (pd__want_shape(l, 0, pd__shape(1, 1, 1)) != PD_OK) return PD_E_SHAPE;
-    l->is_sequence = l->inputs[1]->is_sequence;
     return pd__like_input(l, 1);
 }
 
@@ -7800,6 +7827,10 @@ static pd_status pd__check_evaluator(pd_evaluator *e) {
         if (e->inputs[k] && e->inputs[k]->net != e->net)
             return pd__eval_fail(e, PD_E_ARGUMENT, "its %s, \"%.100s\", belongs to another net", roles[k],
                                  e->inputs[k]->name);
+        if (e->inputs[k] && e->inputs[k]->is_sequence != e->inputs[0]->is_sequence)
+            return pd__eval_fail(e, PD_E_SHAPE, "its %s, \"%.100s\", %s, but \"%.100s\" %s", roles[k],
+                                 e->inputs[k]->name, pd__rows_of[e->inputs[k]->is_sequence], e->inputs[0]->name,
+                                 pd__rows_of[e->inputs[0]->is_sequence]);
     }
     if (e->inputs[0]->is_ids)
         return pd__eval_fail(e, PD_E_SHAPE, "expected numbers as output, got \"%.100s\" with ids", e->inputs[0]->name);
@@ -7905,9 +7936,8 @@ PD_DEF pd_evaluator *pd_evaluator_add(pd_net *net, const pd_evaluator_type *type
 static pd_status pd__check_evaluated(pd_evaluator *e, int k, const pd_tensor *t) {
     const pd_layer *input = e->inputs[k];
     int64_t count = pd_shape_size(input->shape), rows = e->inputs[0]->out.rows, bad = pd__bad_id(input);
-    if (t->rows != rows)
-        return pd__eval_fail(e, PD_E_SHAPE, "expected %lld rows as in \"%.100s\", got %lld in \"%.100s\"",
-                             (long long)rows, e->inputs[0]->name, (long long)t->rows, input->name);
+    char text[400];
+    if (!pd__rows_fit(e->inputs[0], input, text)) return pd__eval_fail(e, PD_E_SHAPE, "%s", text);
     if (bad >= 0)
         return pd__eval_fail(e, PD_E_FORMAT, "row %lld of \"%.100s\": expected an id below %lld, got %lld",
                              (long long)bad, input->name, (long long)count, (long long)t->ids[bad]);

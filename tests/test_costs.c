@@ -557,7 +557,7 @@ static void test_misuse(void **state) {
 /* What only a batch shows. */
 static void test_wrong_batches(void **state) {
     pd_net *net = pd_net_new(NULL);
-    pd_layer *many = pd_sequence(pd_vector(net, "many", 1)), *one = pd_vector(net, "one", 1), *costs[2];
+    pd_layer *many = pd_sequence(pd_vector(net, "many", 1)), *one = pd_sequence(pd_vector(net, "one", 1)), *costs[2];
     pd_batch *batch;
     (void)state;
     costs[0] = pd_squared_error(net, many, one, NULL);
@@ -569,7 +569,7 @@ static void test_wrong_batches(void **state) {
     *pd_batch_add_row(batch, 1) = 1;
     pd_batch_end_sample(batch);
     assert_int_equal(pd_forward(net, batch, PD_PREDICT, &costs[0], 1), PD_E_SHAPE);
-    check_contains(pd_error(net), "\"one\" has 1 rows, but \"many\" has 2");
+    check_contains(pd_error(net), "sample 0 of \"one\" has 1 rows, but that of \"many\" has 2");
     assert_int_equal(pd_forward(net, batch, PD_PREDICT, &costs[1], 1), PD_E_FORMAT);
     check_contains(pd_error(net), "row 1 of \"many\": expected relevance 0 to 1000, got -1");
     pd_batch_free(batch);

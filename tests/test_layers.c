@@ -2213,48 +2213,6 @@ static void test_first_error_sticks(void **state) {
     check_refused(__LINE__, y, "fc1: size is 0, expected at least 1", true);
 }
 
-/* Rows that don't match are only seen when a batch comes: a message, and the net stays usable. */
-static void test_rows_that_differ(void **state) {
-    pd_net *net = pd_net_new(NULL);
-    pd_layer *a = pd_sequence(pd_vector(net, "a", 2)), *b = pd_sequence(pd_vector(net, "b", 2)), *y;
-    pd_batch *batch = NULL;
-    (void)state;
-    y = pd_multiply(net, a, b, NULL);
-    batch = pd_batch_new(net);
-    for (int rows = 2; rows >= 1; rows--) {
-        pd_batch_clear(batch);
-        for (int i = 0; i < rows; i++) memset(pd_batch_add_row(batch, 0), 0, 2 * sizeof(pd_real));
-        memset(pd_batch_add_row(batch, 1), 0, 2 * sizeof(pd_real));
-        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
-        assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), rows == 2 ? PD_E_SHAPE : PD_OK);
-        assert_string_equal(pd_error(net), rows == 2 ? "multiply1: input \"b\" has 1 rows, but \"a\" has 2" : "");
-    }
-    pd_batch_free(batch);
-    pd_net_free(net);
-}
-
-/* A layer over a sequence and a plain input of as many rows is a sequence with the former's offsets, or isn't one. */
-static void test_mixed_sequences(void **state) {
-    (void)state;
-    for (int k = 0; k < 4; k++) {
-        pd_net *net = pd_net_new(NULL);
-        pd_layer *w = pd_vector(net, "w", 1), *x, *y;
-        pd_batch *batch;
-        if (k == 1 || k == 3) pd_sequence(w);
-        x = pd_vector(net, "x", 3);
-        if (k == 2 || k == 3) pd_sequence(x);
-        y = pd_scale(net, w, x, NULL);
-        batch = pd_batch_new(net);
-        pd_batch_add_row(batch, 0)[0] = 2;
-        memset(pd_batch_add_row(batch, 1), 0, 3 * sizeof(pd_real));
-        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
-        assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_OK);
-        assert_true(y->is_sequence == (y->out.starts != NULL) && y->is_sequence == (y->out.sequences == 1));
-        pd_batch_free(batch);
-        pd_net_free(net);
-    }
-}
-
 /* ---- sizes beyond all bounds: a message, no overflow ---- */
 
 #define HUGE_SIZE INT64_MAX
@@ -2399,8 +2357,6 @@ int main(void) {
         cmocka_unit_test(test_norms_refuse),
         cmocka_unit_test(test_others_refuse),
         cmocka_unit_test(test_first_error_sticks),
-        cmocka_unit_test(test_rows_that_differ),
-        cmocka_unit_test(test_mixed_sequences),
         cmocka_unit_test(test_huge_sizes),
         cmocka_unit_test(test_huge_layers_run_empty),
         cmocka_unit_test(test_huge_windows),

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "inside.h"
 #include "support.h"
 
 #define IS_DOUBLE (sizeof(pd_real) == 8)
@@ -843,6 +844,124 @@ static void test_refused(void **state) {
             pd_pool(the.net, the.vecs, 1, &(pd_pool_opts){ .method = PD_FIRST }));
 }
 
+/* ---- inputs that are combined row by row have the same rows in the same samples ---- */
+
+typedef struct pair {
+    pd_layer *a, *b;
+} pair;
+
+static pd_layer *add_of(pd_net *net, pair p) { return pd_add(net, &p.a, 2, NULL); }
+static pd_layer *concat_of(pd_net *net, pair p) { return pd_concat(net, &p.a, 2, NULL); }
+static pd_layer *fc_of(pd_net *net, pair p) { return pd_fc_sum(net, &p.a, 2, 3, NULL); }
+static pd_layer *multiply_of(pd_net *net, pair p) { return pd_multiply(net, p.a, p.b, NULL); }
+static pd_layer *scale_of(pd_net *net, pair p) { return pd_scale(net, p.a, p.b, NULL); }
+static pd_layer *interpolate_of(pd_net *net, pair p) { return pd_interpolate(net, p.a, p.a, p.b, NULL); }
+static pd_layer *cosine_of(pd_net *net, pair p) { return pd_cosine(net, p.a, p.b, 1, NULL); }
+static pd_layer *outer_of(pd_net *net, pair p) { return pd_outer(net, p.a, p.b, NULL); }
+static pd_layer *bilinear_of(pd_net *net, pair p) { return pd_bilinear(net, p.a, p.b, 2, NULL); }
+static pd_layer *cross_entropy_of(pd_net *net, pair p) { return pd_cross_entropy(net, p.a, p.b, NULL); }
+static pd_layer *bernoulli_of(pd_net *net, pair p) { return pd_binary_cross_entropy(net, p.a, p.b, NULL); }
+static pd_layer *squared_of(pd_net *net, pair p) { return pd_squared_error(net, p.a, p.b, NULL); }
+static pd_layer *huber_of(pd_net *net, pair p) { return pd_huber(net, p.a, p.b, NULL); }
+static pd_layer *smooth_of(pd_net *net, pair p) { return pd_smooth_l1(net, p.a, p.b, NULL); }
+static pd_layer *rank_of(pd_net *net, pair p) { return pd_rank_cost(net, p.a, p.a, p.b, NULL); }
+static pd_layer *lambda_of(pd_net *net, pair p) { return pd_lambda_rank(net, p.a, p.b, NULL); }
+static pd_layer *weighed_of(pd_net *net, pair p) { return pd_sum_cost(net, p.a, &(pd_cost_opts){ .weight = p.b }); }
+
+typedef pd_layer *(*combination)(pd_net *net, pair p);
+static const combination combinations[] = { add_of,         concat_of,  fc_of,    multiply_of, scale_of,
+                                            interpolate_of, cosine_of,  outer_of, bilinear_of, cross_entropy_of,
+                                            bernoulli_of,   squared_of, huber_of, smooth_of,   rank_of,
+                                            lambda_of,      weighed_of };
+
+/* `kinds` has a bit for each of the two that carries sequences. */
+static pair two_inputs(pd_net *net, int kinds) {
+    pair p;
+    p.a = input(pd_vector(net, "a", 1), kinds & 1);
+    p.b = input(pd_vector(net, "b", 1), kinds & 2);
+    return p;
+}
+
+/* Samples of so many rows in the two slots. */
+static pd_batch *two_lengths(pd_net *net, const int (*lengths)[2], int samples) {
+    pd_batch *batch = pd_batch_new(net);
+    for (int i = 0; i < samples; i++) {
+        for (int slot = 0; slot < 2; slot++)
+            for (int r = 0; r < lengths[i][slot]; r++) *pd_batch_add_row(batch, slot) = 1;
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    return batch;
+}
+
+static void check_lengths(combination c, const int (*lengths)[2], int samples, const char *message) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *y = c(net, two_inputs(net, 3));
+    pd_batch *batch = two_lengths(net, lengths, samples);
+    pd_status status = pd_forward(net, batch, PD_PREDICT, &y, 1);
+    assert_int_equal(status, message ? PD_E_SHAPE : PD_OK);
+    if (message) {
+        assert_null(pd_output(y, NULL, NULL)); /* which leaves the reason */
+        check_contains(pd_error(net), message);
+    }
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+static void test_lengths_that_do_not_fit(void **state) {
+    static const int equal[][2] = { { 2, 2 }, { 0, 0 }, { 1, 1 } }, empty[][2] = { { 0, 0 } };
+    static const int shared_out[][2] = { { 1, 1 }, { 2, 1 }, { 1, 2 } },
+                     shorter[][2] = { { 2, 2 }, { 0, 0 }, { 3, 2 } };
+    (void)state;
+    for (int c = 0; c < COUNT(combinations); c++) {
+        check_lengths(combinations[c], equal, 3, NULL);
+        check_lengths(combinations[c], empty, 1, NULL);
+        check_lengths(combinations[c], empty, 0, NULL);
+        check_lengths(combinations[c], shared_out, 3, ": sample 1 of \"b\" has 1 rows, but that of \"a\" has 2");
+        check_lengths(combinations[c], shorter, 3, ": sample 2 of \"b\" has 2 rows, but that of \"a\" has 3");
+    }
+}
+
+static void test_sequences_and_rows(void **state) {
+    (void)state;
+    for (int c = 0; c < COUNT(combinations); c++)
+        for (int kinds = 1; kinds <= 2; kinds++) {
+            pd_net *net = pd_net_new(NULL);
+            assert_null(combinations[c](net, two_inputs(net, kinds)));
+            check_contains(pd_error(net), kinds == 1
+                                              ? ": input \"b\" has one row per sample, but \"a\" carries sequences"
+                                              : ": input \"b\" carries sequences, but \"a\" has one row per sample");
+            pd_net_free(net);
+        }
+}
+
+/* Evaluators too, each of their inputs. */
+static void test_evaluated_rows(void **state) {
+    static const int lengths[][2] = { { 1, 1 }, { 2, 1 }, { 1, 2 } };
+    (void)state;
+    for (int k = 0; k < 4; k++) {
+        pd_evaluator_opts o = { .name = "e" };
+        pd_net *net = pd_net_new(NULL);
+        pair p = two_inputs(net, k < 2 ? 3 : 1);
+        pd_layer *cost = pd_sum_cost(net, p.a, NULL), *other = pd_sum_cost(net, p.b, NULL), *costs[2];
+        pd_batch *batch = two_lengths(net, lengths, k < 2 ? 3 : 1);
+        if (k % 2) o.weight = p.b;
+        costs[0] = cost, costs[1] = other;
+        if (k >= 2) {
+            assert_null(pd_eval_mean_error(net, p.a, k % 2 ? p.a : p.b, &o));
+            check_contains(pd_error(net),
+                           k % 2 ? "e: its weight, \"b\", has one row per sample, but \"a\" carries sequences"
+                                 : "e: its label, \"b\", has one row per sample, but \"a\" carries sequences");
+        } else {
+            assert_non_null(pd_eval_mean_error(net, p.a, k % 2 ? p.a : p.b, &o));
+            assert_int_equal(pd_forward(net, batch, PD_PREDICT, costs, 2), PD_OK);
+            assert_int_equal(inside_evaluators_update(net), PD_E_SHAPE);
+            assert_string_equal(pd_error(net), "e: sample 1 of \"b\" has 1 rows, but that of \"a\" has 2");
+        }
+        pd_batch_free(batch);
+        pd_net_free(net);
+    }
+}
+
 /* All layers in one net, built, run forward and back twice, shared; every allocation fails once. */
 static pd_status use_all(pd_net *net, pd_failure *failure) {
     pd_layer *words = pd_sequence(pd_ids(net, "words", 9)), *rare = pd_sparse(net, "rare", 9), *pools[3], *cost;
@@ -903,6 +1022,9 @@ int main(void) {
         cmocka_unit_test(test_ids_of_a_layer),
         cmocka_unit_test(test_initial_values),
         cmocka_unit_test(test_steady_memory),
+        cmocka_unit_test(test_lengths_that_do_not_fit),
+        cmocka_unit_test(test_sequences_and_rows),
+        cmocka_unit_test(test_evaluated_rows),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_no_memory),
     };
