@@ -754,17 +754,22 @@ PD_API pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method m
    by the number of samples. Costs can be added with pd_add and weighed with pd_affine. */
 typedef struct pd_cost_opts {
     const char *name;
-    pd_layer *weight;            /* sample weights, a layer of width 1 (no gradient flows there); default all 1 */
+    pd_layer *weight;            /* sample weights, a layer of width 1 (no gradient flows there); default all 1; 0: the
+                                    row has no part in cost and gradient, whatever it holds */
     const double *class_weights; /* cross_entropy: one per class, > 0, copied; default all 1 */
-    bool probabilities;          /* cross_entropy: the input holds probabilities although it isn't a softmax layer */
+    bool probabilities;          /* cross_entropy: the input holds probabilities although it isn't a softmax layer; of
+                                    those below the least normal number the cost, 87 (in double 708), and the slope
+                                    are that number's */
     double delta;                /* huber, smooth_l1: where the square ends, > 0; default 1 */
     int64_t top;                 /* lambda_rank: NDCG truncation; default 5 */
 } pd_cost_opts;
 /* -sum_c w_c t_c log p_c. `label` is a label, or a layer of soft labels t as wide as the input that does not learn. If
-   the input's activation is softmax, it is p, and both are differentiated as one; else p = softmax(input). */
+   the input's activation is softmax, it is p; else p = softmax(input). Both are computed from what is before the softmax,
+   x: the cost is log(sum_j e^x_j) - x_c for label c, exact where p_c is too small for a number, and so is its gradient,
+   whoever else reads the softmax. */
 PD_API pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts);
 /* -sum_j t_j log p_j + (1 - t_j) log(1 - p_j), t_j in [0, 1]. Input with sigmoid activation: it is p; else
-   p = sigmoid(input). */
+   p = sigmoid(input). Both are computed from what is before the sigmoid, as for cross_entropy. */
 PD_API pd_layer *pd_binary_cross_entropy(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts);
 /* sum_j (x_j - t_j)^2: no factor 1/2, no mean over j. */
 PD_API pd_layer *pd_squared_error(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts);
@@ -1091,12 +1096,16 @@ struct pd_device {
     void (*pool)(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y);
     void (*pool_backward)(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y, const pd_real *dy,
                           pd_real *dx); /* adds; a maximum's gradient goes to its first occurrence */
-    /* cost[r] = -sum_c w_c t_c log p_c, t from ids or soft (the other NULL); class_weights may be NULL. */
-    void (*cross_entropy)(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
-                          const pd_real *soft, const pd_real *class_weights, pd_real *cost);
-    /* Adds dcost[r] times the derivative by p, or, if `fused`, by the x in p = softmax(x). */
+    /* cost[r] = -v_r sum_c w_c t_c log p_c, t from ids or soft (the other NULL); the weights v of rows and w of classes may
+       be NULL; v_r 0: 0. p = softmax(x), and x tells what p is too small for; x NULL: only p is known, and what is below
+       the least normal number counts as that. */
+    void (*cross_entropy)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
+                          const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
+                          const pd_real *class_weights, pd_real *cost);
+    /* Adds dcost[r] times the derivative of cost[r] / v_r by p, or, if `by_x`, by the x in p = softmax(x). dcost[r] 0:
+       nothing. */
     void (*cross_entropy_backward)(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
-                                   const pd_real *soft, const pd_real *class_weights, const pd_real *dcost, bool fused,
+                                   const pd_real *soft, const pd_real *class_weights, const pd_real *dcost, bool by_x,
                                    pd_real *dx);
     /* y[i] += keep(key, i) ? x[i] / (1 - rate) : 0, with pd_random's bits, so that backward needs no mask. */
     void (*dropout)(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y);
@@ -1583,6 +1592,14 @@ static inline bool pd__finite(double x) { return x - x == 0; }
 /* ======================================================================================================== */
 /* >>core: the net's own data, memory, failures, text, random numbers, time, threads                        */
 
+/* The memory of a tensor: in the net's device's and, on one without host memory, copies in the host's. */
+typedef struct pd__store {
+    pd_real *data, *grad, *host_data, *host_grad;
+    int64_t data_capacity, grad_capacity, host_data_capacity, host_grad_capacity; /* numbers */
+    bool host_current; /* host_data is that of the run in progress, or last run */
+    bool at_host;      /* the tensor has the copies for now: a layer on the host is at work */
+} pd__store;
+
 /* What a net keeps about a layer beside what layer types see. */
 struct pd__layer {
     int index;             /* in net->layers; inputs always have a smaller one */
@@ -1590,23 +1607,19 @@ struct pd__layer {
     bool active;           /* takes part in the run in progress .. */
     bool target;           /* .. and was asked for */
     bool wants_input_grad; /* pd_want_gradient */
-    bool fused;            /* the cost above has differentiated the activation too, in the backward in progress */
-    int uses;              /* layers of this run that read this one's output and pass gradients to it */
+    int uses;              /* layers of this run that read this one's output and pass gradients to it; */
+    int before_uses;       /* of these, costs that read it before its activation */
+    bool reads_before;     /* this is such a cost: it reads `before` of input 0, and adds to the gradient of that */
+    bool keeps_before;     /* in this run there is such a cost above, or the activation's derivative needs it */
     int readers;           /* layers of this run that will still read this one's output */
     pd_layer *above;       /* when predicting: the layer that may fold into this one */
     bool above_done;       /* it did: pd_layer_epilogue has been called .. */
     bool act_done;         /* .. and for the activation, of the layer above if there is one */
-    bool lent;             /* `data` comes from the net's spare memory */
+    bool lent;             /* the output's data comes from the net's spare memory */
     pd_layer *origin;      /* in the net that a shared net was made from */
-    pd_real *data, *grad;  /* memory of out.data and out.grad */
-    /* On a device without host memory: copies of out.data and out.grad in the host's. */
-    pd_real *host_data, *host_grad;
-    int64_t host_data_capacity, host_grad_capacity;
-    bool host_current;          /* host_data is that of the run in progress, or last run */
-    bool at_host;               /* out.data, and out.grad, are the copies for now: a layer on the host is at work */
+    pd_tensor before;      /* the output before its activation: data if it is kept, grad if some users add to that */
+    pd__store store[2];    /* of out and before */
     struct pd__shadow *shadows; /* of the parameters of a layer on the host; NULL before its first run */
-    pd_real *x;                 /* input of the activation, for derivatives that need it */
-    int64_t data_capacity, grad_capacity, x_capacity; /* numbers */
     pd_real *memory[8];
     int64_t memory_capacity[8];
     pd_real *folded; /* scale and shift of the layer above */
@@ -1990,6 +2003,7 @@ typedef struct pd__kernels {
     void (*activate_backward_piece)(pd_act act, pd_real alpha, int64_t n, const pd_real *x, const pd_real *y,
                                     pd_real *grad);
     void (*softmax_row)(int64_t n, const pd_real *x, pd_real *y);
+    double (*softmax_cost)(int64_t n, const pd_real *x, const pd_real *y, double *top);
     void (*softmax_backward_row)(int64_t n, const pd_real *y, pd_real *grad);
     void (*moments_of)(const pd__channel_job *j, int64_t c);
     void (*batch_norm_map)(const pd__channel_job *j, int64_t m);
@@ -3037,34 +3051,39 @@ static void pd__cpu_pool_backward(pd_device *d, const pd_pool_shape *s, const pd
 /* The smallest probability that a cost sees, so that a logarithm stays finite. */
 static inline pd_real pd__at_least_tiny(pd_real p) { return p > PD__REAL_MIN || p != p ? p : PD__REAL_MIN; }
 
-static void pd__cpu_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
-                                  const pd_real *soft, const pd_real *class_weights, pd_real *cost) {
-    (void)d;
-    PD__PARALLEL(d, soft ? rows * width * 8 : rows * 8)
+static void pd__cpu_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
+                                  const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
+                                  const pd_real *class_weights, pd_real *cost) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__PARALLEL(d, rows * (x ? width * 2 : 8) + (soft ? rows * width * 8 : 0))
     for (int64_t r = 0; r < rows; r++) {
-        double sum = 0;
+        const pd_real *row = x ? x + r * width : NULL;
+        double weight = row_weights ? (double)row_weights[r] : 1, sum = 0, top = 0, least = 0;
+        if (row) least = kernels->softmax_cost(width, row, p + r * width, &top);
         for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
-            pd_real t = (soft ? soft[r * width + c] : 1) * (class_weights ? class_weights[c] : 1);
-            if (t != 0) sum -= (double)(t * PD__M(log)(pd__at_least_tiny(p[r * width + c])));
+            double t = (double)(soft ? soft[r * width + c] : 1) * (double)(class_weights ? class_weights[c] : 1);
+            if (t != 0)
+                sum += t * (row ? top - (double)row[c] + least : -log((double)pd__at_least_tiny(p[r * width + c])));
         }
-        cost[r] = (pd_real)sum;
+        cost[r] = weight != 0 ? (pd_real)(weight * sum) : 0;
     }
 }
 
 static void pd__cpu_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
                                            const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
-                                           const pd_real *dcost, bool fused, pd_real *dx) {
+                                           const pd_real *dcost, bool by_x, pd_real *dx) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     PD__PARALLEL(d, rows * width * 2)
     for (int64_t r = 0; r < rows; r++) {
         const pd_real *row = p + r * width;
         pd_real *to = dx + r * width, total = 0;
+        if (dcost[r] == 0) continue;
         for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
             pd_real t = (soft ? soft[r * width + c] : 1) * (class_weights ? class_weights[c] : 1);
-            to[c] -= dcost[r] * (fused ? t : t / pd__at_least_tiny(row[c]));
+            to[c] -= dcost[r] * (by_x ? t : t / pd__at_least_tiny(row[c]));
             total += t;
         }
-        if (fused) kernels->muladd_line(width, dcost[r] * total, row, 1, NULL, 0, to, 1);
+        if (by_x) kernels->muladd_line(width, dcost[r] * total, row, 1, NULL, 0, to, 1);
     }
 }
 
@@ -3525,14 +3544,15 @@ static void pd__layer_free(pd_layer *l) {
     if (l->type->teardown && l->state) l->type->teardown(l);
     if (own) {
         pd__copy *c, *next;
-        if (own->data) d->free(d, own->data);
-        if (own->grad) d->free(d, own->grad);
-        if (own->x) l->device->free(l->device, own->x);
+        for (int i = 0; i < PD__COUNT(own->store); i++) {
+            if (own->store[i].data) d->free(d, own->store[i].data);
+            if (own->store[i].grad) d->free(d, own->store[i].grad);
+            pd__free(a, own->store[i].host_data);
+            pd__free(a, own->store[i].host_grad);
+        }
         for (int i = 0; i < PD__COUNT(own->memory); i++)
             if (own->memory[i]) l->device->free(l->device, own->memory[i]);
         if (own->folded) l->device->free(l->device, own->folded);
-        pd__free(a, own->host_data);
-        pd__free(a, own->host_grad);
         pd__shadows_free(l);
         for (int i = 0; i < PD__COUNT(own->integers); i++) pd__free(a, own->integers[i]);
         pd__free(a, own->values);
@@ -4365,11 +4385,15 @@ static const char *const pd__act_names[PD_ACT_COUNT] = {
 #undef PD__TEXT
 };
 
+enum { PD__OUT, PD__BEFORE }; /* a layer's two tensors: its output, after and before its activation */
+
+static pd_tensor *pd__tensor_of(pd_layer *l, int which) { return which == PD__OUT ? &l->out : &l->own->before; }
+
 /* Marks what `targets` depend on. Inputs come before their users, so one walk from the end is enough. */
 static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int count) {
     for (int64_t i = 0; i < net->layer_count; i++) {
         struct pd__layer *own = net->layers[i]->own;
-        own->active = own->target = own->above_done = false;
+        own->active = own->target = own->above_done = own->keeps_before = false;
         own->readers = 0;
         own->above = NULL;
     }
@@ -4379,12 +4403,16 @@ static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int 
                             targets[i] ? "a layer of another net" : "NULL");
         targets[i]->own->active = targets[i]->own->target = true;
     }
-    for (int64_t i = net->layer_count; i-- > 0;)
-        if (net->layers[i]->own->active)
-            for (int k = 0; k < net->layers[i]->input_count; k++) {
-                net->layers[i]->inputs[k]->own->active = true;
-                net->layers[i]->inputs[k]->own->readers++;
-            }
+    for (int64_t i = net->layer_count; i-- > 0;) {
+        pd_layer *l = net->layers[i];
+        if (!l->own->active) continue;
+        for (int k = 0; k < l->input_count; k++) {
+            l->inputs[k]->own->active = true;
+            l->inputs[k]->own->readers++;
+        }
+        if (l->own->reads_before) l->inputs[0]->own->keeps_before = true;
+        if (pd__act_needs_x[l->act] && l->wants_grad && net->mode != PD_PREDICT) l->own->keeps_before = true;
+    }
     return PD_OK;
 }
 
@@ -4392,53 +4420,53 @@ static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int 
 
 /* The layer's output will not be read any more. */
 static void pd__give_back(pd_layer *l) {
-    struct pd__layer *own = l->own;
+    pd__store *store = &l->own->store[PD__OUT];
     pd_net *net = l->net;
-    if (own->lent && own->data) {
-        net->spares[net->spare_count].data = own->data;
-        net->spares[net->spare_count++].capacity = own->data_capacity;
-        own->data = NULL;
-        own->data_capacity = 0;
+    if (l->own->lent && store->data) {
+        net->spares[net->spare_count].data = store->data;
+        net->spares[net->spare_count++].capacity = store->data_capacity;
+        store->data = NULL;
+        store->data_capacity = 0;
     }
-    own->lent = false;
-    if (own->slot < 0) l->out.data = NULL;
+    l->own->lent = false;
+    if (l->own->slot < 0) l->out.data = NULL;
 }
 
 /* Memory for an output: the smallest spare that holds it, else the largest, which grows. */
 static bool pd__borrow(pd_layer *l, int64_t numbers) {
     pd_net *net = l->net;
-    struct pd__layer *own = l->own;
+    pd__store *store = &l->own->store[PD__OUT];
     int64_t best = 0;
     for (int64_t i = 1; i < net->spare_count; i++) {
         int64_t a = net->spares[i].capacity, b = net->spares[best].capacity;
         if (b < numbers ? a > b : a >= numbers && a < b) best = i;
     }
     if (net->spare_count > 0) {
-        own->data = net->spares[best].data;
-        own->data_capacity = net->spares[best].capacity;
+        store->data = net->spares[best].data;
+        store->data_capacity = net->spares[best].capacity;
         net->spares[best] = net->spares[--net->spare_count];
     }
-    own->lent = true;
-    return pd__device_grow(net, &own->data, &own->data_capacity, numbers);
+    l->own->lent = true;
+    return pd__device_grow(net, &store->data, &store->data_capacity, numbers);
 }
 
 /* The numbers below become the layer's output, without a copy. */
 static void pd__take_over(pd_layer *l, pd_layer *below) {
-    struct pd__layer *own = l->own, *from = below->own;
-    pd_real *data = own->data;
-    int64_t capacity = own->data_capacity;
-    bool lent = own->lent;
-    own->data = from->data, own->data_capacity = from->data_capacity, own->lent = from->lent;
-    from->data = data, from->data_capacity = capacity, from->lent = lent;
-    l->out.data = own->data;
-    own->host_current = from->host_current = false;
+    pd__store *store = &l->own->store[PD__OUT], *from = &below->own->store[PD__OUT];
+    pd_real *data = store->data;
+    int64_t capacity = store->data_capacity;
+    bool lent = l->own->lent;
+    store->data = from->data, store->data_capacity = from->data_capacity, l->own->lent = below->own->lent;
+    from->data = data, from->data_capacity = capacity, below->own->lent = lent;
+    l->out.data = store->data;
+    store->host_current = from->host_current = false;
 }
 
 /* For forward: takes input 0, which has as many numbers, over as the output. False if it is needed as it is. */
 static bool pd__pass_on(pd_layer *l) {
     const pd_layer *below = l->inputs[0];
     if (l->net->mode != PD_PREDICT || below->own->slot >= 0 || below->own->target || below->own->readers > 1 ||
-        l->device != l->net->device)
+        l->device != l->net->device || l->own->keeps_before)
         return false;
     pd__take_over(l, l->inputs[0]);
     return true;
@@ -4449,8 +4477,8 @@ static void pd__plan_folds(pd_net *net) {
     for (int64_t i = 0; i < net->layer_count; i++) {
         pd_layer *l = net->layers[i], *below = l->input_count == 1 ? l->inputs[0] : NULL;
         if (l->own->active && l->type->fold && below && below->own->slot < 0 && below->own->readers == 1 &&
-            !below->own->target && below->act == PD_LINEAR && !below->is_ids && below->device == net->device &&
-            l->device == net->device && below->shape.channels == l->shape.channels)
+            !below->own->target && below->act == PD_LINEAR && !l->own->keeps_before && !below->is_ids &&
+            below->device == net->device && l->device == net->device && below->shape.channels == l->shape.channels)
             below->own->above = l;
     }
 }
@@ -4476,7 +4504,7 @@ PD_DEF pd_status pd_layer_epilogue(pd_layer *layer, const pd_real *bias, pd_epil
         after->bias = shift;
         own->above_done = true;
     }
-    if (top->act == PD_SOFTMAX || (pd__act_needs_x[top->act] && top->out.grad)) return PD_OK;
+    if (top->act == PD_SOFTMAX || top->own->keeps_before) return PD_OK;
     after->act = top->act;
     after->alpha = (pd_real)top->act_alpha;
     own->act_done = true;
@@ -4487,14 +4515,14 @@ PD_DEF pd_status pd_layer_epilogue(pd_layer *layer, const pd_real *bias, pd_epil
 static pd_status pd__count_users(pd_net *net) {
     for (int64_t i = 0; i < net->layer_count; i++) {
         pd_layer *l = net->layers[i];
-        l->own->uses = 0;
-        l->own->fused = false;
+        l->own->uses = l->own->before_uses = 0;
         for (int k = 0; k < l->param_count; k++) l->params[k]->users = 0;
     }
     for (int64_t i = 0; i < net->layer_count; i++) {
         pd_layer *l = net->layers[i];
         if (!l->own->active || !l->wants_grad) continue;
         for (int k = 0; k < l->input_count; k++) l->inputs[k]->own->uses++;
+        if (l->own->reads_before) l->inputs[0]->own->before_uses++;
         for (int k = 0; k < l->param_count; k++) {
             pd_status status = pd__need_grad(l->params[k]);
             if (status != PD_OK) return status;
@@ -4527,11 +4555,12 @@ static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     l->out.values = s->values;
     l->out.sequences = s->sequence ? batch->samples : 0;
     l->out.starts = s->sequence ? s->starts : NULL;
-    l->own->host_current = false;
+    l->own->store[PD__OUT].host_current = false;
     if (!l->is_ids && (!l->out.data || !d->host_memory)) { /* without rows layers may rely on an address to add 0 to */
-        if (!pd__device_grow(l->net, &l->own->data, &l->own->data_capacity, rows * l->out.width))
+        pd__store *store = &l->own->store[PD__OUT];
+        if (!pd__device_grow(l->net, &store->data, &store->data_capacity, rows * l->out.width))
             return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows", (long long)rows);
-        l->out.data = l->own->data;
+        l->out.data = store->data;
         if (rows > 0) d->upload(d, l->out.data, s->data, (size_t)(rows * l->out.width) * sizeof *s->data);
     }
     return PD_OK;
@@ -4560,6 +4589,7 @@ static bool pd__rows_fit(const pd_layer *a, const pd_layer *b, char text[400]) {
 static pd_status pd__size_output(pd_layer *l) {
     const pd_tensor *first = l->input_count ? &l->inputs[0]->out : NULL;
     char text[400];
+    l->own->before.data = l->own->before.grad = NULL;
     if (first) {
         l->out.rows = first->rows;
         l->out.sequences = l->is_sequence ? first->sequences : 0;
@@ -4570,53 +4600,75 @@ static pd_status pd__size_output(pd_layer *l) {
     return l->type->resize ? l->type->resize(l) : PD_OK;
 }
 
+static pd_status pd__no_rows(pd_layer *l) {
+    return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)l->out.rows,
+                         (long long)l->out.width);
+}
+
 /* Memory for them: the layer's own, but one that only predicts borrows it. */
 static pd_status pd__ready_output(pd_layer *l) {
-    struct pd__layer *own = l->own;
-    bool borrow = l->net->mode == PD_PREDICT && !own->data;
+    pd__store *store = l->own->store;
+    pd_tensor *before = &l->own->before;
+    bool borrow = l->net->mode == PD_PREDICT && !store->data;
     int64_t numbers;
     if (!pd__multiply_sizes(l->out.rows, l->out.width, &numbers) ||
-        !(borrow ? pd__borrow(l, numbers) : pd__device_grow(l->net, &own->data, &own->data_capacity, numbers)))
-        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)l->out.rows,
-                             (long long)l->out.width);
-    l->out.data = own->data;
-    own->host_current = false;
+        !(borrow ? pd__borrow(l, numbers) : pd__device_grow(l->net, &store->data, &store->data_capacity, numbers)))
+        return pd__no_rows(l);
+    l->out.data = store->data;
+    if (l->own->keeps_before) {
+        if (!pd__device_grow(l->net, &store[PD__BEFORE].data, &store[PD__BEFORE].data_capacity, numbers))
+            return pd__no_rows(l);
+        before->data = store[PD__BEFORE].data;
+    }
+    store[PD__OUT].host_current = store[PD__BEFORE].host_current = false;
     return PD_OK;
 }
 
-static pd_status pd__ready_grad(pd_layer *l) {
+static pd_status pd__ready_zeros(pd_layer *l, int which) {
     pd_device *d = l->net->device;
+    pd__store *store = &l->own->store[which];
     int64_t numbers = l->out.rows * l->out.width;
+    if (!pd__device_grow(l->net, &store->grad, &store->grad_capacity, numbers))
+        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for the gradient of %lld rows", (long long)l->out.rows);
+    d->fill(d, numbers, 0, store->grad);
+    pd__tensor_of(l, which)->grad = store->grad;
+    return PD_OK;
+}
+
+/* Where all users read the layer before its activation, their gradients are added up in out.grad. */
+static pd_status pd__ready_grad(pd_layer *l) {
+    pd_status status;
     l->out.grad = NULL;
     if (l->net->mode == PD_PREDICT || !l->wants_grad) return PD_OK;
-    if (!pd__device_grow(l->net, &l->own->grad, &l->own->grad_capacity, numbers))
-        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for the gradient of %lld rows", (long long)l->out.rows);
-    d->fill(d, numbers, 0, l->own->grad);
-    l->out.grad = l->own->grad;
-    return PD_OK;
+    status = pd__ready_zeros(l, PD__OUT);
+    if (status == PD_OK && l->own->before_uses > 0 && l->own->before_uses < l->own->uses)
+        status = pd__ready_zeros(l, PD__BEFORE);
+    return status;
 }
 
-/* The layer's own forward, then its activation: in place, or, if the derivative will need x, from a second buffer. */
+/* For costs that set `reads_before`: what input 0 puts out before its activation, and where its gradient goes (NULL: not
+   wanted). For the others: its output. */
+static const pd_real *pd__read_before(const pd_layer *cost, pd_real **grad) {
+    pd_layer *input = cost->inputs[0];
+    *grad = cost->own->reads_before && input->own->before.grad ? input->own->before.grad : input->out.grad;
+    return cost->own->reads_before ? input->own->before.data : input->out.data;
+}
+
+/* The layer's own forward, then its activation: in place, or, if what comes before it is kept, from there. */
 static pd_status pd__forward_layer(pd_layer *l) {
     pd_device *d = l->device;
-    bool keep_x = pd__act_needs_x[l->act] && l->out.grad;
-    pd_real *y = l->out.data;
+    pd_real *x = l->own->before.data, *y = l->out.data;
     pd_status status;
-    if (keep_x) {
-        if (!pd__grow_on(d, &l->own->x, &l->own->x_capacity, l->out.rows * l->out.width))
-            return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows", (long long)l->out.rows);
-        l->out.data = l->own->x;
-    }
+    if (x) l->out.data = x;
     l->own->act_done = false;
     status = l->type->forward(l);
-    if (keep_x) l->out.data = y;
+    if (x) l->out.data = y;
     if (status != PD_OK) {
         if (l->net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
         return status;
     }
     if (l->act != PD_LINEAR && !l->own->act_done)
-        d->activate(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, keep_x ? l->own->x : l->out.data,
-                    l->out.data);
+        d->activate(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, x ? x : l->out.data, l->out.data);
     return PD_OK;
 }
 
@@ -4627,49 +4679,64 @@ static pd_status pd__forward_layer(pd_layer *l) {
 
 static pd_status pd__host_memory_fail(pd_net *net) { return pd__no_memory(net, "carrying numbers to the host"); }
 
-/* A layer's output in host memory; NULL (message set) when out of memory, or when the device has failed. */
-static pd_real *pd__host_data(pd_layer *l) {
-    pd_device *d = l->net->device;
+/* A layer's numbers in host memory; NULL (message set) when out of memory, or when the device has failed. */
+static pd_real *pd__host_numbers(pd_layer *l, int which) {
+    pd__store *store = &l->own->store[which];
+    pd_real *data = pd__tensor_of(l, which)->data;
     int64_t n = l->out.rows * l->out.width;
-    struct pd__layer *own = l->own;
-    if (d->host_memory || own->at_host) return l->out.data;
-    if (own->host_current) return own->host_data;
-    if (!pd__grow(&l->net->allocator, (void **)&own->host_data, &own->host_data_capacity, pd__max(n, 1),
+    if (l->net->device->host_memory || store->at_host) return data;
+    if (store->host_current) return store->host_data;
+    if (!pd__grow(&l->net->allocator, (void **)&store->host_data, &store->host_data_capacity, pd__max(n, 1),
                   sizeof(pd_real))) {
         pd__host_memory_fail(l->net);
         return NULL;
     }
-    own->host_current = pd__download(l->net, own->host_data, l->out.data, n) == PD_OK;
-    return own->host_current ? own->host_data : NULL;
+    store->host_current = pd__download(l->net, store->host_data, data, n) == PD_OK;
+    return store->host_current ? store->host_data : NULL;
 }
 
-/* Puts the copies in the place of a layer's output and, if `grad`, its gradient. */
-static pd_status pd__tensor_to_host(pd_layer *l, bool grad) {
+static pd_real *pd__host_data(pd_layer *l) { return pd__host_numbers(l, PD__OUT); }
+
+/* Puts the copies in the place of a layer's numbers and, if `grad`, their gradient. */
+static pd_status pd__tensor_to_host(pd_layer *l, int which, bool grad) {
     pd_device *d = l->net->device;
-    struct pd__layer *own = l->own;
+    pd__store *store = &l->own->store[which];
+    pd_tensor *t = pd__tensor_of(l, which);
     int64_t n = l->out.rows * l->out.width;
-    if (own->at_host || !l->out.data) return PD_OK;
-    if (!pd__host_data(l)) return l->net->failure.status;
-    if (!pd__grow(&l->net->allocator, (void **)&own->host_grad, &own->host_grad_capacity, grad ? pd__max(n, 1) : 0,
+    grad = grad && t->grad;
+    if (store->at_host || !t->data) return PD_OK;
+    if (!pd__host_numbers(l, which)) return l->net->failure.status;
+    if (!pd__grow(&l->net->allocator, (void **)&store->host_grad, &store->host_grad_capacity, grad ? pd__max(n, 1) : 0,
                   sizeof(pd_real)))
         return pd__host_memory_fail(l->net);
-    if (grad && l->out.grad && n > 0) d->download(d, own->host_grad, l->out.grad, (size_t)n * sizeof(pd_real));
-    l->out.data = own->host_data;
-    if (grad && l->out.grad) l->out.grad = own->host_grad;
-    own->at_host = true;
+    if (grad && n > 0) d->download(d, store->host_grad, t->grad, (size_t)n * sizeof(pd_real));
+    t->data = store->host_data;
+    if (grad) t->grad = store->host_grad;
+    store->at_host = true;
     return PD_OK;
 }
 
-static void pd__tensor_to_device(pd_layer *l, bool data, bool grad) {
+static void pd__tensor_to_device(pd_layer *l, int which, bool data, bool grad) {
     pd_device *d = l->net->device;
-    struct pd__layer *own = l->own;
+    pd__store *store = &l->own->store[which];
+    pd_tensor *t = pd__tensor_of(l, which);
     size_t bytes = (size_t)(l->out.rows * l->out.width) * sizeof(pd_real);
-    if (!own->at_host) return;
-    own->at_host = false;
-    if (data && bytes) d->upload(d, own->data, own->host_data, bytes);
-    if (grad && l->out.grad && bytes) d->upload(d, own->grad, own->host_grad, bytes);
-    l->out.data = own->data;
-    if (l->out.grad) l->out.grad = own->grad;
+    if (!store->at_host) return;
+    store->at_host = false;
+    if (data && bytes) d->upload(d, store->data, store->host_data, bytes);
+    if (grad && t->grad && bytes) d->upload(d, store->grad, store->host_grad, bytes);
+    t->data = store->data;
+    if (t->grad) t->grad = store->grad;
+}
+
+/* Both of a layer's tensors. */
+static pd_status pd__layer_to_host(pd_layer *l, bool grad) {
+    pd_status status = pd__tensor_to_host(l, PD__OUT, grad);
+    return status == PD_OK ? pd__tensor_to_host(l, PD__BEFORE, grad) : status;
+}
+static void pd__layer_to_device(pd_layer *l, bool data, bool grad) {
+    pd__tensor_to_device(l, PD__OUT, data, grad);
+    pd__tensor_to_device(l, PD__BEFORE, data, grad);
 }
 
 /* Puts a shadow, with copies of what the device has, in the place of parameter k. */
@@ -4710,12 +4777,16 @@ static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
     const pd_allocator *a = &l->net->allocator;
     pd_status status = PD_OK;
     if (!own->shadows) own->shadows = (pd__shadow *)pd__alloc(a, l->param_count, sizeof *own->shadows);
-    if (!own->shadows || (!backward && !pd__grow(a, (void **)&own->host_data, &own->host_data_capacity,
-                                                 pd__max(l->out.rows * l->out.width, 1), sizeof(pd_real))))
-        return pd__host_memory_fail(l->net);
-    own->host_current = own->host_current || !backward; /* forward fills it */
-    for (int k = 0; status == PD_OK && k < l->input_count; k++) status = pd__tensor_to_host(l->inputs[k], backward);
-    if (status == PD_OK) status = pd__tensor_to_host(l, backward);
+    if (!own->shadows) return pd__host_memory_fail(l->net);
+    for (int i = 0; i < PD__COUNT(own->store) && !backward; i++) { /* forward fills them */
+        pd__store *store = &own->store[i];
+        if (!pd__grow(a, (void **)&store->host_data, &store->host_data_capacity,
+                      pd__tensor_of(l, i)->data ? pd__max(l->out.rows * l->out.width, 1) : 0, sizeof(pd_real)))
+            return pd__host_memory_fail(l->net);
+        store->host_current = true;
+    }
+    for (int k = 0; status == PD_OK && k < l->input_count; k++) status = pd__layer_to_host(l->inputs[k], backward);
+    if (status == PD_OK) status = pd__layer_to_host(l, backward);
     while (status == PD_OK && *moved < l->param_count) {
         status = pd__param_to_host(l, *moved);
         *moved += status == PD_OK;
@@ -4731,9 +4802,10 @@ static pd_status pd__on_host(pd_layer *l, bool backward, pd_status (*work)(pd_la
     status = pd__carry(l, backward, &moved);
     if (status == PD_OK) status = work(l);
     while (moved > 0) pd__param_to_device(l, --moved, backward);
-    pd__tensor_to_device(l, !backward, false);
-    for (int k = 0; k < l->input_count; k++) pd__tensor_to_device(l->inputs[k], false, backward);
-    if (status != PD_OK && !backward) l->own->host_current = false;
+    pd__layer_to_device(l, !backward, false);
+    for (int k = 0; k < l->input_count; k++) pd__layer_to_device(l->inputs[k], false, backward);
+    if (status != PD_OK && !backward)
+        l->own->store[PD__OUT].host_current = l->own->store[PD__BEFORE].host_current = false;
     return status;
 }
 
@@ -4843,15 +4915,6 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
     return status;
 }
 
-/* For costs: may `input`'s activation be differentiated together with the cost? If so, the cost adds the derivative by
-   the activation's input, and the net skips the activation in this backward. Only for a sole user: the others would
-   add derivatives by its output. */
-static bool pd__fuse_activation(pd_layer *cost, pd_layer *input) {
-    (void)cost;
-    input->own->fused = input->own->uses == 1;
-    return input->own->fused;
-}
-
 static pd_status pd__report_grads(pd_layer *l) {
     pd_updater *u = l->net->updater;
     for (int k = 0; k < l->param_count; k++)
@@ -4864,9 +4927,16 @@ static pd_status pd__report_grads(pd_layer *l) {
 
 static pd_status pd__differentiate(pd_layer *l) {
     pd_device *d = l->device;
-    if (l->act != PD_LINEAR && !l->own->fused)
-        d->activate_backward(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, l->own->x, l->out.data,
+    struct pd__layer *own = l->own;
+    bool is_before = own->before_uses > 0 && own->before_uses == own->uses; /* out.grad is, already */
+    if (l->act != PD_LINEAR && !is_before)
+        d->activate_backward(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, own->before.data, l->out.data,
                              l->out.grad);
+    if (own->before.grad) {
+        int64_t size[4] = { 1, 1, 1, 0 }, steps[4] = { 0, 0, 0, 1 };
+        size[3] = l->out.rows * l->out.width;
+        d->muladd(d, size, 1, own->before.grad, steps, NULL, steps, l->out.grad, steps);
+    }
     return l->type->backward ? l->type->backward(l) : PD_OK;
 }
 
@@ -6867,10 +6937,10 @@ PD_DEF pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method m
 /* >>costs                                                                                                  */
 
 /* Inputs of a cost: the prediction, the target (if the cost has one; rank_cost has two), then the sample weights if
-   there are any. Forward writes plain costs to a scratch, and backward reads scales from it; sample weights come in at
-   that one place, pd__weigh. */
+   there are any. Forward hands each row's plain cost to pd__put_cost, and backward gets its scale from pd__cost_scales,
+   where the weights come in. What has no weight counts for nothing, even if it is infinite. */
 
-enum { PD__COST_PROBABILITIES = 0, PD__COST_CLASS_WEIGHTS = 1, PD__COST_SCRATCH = 2 }; /* slots of pd_layer_memory */
+enum { PD__COST_PROBABILITIES = 0, PD__COST_CLASS_WEIGHTS = 1, PD__COST_SCALES = 2 }; /* slots of pd_layer_memory */
 enum { PD__HAS_CLASS_WEIGHTS = 1, PD__HAS_PROBABILITIES = 2, PD__HAS_DELTA = 4, PD__HAS_TOP = 8 };
 
 /* A builder's one line: min_inputs of a, b, c and the sample weights if given. */
@@ -6887,16 +6957,6 @@ static pd_layer *pd__add_cost(pd_net *net, const pd_layer_type *type, pd_layer *
 static const pd_layer *pd__cost_weight(const pd_layer *layer) {
     int index = layer->type->min_inputs;
     return layer->input_count > index ? layer->inputs[index] : NULL;
-}
-
-/* to = from * sample weights, one number per row. */
-static void pd__weigh(pd_layer *layer, const pd_real *from, pd_real *to) {
-    const pd_layer *weight = pd__cost_weight(layer);
-    int64_t size[4] = { 1, 1, 1, 0 };
-    const int64_t steps[4] = { 0, 0, 0, 1 };
-    size[3] = layer->out.rows;
-    layer->device->fill(layer->device, layer->out.rows, 0, to);
-    layer->device->muladd(layer->device, size, 1, from, steps, weight ? weight->out.data : NULL, steps, to, steps);
 }
 
 /* Element i of a target of width 1 or of numbers, whichever it is. */
@@ -6938,22 +6998,31 @@ static pd_status pd__cost_setup(pd_layer *layer, unsigned has) {
     return PD_OK;
 }
 
-/* The start of every forward: room for one plain cost per row, which pd__weigh will finish. The net has checked that
-   rows are equal. */
-static pd_status pd__cost_begin(pd_layer *layer, pd_real **costs) {
-    for (int k = 1; k < layer->input_count; k++) {
-        pd_status status = pd__check_ids(layer, k);
-        if (status != PD_OK) return status;
-    }
-    *costs = pd_layer_memory(layer, PD__COST_SCRATCH, layer->out.rows);
-    return *costs ? PD_OK : PD_E_MEMORY;
+/* The start of every forward. The net has checked that rows fit. */
+static pd_status pd__cost_begin(pd_layer *layer) {
+    pd_status status = PD_OK;
+    for (int k = 1; status == PD_OK && k < layer->input_count; k++) status = pd__check_ids(layer, k);
+    return status;
+}
+
+/* The cost of row r, for layers on the host. */
+static void pd__put_cost(pd_layer *layer, int64_t r, double cost) {
+    const pd_layer *weight = pd__cost_weight(layer);
+    pd_real times = weight ? weight->out.data[r] : 1;
+    layer->out.data[r] = times != 0 ? (pd_real)((double)times * cost) : 0;
 }
 
 /* The start of every backward: d(total)/d(plain cost) of each row. */
 static pd_status pd__cost_scales(pd_layer *layer, pd_real **scales) {
-    *scales = pd_layer_memory(layer, PD__COST_SCRATCH, layer->out.rows);
+    const pd_layer *weight = pd__cost_weight(layer);
+    int64_t size[4] = { 1, 1, 1, 0 };
+    const int64_t steps[4] = { 0, 0, 0, 1 };
+    *scales = pd_layer_memory(layer, PD__COST_SCALES, layer->out.rows);
     if (!*scales) return PD_E_MEMORY;
-    pd__weigh(layer, layer->out.grad, *scales);
+    size[3] = layer->out.rows;
+    layer->device->fill(layer->device, layer->out.rows, 0, *scales);
+    layer->device->muladd(layer->device, size, 1, layer->out.grad, steps, weight ? weight->out.data : NULL, steps,
+                          *scales, steps);
     return PD_OK;
 }
 
@@ -6983,56 +7052,62 @@ static pd_status pd__copy_class_weights(pd_layer *layer, int64_t classes) {
     return PD_OK;
 }
 
-/* True if the input holds what a softmax is still to be taken of. */
-static bool pd__of_logits(const pd_layer *layer) {
-    return layer->inputs[0]->act != PD_SOFTMAX && !((const pd_cost_opts *)layer->opts)->probabilities;
-}
-
 static pd_status pd__cross_entropy_setup(pd_layer *layer) {
     const pd_layer *label = layer->inputs[1];
     int64_t classes = pd_shape_size(layer->inputs[0]->shape);
     pd_status status = pd__cost_setup(layer, PD__HAS_CLASS_WEIGHTS | PD__HAS_PROBABILITIES);
     if (!status) status = pd__cost_input(layer, 1, label->is_ids, classes);
     if (status) return status;
+    layer->own->reads_before = layer->inputs[0]->act == PD_SOFTMAX;
     if (label->wants_grad)
         return pd_layer_fail(layer, PD_E_UNSUPPORTED, "no gradient can flow into the labels, but \"%.100s\" learns",
                              label->name);
     return ((pd_cost_opts *)layer->opts)->class_weights ? pd__copy_class_weights(layer, classes) : PD_OK;
 }
 
-static pd_status pd__cross_entropy_forward(pd_layer *layer) {
-    const pd_tensor *x = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
-    const pd_real *p = x->data, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
-    pd_device *d = layer->device;
-    pd_real *costs;
-    pd_status status = pd__cost_begin(layer, &costs);
-    if (status || x->rows == 0) return status;
-    if (pd__of_logits(layer)) {
-        pd_real *softmax = pd_layer_memory(layer, PD__COST_PROBABILITIES, x->rows * x->width);
-        if (!softmax) return PD_E_MEMORY;
-        d->activate(d, PD_SOFTMAX, 0, x->rows, x->width, x->data, softmax);
-        p = softmax;
-    }
-    d->cross_entropy(d, x->rows, x->width, p, t->ids, t->data, class_weights, costs);
-    pd__weigh(layer, costs, layer->out.data);
+/* What the costs are of: *x, and *p = softmax(x), by the layer below or, by forward, in memory of this one's; or *p
+   alone, where that is all that is given (*x NULL). */
+static pd_status pd__cross_entropy_see(pd_layer *layer, bool forward, const pd_real **x, const pd_real **p,
+                                       pd_real **grad) {
+    const pd_tensor *t = &layer->inputs[0]->out;
+    bool softmax = layer->own->reads_before, given = !softmax && ((const pd_cost_opts *)layer->opts)->probabilities;
+    pd_real *own;
+    *x = pd__read_before(layer, grad);
+    *p = t->data;
+    if (given) *x = NULL;
+    if (given || softmax) return PD_OK;
+    *p = own = pd_layer_memory(layer, PD__COST_PROBABILITIES, t->rows * t->width);
+    if (!own) return PD_E_MEMORY;
+    if (forward) layer->device->activate(layer->device, PD_SOFTMAX, 0, t->rows, t->width, *x, own);
     return PD_OK;
 }
 
-/* d/dx of softmax and cost as one, p - t for weights of 1, wherever the softmax is this cost's own or no other layer
-   needs its derivative; else d/dp. */
-static pd_status pd__cross_entropy_backward(pd_layer *layer) {
-    const pd_tensor *x = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
-    bool logits = pd__of_logits(layer), fused = logits;
-    const pd_real *p = x->data, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
-    pd_real *scales;
-    pd_status status;
-    if (!x->grad || x->rows == 0) return PD_OK;
-    status = pd__cost_scales(layer, &scales);
+static pd_status pd__cross_entropy_forward(pd_layer *layer) {
+    const pd_tensor *in = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
+    const pd_layer *weight = pd__cost_weight(layer);
+    const pd_real *x, *p, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
+    pd_real *grad;
+    pd_status status = pd__cost_begin(layer);
+    if (status || in->rows == 0) return status;
+    status = pd__cross_entropy_see(layer, true, &x, &p, &grad);
     if (status) return status;
-    if (logits) p = pd_layer_memory(layer, PD__COST_PROBABILITIES, x->rows * x->width); /* as forward left it */
-    if (layer->inputs[0]->act == PD_SOFTMAX) fused = pd__fuse_activation(layer, layer->inputs[0]);
-    layer->device->cross_entropy_backward(layer->device, x->rows, x->width, p, t->ids, t->data, class_weights, scales,
-                                          fused, x->grad);
+    layer->device->cross_entropy(layer->device, in->rows, in->width, x, p, t->ids, t->data,
+                                 weight ? weight->out.data : NULL, class_weights, layer->out.data);
+    return PD_OK;
+}
+
+/* d/dx of softmax and cost as one, p - t for weights of 1; of given probabilities d/dp. */
+static pd_status pd__cross_entropy_backward(pd_layer *layer) {
+    const pd_tensor *in = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
+    const pd_real *x, *p, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
+    pd_real *scales, *grad;
+    pd_status status;
+    if (!in->grad || in->rows == 0) return PD_OK;
+    status = pd__cost_scales(layer, &scales);
+    if (!status) status = pd__cross_entropy_see(layer, false, &x, &p, &grad);
+    if (status) return status;
+    layer->device->cross_entropy_backward(layer->device, in->rows, in->width, p, t->ids, t->data, class_weights, scales,
+                                          x != NULL, grad);
     return PD_OK;
 }
 
@@ -7064,34 +7139,35 @@ typedef struct pd__element_state {
     pd__element_cost cost;
 } pd__element_state;
 
-/* Both directions in one text: stores costs, or adds the derivatives times `scales`; the other is NULL. */
-static void pd__element_rows(pd_layer *layer, pd__element_cost cost, pd_real *costs, const pd_real *scales) {
-    const pd_tensor *x = &layer->inputs[0]->out, *t = layer->type->min_inputs > 1 ? &layer->inputs[1]->out : NULL;
+/* Both directions in one text: puts out costs, or adds the derivatives times `scales` if that is not NULL. */
+static void pd__element_rows(pd_layer *layer, const pd_real *scales) {
+    const pd__element_cost cost = ((pd__element_state *)layer->state)->cost;
+    const pd_tensor *in = &layer->inputs[0]->out, *t = layer->type->min_inputs > 1 ? &layer->inputs[1]->out : NULL;
     double delta = ((const pd_cost_opts *)layer->opts)->delta;
-    for (int64_t r = 0; r < x->rows; r++) {
+    pd_real *grad;
+    const pd_real *x = pd__read_before(layer, &grad);
+    for (int64_t r = 0; r < in->rows; r++) {
         double sum = 0, slopes[2] = { 0, 0 };
-        for (int64_t i = r * x->width; i < (r + 1) * x->width; i++) {
-            sum += cost((double)x->data[i], t ? pd__number(t, i) : 0, delta, slopes);
-            if (scales && x->grad) x->grad[i] += (pd_real)((double)scales[r] * slopes[0]);
+        if (scales && scales[r] == 0) continue;
+        for (int64_t i = r * in->width; i < (r + 1) * in->width; i++) {
+            sum += cost((double)x[i], t ? pd__number(t, i) : 0, delta, slopes);
+            if (scales && grad) grad[i] += (pd_real)((double)scales[r] * slopes[0]);
             if (scales && t && t->grad) t->grad[i] += (pd_real)((double)scales[r] * slopes[1]);
         }
-        if (costs) costs[r] = (pd_real)sum;
+        if (!scales) pd__put_cost(layer, r, sum);
     }
 }
 
 static pd_status pd__element_forward(pd_layer *layer) {
-    pd_real *costs;
-    pd_status status = pd__cost_begin(layer, &costs);
-    if (status) return status;
-    pd__element_rows(layer, ((pd__element_state *)layer->state)->cost, costs, NULL);
-    pd__weigh(layer, costs, layer->out.data);
-    return PD_OK;
+    pd_status status = pd__cost_begin(layer);
+    if (!status) pd__element_rows(layer, NULL);
+    return status;
 }
 
 static pd_status pd__element_backward(pd_layer *layer) {
     pd_real *scales;
     pd_status status = pd__cost_scales(layer, &scales);
-    if (!status) pd__element_rows(layer, ((pd__element_state *)layer->state)->cost, NULL, scales);
+    if (!status) pd__element_rows(layer, scales);
     return status;
 }
 
@@ -7118,40 +7194,13 @@ static double pd__logistic_cost(double x, double t, double delta, double slopes[
     return (x > 0 ? x : 0) - x * t + log1p(e);
 }
 
-/* The same of p. The bounds keep logarithms finite: below them p, or 1 - p, has been rounded away. */
-static double pd__bernoulli_cost(double p, double t, double delta, double slopes[2]) {
-    double q = 1 - p < PD__REAL_EPSILON / 2 ? PD__REAL_EPSILON / 2 : 1 - p;
-    (void)delta;
-    if (p < PD__REAL_MIN) p = PD__REAL_MIN;
-    slopes[0] = (1 - t) / q - t / p;
-    slopes[1] = log(q) - log(p);
-    return -t * log(p) - (1 - t) * log(q);
-}
-
-/* The same, differentiated by the x of p = sigmoid(x). */
-static double pd__fused_bernoulli_cost(double p, double t, double delta, double slopes[2]) {
-    double cost = pd__bernoulli_cost(p, t, delta, slopes);
-    slopes[0] = p - t;
-    return cost;
-}
-
 static pd_status pd__binary_cross_entropy_setup(pd_layer *layer) {
-    return pd__element_setup(layer, 0, layer->inputs[0]->act == PD_SIGMOID ? pd__bernoulli_cost : pd__logistic_cost);
-}
-
-static pd_status pd__binary_cross_entropy_backward(pd_layer *layer) {
-    pd_layer *input = layer->inputs[0];
-    pd_real *scales;
-    pd_status status;
-    if (input->act != PD_SIGMOID || !input->out.grad || !pd__fuse_activation(layer, input))
-        return pd__element_backward(layer);
-    status = pd__cost_scales(layer, &scales);
-    if (!status) pd__element_rows(layer, pd__fused_bernoulli_cost, NULL, scales);
-    return status;
+    layer->own->reads_before = layer->inputs[0]->act == PD_SIGMOID;
+    return pd__element_setup(layer, 0, pd__logistic_cost);
 }
 
 static const pd_layer_type pd__binary_cross_entropy_type =
-    PD__ELEMENT_TYPE("binary_cross_entropy", 2, pd__binary_cross_entropy_setup, pd__binary_cross_entropy_backward);
+    PD__ELEMENT_TYPE("binary_cross_entropy", 2, pd__binary_cross_entropy_setup, pd__element_backward);
 
 PD_DEF pd_layer *pd_binary_cross_entropy(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__binary_cross_entropy_type, input, target, NULL, opts);
@@ -7272,19 +7321,17 @@ static pd_status pd__hinge_setup(pd_layer *layer) {
 
 static pd_status pd__hinge_forward(pd_layer *layer) {
     const pd_tensor *x = &layer->inputs[0]->out, *label = &layer->inputs[1]->out;
-    pd_real *costs;
     pd_status status;
     if (x->width == 1) return pd__element_forward(layer);
-    status = pd__cost_begin(layer, &costs);
+    status = pd__cost_begin(layer);
     if (status) return status;
     for (int64_t r = 0; r < x->rows; r++) {
         const pd_real *row = x->data + r * x->width;
         double sum = 0, base = 1 - (double)row[label->ids[r]];
         for (int64_t j = 0; j < x->width; j++)
             if (j != label->ids[r] && base + (double)row[j] > 0) sum += base + (double)row[j];
-        costs[r] = (pd_real)sum;
+        pd__put_cost(layer, r, sum);
     }
-    pd__weigh(layer, costs, layer->out.data);
     return PD_OK;
 }
 
@@ -7338,14 +7385,11 @@ static pd_status pd__rank_cost_setup(pd_layer *layer) {
 static pd_status pd__rank_cost_forward(pd_layer *layer) {
     const pd_tensor *left = &layer->inputs[0]->out, *right = &layer->inputs[1]->out, *p = &layer->inputs[2]->out;
     double slopes[2];
-    pd_real *costs;
-    pd_status status = pd__cost_begin(layer, &costs);
-    if (status) return status;
-    for (int64_t r = 0; r < left->rows; r++)
-        costs[r] =
-            (pd_real)pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes);
-    pd__weigh(layer, costs, layer->out.data);
-    return PD_OK;
+    pd_status status = pd__cost_begin(layer);
+    for (int64_t r = 0; !status && r < left->rows; r++)
+        pd__put_cost(layer, r,
+                     pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes));
+    return status;
 }
 
 static pd_status pd__rank_cost_backward(pd_layer *layer) {
@@ -7354,6 +7398,7 @@ static pd_status pd__rank_cost_backward(pd_layer *layer) {
     pd_real *scales;
     pd_status status = pd__cost_scales(layer, &scales);
     for (int64_t r = 0; !status && r < left->rows; r++) {
+        if (scales[r] == 0) continue;
         pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes);
         if (left->grad) left->grad[r] += (pd_real)((double)scales[r] * slopes[0]);
         if (right->grad) right->grad[r] -= (pd_real)((double)scales[r] * slopes[0]);
@@ -7433,9 +7478,9 @@ static pd_status pd__lambda_rank_setup(pd_layer *layer) {
 }
 
 /* Checks the relevances, and takes the memory that pd__dcg will use. */
-static pd_status pd__lambda_rank_begin(pd_layer *layer, pd_real **costs) {
+static pd_status pd__lambda_rank_begin(pd_layer *layer) {
     const pd_tensor *relevance = &layer->inputs[1]->out;
-    pd_status status = pd__cost_begin(layer, costs);
+    pd_status status = pd__cost_begin(layer);
     for (int64_t r = 0; !status && r < relevance->rows; r++) {
         double value = pd__number(relevance, r);
         if (!(value >= 0 && value <= 1000)) /* 2^1000 is within a double's range */
@@ -7450,16 +7495,14 @@ static pd_status pd__lambda_rank_begin(pd_layer *layer, pd_real **costs) {
 
 static pd_status pd__lambda_rank_forward(pd_layer *layer) {
     const pd_tensor *score = &layer->inputs[0]->out, *relevance = &layer->inputs[1]->out;
-    pd_real *costs;
     int64_t first;
-    pd_status status = pd__lambda_rank_begin(layer, &costs);
+    pd_status status = pd__lambda_rank_begin(layer);
     if (status || score->rows == 0) return status;
     for (int64_t q = 0; q < pd__query_count(score); q++) {
         int64_t n = pd__query(score, q, &first);
         double best = pd__dcg(layer, relevance, first, n), dcg = pd__dcg(layer, score, first, n);
-        for (int64_t r = first; r < first + n; r++) costs[r] = (pd_real)(best > 0 ? (1 - dcg / best) / (double)n : 0);
+        for (int64_t r = first; r < first + n; r++) pd__put_cost(layer, r, best > 0 ? (1 - dcg / best) / (double)n : 0);
     }
-    pd__weigh(layer, costs, layer->out.data);
     return PD_OK;
 }
 
@@ -11829,7 +11872,9 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
 
 /* Bytes that a layer's outputs, gradients and working memory take. */
 static double pd__layer_bytes(const pd_layer *l) {
-    double numbers = (double)(l->own->data_capacity + l->own->grad_capacity + l->own->x_capacity);
+    double numbers = 0;
+    for (int i = 0; i < PD__COUNT(l->own->store); i++)
+        numbers += (double)(l->own->store[i].data_capacity + l->own->store[i].grad_capacity);
     for (int i = 0; i < PD__COUNT(l->own->memory); i++) numbers += (double)l->own->memory_capacity[i];
     return (numbers + (double)l->own->folded_capacity) * sizeof(pd_real);
 }
@@ -14761,14 +14806,35 @@ static void PD__K(pd__activate_backward_piece)(pd_act act, pd_real alpha_, int64
 #undef PD__EACH_NUMBER
 }
 
+static pd_real PD__K(pd__largest)(int64_t n, const pd_real *x) {
+    pd_real lanes[PD__LANES], top = x[0];
+    PD__V tops = PD__K(pd__all)(top);
+    int64_t i = 0;
+    for (; i + PD__LANES <= n; i += PD__LANES) {
+        PD__V v = PD__LOAD(x + i);
+        tops = PD__SELECT(v > tops, v, tops);
+    }
+    PD__STORE(lanes, tops);
+    for (int k = 0; k < PD__LANES; k++) top = lanes[k] > top ? lanes[k] : top;
+    for (; i < n; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
 static void PD__K(pd__softmax_row)(int64_t n, const pd_real *x, pd_real *y) {
-    pd_real top = x[0];
+    const pd_real top = PD__K(pd__largest)(n, x);
     PD__V factor;
-    for (int64_t i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
     for (int64_t i = 0; i < n; i += PD__LANES)
         PD__K(pd__store)(y + i, PD__K(pd__exp)(PD__K(pd__load)(x + i, n - i) - PD__K(pd__all)(top)), n - i);
     factor = PD__K(pd__all)((pd_real)(1 / PD__K(pd__dot)(n, y, NULL)));
     for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, factor * PD__K(pd__load)(y + i, n - i), n - i);
+}
+
+/* -log of the largest of y = softmax(x), and its x: that of number i is then larger by *top - x[i], whatever has become of
+   y[i]. Of one close to 1 the others know more. */
+static double PD__K(pd__softmax_cost)(int64_t n, const pd_real *x, const pd_real *y, double *top) {
+    double largest = (double)PD__K(pd__largest)(n, y), others = PD__K(pd__dot)(n, y, NULL) - largest;
+    *top = (double)PD__K(pd__largest)(n, x);
+    return others < 0.5 ? -log1p(-(others > 0 ? others : 0)) : -log(largest);
 }
 
 /* dx = y (dy - sum y dy), in place */
@@ -15137,6 +15203,7 @@ static const pd__kernels PD__K(pd__kernels) = {
     PD__K(pd__activate_piece),
     PD__K(pd__activate_backward_piece),
     PD__K(pd__softmax_row),
+    PD__K(pd__softmax_cost),
     PD__K(pd__softmax_backward_row),
     PD__K(pd__moments_of),
     PD__K(pd__batch_norm_map),

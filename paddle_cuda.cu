@@ -250,6 +250,23 @@ static __device__ double pd__cuda_block_sum(double v) {
     return v;
 }
 
+/* The largest of the row that the block works on, in all its threads. */
+static __device__ pd_real pd__cuda_largest(const pd_real *x, int64_t width) {
+    __shared__ pd_real tops[PD__CUDA_BLOCK];
+    pd_real top = x[0];
+    PD__CUDA_SHARE(i, width) top = x[i] > top ? x[i] : top;
+    tops[threadIdx.x] = top;
+    __syncthreads();
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half && tops[threadIdx.x + half] > tops[threadIdx.x])
+            tops[threadIdx.x] = tops[threadIdx.x + half];
+        __syncthreads();
+    }
+    top = tops[0];
+    __syncthreads();
+    return top;
+}
+
 /* Threads of a block that works on a row. */
 static unsigned pd__cuda_row_block(int64_t width) {
     unsigned threads = 32;
@@ -794,25 +811,15 @@ static __global__ void pd__cuda_activate_backward_kernel(pd_act act, pd_real alp
 
 /* A block per row. x may be y. */
 static __global__ void pd__cuda_softmax_kernel(int64_t rows, int64_t width, const pd_real *x, pd_real *y) {
-    __shared__ pd_real tops[PD__CUDA_BLOCK];
     PD__CUDA_EACH_BLOCK(r, rows) {
-        const pd_real *from = x + r * width;
-        pd_real *to = y + r * width, top = from[0];
+        const pd_real *from = x + r * width, top = pd__cuda_largest(from, width);
+        pd_real *to = y + r * width;
         double sum = 0;
-        PD__CUDA_SHARE(i, width) top = from[i] > top ? from[i] : top;
-        tops[threadIdx.x] = top;
-        __syncthreads();
-        for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
-            if (threadIdx.x < half && tops[threadIdx.x + half] > tops[threadIdx.x])
-                tops[threadIdx.x] = tops[threadIdx.x + half];
-            __syncthreads();
-        }
-        top = tops[0];
         PD__CUDA_SHARE(i, width) {
             to[i] = exp(from[i] - top);
             sum += (double)to[i];
         }
-        sum = pd__cuda_block_sum(sum); /* all have read tops by then */
+        sum = pd__cuda_block_sum(sum);
         PD__CUDA_SHARE(i, width) to[i] = (pd_real)((double)to[i] / sum);
     }
 }
@@ -863,7 +870,8 @@ static void pd__cuda_finish(pd__cuda *c, const pd_epilogue *after, int64_t rows,
     if (!after->scale && !after->bias && after->act == PD_LINEAR) return;
     e = *after;
     e.alpha = pd__cuda_act_alpha(e.act, e.alpha);
-    PD__CUDA_RUN(c, pd__cuda_finish_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, e, rows, width, ld, area, y);
+    PD__CUDA_RUN(c, pd__cuda_finish_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, e, rows, width, ld, area,
+                 y);
 }
 
 static void pd__cuda_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
@@ -1117,60 +1125,76 @@ static __device__ pd_real pd__cuda_target(const int64_t *ids, const pd_real *sof
     return class_weights ? t * class_weights[k] : t;
 }
 
-/* A block per row; ids need no more than a thread. */
-static __global__ void pd__cuda_cross_entropy_kernel(int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
-                                                     const pd_real *soft, const pd_real *class_weights, pd_real *cost) {
+/* A block per row: least is -log of the largest p, of which, where it is close to 1, the others know more. With x NULL ids
+   need no more than a thread. */
+static __global__ void pd__cuda_cross_entropy_kernel(int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
+                                                     const int64_t *ids, const pd_real *soft,
+                                                     const pd_real *row_weights, const pd_real *class_weights,
+                                                     pd_real *cost) {
     PD__CUDA_EACH_BLOCK(r, rows) {
-        double sum = 0;
+        const double weight = row_weights ? (double)row_weights[r] : 1;
+        double sum = 0, top = 0, least = 0;
+        if (x) {
+            const double largest = (double)pd__cuda_largest(p + r * width, width);
+            double others = 0;
+            top = (double)pd__cuda_largest(x + r * width, width);
+            PD__CUDA_SHARE(k, width) others += (double)p[r * width + k];
+            others = pd__cuda_block_sum(others) - largest;
+            least = others < 0.5 ? -log1p(-(others > 0 ? others : 0)) : -log(largest);
+        }
         PD__CUDA_SHARE(i, ids ? 1 : width) {
             const int64_t k = ids ? ids[r] : i;
-            const pd_real t = pd__cuda_target(ids, soft, class_weights, r, width, k);
-            if (t != 0) sum -= (double)(t * log(pd__cuda_at_least_tiny(p[r * width + k])));
+            const double t = (double)pd__cuda_target(ids, soft, class_weights, r, width, k);
+            if (t != 0)
+                sum += t * (x ? top - (double)x[r * width + k] + least
+                              : -log((double)pd__cuda_at_least_tiny(p[r * width + k])));
         }
         sum = pd__cuda_block_sum(sum);
-        if (threadIdx.x == 0) cost[r] = (pd_real)sum;
+        if (threadIdx.x == 0) cost[r] = weight != 0 ? (pd_real)(weight * sum) : 0;
     }
 }
 
 static __global__ void pd__cuda_cross_entropy_backward_kernel(int64_t rows, int64_t width, const pd_real *p,
                                                               const int64_t *ids, const pd_real *soft,
                                                               const pd_real *class_weights, const pd_real *dcost,
-                                                              bool fused, pd_real *dx) {
+                                                              bool by_x, pd_real *dx) {
     PD__CUDA_EACH_BLOCK(r, rows) {
         double total = 0;
-        if (fused) {
+        if (dcost[r] == 0) continue; /* the whole block does */
+        if (by_x) {
             PD__CUDA_SHARE(k, width) total += (double)pd__cuda_target(ids, soft, class_weights, r, width, k);
             total = pd__cuda_block_sum(total);
         }
         PD__CUDA_SHARE(k, width) {
             const pd_real t = pd__cuda_target(ids, soft, class_weights, r, width, k), v = p[r * width + k];
-            if (ids && !fused && k != ids[r]) continue;
-            dx[r * width + k] += dcost[r] * (fused ? (pd_real)total * v - t : -t / pd__cuda_at_least_tiny(v));
+            if (ids && !by_x && k != ids[r]) continue;
+            dx[r * width + k] += dcost[r] * (by_x ? (pd_real)total * v - t : -t / pd__cuda_at_least_tiny(v));
         }
     }
 }
 
-static void pd__cuda_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
-                                   const pd_real *soft, const pd_real *class_weights, pd_real *cost) {
+static void pd__cuda_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
+                                   const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
+                                   const pd_real *class_weights, pd_real *cost) {
     pd__cuda *c = pd__cuda_of(d);
     char *at = NULL;
     if (!c || rows == 0) return;
     if (ids) at = pd__cuda_arguments(c, 1, rows * (int64_t)sizeof *ids);
     ids = pd__cuda_argument(c, &at, ids, rows);
-    PD__CUDA_RUN(c, pd__cuda_cross_entropy_kernel, pd__cuda_blocks(c, rows), ids ? 32 : pd__cuda_row_block(width), rows,
-                 width, p, ids, soft, class_weights, cost);
+    PD__CUDA_RUN(c, pd__cuda_cross_entropy_kernel, pd__cuda_blocks(c, rows), ids && !x ? 32 : pd__cuda_row_block(width),
+                 rows, width, x, p, ids, soft, row_weights, class_weights, cost);
 }
 
 static void pd__cuda_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
                                             const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
-                                            const pd_real *dcost, bool fused, pd_real *dx) {
+                                            const pd_real *dcost, bool by_x, pd_real *dx) {
     pd__cuda *c = pd__cuda_of(d);
     char *at = NULL;
     if (!c || rows == 0) return;
     if (ids) at = pd__cuda_arguments(c, 1, rows * (int64_t)sizeof *ids);
     ids = pd__cuda_argument(c, &at, ids, rows);
     PD__CUDA_RUN(c, pd__cuda_cross_entropy_backward_kernel, pd__cuda_blocks(c, rows), pd__cuda_row_block(width), rows,
-                 width, p, ids, soft, class_weights, dcost, fused, dx);
+                 width, p, ids, soft, class_weights, dcost, by_x, dx);
 }
 
 /* ---- dropout ---- */

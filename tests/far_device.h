@@ -98,15 +98,17 @@ static void far_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_rea
                               const pd_real *dy, pd_real *dx) {
     far_cpu(d)->pool_backward(far_cpu(d), s, near(x), near(y), near(dy), near(dx));
 }
-static void far_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
-                              const pd_real *soft, const pd_real *class_weights, pd_real *cost) {
-    far_cpu(d)->cross_entropy(far_cpu(d), rows, width, near(p), ids, near(soft), near(class_weights), near(cost));
+static void far_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
+                              const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
+                              const pd_real *class_weights, pd_real *cost) {
+    far_cpu(d)->cross_entropy(far_cpu(d), rows, width, near(x), near(p), ids, near(soft), near(row_weights),
+                              near(class_weights), near(cost));
 }
 static void far_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
                                        const pd_real *soft, const pd_real *class_weights, const pd_real *dcost,
-                                       bool fused, pd_real *dx) {
+                                       bool by_x, pd_real *dx) {
     far_cpu(d)->cross_entropy_backward(far_cpu(d), rows, width, near(p), ids, near(soft), near(class_weights),
-                                       near(dcost), fused, near(dx));
+                                       near(dcost), by_x, near(dx));
 }
 static void far_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y) {
     far_cpu(d)->dropout(far_cpu(d), n, key, rate, near(x), near(y));

@@ -10,7 +10,11 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "far_device.h"
+#include "inside.h"
 #include "support.h"
+
+#define IS_DOUBLE (sizeof(pd_real) == 8)
 
 /* ---- the formulas: x is what stands before the activation, t numbers or one-hot, o has the defaults filled in ---- */
 
@@ -409,53 +413,173 @@ static void test_lambda_rank(void **state) {
     }
 }
 
-static void test_extreme_numbers(void **state) {
-    static const double xs[] = { 1000, -1000, 1000, -1000, 0 }, ts[] = { 0, 0, 1, 1, 0.25 };
-    static const double expected[] = { 1000, 0, 0, 1000, 0.69314718055994531 };
-    pd_net *net = pd_net_new(NULL);
-    pd_layer *x = pd_vector(net, "x", 1), *t = pd_vector(net, "t", 1);
-    pd_layer *of_logits = pd_binary_cross_entropy(net, x, t, NULL);
-    pd_layer *of_sigmoid = pd_binary_cross_entropy(net, pd_activation(net, x, PD_SIGMOID, NULL), t, NULL);
-    pd_layer *wide = pd_vector(net, "wide", 2), *label = pd_label(net, "label", 2);
-    pd_layer *entropies[2];
+/* ---- exact however sure the net is, and whoever else reads its probabilities ---- */
+
+enum {
+    ALONE,
+    TWICE,
+    BESIDE_ANOTHER,
+    OTHERS
+}; /* who reads the probabilities beside the cost: nobody, a second one of its
+                                                  kind, a squared error, that and an evaluator and a sample weight */
+
+typedef struct sure {
+    pd_net *net;
+    pd_layer *x, *p, *cost, *other;
     pd_batch *batch;
-    (void)state;
-    entropies[0] = pd_cross_entropy(net, wide, label, NULL);
-    entropies[1] = pd_cross_entropy(net, pd_activation(net, wide, PD_SOFTMAX, NULL), label, NULL);
-    pd_want_gradient(x), pd_want_gradient(wide);
-    batch = pd_batch_new(net);
-    for (int r = 0; r < 5; r++) {
-        pd_real *row;
-        *pd_batch_add_row(batch, 0) = (pd_real)xs[r];
-        *pd_batch_add_row(batch, 1) = (pd_real)ts[r];
-        row = pd_batch_add_row(batch, 2);
+} sure;
+
+/* Cross-entropy (binary: of two sigmoids) of rows with two numbers, the second 0. `via`: through a layer with that
+   activation. Samples: logits xs[r], label or target ts[r]. */
+static sure make_sure(pd_device *device, bool binary, bool via, int readers, bool soft, const double *xs,
+                      const double *ts, int rows) {
+    pd_act act = binary ? PD_SIGMOID : PD_SOFTMAX;
+    pd_layer *label, *target, *parts[2];
+    sure s;
+    s.net = pd_net_new(&(pd_net_opts){ .device = device });
+    s.x = pd_vector(s.net, "x", 2);
+    label = pd_label(s.net, "label", 2);
+    target = pd_vector(s.net, "target", 2);
+    pd_want_gradient(s.x);
+    s.p = via ? pd_activation(s.net, s.x, act, NULL) : s.x;
+    if (binary) s.cost = pd_binary_cross_entropy(s.net, s.p, target, NULL);
+    else s.cost = pd_cross_entropy(s.net, s.p, soft ? target : label, NULL);
+    s.other = NULL;
+    if (readers == TWICE) {
+        parts[0] = s.cost;
+        parts[1] =
+            binary ? pd_binary_cross_entropy(s.net, s.p, target, NULL) : pd_cross_entropy(s.net, s.p, label, NULL);
+        s.cost = pd_add(s.net, parts, 2, NULL);
+    }
+    if (readers >= BESIDE_ANOTHER) {
+        pd_layer *weight = pd_slice(s.net, s.p, 0, 1, NULL);
+        s.other = pd_squared_error(s.net, s.p, target, readers == OTHERS ? &(pd_cost_opts){ .weight = weight } : NULL);
+        parts[0] = s.cost, parts[1] = s.other;
+        s.cost = pd_add(s.net, parts, 2, NULL);
+        if (readers == OTHERS) pd_eval_mean_error(s.net, s.p, target, NULL);
+    }
+    s.batch = pd_batch_new(s.net);
+    if (!s.batch) fail_msg("%s", pd_error(s.net));
+    for (int r = 0; r < rows; r++) {
+        pd_real *row = pd_batch_add_row(s.batch, 0), *t;
         row[0] = (pd_real)xs[r], row[1] = 0;
-        pd_batch_add_id(batch, 3, ts[r] == 1);
+        pd_batch_add_id(s.batch, 1, ts[r] == 1 ? 0 : 1);
+        t = pd_batch_add_row(s.batch, 2);
+        t[0] = (pd_real)ts[r], t[1] = (pd_real)(1 - ts[r]);
+        assert_int_equal(pd_batch_end_sample(s.batch), PD_OK);
+    }
+    return s;
+}
+
+static void free_sure(sure *s) {
+    pd_batch_free(s->batch);
+    pd_net_free(s->net);
+}
+
+static double softplus(double x) { return (x > 0 ? x : 0) + log1p(exp(-fabs(x))); }
+
+/* On the CPU, on a device that can do all, and on one where the costs run on the host. Every one against the formula in double, predicting too; and the gradient check agrees, of a step that a float has. */
+static void test_exact_costs(void **state) {
+    static const double xs[] = { 1000, -1000, 1000, -1000, 0, 90, -90, 200, 17, 30, -30, 5, 1e-3 };
+    static const double ts[] = { 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0 };
+    enum { ROWS = COUNT(xs) };
+    pd_net *host = pd_net_new(NULL);
+    far_device far[2] = { make_far(inside_device(host), ~0u), make_far(inside_device(host), 0) };
+    (void)state;
+    for (int k = 0; k < 96; k++) {
+        bool binary = k % 2, via = k / 2 % 2, soft = k / 16 % 2;
+        pd_device *device = k < 32 ? NULL : (far[k / 64].device.self = &far[k / 64], &far[k / 64].device);
+        int readers = k / 4 % 4;
+        double times = readers == TWICE ? 2 : 1;
+        sure s;
+        pd_gradcheck checked;
+        if ((binary && soft) || (!via && readers != ALONE)) continue;
+        s = make_sure(device, binary, via, readers, soft, xs, ts, ROWS);
+        for (int mode = PD_PREDICT; mode <= PD_CHECK; mode += PD_CHECK) {
+            pd_layer *targets[2] = { s.cost, s.other };
+            assert_int_equal(pd_forward(s.net, s.batch, (pd_mode)mode, targets, s.other && !mode ? 2 : 1), PD_OK);
+            const pd_real *cost = pd_output(s.cost, NULL, NULL),
+                          *other = s.other ? pd_output(s.other, NULL, NULL) : NULL;
+            for (int r = 0; r < ROWS; r++) {
+                double want = times * (softplus(xs[r]) - xs[r] * ts[r] + (binary ? log(2) : 0));
+                if (other) want += (double)other[r];
+                check_near((double)cost[r], want, REAL_TOLERANCE, "cost");
+            }
+        }
+        assert_int_equal(pd_backward(s.net, s.cost), PD_OK);
+        for (int r = 0; r < ROWS; r++) {
+            double p = sigmoid(xs[r]), want = times * (p - ts[r]);
+            if (s.other) /* the squares of both numbers, which for a softmax mirror each other */
+                want += (readers == OTHERS ? p : 1) * (binary ? 1 : 2) * 2 * (p - ts[r]) * p * (1 - p);
+            check_near((double)(device ? near(s.x->out.grad) : s.x->out.grad)[2 * r], want, REAL_TOLERANCE, "gradient");
+        }
+        assert_int_equal(pd_check_gradients(s.cost, s.batch, &(pd_gradcheck_opts){ .elements = 40 }, &checked), PD_OK);
+        if (readers != OTHERS && !(checked.error < (IS_DOUBLE ? 1e-6 : 0.05))) /* no gradient flows into weights */
+            fail_msg("case %d: %g by backward, %g by differences", k, checked.analytic, checked.numeric);
+        free_sure(&s);
+    }
+    pd_net_free(host);
+}
+
+/* Given probabilities, none too small, and 0. */
+static void test_given_probabilities(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_vector(net, "x", 2), *label = pd_label(net, "label", 2);
+    pd_layer *cost = pd_cross_entropy(net, x, label, &(pd_cost_opts){ .probabilities = true });
+    pd_batch *batch = pd_batch_new(net);
+    const double least = IS_DOUBLE ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
+    (void)state;
+    pd_want_gradient(x);
+    for (int r = 0; r < 3; r++) {
+        pd_real *row = pd_batch_add_row(batch, 0);
+        row[0] = r == 0 ? (pd_real)0.25 : r == 1 ? (pd_real)1e-30 : 0, row[1] = 1 - row[0];
+        pd_batch_add_id(batch, 1, 0);
         pd_batch_end_sample(batch);
     }
-    assert_int_equal(pd_forward(net, batch, PD_CHECK, &of_logits, 1), PD_OK);
-    assert_int_equal(pd_backward(net, of_logits), PD_OK);
-    for (int r = 0; r < 5; r++) {
-        check_near((double)of_logits->out.data[r], expected[r], REAL_TOLERANCE, "logits");
-        check_near((double)x->out.grad[r], sigmoid(xs[r]) - ts[r], REAL_TOLERANCE, "logits, gradient");
-    }
-    assert_int_equal(pd_forward(net, batch, PD_CHECK, &of_sigmoid, 1), PD_OK);
-    assert_int_equal(pd_backward(net, of_sigmoid), PD_OK);
-    for (int r = 0; r < 5; r++) {
-        assert_true(isfinite(of_sigmoid->out.data[r]));
-        check_near((double)x->out.grad[r], sigmoid(xs[r]) - ts[r], REAL_TOLERANCE, "sigmoid, gradient");
-    }
-    for (int k = 0; k < 2; k++) {
-        assert_int_equal(pd_forward(net, batch, PD_CHECK, &entropies[k], 1), PD_OK);
-        assert_int_equal(pd_backward(net, entropies[k]), PD_OK);
-        for (int r = 0; r < 5; r++) {
-            assert_true(isfinite(entropies[k]->out.data[r]));
-            check_near((double)wide->out.grad[2 * r], sigmoid(xs[r]) - (ts[r] != 1), REAL_TOLERANCE,
-                       "softmax, gradient");
-        }
-    }
+    assert_int_equal(pd_forward(net, batch, PD_CHECK, &cost, 1), PD_OK);
+    assert_int_equal(pd_backward(net, cost), PD_OK);
+    check_near((double)cost->out.data[0], log(4), REAL_TOLERANCE, "1/4");
+    check_near((double)cost->out.data[1], 30 * log(10), REAL_TOLERANCE, "1e-30");
+    check_near((double)cost->out.data[2], -log(least), REAL_TOLERANCE, "0");
+    check_near((double)x->out.grad[0], -4, REAL_TOLERANCE, "1/4, gradient");
+    check_near((double)x->out.grad[4] * least, -1, REAL_TOLERANCE, "0, gradient");
+    assert_true(x->out.grad[5] == 0);
     pd_batch_free(batch);
     pd_net_free(net);
+}
+
+/* A row of weight 0 counts for nothing, even if what it costs is beyond all bounds. */
+static void test_no_weight(void **state) {
+    const pd_real far = (pd_real)(IS_DOUBLE ? 1e200 : 1e30);
+    (void)state;
+    for (int k = 0; k < 5; k++) {
+        pd_net *net = pd_net_new(NULL);
+        pd_layer *x = pd_vector(net, "x", 1), *t = pd_vector(net, "t", 1), *w = pd_vector(net, "w", 1), *cost;
+        pd_layer *label = pd_label(net, "label", 2), *pair[2];
+        pd_cost_opts o = { .weight = w };
+        pd_batch *batch;
+        pd_want_gradient(x);
+        pair[0] = x, pair[1] = pd_affine(net, x, -1, 0, NULL);
+        cost = k == 0   ? pd_squared_error(net, x, t, &o)
+               : k == 1 ? pd_cross_entropy(net, pd_concat(net, pair, 2, NULL), label, &o)
+               : k == 2 ? pd_binary_cross_entropy(net, pd_activation(net, x, PD_SIGMOID, NULL), t, &o)
+               : k == 3 ? pd_hinge(net, x, label, &o)
+                        : pd_rank_cost(net, x, pair[1], t, &o);
+        batch = pd_batch_new(net);
+        for (int r = 0; r < 3; r++) {
+            *pd_batch_add_row(batch, 0) = r == 0 ? far : r == 1 ? (pd_real)INFINITY : 0;
+            *pd_batch_add_row(batch, 1) = 0;
+            *pd_batch_add_row(batch, 2) = r == 2;
+            pd_batch_add_id(batch, 3, 1);
+            pd_batch_end_sample(batch);
+        }
+        assert_int_equal(pd_forward(net, batch, PD_CHECK, &cost, 1), PD_OK);
+        assert_int_equal(pd_backward(net, cost), PD_OK);
+        for (int r = 0; r < 2; r++) assert_true(cost->out.data[r] == 0 && x->out.grad[r] == 0);
+        assert_true(isfinite(cost->out.data[2]) && (cost->out.data[2] != 0 || k == 0));
+        pd_batch_free(batch);
+        pd_net_free(net);
+    }
 }
 
 /* The caller's array may go away; a shared net has the weights too, and may outlive nothing. */
@@ -634,7 +758,8 @@ int main(void) {
         cmocka_unit_test(test_gradient_checker),
 #endif
         cmocka_unit_test(test_rank_cost),        cmocka_unit_test(test_lambda_rank),
-        cmocka_unit_test(test_extreme_numbers),  cmocka_unit_test(test_class_weights_are_copied),
+        cmocka_unit_test(test_exact_costs),      cmocka_unit_test(test_given_probabilities),
+        cmocka_unit_test(test_no_weight),        cmocka_unit_test(test_class_weights_are_copied),
         cmocka_unit_test(test_misuse),           cmocka_unit_test(test_wrong_batches),
         cmocka_unit_test(test_lack_of_memory)
     };

@@ -561,9 +561,11 @@ static void test_cross_entropy(void **state) {
     begin("cross_entropy");
     for (int round = 0; round < rounds(80); round++) {
         int64_t rows = some(30), width = at_least_one(round < 70 ? 40 : 700), *ids = NULL, *kept = NULL;
-        bool fused = below(2) != 0;
+        bool by_x = below(2) != 0;
         numbers p = between(rows * width, below(4) ? 0.05 : 0, 1), soft = nothing, weights = nothing, cost = any(rows);
-        numbers dcost = any(rows), dx = any(rows * width);
+        numbers dcost = any(rows), dx = any(rows * width), x = nothing, row_weights = nothing;
+        if (below(2)) x = any(rows * width);
+        if (below(2)) row_weights = below(4) ? any(rows) : between(rows, 0, 0);
         if (below(2)) soft = between(rows * width, 0, 1);
         else {
             ids = (int64_t *)malloc(((size_t)rows + 1) * sizeof *ids);
@@ -573,15 +575,19 @@ static void test_cross_entropy(void **state) {
         if (below(2)) weights = between(width, 0, 2);
         BOTH {
             if (ids) memcpy(ids, kept, (size_t)rows * sizeof *ids);
-            device[i]->cross_entropy(device[i], rows, width, p.at[i], ids, soft.at[i], weights.at[i], cost.at[i]);
+            if (x.n > 0) device[i]->activate(device[i], PD_SOFTMAX, 0, rows, width, x.at[i], p.at[i]);
+            device[i]->cross_entropy(device[i], rows, width, x.at[i], p.at[i], ids, soft.at[i], row_weights.at[i],
+                                     weights.at[i], cost.at[i]);
             if (ids) memset(ids, -1, (size_t)rows * sizeof *ids);
             if (ids) memcpy(ids, kept, (size_t)rows * sizeof *ids);
             device[i]->cross_entropy_backward(device[i], rows, width, p.at[i], ids, soft.at[i], weights.at[i],
-                                              dcost.at[i], fused, dx.at[i]);
+                                              dcost.at[i], by_x, dx.at[i]);
             if (ids) memset(ids, -1, (size_t)rows * sizeof *ids);
         }
         compare(cost, "cross_entropy");
         compare(dx, "cross_entropy_backward");
+        compare(x, "cross_entropy's x");
+        compare(row_weights, "cross_entropy's weights of rows");
         compare(p, "cross_entropy's p");
         compare(soft, "cross_entropy's targets");
         compare(weights, "cross_entropy's weights");

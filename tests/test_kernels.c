@@ -1541,7 +1541,7 @@ static void test_response_norm(void **state) {
 
 static void run_cross_entropy(pd_device *d, const job *j) {
     const flat_args *a = (const flat_args *)j->args;
-    d->cross_entropy(d, a->n[0], a->n[1], j->in[0], a->ids, j->in[1], j->in[2], j->out[0]);
+    d->cross_entropy(d, a->n[0], a->n[1], j->in[5], j->in[0], a->ids, j->in[1], j->in[4], j->in[2], j->out[0]);
 }
 static void run_cross_entropy_backward(pd_device *d, const job *j) {
     const flat_args *a = (const flat_args *)j->args;
@@ -1559,11 +1559,16 @@ static void check_cross_entropy(int64_t rows, int64_t width, bool all_teams) {
     forward.in[1] = a.ids ? NULL : numbers(n, 0, 1);
     forward.in[2] = chance(0.5) ? numbers(width, 0, 2) : NULL;
     forward.in[3] = numbers(rows, -1, 1);
+    if (chance(0.5)) forward.in[4] = numbers(rows, -1, 1);
     memcpy(back.in, forward.in, sizeof back.in);
     output(&forward, 0, rows, -1, 1);
     output(&back, 0, n, -1, 1);
     for (int64_t r = 0; r < rows; r++) {
-        double total = 0, sum = 0, size = 0, dcost = (double)forward.in[3][r];
+        double total = 0, sum = 0, size = 0, dcost, weight = 1;
+        if (chance(0.1)) forward.in[3][r] = 0;
+        if (forward.in[4] && chance(0.1)) forward.in[4][r] = 0;
+        if (forward.in[4]) weight = (double)forward.in[4][r];
+        dcost = (double)forward.in[3][r];
         ids[r] = below(width);
         for (int64_t c = 0; c < width; c++) {
             int64_t i = r * width + c;
@@ -1586,11 +1591,45 @@ static void check_cross_entropy(int64_t rows, int64_t width, bool all_teams) {
             back.want[0][i] += dcost * (total * p - t);
             back.slack[0][i] += sum_slack((double)width, fabs(dcost) * (total * p + t));
         }
-        forward.want[0][r] = sum;
-        forward.slack[0][r] = sum_slack((double)width, size);
+        forward.want[0][r] = weight * sum;
+        forward.slack[0][r] = sum_slack((double)width, fabs(weight) * size);
     }
     check(&forward, all_teams, false);
     check(&back, all_teams, false);
+}
+
+/* Of what comes before the softmax, however far apart. */
+static void check_softmax_cost(int64_t rows, int64_t width, double range, bool all_teams) {
+    flat_args a = { .n = { rows, width } };
+    job forward = { .run = run_cross_entropy, .args = &a };
+    int64_t *ids = (int64_t *)keep(rows, sizeof *ids);
+    describe(&forward, "cross_entropy", a.n, 2);
+    a.ids = chance(0.5) ? ids : NULL;
+    forward.in[0] = numbers(rows * width, 0, 0);
+    forward.in[1] = a.ids ? NULL : numbers(rows * width, 0, 1);
+    forward.in[5] = numbers(rows * width, -range, range);
+    output(&forward, 0, rows, -1, 1);
+    for (int64_t r = 0; r < rows; r++) {
+        const pd_real *x = forward.in[5] + r * width;
+        double sum = 0, size = 0;
+        int64_t top = 0;
+        forward.want[0][r] = 0;
+        ids[r] = below(width);
+        for (int64_t c = 1; c < width; c++)
+            if (x[c] > x[top]) top = c;
+        for (int64_t c = 0; c < width; c++)
+            if (c != top) sum += exp((double)x[c] - (double)x[top]);
+        for (int64_t c = 0; c < width; c++)
+            forward.in[0][r * width + c] = (pd_real)(exp((double)x[c] - (double)x[top]) / (1 + sum));
+        for (int64_t c = 0; c < width; c++) {
+            double t = a.ids ? c == ids[r] : (double)forward.in[1][r * width + c];
+            forward.want[0][r] += t * ((double)x[top] - (double)x[c] + log1p(sum));
+            size += t * log1p(sum);
+        }
+        forward.slack[0][r] = 4 * EPSILON * (fabs(forward.want[0][r]) + size) + sum_slack((double)width, size);
+        forward.slack[0][r] += 1e-15 * (double)width; /* what the sum of the others leaves in double */
+    }
+    check(&forward, all_teams, false);
 }
 
 static void test_cross_entropy(void **state) {
@@ -1603,6 +1642,12 @@ static void test_cross_entropy(void **state) {
         begin((uint64_t)(21500 + i));
         check_cross_entropy(i % 2 ? 9000 : 151, i % 2 ? 5 : 300, true);
     }
+    for (int i = 0; i < rounds(140); i++) {
+        begin((uint64_t)(22000 + i));
+        check_softmax_cost(whole(1, 9), 1 + i % 70, pow(10, (double)(i % 7) - 2), false);
+    }
+    begin(22500);
+    check_softmax_cost(151, 700, 200, true);
 }
 
 /* ---- recurrent units ---- */
