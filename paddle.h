@@ -432,8 +432,8 @@ typedef struct pd_param_opts {
     bool no_decay;    /* neither the trainer's l1 nor its l2 */
     bool is_static;   /* never updated, no gradient is computed */
     double clip;      /* bound on each element of the gradient, > 0; default: the trainer's clip_value */
-    double prune;     /* 0 <= prune < 1: this share of the smallest magnitudes is set to zero when training
-                            starts and held there (a pruning mask); default 0 */
+    double prune;     /* 0 <= prune < 1: this share of the smallest magnitudes, rounded to a whole number, but not
+                            all, is set to zero when training starts and held there (a pruning mask); default 0 */
     bool sparse;      /* for tables read by ids (pd_embedding) or sparse inputs (pd_fc): a step costs little more
                             than the rows in the batch; see SEQUENCES AND SPARSE ROWS. With sgd, momentum
                             and nesterov only; not with l1, prune and model averaging */
@@ -543,7 +543,8 @@ PD_API pd_layer *pd_sequence(pd_layer *input);
 /* ======================================================================================================== */
 /* >>activations                                                                                            */
 
-/* X(name, text, needs): needs says what the derivative reads: the output y, or the input x kept beside it. */
+/* X(name, text, needs): needs says what the derivative reads: the output y, or the input x kept beside it. Where a slope
+   is infinite, a gradient of 0 stays 0. */
 #define PD_ACTIVATIONS(X)                                                                                              \
     X(PD_LINEAR, "linear", PD__FROM_Y)         /* x */                                                                 \
     X(PD_RELU, "relu", PD__FROM_Y)             /* max(x, 0) */                                                         \
@@ -558,7 +559,7 @@ PD_API pd_layer *pd_sequence(pd_layer *input);
     X(PD_LOG, "log", PD__FROM_X)                                                                                       \
     X(PD_ABS, "abs", PD__FROM_X)                                                                                       \
     X(PD_SQUARE, "square", PD__FROM_X)                                                                                 \
-    X(PD_SQRT, "sqrt", PD__FROM_Y)                                                                                     \
+    X(PD_SQRT, "sqrt", PD__FROM_Y)             /* its slope at 0 counts as 0 */                                        \
     X(PD_RECIPROCAL, "reciprocal", PD__FROM_Y) /* 1 / x */                                                             \
     X(PD_SOFTMAX, "softmax", PD__FROM_Y)       /* over the whole row */
 
@@ -639,7 +640,8 @@ typedef struct pd_batch_norm_opts {
     pd_param_opts bias;   /* channels, starts at 0 */
 } pd_batch_norm_opts;
 /* Per channel over rows and positions; Ioffe and Szegedy 2015. Prediction uses the running mean and (unbiased)
-   variance, kept in the buffers LAYER.running_mean and LAYER.running_var. */
+   variance, kept in the buffers LAYER.running_mean and LAYER.running_var. A batch of one number per channel has no
+   variance: only its mean enters. */
 PD_API pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm_opts *opts);
 
 typedef struct pd_layer_norm_opts {
@@ -871,8 +873,9 @@ PD_API const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
 /* ======================================================================================================== */
 /* >>evaluators                                                                                             */
 
-/* Everything an evaluator knows is sums, so evaluators of several workers are merged by adding. `update` gets ids in
-   range and no NaN: batches with such values are refused by name. A mean of nothing is NaN. */
+/* Everything an evaluator knows is in its sums, 0 at first, and those of several workers are merged by adding, or by
+   `merge`. `update` gets ids in range and no NaN: batches with such values are refused by name. A mean of nothing is
+   NaN. */
 typedef struct pd_evaluator_type {
     int api_version;
     const char *name;
@@ -882,6 +885,7 @@ typedef struct pd_evaluator_type {
     pd_status (*setup)(pd_evaluator *evaluator);                                  /* checks shapes, sets sum_count */
     pd_status (*update)(pd_evaluator *evaluator, const pd_tensor *const *inputs); /* host memory; adds to sums */
     void (*values)(const pd_evaluator *evaluator, double *values);                /* from sums */
+    void (*merge)(pd_evaluator *evaluator, const double *sums); /* (optional) takes in another's; default: adds them */
 } pd_evaluator_type;
 
 typedef struct pd_evaluator_opts {
@@ -910,8 +914,9 @@ PD_API pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *labe
    f1, each 0 where it would be 0/0, and accuracy (micro). Width 1 with threshold: of the positive class. */
 PD_API pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_layer *label,
                                               const pd_evaluator_opts *opts);
-/* Area under the ROC curve of the score of class 1: the last column of the output (width 1 or 2), in [0, 1], in 65536
-   bins. NaN if one class is missing. */
+/* Area under the ROC curve of the score of class 1: the last column of the output (width 1 or 2). Ties count half. Exact
+   of up to 65,536 different scores; beyond, scores next to each other are taken together, so that each of at least 32,768
+   bins has about the same weight. NaN if one class is missing. */
 PD_API pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts);
 /* Pairs of one query with different labels: in order, out of order, ties; ratio = in order / out of order, 0 when none
    is out of order. A pair counts the product of its weights. Labels may be numbers. All of a query must be in one
@@ -1017,17 +1022,18 @@ typedef struct pd_pool_shape {
     pd_pool_method method;
 } pd_pool_shape;
 
-/* What a product or a convolution makes of its sums as it writes them: y = f(scale[c] sum + bias[c]), c the column of
-   the product, the channel of the convolution. NULL: 1 and 0. act: any but PD_SOFTMAX; alpha: see pd_activation_opts. */
+/* What a product or a convolution makes of its sums as it writes them: y = f(scale[c] (sum - center[c]) + bias[c]), c the
+   column of the product, the channel of the convolution. NULL: 1, 0 and 0. act: any but PD_SOFTMAX; alpha: see
+   pd_activation_opts. */
 typedef struct pd_epilogue {
-    const pd_real *scale, *bias;
+    const pd_real *scale, *center, *bias;
     pd_act act;
     pd_real alpha;
 } pd_epilogue;
 
 /* The operations that layers are written in, by bit, for pd_layer_type.needs and pd_device.supports. */
 enum {
-    PD_OP_BASIC = 1 << 0,      /* fill, muladd, gemm, sum_squares, update, update_rows: every device has these .. */
+    PD_OP_BASIC = 1 << 0,      /* fill, muladd, gemm, norm, update, update_rows: every device has these .. */
     PD_OP_ACTIVATION = 1 << 1, /* .. and these */
     PD_OP_CONV = 1 << 2,
     PD_OP_POOL = 1 << 3,
@@ -1067,8 +1073,8 @@ struct pd_device {
     void (*gemm)(pd_device *d, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, pd_real alpha,
                  const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc,
                  const pd_epilogue *after);
-    /* Sum of x[i]^2 in double. Not finite if and only if some x[i] isn't. */
-    double (*sum_squares)(pd_device *d, int64_t n, const pd_real *x);
+    /* The root of the sum of x[i]^2, in double. Not finite if and only if some x[i] isn't. */
+    double (*norm)(pd_device *d, int64_t n, const pd_real *x);
     /* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
     void (*update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g, const unsigned char *mask,
                    pd_real *const *states);
@@ -1109,21 +1115,23 @@ struct pd_device {
                                    pd_real *dx);
     /* y[i] += keep(key, i) ? x[i] / (1 - rate) : 0, with pd_random's bits, so that backward needs no mask. */
     void (*dropout)(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y);
-    /* Mean and (biased) variance of each channel over rows and `area` positions. */
-    void (*channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x, pd_real *mean,
-                            pd_real *variance);
-    /* y = (x - mean) / sqrt(variance + epsilon) * weight + bias; weight and bias may be NULL: 1 and 0. x may be y. */
+    /* Of each channel over rows and `area` positions: moments (3 x channels) are the mean, the rest that rounding took from
+       it, and the (biased) variance. Without the rest, a mean that is 10^4 deviations is off by a thousandth of one. */
+    void (*channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                            pd_real *moments);
+    /* y = (x - mean - rest) / sqrt(variance + epsilon) * weight + bias; rest, weight and bias may be NULL: 0, 1 and 0. x
+       may be y. */
     void (*batch_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                       const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
-                       const pd_real *bias, pd_real *y);
+                       const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                       const pd_real *weight, const pd_real *bias, pd_real *y);
     /* Adds to dx, dweight, dbias (each may be NULL). batch_moments: mean and variance depend on x. */
     void (*batch_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                const pd_real *mean, const pd_real *variance, double epsilon, bool batch_moments,
-                                const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
-                                pd_real *dbias);
+                                const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                                bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                pd_real *dweight, pd_real *dbias);
+    /* moments: rows x 3, the mean, the rest that rounding took from it, and 1 / deviation. */
     void (*layer_norm)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
-                       const pd_real *weight, const pd_real *bias, pd_real *moments,
-                       pd_real *y); /* moments: rows x 2 */
+                       const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y);
     void (*layer_norm_backward)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *moments,
                                 const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
                                 pd_real *dbias);
@@ -1185,9 +1193,9 @@ struct pd_layer_type {
        give gradients to, with pd_param_touch. Only inputs of the net have been filled by then. A type without prefetch
        has no sparse parameters. */
     pd_status (*prefetch)(pd_layer *layer);
-    /* (optional) When predicting, this layer with its one input is y = scale[c] x + shift[c] of every channel, which the
-       layer below may do as it writes its output. Fills both (device memory). */
-    pd_status (*fold)(pd_layer *layer, pd_real *scale, pd_real *shift);
+    /* (optional) When predicting, this layer with its one input is y = scale[c] (x - center[c]) + shift[c] of every
+       channel, which the layer below may do as it writes its output. Fills all three (device memory). */
+    pd_status (*fold)(pd_layer *layer, pd_real *scale, pd_real *center, pd_real *shift);
 };
 
 /* A layer in a net. Layer types read it; only setup and resize write, where noted. */
@@ -1298,7 +1306,7 @@ PD_API pd_status pd_trainer_refresh_all(pd_trainer *trainer);
 /* For updaters: the trained parameters, in order of creation; NULL past the end. */
 PD_API pd_param *pd_trainer_param(const pd_trainer *trainer, int index);
 /* For updaters: the factor of global-norm clipping from the squared norm of the whole summed gradient. */
-PD_API double pd_trainer_clip_scale(const pd_trainer *trainer, double sum_squares, int64_t samples);
+PD_API double pd_trainer_clip_scale(const pd_trainer *trainer, double norm, int64_t samples);
 /* For updaters: does the trainer clip by global norm, so that no step may be taken before every gradient is final? */
 PD_API bool pd_trainer_clips_norm(const pd_trainer *trainer);
 /* Fails with a message kept by the trainer's net. Returns `status`. */
@@ -1622,7 +1630,7 @@ struct pd__layer {
     struct pd__shadow *shadows; /* of the parameters of a layer on the host; NULL before its first run */
     pd_real *memory[8];
     int64_t memory_capacity[8];
-    pd_real *folded; /* scale and shift of the layer above */
+    pd_real *folded; /* scale, center and shift of the layer above */
     int64_t folded_capacity;
     int64_t *integers[4];
     int64_t integer_capacity[4];
@@ -2175,16 +2183,19 @@ static void pd__cpu_muladd(pd_device *d, const int64_t size[4], pd_real alpha, c
     PD__TEAM(d, work, p, pieces, pd__muladd_piece(kernels, size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
 }
 
-static double pd__cpu_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
+static double pd__cpu_norm(pd_device *d, int64_t n, const pd_real *x) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     enum { PARTS = 64 };
-    double parts[PARTS], sum = 0;
+    double parts[PARTS], sum = 0, large = 0;
     int64_t piece = pd__ceil_div(n, PARTS);
     PD__TEAM(d, n, p, PARTS,
              parts[p] = kernels->dot(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
                                      x + pd__min(n, p * piece)));
     for (int p = 0; p < PARTS; p++) sum += parts[p];
-    return sum;
+    if (pd__finite(sum)) return sqrt(sum);
+    /* Is a number not finite, or is only its square too large? */
+    for (int64_t i = 0; i < n; i++) large += ldexp((double)x[i], -600) * ldexp((double)x[i], -600);
+    return pd__finite(large) ? fmin(sqrt(large) * ldexp(1, 600), DBL_MAX) : large;
 }
 
 /* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
@@ -3004,12 +3015,15 @@ static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x,
     PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, kernels->pool_map(&j, map));
 }
 
-/* Where the gradient of a maximum goes: to the first of the cells that have it, if one has; without branches, because
-   nothing foretells them. */
+/* Where the gradient of a maximum goes: to the first of the cells that have it, of NaNs too, if one has; without branches,
+   because nothing foretells them. */
 static int64_t pd__pool_first(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y) {
     int64_t at = -1;
     for (int64_t h = v->h1 - 1; h >= v->h0; h--)
         for (int64_t w = v->w1 - 1; w >= v->w0; w--) at = map[h * s->in_w + w] == y ? h * s->in_w + w : at;
+    for (int64_t h = v->h1 - 1; y != y && h >= v->h0; h--)
+        for (int64_t w = v->w1 - 1; w >= v->w0; w--)
+            at = map[h * s->in_w + w] != map[h * s->in_w + w] ? h * s->in_w + w : at;
     return at;
 }
 
@@ -3103,41 +3117,42 @@ static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double rate, 
 /* What batch norm needs of one channel, over rows and `area` positions. */
 struct pd__channel_job {
     int64_t rows, channels, area;
-    const pd_real *x, *dy, *mean, *variance, *weight, *bias;
+    const pd_real *x, *dy, *mean, *rest, *variance, *weight, *bias;
     double epsilon;
     bool batch_moments;
-    pd_real *moment1, *moment2, *y, *dx, *dweight, *dbias;
+    pd_real *moments, *y, *dx, *dweight, *dbias;
 };
 
 static void pd__cpu_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                    pd_real *mean, pd_real *variance) {
+                                    pd_real *moments) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     pd__channel_job j;
     memset(&j, 0, sizeof j);
-    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moment1 = mean, j.moment2 = variance;
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moments = moments;
     PD__TEAM(d, rows * channels * area, c, channels, kernels->moments_of(&j, c));
 }
 
 static void pd__cpu_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                               const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
-                               const pd_real *bias, pd_real *y) {
+                               const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                               const pd_real *weight, const pd_real *bias, pd_real *y) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     pd__channel_job j;
     memset(&j, 0, sizeof j);
-    j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance, j.epsilon = epsilon;
+    j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.rest = rest, j.variance = variance;
+    j.epsilon = epsilon;
     j.weight = weight, j.bias = bias, j.y = y;
     PD__TEAM(d, rows * channels * area, m, rows * channels, kernels->batch_norm_map(&j, m));
 }
 
 static void pd__cpu_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                        const pd_real *mean, const pd_real *variance, double epsilon,
-                                        bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
-                                        pd_real *dweight, pd_real *dbias) {
+                                        const pd_real *mean, const pd_real *rest, const pd_real *variance,
+                                        double epsilon, bool batch_moments, const pd_real *weight, const pd_real *dy,
+                                        pd_real *dx, pd_real *dweight, pd_real *dbias) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     pd__channel_job j;
     memset(&j, 0, sizeof j);
-    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.variance = variance;
-    j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.rest = rest;
+    j.variance = variance, j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
     j.dx = dx, j.dweight = dweight, j.dbias = dbias;
     PD__TEAM(d, rows * channels * area, c, channels, kernels->batch_norm_back(&j, c));
 }
@@ -3177,7 +3192,7 @@ static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t c
 
 struct pd__layer_norm_job {
     int64_t rows, width;
-    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each row the mean and 1 / deviation */
+    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each row, see pd_device */
     double epsilon;
     pd_real *moments, *y, *dx, *dweight, *dbias;
 };
@@ -3411,7 +3426,7 @@ static const pd_device pd__cpu_table = {
     pd__cpu_fill,
     pd__cpu_muladd,
     pd__cpu_gemm,
-    pd__cpu_sum_squares,
+    pd__cpu_norm,
     pd__cpu_update,
     pd__cpu_update_rows,
     pd__cpu_activate,
@@ -4491,16 +4506,17 @@ PD_DEF pd_status pd_layer_epilogue(pd_layer *layer, const pd_real *bias, pd_epil
     if (own->above) {
         pd_device *d = layer->device;
         int64_t channels = layer->shape.channels, size[4] = { 1, 1, 1, 0 }, strides[4] = { 0, 0, 0, 1 };
-        pd_real *shift;
+        pd_real *center, *shift;
         pd_status status;
-        if (!pd__grow_on(d, &own->folded, &own->folded_capacity, 2 * channels))
-            return pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", 2 * (long long)channels);
-        shift = own->folded + channels;
-        status = top->type->fold(top, own->folded, shift);
+        if (!pd__grow_on(d, &own->folded, &own->folded_capacity, 3 * channels))
+            return pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", 3 * (long long)channels);
+        center = own->folded + channels, shift = center + channels;
+        status = top->type->fold(top, own->folded, center, shift);
         if (status != PD_OK) return status;
         size[3] = channels;
-        if (bias) d->muladd(d, size, 1, bias, strides, own->folded, strides, shift, strides);
+        if (bias) d->muladd(d, size, -1, bias, strides, NULL, strides, center, strides);
         after->scale = own->folded;
+        after->center = center;
         after->bias = shift;
         own->above_done = true;
     }
@@ -5578,23 +5594,25 @@ static bool pd__batch_norm_by_batch(const pd_layer *l) {
     return !((const pd_batch_norm_opts *)l->opts)->use_running && pd_layer_mode(l) != PD_PREDICT;
 }
 
-/* running = keep running + (1 - keep) batch; the variance unbiased, as for a sample of n. A batch that isn't finite,
-   which the trainer will refuse once it sees the cost, must not spoil what was learned. */
+/* running = keep running + (1 - keep) batch; the variance unbiased, as for a sample of n: one number has none, and leaves
+   it as it is. A batch that isn't finite, which the trainer will refuse once it sees the cost, must not spoil what was
+   learned. */
 static void pd__batch_norm_track(pd_layer *l, const pd_real *moments, double n) {
     double rest = 1 - pd__or(((const pd_batch_norm_opts *)l->opts)->keep, 0.9);
     int64_t channels = l->shape.channels;
     pd_real *mean = l->params[l->param_count - 2]->value, *variance = l->params[l->param_count - 1]->value;
-    if (!pd__finite(l->device->sum_squares(l->device, 2 * channels, moments))) return;
+    if (!pd__finite(l->device->norm(l->device, 3 * channels, moments))) return;
     pd__muladd1(l, channels, -rest, mean, NULL, mean);
     pd__muladd1(l, channels, rest, moments, NULL, mean);
+    if (n == 1) return;
     pd__muladd1(l, channels, -rest, variance, NULL, variance);
-    pd__muladd1(l, channels, rest * (n > 1 ? n / (n - 1) : 1), moments + channels, NULL, variance);
+    pd__muladd1(l, channels, rest * n / (n - 1), moments + 2 * channels, NULL, variance);
 }
 
 /* What forward and backward hand to the device. */
 typedef struct pd__batch_norm_view {
-    const pd_real *mean, *variance;
-    pd_param *weight, *bias; /* NULL without */
+    const pd_real *mean, *rest, *variance; /* rest NULL: of the running mean */
+    pd_param *weight, *bias;               /* NULL without */
     double epsilon;
     int64_t area;
 } pd__batch_norm_view;
@@ -5603,7 +5621,8 @@ static pd__batch_norm_view pd__batch_norm_see(pd_layer *l, const pd_real *moment
     const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
     pd__batch_norm_view v;
     v.mean = moments ? moments : l->params[l->param_count - 2]->value;
-    v.variance = moments ? moments + l->shape.channels : l->params[l->param_count - 1]->value;
+    v.rest = moments ? moments + l->shape.channels : NULL;
+    v.variance = moments ? moments + 2 * l->shape.channels : l->params[l->param_count - 1]->value;
     v.weight = o->no_affine ? NULL : l->params[0];
     v.bias = o->no_affine ? NULL : l->params[1];
     v.epsilon = pd__or(o->epsilon, 1e-5);
@@ -5617,13 +5636,12 @@ static pd_status pd__batch_norm_forward(pd_layer *l) {
     pd_real *moments = NULL;
     pd__batch_norm_view v;
     if (pd__batch_norm_by_batch(l)) {
-        moments = pd_layer_memory(l, 0, 2 * l->shape.channels);
+        moments = pd_layer_memory(l, 0, 3 * l->shape.channels);
         if (!moments) return PD_E_MEMORY;
     }
     v = pd__batch_norm_see(l, moments);
-    if (moments)
-        d->channel_moments(d, x->rows, l->shape.channels, v.area, x->data, moments, moments + l->shape.channels);
-    d->batch_norm(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.variance, v.epsilon,
+    if (moments) d->channel_moments(d, x->rows, l->shape.channels, v.area, x->data, moments);
+    d->batch_norm(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.rest, v.variance, v.epsilon,
                   v.weight ? v.weight->value : NULL, v.bias ? v.bias->value : NULL, l->out.data);
     if (moments && x->rows > 0 && pd_layer_mode(l) == PD_TRAIN)
         pd__batch_norm_track(l, moments, (double)(x->rows * v.area));
@@ -5634,26 +5652,25 @@ static pd_status pd__batch_norm_backward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
     bool by_batch = pd__batch_norm_by_batch(l);
-    pd__batch_norm_view v = pd__batch_norm_see(l, by_batch ? pd_layer_memory(l, 0, 2 * l->shape.channels) : NULL);
-    d->batch_norm_backward(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.variance, v.epsilon, by_batch,
-                           v.weight ? v.weight->value : NULL, l->out.grad, x->grad, v.weight ? v.weight->grad : NULL,
-                           v.bias ? v.bias->grad : NULL);
+    pd__batch_norm_view v = pd__batch_norm_see(l, by_batch ? pd_layer_memory(l, 0, 3 * l->shape.channels) : NULL);
+    d->batch_norm_backward(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.rest, v.variance, v.epsilon,
+                           by_batch, v.weight ? v.weight->value : NULL, l->out.grad, x->grad,
+                           v.weight ? v.weight->grad : NULL, v.bias ? v.bias->grad : NULL);
     return PD_OK;
 }
 
-/* The norm of 1 with mean 0, and of 0. */
-static pd_status pd__batch_norm_fold(pd_layer *l, pd_real *scale, pd_real *shift) {
+/* The scale is the norm of 1 with mean 0. */
+static pd_status pd__batch_norm_fold(pd_layer *l, pd_real *scale, pd_real *center, pd_real *shift) {
     pd_device *d = l->device;
     int64_t channels = l->shape.channels;
-    pd_real *zero = pd_layer_memory(l, 0, 2 * channels);
     pd__batch_norm_view v = pd__batch_norm_see(l, NULL);
-    if (!zero) return PD_E_MEMORY;
-    d->fill(d, channels, 0, zero);
+    d->fill(d, channels, 0, center);
+    d->fill(d, channels, 0, shift);
     d->fill(d, channels, 1, scale);
-    d->batch_norm(d, 1, channels, 1, scale, zero, v.variance, v.epsilon, v.weight ? v.weight->value : NULL, NULL,
-                  scale);
-    d->batch_norm(d, 1, channels, 1, zero, v.mean, v.variance, v.epsilon, v.weight ? v.weight->value : NULL,
-                  v.bias ? v.bias->value : NULL, shift);
+    d->batch_norm(d, 1, channels, 1, scale, center, NULL, v.variance, v.epsilon, v.weight ? v.weight->value : NULL,
+                  NULL, scale);
+    pd__muladd1(l, channels, 1, v.mean, NULL, center);
+    if (v.bias) pd__muladd1(l, channels, 1, v.bias->value, NULL, shift);
     return PD_OK;
 }
 
@@ -5690,7 +5707,7 @@ static pd_status pd__layer_norm_setup(pd_layer *l) {
 static pd_status pd__layer_norm_forward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
-    pd_real *moments = pd_layer_memory(l, 0, 2 * x->rows);
+    pd_real *moments = pd_layer_memory(l, 0, 3 * x->rows);
     if (!moments) return PD_E_MEMORY;
     d->layer_norm(d, x->rows, x->width, x->data, pd__or(((const pd_layer_norm_opts *)l->opts)->epsilon, 1e-5),
                   l->param_count ? l->params[0]->value : NULL, l->param_count ? l->params[1]->value : NULL, moments,
@@ -5701,7 +5718,7 @@ static pd_status pd__layer_norm_forward(pd_layer *l) {
 static pd_status pd__layer_norm_backward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
-    d->layer_norm_backward(d, x->rows, x->width, x->data, pd_layer_memory(l, 0, 2 * x->rows),
+    d->layer_norm_backward(d, x->rows, x->width, x->data, pd_layer_memory(l, 0, 3 * x->rows),
                            l->param_count ? l->params[0]->value : NULL, l->out.grad, x->grad,
                            l->param_count ? l->params[0]->grad : NULL, l->param_count ? l->params[1]->grad : NULL);
     return PD_OK;
@@ -6080,26 +6097,40 @@ static pd_status pd__interpolate_setup(pd_layer *l) {
     return pd__like_input(l, 1);
 }
 
-/* y = w a + b - w b */
+/* 1 - w of each row: b + w (a - b), or w a + b - w b, would round to the larger of the two. */
+static pd_real *pd__interpolate_rest(pd_layer *l) {
+    pd_real *rest = pd_layer_memory(l, 0, l->out.rows);
+    if (!rest) return NULL;
+    l->device->fill(l->device, l->out.rows, 1, rest);
+    pd__muladd1(l, l->out.rows, -1, pd__in(l, 0)->data, NULL, rest);
+    return rest;
+}
+
 static pd_status pd__interpolate_forward(pd_layer *l) {
     int64_t n = l->out.width, rows = l->out.rows;
-    const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
+    const pd_real *w = pd__in(l, 0)->data, *rest = pd__interpolate_rest(l);
+    if (!rest) return PD_E_MEMORY;
     pd__clear_output(l);
-    pd__muladd2(l, rows, n, 1, a->data, n, 1, w->data, 1, 0, l->out.data, n, 1);
-    pd__muladd2(l, rows, n, 1, b->data, n, 1, NULL, 0, 0, l->out.data, n, 1);
-    pd__muladd2(l, rows, n, -1, b->data, n, 1, w->data, 1, 0, l->out.data, n, 1);
+    pd__muladd2(l, rows, n, 1, pd__in(l, 1)->data, n, 1, w, 1, 0, l->out.data, n, 1);
+    pd__muladd2(l, rows, n, 1, pd__in(l, 2)->data, n, 1, rest, 1, 0, l->out.data, n, 1);
     return PD_OK;
 }
 
 static pd_status pd__interpolate_backward(pd_layer *l) {
     int64_t n = l->out.width, rows = l->out.rows;
-    const pd_real *dy = l->out.grad;
+    const pd_real *dy = l->out.grad, *rest = pd__interpolate_rest(l);
     const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
-    if (w->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, a->data, n, 1, w->grad, 1, 0);
-    if (w->grad) pd__muladd2(l, rows, n, -1, dy, n, 1, b->data, n, 1, w->grad, 1, 0);
+    if (!rest) return PD_E_MEMORY;
+    if (w->grad) { /* of a - b, not of each */
+        pd_real *difference = pd_layer_memory(l, 1, rows * n);
+        if (!difference) return PD_E_MEMORY;
+        l->device->fill(l->device, rows * n, 0, difference);
+        pd__muladd1(l, rows * n, 1, a->data, NULL, difference);
+        pd__muladd1(l, rows * n, -1, b->data, NULL, difference);
+        pd__muladd2(l, rows, n, 1, dy, n, 1, difference, n, 1, w->grad, 1, 0);
+    }
     if (a->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, w->data, 1, 0, a->grad, n, 1);
-    if (b->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, NULL, 0, 0, b->grad, n, 1);
-    if (b->grad) pd__muladd2(l, rows, n, -1, dy, n, 1, w->data, 1, 0, b->grad, n, 1);
+    if (b->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, rest, 1, 0, b->grad, n, 1);
     return PD_OK;
 }
 
@@ -6155,13 +6186,13 @@ static pd_status pd__maxout_setup(pd_layer *l) {
     return pd__want_numbers(l);
 }
 
-/* Where in x the number stands that output i takes: the first largest of its group. */
+/* Where in x the number stands that output i takes: the first largest of its group, or the first NaN. */
 static int64_t pd__maxout_source(const pd_layer *l, int64_t i) {
     int64_t area = l->shape.height * l->shape.width, groups = pd__spec_of(l)->n[0];
     const pd_real *x = pd__in(l, 0)->data;
     int64_t best = i / area * groups * area + i % area, first = best;
     for (int64_t g = 1; g < groups; g++)
-        if (x[first + g * area] > x[best]) best = first + g * area;
+        if (!(x[first + g * area] <= x[best]) && x[best] == x[best]) best = first + g * area;
     return best;
 }
 
@@ -6368,14 +6399,29 @@ static pd_status pd__cosine_setup(pd_layer *l) {
     return pd__want_numbers(l);
 }
 
-/* a.b, |a|^2 and |b|^2 */
-static void pd__cosine_sums(int64_t n, const pd_real *a, const pd_real *b, double *ab, double *aa, double *bb) {
-    *ab = *aa = *bb = 0;
-    for (int64_t i = 0; i < n; i++) {
-        *ab += (double)a[i] * (double)b[i];
-        *aa += (double)a[i] * (double)a[i];
-        *bb += (double)b[i] * (double)b[i];
+/* A vector, and what makes its largest number about 1: then no square is too large or too small for a number. */
+typedef struct pd__scaled {
+    const pd_real *numbers;
+    double scale, square; /* of the scaled vector */
+} pd__scaled;
+
+static pd__scaled pd__scale_vector(int64_t n, const pd_real *numbers) {
+    pd__scaled v = { numbers, 1, 0 };
+    double largest = 0;
+    int exponent;
+    for (int64_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)numbers[i]));
+    if (largest > 0 && largest <= DBL_MAX) {
+        frexp(largest, &exponent);
+        v.scale = ldexp(1, -exponent > 1000 ? 1000 : -exponent);
     }
+    for (int64_t i = 0; i < n; i++) v.square += (double)numbers[i] * v.scale * ((double)numbers[i] * v.scale);
+    return v;
+}
+
+static double pd__scaled_dot(int64_t n, const pd__scaled *a, const pd__scaled *b) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (double)a->numbers[i] * a->scale * ((double)b->numbers[i] * b->scale);
+    return sum;
 }
 
 static pd_status pd__cosine_forward(pd_layer *l) {
@@ -6383,9 +6429,10 @@ static pd_status pd__cosine_forward(pd_layer *l) {
     int64_t each = l->out.width;
     PD__PARALLEL(l->device, b->rows * b->width)
     for (int64_t i = 0; i < pd__numbers(l); i++) {
-        double ab, aa, bb;
-        pd__cosine_sums(a->width, a->data + i / each * a->width, b->data + i * a->width, &ab, &aa, &bb);
-        l->out.data[i] = aa == 0 || bb == 0 ? 0 : (pd_real)(pd__spec_of(l)->a * ab / (sqrt(aa) * sqrt(bb)));
+        pd__scaled x = pd__scale_vector(a->width, a->data + i / each * a->width);
+        pd__scaled y = pd__scale_vector(a->width, b->data + i * a->width);
+        double dot = pd__scaled_dot(a->width, &x, &y), norms = sqrt(x.square) * sqrt(y.square);
+        l->out.data[i] = norms == 0 ? 0 : (pd_real)(pd__spec_of(l)->a * dot / norms);
     }
     return PD_OK;
 }
@@ -6397,14 +6444,13 @@ static pd_status pd__cosine_backward(pd_layer *l) {
     PD__PARALLEL(l->device, b->rows * b->width)
     for (int64_t r = 0; r < l->out.rows; r++)
         for (int64_t i = r * each; i < (r + 1) * each; i++) {
-            double ab, aa, bb, cross, dy = (double)l->out.grad[i] * pd__spec_of(l)->a;
-            pd__cosine_sums(n, a->data + r * n, b->data + i * n, &ab, &aa, &bb);
-            if (aa == 0 || bb == 0) continue;
-            cross = 1 / (sqrt(aa) * sqrt(bb));
-            for (int64_t k = 0; k < n; k++) {
-                double x = (double)a->data[r * n + k], y = (double)b->data[i * n + k];
-                if (a->grad) a->grad[r * n + k] += (pd_real)(dy * cross * (y - ab / aa * x));
-                if (b->grad) b->grad[i * n + k] += (pd_real)(dy * cross * (x - ab / bb * y));
+            pd__scaled x = pd__scale_vector(n, a->data + r * n), y = pd__scale_vector(n, b->data + i * n);
+            double dot = pd__scaled_dot(n, &x, &y), norms = sqrt(x.square) * sqrt(y.square);
+            double slope = (double)l->out.grad[i] * pd__spec_of(l)->a / norms;
+            for (int64_t k = 0; norms != 0 && k < n; k++) {
+                double p = (double)x.numbers[k] * x.scale, q = (double)y.numbers[k] * y.scale;
+                if (a->grad) a->grad[r * n + k] += (pd_real)(slope * x.scale * (q - dot / x.square * p));
+                if (b->grad) b->grad[i * n + k] += (pd_real)(slope * y.scale * (p - dot / y.square * q));
             }
         }
     return PD_OK;
@@ -7554,7 +7600,7 @@ PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevanc
 /* ======================================================================================================== */
 /* >>evaluators                                                                                             */
 
-enum { PD__MAX_VALUES = 16, PD__AUC_BINS = 65536 };
+enum { PD__MAX_VALUES = 16 };
 
 /* ---- what all evaluators share ---- */
 
@@ -7633,7 +7679,7 @@ static void pd__error_values(const pd_evaluator *e, double *values) { values[0] 
 
 static const char *const pd__error_names[] = { "error" };
 static const pd_evaluator_type pd__error_type = {
-    PD_API_VERSION, "error", 3, 1, pd__error_names, pd__error_setup, pd__error_update, pd__error_values
+    PD_API_VERSION, "error", 3, 1, pd__error_names, pd__error_setup, pd__error_update, pd__error_values, NULL
 };
 
 PD_DEF pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts) {
@@ -7700,7 +7746,8 @@ static const pd_evaluator_type pd__precision_recall_type = { PD_API_VERSION,
                                                              pd__precision_recall_names,
                                                              pd__precision_recall_setup,
                                                              pd__precision_recall_update,
-                                                             pd__precision_recall_values };
+                                                             pd__precision_recall_values,
+                                                             NULL };
 
 PD_DEF pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_layer *label,
                                               const pd_evaluator_opts *opts) {
@@ -7709,46 +7756,100 @@ PD_DEF pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_
 
 /* ---- auc ---- */
 
+/* Sums: the number of bins, then for each a score, and the weights of negatives and of positives that have it. New rows are
+   added at the end; when there is no more room for them, bins are sorted, and equal scores, or, if these are too few,
+   neighbours become one. */
+typedef struct pd__auc_bin {
+    double score, weight[2];
+} pd__auc_bin;
+
+enum { PD__AUC_BINS = 1 << 17 };
+
+static pd__auc_bin *pd__auc_bins(const pd_evaluator *e) { return (pd__auc_bin *)(void *)(e->sums + 1); }
+
+static int pd__compare_bins(const void *a, const void *b) {
+    double x = ((const pd__auc_bin *)a)->score, y = ((const pd__auc_bin *)b)->score;
+    return (x > y) - (x < y);
+}
+
+/* Sorts the bins and joins those with equal scores, and neighbours up to a weight of `most`. */
+static int64_t pd__auc_join(pd__auc_bin *bins, int64_t count, double most) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < count; i++) {
+        pd__auc_bin *last = bins + n - 1;
+        if (n > 0 && (bins[i].score == last->score ||
+                      last->weight[0] + last->weight[1] + bins[i].weight[0] + bins[i].weight[1] <= most)) {
+            last->weight[0] += bins[i].weight[0];
+            last->weight[1] += bins[i].weight[1];
+        } else {
+            bins[n++] = bins[i];
+        }
+    }
+    return n;
+}
+
+static void pd__auc_sort(const pd_evaluator *e) {
+    int64_t n = (int64_t)e->sums[0];
+    qsort(pd__auc_bins(e), (size_t)n, sizeof(pd__auc_bin), pd__compare_bins);
+    e->sums[0] = (double)pd__auc_join(pd__auc_bins(e), n, 0);
+}
+
+static void pd__auc_add(pd_evaluator *e, double score, double negative, double positive) {
+    pd__auc_bin *bins = pd__auc_bins(e);
+    int64_t n = (int64_t)e->sums[0];
+    if (n == PD__AUC_BINS) {
+        double all = 0;
+        pd__auc_sort(e);
+        n = (int64_t)e->sums[0];
+        for (int64_t i = 0; i < n; i++) all += bins[i].weight[0] + bins[i].weight[1];
+        /* Two neighbours then weigh more than that, so that no more than half of the bins remain. */
+        if (n > PD__AUC_BINS / 2) n = pd__auc_join(bins, n, 4 * all / PD__AUC_BINS);
+    }
+    bins[n].score = score;
+    bins[n].weight[0] = negative;
+    bins[n].weight[1] = positive;
+    e->sums[0] = (double)(n + 1);
+}
+
 static pd_status pd__auc_setup(pd_evaluator *e) {
     int64_t width = pd_shape_size(e->inputs[0]->shape);
     pd_status status = pd__eval_options(e, false, false);
-    e->sum_count = 2 * PD__AUC_BINS; /* weights of negatives, then of positives, by score */
+    e->sum_count = 1 + 3 * PD__AUC_BINS;
     if (status) return status;
     return width > 2 ? pd__eval_input(e, 0, false, 2) : pd__eval_binary_label(e);
 }
 
 static pd_status pd__auc_update(pd_evaluator *e, const pd_tensor *const *inputs) {
     const pd_tensor *out = inputs[0];
-    const double rounding = 1e-5; /* what a softmax may stick out by */
     for (int64_t r = 0; r < out->rows; r++) {
-        double score = (double)out->data[(r + 1) * out->width - 1];
-        if (score < -rounding || score > 1 + rounding)
-            return pd__eval_fail(e, PD_E_NUMERIC, "row %lld of \"%.100s\": expected a score from 0 to 1, got %g",
-                                 (long long)r, e->inputs[0]->name, score);
-    }
-    for (int64_t r = 0; r < out->rows; r++) {
-        double score = (double)out->data[(r + 1) * out->width - 1];
-        int64_t bin = pd__max(0, pd__min((int64_t)(score * (double)PD__AUC_BINS), PD__AUC_BINS - 1));
-        e->sums[bin + (pd__is_positive(inputs[1], r) ? PD__AUC_BINS : 0)] += pd__row_weight(inputs[2], r);
+        double score = (double)out->data[(r + 1) * out->width - 1], weight = pd__row_weight(inputs[2], r);
+        bool positive = pd__is_positive(inputs[1], r);
+        if (weight > 0) pd__auc_add(e, score, positive ? 0 : weight, positive ? weight : 0);
     }
     return PD_OK;
 }
 
+static void pd__auc_merge(pd_evaluator *e, const double *sums) {
+    for (int64_t i = 0; i < (int64_t)sums[0]; i++) pd__auc_add(e, sums[3 * i + 1], sums[3 * i + 2], sums[3 * i + 3]);
+}
+
 /* The share of pairs (positive, negative) with the positive one's score above; ties, in one bin, count half. */
 static void pd__auc_values(const pd_evaluator *e, double *values) {
-    const double *negative = e->sums, *positive = e->sums + PD__AUC_BINS;
+    const pd__auc_bin *bins = pd__auc_bins(e);
     double negatives = 0, positives = 0, area = 0;
-    for (int64_t bin = 0; bin < PD__AUC_BINS; bin++) {
-        area += positive[bin] * (negatives + negative[bin] / 2);
-        negatives += negative[bin];
-        positives += positive[bin];
+    pd__auc_sort(e);
+    for (int64_t i = 0; i < (int64_t)e->sums[0]; i++) {
+        area += bins[i].weight[1] * (negatives + bins[i].weight[0] / 2);
+        negatives += bins[i].weight[0];
+        positives += bins[i].weight[1];
     }
     values[0] = pd__mean(area, positives * negatives);
 }
 
 static const char *const pd__auc_names[] = { "auc" };
-static const pd_evaluator_type pd__auc_type = { PD_API_VERSION, "auc",         3, 1, pd__auc_names, pd__auc_setup,
-                                                pd__auc_update, pd__auc_values };
+static const pd_evaluator_type pd__auc_type = {
+    PD_API_VERSION, "auc", 3, 1, pd__auc_names, pd__auc_setup, pd__auc_update, pd__auc_values, pd__auc_merge
+};
 
 PD_DEF pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts) {
     return pd_evaluator_add(net, &pd__auc_type, output, label, opts);
@@ -7794,7 +7895,7 @@ static void pd__pnpair_values(const pd_evaluator *e, double *values) {
 
 static const char *const pd__pnpair_names[] = { "in_order", "out_of_order", "ties", "ratio" };
 static const pd_evaluator_type pd__pnpair_type = {
-    PD_API_VERSION, "pnpair", 4, 4, pd__pnpair_names, pd__pnpair_setup, pd__pnpair_update, pd__pnpair_values
+    PD_API_VERSION, "pnpair", 4, 4, pd__pnpair_names, pd__pnpair_setup, pd__pnpair_update, pd__pnpair_values, NULL
 };
 
 PD_DEF pd_evaluator *pd_eval_pnpair(pd_net *net, pd_layer *score, pd_layer *label, const pd_evaluator_opts *opts) {
@@ -7813,7 +7914,7 @@ static pd_status pd__mean_error_update(pd_evaluator *e, const pd_tensor *const *
     const pd_tensor *out = inputs[0], *target = inputs[1];
     for (int64_t r = 0; r < out->rows; r++) {
         double weight = pd__row_weight(inputs[2], r);
-        for (int64_t i = r * out->width; i < (r + 1) * out->width; i++) {
+        for (int64_t i = r * out->width; weight > 0 && i < (r + 1) * out->width; i++) {
             double d = (double)out->data[i] - (double)target->data[i];
             e->sums[0] += weight * fabs(d);
             e->sums[1] += weight * d * d;
@@ -7830,8 +7931,8 @@ static void pd__mean_error_values(const pd_evaluator *e, double *values) {
 
 static const char *const pd__mean_error_names[] = { "mean_absolute", "root_mean_squared" };
 static const pd_evaluator_type pd__mean_error_type = {
-    PD_API_VERSION,        "mean_error",         3, 2, pd__mean_error_names, pd__mean_error_setup,
-    pd__mean_error_update, pd__mean_error_values
+    PD_API_VERSION,        "mean_error",          3,   2, pd__mean_error_names, pd__mean_error_setup,
+    pd__mean_error_update, pd__mean_error_values, NULL
 };
 
 PD_DEF pd_evaluator *pd_eval_mean_error(pd_net *net, pd_layer *output, pd_layer *target,
@@ -8022,7 +8123,8 @@ PD_DEF pd_status pd_evaluator_merge(pd_evaluator *evaluator, const pd_evaluator 
         return pd__fail(evaluator->net, PD_E_ARGUMENT, "%.100s: expected %s with %lld sums to merge, got %s with %lld",
                         evaluator->name, evaluator->type->name, (long long)evaluator->sum_count, other->type->name,
                         (long long)other->sum_count);
-    for (int64_t i = 0; i < evaluator->sum_count; i++) evaluator->sums[i] += other->sums[i];
+    if (evaluator->type->merge) evaluator->type->merge(evaluator, other->sums);
+    for (int64_t i = 0; !evaluator->type->merge && i < evaluator->sum_count; i++) evaluator->sums[i] += other->sums[i];
     return PD_OK;
 }
 
@@ -8276,7 +8378,7 @@ PD_DEF pd_param *pd_trainer_param(const pd_trainer *trainer, int index) {
 
 static pd_status pd__check_finite(pd_trainer *t, const pd_param *p, int64_t n, const pd_real *grad) {
     pd_device *d = t->net->device;
-    if (pd__finite(d->sum_squares(d, n, grad))) return PD_OK;
+    if (pd__finite(d->norm(d, n, grad))) return PD_OK;
     return pd_trainer_fail(t, PD_E_NUMERIC,
                            "%.100s: the gradient of parameter \"%.100s\" is not finite in batch %lld of pass %lld",
                            pd__layer_of(p), p->name, (long long)t->pass_batches, (long long)t->pass);
@@ -8447,8 +8549,8 @@ PD_DEF pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int
 
 PD_DEF bool pd_trainer_clips_norm(const pd_trainer *trainer) { return trainer->opts.clip_norm > 0; }
 
-PD_DEF double pd_trainer_clip_scale(const pd_trainer *trainer, double sum_squares, int64_t samples) {
-    double norm = sqrt(sum_squares) * pd__gradient_scale(trainer, samples);
+PD_DEF double pd_trainer_clip_scale(const pd_trainer *trainer, double norm, int64_t samples) {
+    norm *= pd__gradient_scale(trainer, samples);
     return trainer->opts.clip_norm > 0 && norm > trainer->opts.clip_norm ? trainer->opts.clip_norm / norm : 1;
 }
 
@@ -8480,16 +8582,17 @@ static pd_status pd__local_sync(pd_updater *u) { return pd_trainer_refresh_all((
 static pd_status pd__local_end(pd_updater *u, int64_t *samples) {
     pd_trainer *t = (pd_trainer *)u->self;
     pd_device *d = t->net->device;
-    double squares = 0, scale;
+    double norm = 0, scale;
     pd_status status = PD_OK;
     (void)samples; /* there is no other worker */
     if (!pd_trainer_clips_norm(t)) return PD_OK;
     for (int i = 0; i < t->trained_count; i++) {
-        double sum = d->sum_squares(d, pd__grad_size(t->trained[i].param), t->trained[i].param->grad);
-        if (!pd__finite(sum)) return pd_trainer_apply(t, t->trained[i].param, t->batch_samples, 1); /* which says so */
-        squares += sum;
+        double of_one = d->norm(d, pd__grad_size(t->trained[i].param), t->trained[i].param->grad);
+        if (!pd__finite(of_one))
+            return pd_trainer_apply(t, t->trained[i].param, t->batch_samples, 1); /* which says so */
+        norm = fmin(hypot(norm, of_one), DBL_MAX);
     }
-    scale = pd_trainer_clip_scale(t, squares, t->batch_samples);
+    scale = pd_trainer_clip_scale(t, norm, t->batch_samples);
     for (int i = 0; status == PD_OK && i < t->trained_count; i++)
         status = pd_trainer_apply(t, t->trained[i].param, t->batch_samples, scale);
     return status;
@@ -11177,7 +11280,7 @@ static int pd__compare_reals(const void *a, const void *b) {
 /* Makes the pruning mask: the smallest magnitudes, ties by position, are held at zero. */
 static pd_status pd__prune(pd_param *p) {
     const pd_allocator *a = &p->net->allocator;
-    int64_t n = p->size, drop = (int64_t)((double)n * p->opts.prune), below = 0;
+    int64_t n = p->size, drop = pd__min((int64_t)floor((double)n * p->opts.prune + 0.5), n - 1), below = 0;
     pd_real *values, *sorted;
     pd_status status;
     if (drop == 0 || p->mask) return PD_OK;
@@ -11372,11 +11475,11 @@ static pd_status pd__blame(pd_trainer *t) {
         pd_layer *l = net->layers[i];
         if (!l->own->active) continue;
         for (int k = 0; k < l->param_count; k++)
-            if (!pd__finite(d->sum_squares(d, l->params[k]->size, l->params[k]->value)))
+            if (!pd__finite(d->norm(d, l->params[k]->size, l->params[k]->value)))
                 return pd__fail(net, PD_E_NUMERIC,
                                 "%.100s: parameter \"%.100s\" is not finite before batch %lld of pass %lld", l->name,
                                 l->params[k]->name, batch, pass);
-        if (l->out.data && !pd__finite(d->sum_squares(d, l->out.rows * l->out.width, l->out.data)))
+        if (l->out.data && !pd__finite(d->norm(d, l->out.rows * l->out.width, l->out.data)))
             return pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in row %lld of batch %lld of pass %lld",
                             l->name, l->own->slot >= 0 ? "input" : "output", (long long)pd__bad_row(l), batch, pass);
     }
@@ -11479,6 +11582,29 @@ static pd_status pd__reset(pd_trainer *t, pd_reader *r, int64_t pass) {
     return status;
 }
 
+/* All workers' sums come to each evaluator: at once where they are added, else from one worker after the other. */
+static pd_status pd__reduce_evaluator(pd_trainer *t, pd_evaluator *e) {
+    const pd_allocator *a = &t->net->allocator;
+    size_t bytes = (size_t)e->sum_count * sizeof *e->sums;
+    double *own, *sums;
+    pd_status status = PD_OK;
+    if (!e->type->merge) return pd__reduce(t, e->sums, e->sum_count);
+    if (t->ranks == 1) return PD_OK;
+    own = (double *)pd__alloc(a, e->sum_count, 2 * sizeof *own);
+    if (!own) return pd__no_memory(t->net, "the evaluators of all workers");
+    sums = own + e->sum_count;
+    memcpy(own, e->sums, bytes);
+    pd_evaluator_reset(e);
+    for (int r = 0; status == PD_OK && r < t->ranks; r++) {
+        if (r == t->rank) memcpy(sums, own, bytes);
+        else memset(sums, 0, bytes);
+        status = pd__reduce(t, sums, e->sum_count);
+        if (status == PD_OK) e->type->merge(e, sums);
+    }
+    pd__free(a, own);
+    return status;
+}
+
 /* Makes t->targets the cost and all that evaluators look at. */
 static pd_status pd__test_targets(pd_trainer *t, int *count) {
     int64_t n = 1;
@@ -11514,8 +11640,7 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
     sums[0] = sum;
     sums[1] = (double)samples;
     if (status == PD_OK) status = pd__reduce(t, sums, 2);
-    for (pd_evaluator *e = net->evaluators; status == PD_OK && e; e = e->next)
-        status = pd__reduce(t, e->sums, e->sum_count);
+    for (pd_evaluator *e = net->evaluators; status == PD_OK && e; e = e->next) status = pd__reduce_evaluator(t, e);
     *cost = sums[1] > 0 ? sums[0] / sums[1] : (double)NAN;
     return status;
 }
@@ -14150,11 +14275,12 @@ static PD__INLINE void PD__K(pd__winograd_copy)(const pd_real *line, int64_t n, 
         for (int64_t c = 0; c < n; c += PD__LANES) PD__K(pd__store)(y + c, PD__LOAD(line + c), n - c);
 }
 
-/* The most frequent epilogues are applied to the vectors while these are in registers: max(least, scale v + bias). */
-static PD__INLINE bool PD__K(pd__winograd_early)(const pd__winograd *j, int64_t channel, PD__V *scale, PD__V *bias,
-                                                 PD__V *least) {
+/* The most frequent epilogues are applied to the vectors while these are in registers: max(least, scale (v - center) + bias). */
+static PD__INLINE bool PD__K(pd__winograd_early)(const pd__winograd *j, int64_t channel, PD__V *scale, PD__V *center,
+                                                 PD__V *bias, PD__V *least) {
     const bool early = j->beta == 0 && (!j->after || j->after->act == PD_LINEAR || j->after->act == PD_RELU);
     *scale = PD__K(pd__all)(early && j->after && j->after->scale ? j->after->scale[channel] : 1);
+    *center = PD__K(pd__all)(early && j->after && j->after->center ? j->after->center[channel] : 0);
     *bias = PD__K(pd__all)(early && j->after && j->after->bias ? j->after->bias[channel] : 0);
     *least = PD__K(pd__all)(early && j->after && j->after->act == PD_RELU ? 0 : -(pd_real)INFINITY);
     return early;
@@ -14182,8 +14308,8 @@ static void PD__K(pd__winograd_put)(const pd__winograd *j, int64_t group, int64_
     const int64_t area = j->out_h * j->out_w;
     const int64_t most = j->across > 1 ? 4 : 4 * PD__LANES; /* columns that lie together */
     const bool by_lane = PD__LANES > 1 && j->by_lane;
-    PD__V scale, bias, least;
-    const bool early = PD__K(pd__winograd_early)(j, channel, &scale, &bias, &least);
+    PD__V scale, center, bias, least;
+    const bool early = PD__K(pd__winograd_early)(j, channel, &scale, &center, &bias, &least);
     pd__winograd_rows tiles;
     pd__winograd_first(j, block, &tiles);
     for (int64_t row = 0; row < lines; row++, m += j->width, pd__winograd_next(j, &tiles)) {
@@ -14219,7 +14345,7 @@ static void PD__K(pd__winograd_put)(const pd__winograd *j, int64_t group, int64_
                 PD__K(pd__winograd_output)(part + r * 6, done);
                 PD__UNROLL
                 for (int c = 0; c < 4; c++) {
-                    PD__V v = PD__FMA(scale, done[c], bias);
+                    PD__V v = PD__FMA(scale, done[c] - center, bias);
                     if (c < limit) PD__STORE(vectors + c * PD__LANES, PD__SELECT(v < least, least, v));
                 }
                 if (by_lane) continue;
@@ -14693,6 +14819,16 @@ static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const doubl
 
 /* ---- activations ---- */
 
+/* erf cancels in GELU's tail, and beyond 40 there is nothing but 0 or x. NaN stays. */
+static PD__INLINE pd_real PD__K(pd__gelu)(pd_real x) {
+    return x > 40 ? x : (x < -40 ? -40 : x) / 2 * PD__M(erfc)(x * (pd_real)-0.70710678118654752);
+}
+static PD__INLINE pd_real PD__K(pd__gelu_slope)(pd_real x) {
+    const pd_real v = x > 40 ? 40 : x < -40 ? -40 : x;
+    return PD__M(erfc)(v * (pd_real)-0.70710678118654752) / 2 +
+           v * PD__M(exp)(-v * v / 2) * (pd_real)0.39894228040143268;
+}
+
 /* y[i] for one kind over a piece; alpha as the caller gave it or the default. */
 static void PD__K(pd__activate_piece)(pd_act act, pd_real alpha_, int64_t n, const pd_real *x, pd_real *y) {
     const PD__V zero = PD__K(pd__all)(0), one = PD__K(pd__all)(1), alpha = PD__K(pd__all)(alpha_);
@@ -14716,7 +14852,7 @@ static void PD__K(pd__activate_piece)(pd_act act, pd_real alpha_, int64_t n, con
         PD__EACH(PD_BRELU, PD__SELECT(v < zero, zero, PD__SELECT(v > alpha, alpha, v)))
         PD__EACH_NUMBER(PD_SOFTRELU, (v > 0 ? v : 0) + PD__M(log1p)(PD__M(exp)(-PD__M(fabs)(v))))
         PD__EACH(PD_LEAKY_RELU, PD__SELECT(v < zero, alpha * v, v))
-        PD__EACH_NUMBER(PD_GELU, v / 2 * (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)))
+        PD__EACH_NUMBER(PD_GELU, PD__K(pd__gelu)(v))
         PD__EACH(PD_SIGMOID, PD__K(pd__sigmoid)(v))
         PD__EACH(PD_TANH, PD__K(pd__tanh)(v))
         PD__EACH(PD_STANH, a * PD__K(pd__tanh)(b * v))
@@ -14737,22 +14873,24 @@ static void PD__K(pd__activate_piece)(pd_act act, pd_real alpha_, int64_t n, con
 static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
                               pd_real *c, int64_t ldc) {
     const pd_real *scales = after->scale ? after->scale + channel : NULL;
+    const pd_real *centers = after->center ? after->center + channel : NULL;
     const pd_real *biases = after->bias ? after->bias + channel : NULL;
-    const PD__V zero = PD__K(pd__all)(0);
     const pd_real floor = after->act == PD_RELU ? 0 : -(pd_real)INFINITY;
     for (int64_t r = 0; r < rows; r++, c += ldc) {
-        PD__V scale = PD__K(pd__all)(scales && by_row ? scales[r] : 1), bias = zero, least = PD__K(pd__all)(floor);
+        PD__V scale = PD__K(pd__all)(scales && by_row ? scales[r] : 1), least = PD__K(pd__all)(floor);
+        PD__V center = PD__K(pd__all)(centers && by_row ? centers[r] : 0);
+        PD__V bias = PD__K(pd__all)(biases && by_row ? biases[r] : 0);
         int64_t i = 0;
-        if (biases && by_row) bias = PD__K(pd__all)(biases[r]);
         for (; by_row && i + PD__LANES <= columns; i += PD__LANES) {
-            PD__V v = PD__FMA(scale, PD__LOAD(c + i), bias);
+            PD__V v = PD__FMA(scale, PD__LOAD(c + i) - center, bias);
             PD__STORE(c + i, PD__SELECT(v < least, least, v));
         }
         for (; i < columns; i += PD__LANES) {
             PD__V v = PD__K(pd__load)(c + i, columns - i);
             if (scales && !by_row) scale = PD__K(pd__load)(scales + i, columns - i);
+            if (centers && !by_row) center = PD__K(pd__load)(centers + i, columns - i);
             if (biases && !by_row) bias = PD__K(pd__load)(biases + i, columns - i);
-            v = PD__FMA(scale, v, bias);
+            v = PD__FMA(scale, v - center, bias);
             PD__K(pd__store)(c + i, PD__SELECT(v < least, least, v), columns - i);
         }
         if (after->act != PD_LINEAR && after->act != PD_RELU)
@@ -14760,7 +14898,8 @@ static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t cha
     }
 }
 
-/* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. */
+/* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. A gradient of 0 stays 0 where the slope may be
+   infinite (else it would be NaN), and the slope of the root at 0 counts as 0, as that of |x| does. */
 static void PD__K(pd__activate_backward_piece)(pd_act act, pd_real alpha_, int64_t n, const pd_real *x,
                                                const pd_real *y, pd_real *grad) {
     const PD__V zero = PD__K(pd__all)(0), one = PD__K(pd__all)(1), alpha = PD__K(pd__all)(alpha_);
@@ -14786,18 +14925,16 @@ static void PD__K(pd__activate_backward_piece)(pd_act act, pd_real alpha_, int64
         PD__EACH(PD_BRELU, w, y, PD__SELECT(w > zero, PD__SELECT(w < alpha, one, zero), zero) * g)
         PD__EACH_NUMBER(PD_SOFTRELU, w, y, -PD__M(expm1)(-w))
         PD__EACH(PD_LEAKY_RELU, w, y, PD__SELECT(w < zero, alpha, one) * g)
-        PD__EACH_NUMBER(PD_GELU, v, x,
-                        (1 + PD__M(erf)(v * (pd_real)0.70710678118654752)) / 2 +
-                            v * PD__M(exp)(-v * v / 2) * (pd_real)0.39894228040143268)
+        PD__EACH_NUMBER(PD_GELU, v, x, PD__K(pd__gelu_slope)(v))
         PD__EACH(PD_SIGMOID, w, y, w * (one - w) * g)
         PD__EACH(PD_TANH, w, y, (one - w * w) * g)
         PD__EACH(PD_STANH, w, y, ratio * (square - w * w) * g)
-        PD__EACH(PD_EXP, w, y, w * g)
-        PD__EACH(PD_LOG, v, x, g / v)
+        PD__EACH(PD_EXP, w, y, PD__SELECT(g == zero, zero, w * g))
+        PD__EACH(PD_LOG, v, x, PD__SELECT(g == zero, zero, g / v))
         PD__EACH(PD_ABS, v, x, (PD__SELECT(v > zero, one, zero) - PD__SELECT(v < zero, one, zero)) * g)
-        PD__EACH(PD_SQUARE, v, x, (v + v) * g)
-        PD__EACH(PD_SQRT, w, y, half / w * g)
-        PD__EACH(PD_RECIPROCAL, w, y, -w * w * g)
+        PD__EACH(PD_SQUARE, v, x, PD__SELECT(g == zero, zero, (v + v) * g))
+        PD__EACH(PD_SQRT, w, y, PD__SELECT(w == zero, zero, half / w) * g)
+        PD__EACH(PD_RECIPROCAL, w, y, PD__SELECT(g == zero, zero, -w * w * g))
     case PD_LINEAR:
     case PD_SOFTMAX:
     case PD_ACT_COUNT: break;
@@ -14870,15 +15007,16 @@ static void PD__K(pd__moments_of)(const pd__channel_job *j, int64_t c) {
     for (int64_t r = 0; r < j->rows; r++) sum += PD__K(pd__dot)(j->area, j->x + (r * j->channels + c) * j->area, NULL);
     for (int64_t r = 0; r < j->rows; r++)
         squares += PD__K(pd__deviations)(j->area, j->x + (r * j->channels + c) * j->area, sum / n);
-    j->moment1[c] = (pd_real)(sum / n);
-    j->moment2[c] = (pd_real)(squares / n);
+    j->moments[c] = (pd_real)(sum / n);
+    j->moments[j->channels + c] = (pd_real)(sum / n - (double)j->moments[c]);
+    j->moments[2 * j->channels + c] = (pd_real)(squares / n);
 }
 
 static void PD__K(pd__batch_norm_map)(const pd__channel_job *j, int64_t m) {
     int64_t c = m % j->channels;
-    const PD__V factor =
-        PD__K(pd__all)((pd_real)(1 / sqrt((double)j->variance[c] + j->epsilon)) * (j->weight ? j->weight[c] : 1));
-    const PD__V mean = PD__K(pd__all)(j->mean[c]), shift = PD__K(pd__all)(j->bias ? j->bias[c] : 0);
+    const pd_real times = (pd_real)(1 / sqrt((double)j->variance[c] + j->epsilon)) * (j->weight ? j->weight[c] : 1);
+    const pd_real plus = (j->bias ? j->bias[c] : 0) - (j->rest ? j->rest[c] * times : 0);
+    const PD__V mean = PD__K(pd__all)(j->mean[c]), factor = PD__K(pd__all)(times), shift = PD__K(pd__all)(plus);
     for (int64_t i = 0; i < j->area; i += PD__LANES) {
         PD__V x = PD__K(pd__load)(j->x + m * j->area + i, j->area - i);
         PD__K(pd__store)(j->y + m * j->area + i, PD__FMA(x - mean, factor, shift), j->area - i);
@@ -14888,7 +15026,8 @@ static void PD__K(pd__batch_norm_map)(const pd__channel_job *j, int64_t m) {
 /* With n = rows * area and xhat = (x - mean) / deviation: dx = weight / deviation (dy - mean(dy) - xhat mean(dy xhat)),
    the two means only if the moments depend on x. */
 static void PD__K(pd__batch_norm_back)(const pd__channel_job *j, int64_t c) {
-    double n = (double)pd__max(j->rows * j->area, 1), mean = (double)j->mean[c], sum = 0, dot = 0;
+    double n = (double)pd__max(j->rows * j->area, 1), sum = 0, dot = 0;
+    double mean = (double)j->mean[c] + (j->rest ? (double)j->rest[c] : 0);
     double inverse = 1 / sqrt((double)j->variance[c] + j->epsilon);
     double factor = inverse * (j->weight ? (double)j->weight[c] : 1);
     for (int64_t r = 0; r < j->rows; r++) {
@@ -14919,8 +15058,9 @@ static void PD__K(pd__layer_norm_row)(const pd__layer_norm_job *j, int64_t r) {
     const double mean = PD__K(pd__dot)(width, x, NULL) / (double)width;
     const double inverse = 1 / sqrt(PD__K(pd__deviations)(width, x, mean) / (double)width + j->epsilon);
     const PD__W one = PD__K(pd__all_wide)(1), zero = PD__K(pd__all_wide)(0);
-    j->moments[2 * r] = (pd_real)mean;
-    j->moments[2 * r + 1] = (pd_real)inverse;
+    j->moments[3 * r] = (pd_real)mean;
+    j->moments[3 * r + 1] = (pd_real)(mean - (double)j->moments[3 * r]);
+    j->moments[3 * r + 2] = (pd_real)inverse;
     for (int64_t i = 0; i < width; i += PD__WIDE_LANES) {
         const int64_t left = width - i;
         const PD__W v = (PD__K(pd__load_wide)(x + i, left) - PD__K(pd__all_wide)(mean)) * PD__K(pd__all_wide)(inverse);
@@ -14934,8 +15074,9 @@ static void PD__K(pd__layer_norm_row)(const pd__layer_norm_job *j, int64_t r) {
 static void PD__K(pd__layer_norm_back_row)(const pd__layer_norm_job *j, int64_t r) {
     const int64_t width = j->width;
     const pd_real *x = j->x + r * width, *dy = j->dy + r * width;
-    const PD__W mean = PD__K(pd__all_wide)((double)j->means[2 * r]), one = PD__K(pd__all_wide)(1);
-    const PD__W inverse = PD__K(pd__all_wide)((double)j->means[2 * r + 1]);
+    const pd_real *means = j->means + 3 * r;
+    const PD__W mean = PD__K(pd__all_wide)((double)means[0] + (double)means[1]), one = PD__K(pd__all_wide)(1);
+    const PD__W inverse = PD__K(pd__all_wide)((double)means[2]);
     PD__W sum = PD__K(pd__all_wide)(0), dot = sum;
     for (int pass = 0; pass < 2; pass++) { /* the sums, and what is made of them */
         for (int64_t i = 0; i < width; i += PD__WIDE_LANES) {
@@ -14962,8 +15103,9 @@ static void PD__K(pd__layer_norm_back_columns)(const pd__layer_norm_job *j, int6
     for (int k = 0; k < VECTORS; k++) sum[k] = dot[k] = PD__K(pd__all_wide)(0);
     for (int64_t r = 0; r < j->rows; r++) {
         const pd_real *x = j->x + r * j->width + first, *dy = j->dy + r * j->width + first;
-        const PD__W mean = PD__K(pd__all_wide)((double)j->means[2 * r]);
-        const PD__W inverse = PD__K(pd__all_wide)((double)j->means[2 * r + 1]);
+        const pd_real *means = j->means + 3 * r;
+        const PD__W mean = PD__K(pd__all_wide)((double)means[0] + (double)means[1]);
+        const PD__W inverse = PD__K(pd__all_wide)((double)means[2]);
         for (int64_t k = 0, i = 0; i < count; k++, i += PD__WIDE_LANES) {
             const PD__W g = PD__K(pd__load_wide)(dy + i, count - i);
             sum[k] += g;

@@ -569,11 +569,12 @@ static void pd__cuda_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, 
     pd__cuda_finish(c, after, m, n, ldc, 1, to);
 }
 
-/* ---- sum of squares ---- */
+/* ---- norm ---- */
 
-static __global__ void pd__cuda_squares_kernel(int64_t n, const pd_real *x, double *sums) {
+/* Of the squares of scale x. */
+static __global__ void pd__cuda_squares_kernel(int64_t n, double scale, const pd_real *x, double *sums) {
     double sum = 0;
-    PD__CUDA_EACH(i, n) sum += (double)x[i] * (double)x[i];
+    PD__CUDA_EACH(i, n) sum += scale * (double)x[i] * (scale * (double)x[i]);
     sum = pd__cuda_block_sum(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -587,18 +588,25 @@ static __global__ void pd__cuda_sum_kernel(int64_t n, const double *x, double *t
 }
 
 /* After a failure 0, which stops nobody: synchronize will tell. */
-static double pd__cuda_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
-    pd__cuda *c = pd__cuda_of(d);
-    unsigned blocks;
-    double *sums;
-    if (!c || n == 0) return 0;
-    blocks = pd__cuda_grid(c, n);
-    sums = (double *)pd__cuda_space_of(c, PD__CUDA_SUMS, ((int64_t)blocks + 1) * (int64_t)sizeof *sums);
+static double pd__cuda_squares(pd__cuda *c, int64_t n, double scale, const pd_real *x) {
+    const unsigned blocks = pd__cuda_grid(c, n);
+    double *sums = (double *)pd__cuda_space_of(c, PD__CUDA_SUMS, ((int64_t)blocks + 1) * (int64_t)sizeof *sums);
     if (!sums) return 0;
-    PD__CUDA_RUN(c, pd__cuda_squares_kernel, blocks, PD__CUDA_BLOCK, n, x, sums + 1);
+    PD__CUDA_RUN(c, pd__cuda_squares_kernel, blocks, PD__CUDA_BLOCK, n, scale, x, sums + 1);
     PD__CUDA_RUN(c, pd__cuda_sum_kernel, 1, PD__CUDA_BLOCK, blocks, sums + 1, sums);
     PD__CUDA_TRY(c, cudaMemcpyAsync(c->answer, sums, sizeof *sums, cudaMemcpyDeviceToHost, c->stream));
     return PD__CUDA_TRY(c, cudaStreamSynchronize(c->stream)) ? *c->answer : 0;
+}
+
+static double pd__cuda_norm(pd_device *d, int64_t n, const pd_real *x) {
+    pd__cuda *c = pd__cuda_of(d);
+    double sum;
+    if (!c || n == 0) return 0;
+    sum = pd__cuda_squares(c, n, 1, x);
+    if (isfinite(sum)) return sqrt(sum);
+    /* Is a number not finite, or is only its square too large? */
+    sum = pd__cuda_squares(c, n, ldexp(1, -600), x);
+    return isfinite(sum) ? fmin(sqrt(sum) * ldexp(1, 600), DBL_MAX) : sum;
 }
 
 /* ======================================================================================================== */
@@ -756,7 +764,7 @@ static __device__ pd_real pd__cuda_activated(pd_act act, pd_real alpha, pd_real 
     case PD_BRELU: return v < 0 ? 0 : v > alpha ? alpha : v;
     case PD_SOFTRELU: return (v > 0 ? v : 0) + log1p(exp(-fabs(v)));
     case PD_LEAKY_RELU: return v < 0 ? alpha * v : v;
-    case PD_GELU: return v / 2 * (1 + erf(v * (pd_real)0.70710678118654752));
+    case PD_GELU: return v > 40 ? v : (v < -40 ? -40 : v) / 2 * erfc(v * (pd_real)-0.70710678118654752);
     case PD_SIGMOID: return pd__cuda_sigmoid(v);
     case PD_TANH: return tanh(v);
     case PD_STANH: return (pd_real)PD__CUDA_STANH_A * tanh((pd_real)PD__CUDA_STANH_B * v);
@@ -783,7 +791,8 @@ static __device__ pd_real pd__cuda_slope(pd_act act, pd_real alpha, pd_real x, p
     case PD_SOFTRELU: return -expm1(-y);
     case PD_LEAKY_RELU: return y < 0 ? alpha : 1;
     case PD_GELU:
-        return (1 + erf(x * (pd_real)0.70710678118654752)) / 2 + x * exp(-x * x / 2) * (pd_real)0.39894228040143268;
+        x = x > 40 ? 40 : x < -40 ? -40 : x;
+        return erfc(x * (pd_real)-0.70710678118654752) / 2 + x * exp(-x * x / 2) * (pd_real)0.39894228040143268;
     case PD_SIGMOID: return y * (1 - y);
     case PD_TANH: return 1 - y * y;
     case PD_STANH: return ratio * (square - y * y);
@@ -791,7 +800,7 @@ static __device__ pd_real pd__cuda_slope(pd_act act, pd_real alpha, pd_real x, p
     case PD_LOG: return 1 / x;
     case PD_ABS: return (pd_real)((x > 0) - (x < 0));
     case PD_SQUARE: return 2 * x;
-    case PD_SQRT: return (pd_real)0.5 / y;
+    case PD_SQRT: return y == 0 ? 0 : (pd_real)0.5 / y;
     case PD_RECIPROCAL: return -y * y;
     case PD_LINEAR:
     case PD_SOFTMAX:
@@ -806,7 +815,11 @@ static __global__ void pd__cuda_activate_kernel(pd_act act, pd_real alpha, int64
 
 static __global__ void pd__cuda_activate_backward_kernel(pd_act act, pd_real alpha, int64_t n, const pd_real *x,
                                                          const pd_real *y, pd_real *grad) {
-    PD__CUDA_EACH(i, n) grad[i] *= pd__cuda_slope(act, alpha, x ? x[i] : 0, y[i]);
+    const bool poles = act == PD_EXP || act == PD_LOG || act == PD_SQUARE || act == PD_RECIPROCAL; /* 0 stays 0 there */
+    PD__CUDA_EACH(i, n) {
+        if (poles && grad[i] == 0) grad[i] = 0;
+        else grad[i] *= pd__cuda_slope(act, alpha, x ? x[i] : 0, y[i]);
+    }
 }
 
 /* A block per row. x may be y. */
@@ -858,8 +871,9 @@ static __global__ void pd__cuda_finish_kernel(pd_epilogue after, int64_t rows, i
     PD__CUDA_EACH(i, rows * width) {
         const int64_t row = i / width, column = i - row * width, channel = column / area;
         const pd_real scale = after.scale ? after.scale[channel] : 1, bias = after.bias ? after.bias[channel] : 0;
+        const pd_real center = after.center ? after.center[channel] : 0;
         pd_real *at = y + row * ld + column;
-        *at = pd__cuda_activated(after.act, after.alpha, scale * *at + bias);
+        *at = pd__cuda_activated(after.act, after.alpha, scale * (*at - center) + bias);
     }
 }
 
@@ -867,7 +881,7 @@ static void pd__cuda_finish(pd__cuda *c, const pd_epilogue *after, int64_t rows,
                             int64_t area, pd_real *y) {
     pd_epilogue e;
     if (!after || rows == 0 || width == 0) return;
-    if (!after->scale && !after->bias && after->act == PD_LINEAR) return;
+    if (!after->scale && !after->center && !after->bias && after->act == PD_LINEAR) return;
     e = *after;
     e.alpha = pd__cuda_act_alpha(e.act, e.alpha);
     PD__CUDA_RUN(c, pd__cuda_finish_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, e, rows, width, ld, area,
@@ -1060,12 +1074,14 @@ static __global__ void pd__cuda_pool_kernel(pd_pool_shape s, const pd_real *x, p
     }
 }
 
+static __device__ bool pd__cuda_same(pd_real a, pd_real b) { return a == b || (a != a && b != b); }
+
 /* Is the cell (h, w), which has the value y, the first of its window that has? */
 static __device__ bool pd__cuda_is_first(const pd_pool_shape &s, const pd__cuda_window &v, const pd_real *map,
                                          int64_t h, int64_t w, pd_real y) {
     for (int64_t i = v.h0; i <= h; i++)
         for (int64_t j = v.w0; j < (i < h ? v.w1 : w); j++)
-            if (map[i * s.in_w + j] == y) return false;
+            if (pd__cuda_same(map[i * s.in_w + j], y)) return false;
     return true;
 }
 
@@ -1091,7 +1107,8 @@ static __global__ void pd__cuda_pool_backward_kernel(pd_pool_shape s, const pd_r
                 const pd__cuda_window v = pd__cuda_window_of(s, oh, ow);
                 const int64_t o = (m * s.out_h + oh) * s.out_w + ow;
                 if (s.method != PD_MAX) sum += pd__cuda_pool_factor(s, v) * dy[o];
-                else if (x[i] == y[o] && pd__cuda_is_first(s, v, x + m * in_area, h, w, y[o])) sum += dy[o];
+                else if (pd__cuda_same(x[i], y[o]) && pd__cuda_is_first(s, v, x + m * in_area, h, w, y[o]))
+                    sum += dy[o];
             }
         dx[i] += sum;
     }
@@ -1232,7 +1249,7 @@ static __device__ int64_t pd__cuda_in_channel(int64_t i, int64_t channel, int64_
 }
 
 static __global__ void pd__cuda_moments_kernel(int64_t n, int64_t channels, int64_t area, const pd_real *x,
-                                               pd_real *mean, pd_real *variance) {
+                                               pd_real *moments) {
     PD__CUDA_EACH_BLOCK(c, channels) {
         double sum = 0, squares = 0;
         PD__CUDA_SHARE(i, n) sum += (double)x[pd__cuda_in_channel(i, c, channels, area)];
@@ -1243,48 +1260,52 @@ static __global__ void pd__cuda_moments_kernel(int64_t n, int64_t channels, int6
         }
         squares = pd__cuda_block_sum(squares) / (double)pd__cuda_max(n, 1);
         if (threadIdx.x == 0) {
-            mean[c] = (pd_real)sum;
-            variance[c] = (pd_real)squares;
+            moments[c] = (pd_real)sum;
+            moments[channels + c] = (pd_real)(sum - (double)moments[c]);
+            moments[2 * channels + c] = (pd_real)squares;
         }
     }
 }
 
 static void pd__cuda_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                     pd_real *mean, pd_real *variance) {
+                                     pd_real *moments) {
     pd__cuda *c = pd__cuda_of(d);
     if (!c || channels == 0) return;
     PD__CUDA_RUN(c, pd__cuda_moments_kernel, pd__cuda_blocks(c, channels), pd__cuda_row_block(rows * area), rows * area,
-                 channels, area, x, mean, variance);
+                 channels, area, x, moments);
 }
 
 static __global__ void pd__cuda_batch_norm_kernel(int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                                  const pd_real *mean, const pd_real *variance, pd_real epsilon,
-                                                  const pd_real *weight, const pd_real *bias, pd_real *y) {
+                                                  const pd_real *mean, const pd_real *rest, const pd_real *variance,
+                                                  pd_real epsilon, const pd_real *weight, const pd_real *bias,
+                                                  pd_real *y) {
     PD__CUDA_EACH(i, rows * channels * area) {
         const int64_t c = i / area % channels;
         const pd_real factor = (weight ? weight[c] : 1) / sqrt(variance[c] + epsilon);
-        y[i] = (x[i] - mean[c]) * factor + (bias ? bias[c] : 0);
+        y[i] = (x[i] - mean[c] - (rest ? rest[c] : 0)) * factor + (bias ? bias[c] : 0);
     }
 }
 
 static void pd__cuda_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
-                                const pd_real *bias, pd_real *y) {
+                                const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                                const pd_real *weight, const pd_real *bias, pd_real *y) {
     pd__cuda *c = pd__cuda_of(d);
     const int64_t n = rows * channels * area;
     if (!c || n == 0) return;
     PD__CUDA_RUN(c, pd__cuda_batch_norm_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, rows, channels, area, x, mean,
-                 variance, (pd_real)epsilon, weight, bias, y);
+                 rest, variance, (pd_real)epsilon, weight, bias, y);
 }
 
 /* With xhat = (x - mean) / deviation: dx = weight / deviation (dy - mean(dy) - xhat mean(dy xhat)), the two means only
    if the moments depend on x. */
 static __global__ void pd__cuda_batch_norm_backward_kernel(int64_t n, int64_t channels, int64_t area, const pd_real *x,
-                                                           const pd_real *mean, const pd_real *variance, double epsilon,
-                                                           bool batch_moments, const pd_real *weight, const pd_real *dy,
-                                                           pd_real *dx, pd_real *dweight, pd_real *dbias) {
+                                                           const pd_real *mean, const pd_real *rest,
+                                                           const pd_real *variance, double epsilon, bool batch_moments,
+                                                           const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                                           pd_real *dweight, pd_real *dbias) {
     PD__CUDA_EACH_BLOCK(c, channels) {
-        const double inverse = 1 / sqrt((double)variance[c] + epsilon), middle = (double)mean[c];
+        const double inverse = 1 / sqrt((double)variance[c] + epsilon);
+        const double middle = (double)mean[c] + (rest ? (double)rest[c] : 0);
         const pd_real factor = (pd_real)(inverse * (weight ? (double)weight[c] : 1));
         double sum = 0, dot = 0;
         PD__CUDA_SHARE(i, n) {
@@ -1306,14 +1327,14 @@ static __global__ void pd__cuda_batch_norm_backward_kernel(int64_t n, int64_t ch
 }
 
 static void pd__cuda_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                         const pd_real *mean, const pd_real *variance, double epsilon,
-                                         bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
-                                         pd_real *dweight, pd_real *dbias) {
+                                         const pd_real *mean, const pd_real *rest, const pd_real *variance,
+                                         double epsilon, bool batch_moments, const pd_real *weight, const pd_real *dy,
+                                         pd_real *dx, pd_real *dweight, pd_real *dbias) {
     pd__cuda *c = pd__cuda_of(d);
     const int64_t n = rows * area;
     if (!c || n * channels == 0) return;
     PD__CUDA_RUN(c, pd__cuda_batch_norm_backward_kernel, pd__cuda_blocks(c, channels), pd__cuda_row_block(n), n,
-                 channels, area, x, mean, variance, epsilon, batch_moments, weight, dy, dx, dweight, dbias);
+                 channels, area, x, mean, rest, variance, epsilon, batch_moments, weight, dy, dx, dweight, dbias);
 }
 
 static __global__ void pd__cuda_layer_norm_kernel(int64_t rows, int64_t width, const pd_real *x, double epsilon,
@@ -1327,8 +1348,9 @@ static __global__ void pd__cuda_layer_norm_kernel(int64_t rows, int64_t width, c
         PD__CUDA_SHARE(i, width) variance += ((double)row[i] - mean) * ((double)row[i] - mean);
         inverse = 1 / sqrt(pd__cuda_block_sum(variance) / (double)width + epsilon);
         if (threadIdx.x == 0) {
-            moments[2 * r] = (pd_real)mean;
-            moments[2 * r + 1] = (pd_real)inverse;
+            moments[3 * r] = (pd_real)mean;
+            moments[3 * r + 1] = (pd_real)(mean - (double)moments[3 * r]);
+            moments[3 * r + 2] = (pd_real)inverse;
         }
         PD__CUDA_SHARE(i, width)
         y[r * width + i] =
@@ -1348,7 +1370,7 @@ static __global__ void pd__cuda_layer_norm_data_kernel(int64_t rows, int64_t wid
                                                        const pd_real *moments, const pd_real *weight, const pd_real *dy,
                                                        pd_real *dx) {
     PD__CUDA_EACH_BLOCK(r, rows) {
-        const double mean = (double)moments[2 * r], inverse = (double)moments[2 * r + 1];
+        const double mean = (double)moments[3 * r] + (double)moments[3 * r + 1], inverse = (double)moments[3 * r + 2];
         const pd_real *from = x + r * width, *grad = dy + r * width;
         double sum = 0, dot = 0;
         PD__CUDA_SHARE(i, width) {
@@ -1372,9 +1394,9 @@ static __global__ void pd__cuda_layer_norm_params_kernel(int64_t rows, int64_t w
     PD__CUDA_EACH(i, width) {
         double sum = 0, dot = 0;
         for (int64_t r = 0; r < rows; r++) {
+            const double mean = (double)moments[3 * r] + (double)moments[3 * r + 1];
             sum += (double)dy[r * width + i];
-            dot += (double)dy[r * width + i] * ((double)x[r * width + i] - (double)moments[2 * r]) *
-                   (double)moments[2 * r + 1];
+            dot += (double)dy[r * width + i] * ((double)x[r * width + i] - mean) * (double)moments[3 * r + 2];
         }
         if (dweight) dweight[i] += (pd_real)dot;
         if (dbias) dbias[i] += (pd_real)sum;
@@ -1546,7 +1568,7 @@ static void pd__cuda_fill_table(pd_device *d) {
     d->fill = pd__cuda_fill;
     d->muladd = pd__cuda_muladd;
     d->gemm = pd__cuda_gemm;
-    d->sum_squares = pd__cuda_sum_squares;
+    d->norm = pd__cuda_norm;
     d->update = pd__cuda_update;
     d->update_rows = pd__cuda_update_rows;
     d->activate = pd__cuda_activate;

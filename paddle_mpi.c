@@ -56,7 +56,7 @@
    O, S - O gradients and (ranks - 1) O values: together, over all ranks, 2 (ranks - 1) S, which is the least there is.
    A rank without samples sends no gradients. Of a sparse parameter only the rows in the batch travel: their ids to the
    owners, values back, gradients to the owners. Beside that each rank sends each other its number of samples, that of
-   the rows of each sparse parameter, and with clip_norm a squared norm: 8 bytes each.
+   the rows of each sparse parameter, and with clip_norm a norm: 8 bytes each.
 
    One thread does all this inside the updater's calls, between layers and while it waits: no service thread, no
    collective operation, no one-sided one. MPI_THREAD_FUNNELED is enough.
@@ -145,7 +145,7 @@ extern "C" {
 enum {
     PD__MPI_CONTROL,  /* pd__mpi_message */
     PD__MPI_ANNOUNCE, /* at the beginning of a batch: samples, and rows wanted of each sparse parameter */
-    PD__MPI_NORM,     /* the squared norm of a share, with clip_norm */
+    PD__MPI_NORM,     /* the norm of a share, with clip_norm */
     PD__MPI_SUMS,     /* pd_updater.reduce */
     PD__MPI_BULK,     /* first values, and what sync sends */
     PD__MPI_PARAMS
@@ -656,10 +656,10 @@ static const pd_real *pd__mpi_row_sums(const pd__mpi *m, const pd__mpi_table *t)
     return m->device->host_memory ? t->sums : t->device_sums;
 }
 
-static double pd__mpi_squares(const pd__mpi *m, const pd__mpi_slot *s) {
+static double pd__mpi_norm(const pd__mpi *m, const pd__mpi_slot *s) {
     pd_device *d = m->device;
-    if (s->table) return d->sum_squares(d, s->table->count * s->table->width, pd__mpi_row_sums(m, s->table));
-    return d->sum_squares(d, s->count, s->param->grad + s->first);
+    if (s->table) return d->norm(d, s->table->count * s->table->width, pd__mpi_row_sums(m, s->table));
+    return d->norm(d, s->count, s->param->grad + s->first);
 }
 
 /* A step on the share. The values sent before have arrived everywhere (the gradients that this step was made of were
@@ -732,14 +732,17 @@ static pd_status pd__mpi_expect_grads(pd__mpi *m) {
     return status;
 }
 
-/* With clip_norm: the squared norm of this rank's shares goes to all; when all have come, the steps. */
+/* With clip_norm: the norm of this rank's shares goes to all; when all have come, the steps. */
 static pd_status pd__mpi_advance_norm(pd__mpi *m) {
-    double sum = 0, scale;
+    double all = 0, scale;
     pd_status status = PD_OK;
     if (!m->norm_sent) {
         m->norm_sent = true;
         m->norms[m->rank] = 0;
-        for (int i = 0; i < m->slot_count; i++) m->norms[m->rank] += pd__mpi_squares(m, &m->slots[i]);
+        for (int i = 0; i < m->slot_count; i++) { /* one that isn't finite is found below */
+            const double norm = hypot(m->norms[m->rank], pd__mpi_norm(m, &m->slots[i]));
+            m->norms[m->rank] = pd__finite(norm) || !pd__finite(pd__mpi_norm(m, &m->slots[i])) ? norm : DBL_MAX;
+        }
         for (int r = 0; status == PD_OK && r < m->ranks; r++) {
             if (r == m->rank) continue;
             status =
@@ -751,15 +754,15 @@ static pd_status pd__mpi_advance_norm(pd__mpi *m) {
     }
     if (status != PD_OK || m->norms_due > 0) return status;
     for (int i = 0; i < m->slot_count && !pd__finite(m->norms[m->rank]); i++) /* ours; the step says which */
-        if (!pd__finite(pd__mpi_squares(m, &m->slots[i]))) return pd__mpi_apply(m, i, 1);
+        if (!pd__finite(pd__mpi_norm(m, &m->slots[i]))) return pd__mpi_apply(m, i, 1);
     for (int r = 0; r < m->ranks; r++) {
         if (!pd__finite(m->norms[r])) {
             m->told = true;
             return pd__mpi_fail(m, PD_E_NUMERIC, "rank %d: a gradient is not finite", r);
         }
-        sum += m->norms[r];
+        all = fmin(hypot(all, m->norms[r]), DBL_MAX);
     }
-    scale = pd_trainer_clip_scale(m->trainer, sum, m->job_samples);
+    scale = pd_trainer_clip_scale(m->trainer, all, m->job_samples);
     for (int i = 0; status == PD_OK && i < m->slot_count; i++) status = pd__mpi_apply(m, i, scale);
     return status;
 }

@@ -46,6 +46,7 @@ static const pd_epilogue *near_epilogue(const pd_epilogue *after, pd_epilogue *t
     if (!after) return NULL;
     *to = *after;
     to->scale = near(after->scale);
+    to->center = near(after->center);
     to->bias = near(after->bias);
     return to;
 }
@@ -56,8 +57,8 @@ static void far_gemm(pd_device *d, bool transpose_a, bool transpose_b, int64_t m
     far_cpu(d)->gemm(far_cpu(d), transpose_a, transpose_b, m, n, k, alpha, near(a), lda, near(b), ldb, beta, near(c),
                      ldc, near_epilogue(after, &to));
 }
-static double far_sum_squares(pd_device *d, int64_t n, const pd_real *x) {
-    return far_cpu(d)->sum_squares(far_cpu(d), n, near(x));
+static double far_norm(pd_device *d, int64_t n, const pd_real *x) {
+    return far_cpu(d)->norm(far_cpu(d), n, near(x));
 }
 static void far_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
                        const unsigned char *mask, pd_real *const *states) {
@@ -114,21 +115,22 @@ static void far_dropout(pd_device *d, int64_t n, uint64_t key, double rate, cons
     far_cpu(d)->dropout(far_cpu(d), n, key, rate, near(x), near(y));
 }
 static void far_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                pd_real *mean, pd_real *variance) {
-    far_cpu(d)->channel_moments(far_cpu(d), rows, channels, area, near(x), near(mean), near(variance));
+                                pd_real *moments) {
+    far_cpu(d)->channel_moments(far_cpu(d), rows, channels, area, near(x), near(moments));
 }
 static void far_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                           const pd_real *mean, const pd_real *variance, double epsilon, const pd_real *weight,
-                           const pd_real *bias, pd_real *y) {
-    far_cpu(d)->batch_norm(far_cpu(d), rows, channels, area, near(x), near(mean), near(variance), epsilon, near(weight),
-                           near(bias), near(y));
+                           const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                           const pd_real *weight, const pd_real *bias, pd_real *y) {
+    far_cpu(d)->batch_norm(far_cpu(d), rows, channels, area, near(x), near(mean), near(rest), near(variance), epsilon,
+                           near(weight), near(bias), near(y));
 }
 static void far_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                    const pd_real *mean, const pd_real *variance, double epsilon, bool batch_moments,
-                                    const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
-                                    pd_real *dbias) {
-    far_cpu(d)->batch_norm_backward(far_cpu(d), rows, channels, area, near(x), near(mean), near(variance), epsilon,
-                                    batch_moments, near(weight), near(dy), near(dx), near(dweight), near(dbias));
+                                    const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                                    bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                    pd_real *dweight, pd_real *dbias) {
+    far_cpu(d)->batch_norm_backward(far_cpu(d), rows, channels, area, near(x), near(mean), near(rest), near(variance),
+                                    epsilon, batch_moments, near(weight), near(dy), near(dx), near(dweight),
+                                    near(dbias));
 }
 static void far_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
                            const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
@@ -182,7 +184,7 @@ static far_device make_far(pd_device *cpu, unsigned ops) {
                               far_fill,
                               far_muladd,
                               far_gemm,
-                              far_sum_squares,
+                              far_norm,
                               far_update,
                               far_update_rows,
                               far_activate,

@@ -221,9 +221,10 @@ static void test_muladd_in_place(void **state) {
 }
 
 /* The `round`th of the ways to end a product. */
-static pd_epilogue any_epilogue(const pd_real *scale, const pd_real *bias, int round) {
+static pd_epilogue any_epilogue(const pd_real *scale, const pd_real *center, const pd_real *bias, int round) {
     const pd_act acts[] = { PD_LINEAR, PD_RELU, PD_TANH, PD_BRELU };
-    pd_epilogue after = { round & 1 ? scale : NULL, round & 2 ? bias : NULL, acts[round / 4 % 4], 0 };
+    pd_epilogue after = { round & 1 ? scale : NULL, round % 3 ? NULL : center, round & 2 ? bias : NULL,
+                          acts[round / 4 % 4], 0 };
     return after;
 }
 
@@ -234,11 +235,11 @@ static void one_gemm(int64_t m, int64_t n, int64_t k, int round) {
     const pd_real betas[] = { 0, 1, (pd_real)-0.5 };
     pd_real alpha = (pd_real)uniform(-2, 2), beta = betas[below(3)];
     if (beta == 0 && ldc == n) BOTH device[i]->fill(device[i], m * n, (pd_real)NAN, c.at[i]); /* must not be read */
-    numbers scale = any(n), bias = any(n);
+    numbers scale = any(n), center = any(n), bias = any(n);
     pd_epilogue after[2];
     bool finish = below(2) != 0;
     BOTH {
-        after[i] = any_epilogue(scale.at[i], bias.at[i], round);
+        after[i] = any_epilogue(scale.at[i], center.at[i], bias.at[i], round);
         device[i]->gemm(device[i], ta, tb, m, n, k, alpha, a.at[i], lda, b.at[i], ldb, beta, c.at[i], ldc,
                         finish ? &after[i] : NULL);
     }
@@ -260,22 +261,22 @@ static void test_gemm(void **state) {
         one_gemm(round & 1 ? 1 : 65, round & 2 ? 1 : 130, round & 4 ? 1 : 257, 3 * round);
 }
 
-static void test_sum_squares(void **state) {
+static void test_norm(void **state) {
     const int64_t sizes[] = { 0, 1, 2, 31, 32, 255, 256, 257, 4097, 100003 };
     (void)state;
-    begin("sum_squares");
+    begin("norm");
     for (int k = 0; k < COUNT(sizes); k++) {
         int64_t n = sizes[k];
         numbers x = between(n, -3, 3);
         double sums[2];
-        BOTH sums[i] = device[i]->sum_squares(device[i], n, x.at[i]);
-        check_near(sums[GPU], sums[CPU], 1e-12, "sum_squares");
-        BOTH sums[i] = device[i]->sum_squares(device[i], n, x.at[i]);
-        check_near(sums[GPU], sums[CPU], 1e-12, "sum_squares again");
+        BOTH sums[i] = device[i]->norm(device[i], n, x.at[i]);
+        check_near(sums[GPU], sums[CPU], 1e-12, "norm");
+        BOTH sums[i] = device[i]->norm(device[i], n, x.at[i]);
+        check_near(sums[GPU], sums[CPU], 1e-12, "norm again");
         for (int bad = 0; n > 0 && bad < 3; bad++) {
             pd_real value = bad == 0 ? (pd_real)NAN : bad == 1 ? (pd_real)INFINITY : (pd_real)-INFINITY;
             BOTH device[i]->fill(device[i], 1, value, x.at[i] + below(n));
-            assert_false(isfinite(device[GPU]->sum_squares(device[GPU], n, x.at[GPU])));
+            assert_false(isfinite(device[GPU]->norm(device[GPU], n, x.at[GPU])));
         }
         BOTH device[i]->free(device[i], x.at[i]);
     }
@@ -411,12 +412,24 @@ static void test_activations(void **state) {
 static void test_not_finite(void **state) {
     const pd_real values[] = { 1, (pd_real)NAN, -2, (pd_real)INFINITY, (pd_real)-INFINITY, 0, (pd_real)-0.0, 3 };
     (void)state;
+    const pd_real zeros[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, ones[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
     begin("not finite");
     for (int act = 0; act < PD_ACT_COUNT; act++) {
         numbers x = given(8, values);
         int64_t rows = act == PD_SOFTMAX ? 4 : 1;
         BOTH device[i]->activate(device[i], (pd_act)act, 0, rows, 8 / rows, x.at[i], x.at[i]);
         compare(x, "activate of what is not finite");
+        if (act == PD_SOFTMAX) continue;
+        numbers at = given(8, values), y = given(8, values), none = given(8, zeros), some_grad = given(8, ones);
+        BOTH {
+            device[i]->activate(device[i], (pd_act)act, 0, 1, 8, at.at[i], y.at[i]);
+            device[i]->activate_backward(device[i], (pd_act)act, 0, 1, 8, at.at[i], y.at[i], none.at[i]);
+            device[i]->activate_backward(device[i], (pd_act)act, 0, 1, 8, at.at[i], y.at[i], some_grad.at[i]);
+        }
+        compare(none, "activate_backward of 0 where a slope may be infinite");
+        compare(some_grad, "activate_backward where a slope may be infinite");
+        compare(at, "activate_backward's x");
+        compare(y, "activate_backward's y");
     }
 }
 
@@ -448,11 +461,11 @@ static void check_convolutions(int rounds) {
         int64_t weights = s.out_c * s.in_c / s.groups * s.filter_h * s.filter_w;
         numbers x = any(s.rows * s.in_c * s.in_h * s.in_w), dx = any(x.n);
         numbers y = any(s.rows * s.out_c * s.out_h * s.out_w), dy = any(y.n), w = any(weights), dw = any(weights);
-        numbers scale = any(s.out_c), bias = any(s.out_c);
+        numbers scale = any(s.out_c), center = any(s.out_c), bias = any(s.out_c);
         pd_real beta = round % 3 == 0 ? 0 : round % 3 == 1 ? 1 : (pd_real)-0.5;
         if (beta == 0) BOTH device[i]->fill(device[i], y.n, (pd_real)NAN, y.at[i]); /* must not be read */
         BOTH {
-            pd_epilogue after = any_epilogue(scale.at[i], bias.at[i], round);
+            pd_epilogue after = any_epilogue(scale.at[i], center.at[i], bias.at[i], round);
             device[i]->conv(device[i], &s, x.at[i], w.at[i], beta, y.at[i], round % 5 ? &after : NULL);
             device[i]->conv_backward_data(device[i], &s, w.at[i], dy.at[i], dx.at[i]);
             device[i]->conv_backward_filter(device[i], &s, x.at[i], dy.at[i], dw.at[i]);
@@ -618,21 +631,20 @@ static void test_batch_norm(void **state) {
         int64_t rows = some(8), channels = at_least_one(7), area = at_least_one(round < 50 ? 30 : 600);
         int64_t n = rows * channels * area;
         double epsilon = 1e-3;
-        bool batch_moments = below(2) != 0;
-        numbers x = any(n), y = any(n), dy = any(n), mean = any(channels), variance = between(channels, 0.1, 2);
+        bool batch_moments = below(2) != 0, with_rest = below(2) != 0;
+        numbers x = any(n), y = any(n), dy = any(n), moments = between(3 * channels, 0.1, 2);
         numbers weight = maybe(channels), bias = maybe(channels), dx = maybe(n);
         numbers dweight = maybe(channels), dbias = maybe(channels);
         BOTH {
-            if (batch_moments)
-                device[i]->channel_moments(device[i], rows, channels, area, x.at[i], mean.at[i], variance.at[i]);
-            device[i]->batch_norm(device[i], rows, channels, area, x.at[i], mean.at[i], variance.at[i], epsilon,
-                                  weight.at[i], bias.at[i], y.at[i]);
-            device[i]->batch_norm_backward(device[i], rows, channels, area, x.at[i], mean.at[i], variance.at[i],
-                                           epsilon, batch_moments, weight.at[i], dy.at[i], dx.at[i], dweight.at[i],
-                                           dbias.at[i]);
+            if (batch_moments) device[i]->channel_moments(device[i], rows, channels, area, x.at[i], moments.at[i]);
+            const pd_real *mean = moments.at[i], *variance = mean + 2 * channels,
+                          *rest = with_rest ? mean + channels : NULL;
+            device[i]->batch_norm(device[i], rows, channels, area, x.at[i], mean, rest, variance, epsilon, weight.at[i],
+                                  bias.at[i], y.at[i]);
+            device[i]->batch_norm_backward(device[i], rows, channels, area, x.at[i], mean, rest, variance, epsilon,
+                                           batch_moments, weight.at[i], dy.at[i], dx.at[i], dweight.at[i], dbias.at[i]);
         }
-        compare(mean, "channel_moments' mean");
-        compare(variance, "channel_moments' variance");
+        compare(moments, "channel_moments");
         compare(y, "batch_norm");
         compare_within(dx, 5 * REAL_TOLERANCE, "batch_norm_backward's dx"); /* divided by small deviations */
         compare_within(dweight, 5 * REAL_TOLERANCE, "batch_norm_backward's dweight");
@@ -649,7 +661,7 @@ static void test_layer_norm(void **state) {
     begin("layer_norm");
     for (int round = 0; round < rounds(60); round++) {
         int64_t rows = some(20), width = at_least_one(round < 50 ? 40 : 900), n = rows * width;
-        numbers x = any(n), y = any(n), dy = any(n), moments = any(2 * rows), weight = maybe(width);
+        numbers x = any(n), y = any(n), dy = any(n), moments = any(3 * rows), weight = maybe(width);
         numbers bias = maybe(width), dx = maybe(n), dweight = maybe(width), dbias = maybe(width);
         BOTH {
             device[i]->layer_norm(device[i], rows, width, x.at[i], 1e-3, weight.at[i], bias.at[i], moments.at[i],
@@ -1056,7 +1068,7 @@ static void test_illegal_address(void **state) {
         cuda_on_cpu_fail(CUDA_ON_CPU_LAUNCH, 1, 1);
         d->fill(d, 100, 1, x);
         d->fill(d, 100, 2, x);
-        assert_int_equal(d->sum_squares(d, 100, x), 0);
+        assert_int_equal(d->norm(d, 100, x), 0);
         assert_int_equal(d->synchronize(d, message, sizeof message), PD_E_DEVICE);
         check_contains(message, "cudaErrorIllegalAddress");
         if (synchronous) check_contains(message, "pd__cuda_fill_kernel: ");
@@ -1088,7 +1100,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_muladd),
         cmocka_unit_test(test_muladd_in_place),
         cmocka_unit_test(test_gemm),
-        cmocka_unit_test(test_sum_squares),
+        cmocka_unit_test(test_norm),
         cmocka_unit_test(test_update),
         cmocka_unit_test(test_update_rows),
         cmocka_unit_test(test_activations),

@@ -42,7 +42,7 @@ static int make_nets(void **state) {
 
 /* ---- one call of an operation: what goes in, what must come out ---- */
 
-enum { INPUTS = 6, OUTPUTS = 4, GUARD = 17 };
+enum { INPUTS = 7, OUTPUTS = 4, GUARD = 17 };
 
 typedef struct job {
     char what[240];
@@ -225,6 +225,7 @@ static const pd_epilogue *any_epilogue(int64_t channels) {
     if (chance(0.4)) return NULL;
     e = (pd_epilogue *)keep(1, sizeof *e);
     e->scale = chance(0.5) ? numbers(channels, -2, 2) : NULL;
+    e->center = chance(0.3) ? numbers(channels, -2, 2) : NULL;
     e->bias = chance(0.6) ? numbers(channels, -2, 2) : NULL;
     e->act = acts[below(COUNT(acts))];
     e->alpha = chance(0.5) ? (pd_real)uniform(0.1, 1) : 0;
@@ -235,6 +236,8 @@ static const pd_epilogue *any_epilogue(int64_t channels) {
 static double finished(const pd_epilogue *e, int64_t channel, double sum, double *slack) {
     double alpha = e && e->alpha != 0 ? (double)e->alpha : e && e->act == PD_BRELU ? 24 : (double)(pd_real)0.01;
     if (!e) return sum;
+    if (e->center)
+        sum -= (double)e->center[channel], *slack += 2 * EPSILON * (fabs(sum) + fabs((double)e->center[channel]));
     if (e->scale) sum *= (double)e->scale[channel], *slack *= fabs((double)e->scale[channel]);
     if (e->bias) sum += (double)e->bias[channel];
     *slack += 2 * EPSILON * fabs(sum);
@@ -660,30 +663,37 @@ static void test_muladd(void **state) {
     }
 }
 
-static void test_sum_squares(void **state) {
+static void test_norm(void **state) {
+    static const double scales[] = { 1, sizeof(pd_real) == 4 ? 1e38 : 1e160, sizeof(pd_real) == 4 ? 1e-18 : 1e-150,
+                                     1e-3 };
     (void)state;
     for (int n = 0; n < 300; n++) {
         int64_t count = n < 280 ? n / 4 : n < 298 ? 100 * n - 27990 : 250 * n;
-        double sum = 0, one = 0, scale = n % 4 == 1 && sizeof(pd_real) == 4 ? 1e38 : n % 4 == 2 ? 1e-18 : 1;
+        double sum = 0, one = 0, scale = scales[n % 4];
         pd_real *x;
         begin((uint64_t)(7000 + n));
         x = numbers(count, -scale, scale);
-        for (int64_t i = 0; i < count; i++) sum += (double)x[i] * (double)x[i];
+        for (int64_t i = 0; i < count; i++) sum += (double)x[i] / scale * ((double)x[i] / scale);
+        sum = sqrt(sum) * scale;
         for (int level = 0; level < PD_SIMD_COUNT; level++)
             for (int t = 0; t < TEAMS; t++) {
                 pd_device *d = nets[level][t] ? inside_device(nets[level][t]) : NULL;
-                double got = d ? d->sum_squares(d, count, x) : sum;
+                double got = d ? d->norm(d, count, x) : sum;
                 if (t == 0) one = got;
                 if (!(fabs(got - sum) <= 1e-13 * sum) || memcmp(&got, &one, sizeof got) != 0)
-                    fail_msg("sum_squares(%lld), %s, %d threads: got %.17g, expected %.17g, with 1 thread %.17g",
+                    fail_msg("norm(%lld), %s, %d threads: got %.17g, expected %.17g, with 1 thread %.17g",
                              (long long)count, level_names[level], teams[t], got, sum, one);
                 /* not finite if and only if some number isn't */
-                for (int k = 0; d && count > 0 && t == 0 && k < 3; k++) {
+                for (int k = 0; d && count > 0 && t == 0 && k < 4; k++) {
                     int64_t i = below(count);
                     pd_real before = x[i];
-                    x[i] = (pd_real)(k == 0 ? NAN : k == 1 ? INFINITY : -INFINITY);
-                    got = d->sum_squares(d, count, x);
-                    assert_false(got - got == 0);
+                    x[i] = (pd_real)(k == 0           ? NAN
+                                     : k == 1         ? INFINITY
+                                     : k == 2         ? -INFINITY
+                                     : sizeof *x == 4 ? 3e38
+                                                      : 1.7e308);
+                    got = d->norm(d, count, x);
+                    assert_true((got - got == 0) == (k == 3));
                     x[i] = before;
                 }
             }
@@ -741,7 +751,7 @@ static double activation(pd_act act, double alpha, double x) {
     case PD_BRELU: return x < 0 ? 0 : x > alpha ? alpha : x;
     case PD_SOFTRELU: return (x > 0 ? x : 0) + log1p(exp(-fabs(x)));
     case PD_LEAKY_RELU: return x < 0 ? alpha * x : x;
-    case PD_GELU: return x * (1 + erf(x / sqrt(2.0))) / 2;
+    case PD_GELU: return x < -40 ? 0 : x * erfc(-x / sqrt(2.0)) / 2;
     case PD_SIGMOID: return 1 / (1 + exp(-x));
     case PD_TANH: return tanh(x);
     case PD_STANH: return 1.7159 * tanh(2.0 / 3.0 * x);
@@ -763,7 +773,11 @@ static double derivative(pd_act act, double alpha, double x, double y, double *s
     case PD_BRELU: return y > 0 && y < alpha;
     case PD_SOFTRELU: return -expm1(-y);
     case PD_LEAKY_RELU: return y < 0 ? alpha : 1;
-    case PD_GELU: *size = 2; return (1 + erf(x / sqrt(2.0))) / 2 + x * exp(-x * x / 2) / sqrt(2 * 3.14159265358979324);
+    case PD_GELU:
+        if (fabs(x) > 40) return x > 0;
+        y = x * exp(-x * x / 2) / sqrt(2 * 3.14159265358979324);
+        *size = (1 + x * x) * fabs(y);
+        return erfc(-x / sqrt(2.0)) / 2 + y;
     case PD_SIGMOID: return y * (1 - y);
     case PD_TANH: *size = 1; return 1 - y * y;
     case PD_STANH: *size = 2; return 2.0 / 3.0 / 1.7159 * (1.7159 * 1.7159 - y * y);
@@ -771,7 +785,7 @@ static double derivative(pd_act act, double alpha, double x, double y, double *s
     case PD_LOG: return 1 / x;
     case PD_ABS: return x > 0 ? 1 : x < 0 ? -1 : 0;
     case PD_SQUARE: return 2 * x;
-    case PD_SQRT: return 0.5 / y;
+    case PD_SQRT: return y == 0 ? 0 : 0.5 / y;
     case PD_RECIPROCAL: return -y * y;
     default: return 1;
     }
@@ -811,7 +825,7 @@ static void check_activation(pd_act act, int64_t rows, int64_t width, bool all_t
     for (int64_t i = 0; i < n; i++) {
         double v = (double)x[i];
         j.want[0][i] = activation(act, alpha, v);
-        j.slack[0][i] = 8 * EPSILON * (fabs(j.want[0][i]) + (act == PD_GELU ? fabs(v) : 0));
+        j.slack[0][i] = 8 * EPSILON * fabs(j.want[0][i]) * (act == PD_GELU && fabs(v) < 40 ? 1 + v * v : 1) + TINIEST;
     }
     check(&j, all_teams, false);
 
@@ -824,13 +838,14 @@ static void check_activation(pd_act act, int64_t rows, int64_t width, bool all_t
     y = numbers(n, -1, 1);
     for (int64_t i = 0; i < n; i++) {
         double size;
-        do x[i] = argument(); /* derivatives at NaN are nobody's business, at infinity gelu's neither */
-        while (!(x[i] == x[i]) || (act == PD_GELU && fabs((double)x[i]) > LARGEST) ||
-               !(activation(act, alpha, (double)x[i]) == activation(act, alpha, (double)x[i])));
+        do x[i] = argument(); /* derivatives at NaN are nobody's business */
+        while (!(x[i] == x[i]) || !(activation(act, alpha, (double)x[i]) == activation(act, alpha, (double)x[i])));
         y[i] = (pd_real)activation(act, alpha, (double)x[i]);
         j.first[0][i] = chance(0.05) ? (pd_real)NAN : either_sign(0.1, 1);
+        if (chance(0.1)) j.first[0][i] = 0; /* which stays, even where the slope is infinite */
         j.want[0][i] = (double)j.first[0][i] * derivative(act, alpha, (double)x[i], (double)y[i], &size);
-        j.slack[0][i] = 8 * EPSILON * (fabs(j.want[0][i]) + size * fabs((double)j.first[0][i]));
+        if (j.first[0][i] == 0) j.want[0][i] = 0;
+        j.slack[0][i] = 8 * EPSILON * (fabs(j.want[0][i]) + size * fabs((double)j.first[0][i])) + TINIEST;
     }
 #define ONLY_IF_NEEDED(name, text, needs)                                                                              \
     if (act == name) j.in[0] = strcmp(#needs, "PD__FROM_X") == 0 ? x : NULL;
@@ -1292,16 +1307,17 @@ static void test_pool_nan(void **state) {
 
 static void run_moments(pd_device *d, const job *j) {
     const flat_args *a = (const flat_args *)j->args;
-    d->channel_moments(d, a->n[0], a->n[1], a->n[2], j->in[0], j->out[0], j->out[1]);
+    d->channel_moments(d, a->n[0], a->n[1], a->n[2], j->in[0], j->out[0]);
 }
 static void run_batch_norm(pd_device *d, const job *j) {
     const flat_args *a = (const flat_args *)j->args;
-    d->batch_norm(d, a->n[0], a->n[1], a->n[2], j->in[0], j->in[1], j->in[2], a->f[0], j->in[3], j->in[4], j->out[0]);
+    d->batch_norm(d, a->n[0], a->n[1], a->n[2], j->in[0], j->in[1], j->in[6], j->in[2], a->f[0], j->in[3], j->in[4],
+                  j->out[0]);
 }
 static void run_batch_norm_backward(pd_device *d, const job *j) {
     const flat_args *a = (const flat_args *)j->args;
-    d->batch_norm_backward(d, a->n[0], a->n[1], a->n[2], j->in[0], j->in[1], j->in[2], a->f[0], a->flag, j->in[3],
-                           j->in[5], j->out[0], j->out[1], j->out[2]);
+    d->batch_norm_backward(d, a->n[0], a->n[1], a->n[2], j->in[0], j->in[1], j->in[6], j->in[2], a->f[0], a->flag,
+                           j->in[3], j->in[5], j->out[0], j->out[1], j->out[2]);
 }
 
 static void check_batch_norm(int64_t rows, int64_t channels, int64_t area, bool all_teams) {
@@ -1319,16 +1335,17 @@ static void check_batch_norm(int64_t rows, int64_t channels, int64_t area, bool 
     forward.in[3] = chance(0.8) ? numbers(channels, -2, 2) : NULL;
     forward.in[4] = chance(0.8) ? numbers(channels, -2, 2) : NULL;
     forward.in[5] = numbers(n, -1, 1);
+    forward.in[6] = chance(0.5) ? numbers(channels, -1e-3, 1e-3) : NULL;
     moments.in[0] = forward.in[0];
     memcpy(back.in, forward.in, sizeof back.in);
-    output(&moments, 0, channels, -1, 1);
-    output(&moments, 1, channels, -1, 1);
+    output(&moments, 0, 3 * channels, -1, 1);
     output(&forward, 0, n, -1, 1);
     if (chance(0.8)) output(&back, 0, n, -1, 1);
     if (chance(0.8)) output(&back, 1, channels, -1, 1);
     if (chance(0.8)) output(&back, 2, channels, -1, 1);
     for (int64_t c = 0; c < channels; c++) {
-        double sum = 0, size = 0, squares = 0, mean = (double)forward.in[1][c], bias, weight, inverse;
+        double sum = 0, size = 0, squares = 0, bias, weight, inverse;
+        double mean = (double)forward.in[1][c] + (forward.in[6] ? (double)forward.in[6][c] : 0);
         double dsum = 0, dsize = 0, dot = 0, dot_size = 0;
         inverse = 1 / sqrt((double)forward.in[2][c] + 1e-5);
         weight = forward.in[3] ? (double)forward.in[3][c] : 1;
@@ -1348,8 +1365,10 @@ static void check_batch_norm(int64_t rows, int64_t channels, int64_t area, bool 
         }
         moments.want[0][c] = sum / (double)count;
         moments.slack[0][c] = sum_slack((double)count, size / (double)count);
-        moments.want[1][c] = squares / (double)count;
-        moments.slack[1][c] =
+        moments.want[0][channels + c] = 0; /* less than what a number of this size can be off by */
+        moments.slack[0][channels + c] = EPSILON * fabs(sum / (double)count);
+        moments.want[0][2 * channels + c] = squares / (double)count;
+        moments.slack[0][2 * channels + c] =
             sum_slack((double)count, squares / (double)count + EPSILON * size * size / (double)(count * count));
         for (int64_t k = 0; back.first[0] && k < count; k++) {
             int64_t i = (k / area * channels + c) * area + k % area;
@@ -1403,9 +1422,9 @@ static void check_layer_norm(int64_t rows, int64_t width, bool all_teams) {
     forward.in[1] = chance(0.8) ? numbers(width, -2, 2) : NULL;
     forward.in[2] = chance(0.8) ? numbers(width, -2, 2) : NULL;
     forward.in[3] = numbers(n, -1, 1);
-    forward.in[4] = numbers(2 * rows, 0, 0);
+    forward.in[4] = numbers(3 * rows, 0, 0);
     memcpy(back.in, forward.in, sizeof back.in);
-    output(&forward, 0, 2 * rows, -1, 1);
+    output(&forward, 0, 3 * rows, -1, 1);
     output(&forward, 1, n, -1, 1);
     if (chance(0.8)) output(&back, 0, n, -1, 1);
     if (chance(0.8)) output(&back, 1, width, -1, 1);
@@ -1420,9 +1439,11 @@ static void check_layer_norm(int64_t rows, int64_t width, bool all_teams) {
             squares += ((double)forward.in[0][i] - mean) * ((double)forward.in[0][i] - mean);
         inverse = 1 / sqrt(squares / w + 1e-3);
         error = sum_slack(w, size / w); /* of the mean */
-        forward.want[0][2 * r] = mean, forward.slack[0][2 * r] = error;
-        forward.want[0][2 * r + 1] = inverse, forward.slack[0][2 * r + 1] = sum_slack(w, inverse);
-        forward.in[4][2 * r] = (pd_real)mean, forward.in[4][2 * r + 1] = (pd_real)inverse;
+        forward.want[0][3 * r] = mean, forward.slack[0][3 * r] = error;
+        forward.want[0][3 * r + 1] = 0, forward.slack[0][3 * r + 1] = EPSILON * fabs(mean);
+        forward.want[0][3 * r + 2] = inverse, forward.slack[0][3 * r + 2] = sum_slack(w, inverse);
+        forward.in[4][3 * r] = (pd_real)mean, forward.in[4][3 * r + 1] = (pd_real)uniform(-1e-3, 1e-3);
+        forward.in[4][3 * r + 2] = (pd_real)inverse;
         for (int64_t i = 0; i < width; i++) {
             double x = (double)forward.in[0][r * width + i];
             double weight = forward.in[1] ? (double)forward.in[1][i] : 1;
@@ -1432,7 +1453,8 @@ static void check_layer_norm(int64_t rows, int64_t width, bool all_teams) {
                 inverse * fabs(weight) * error +
                 sum_slack(w, (fabs(x) + fabs(mean)) * inverse * fabs(weight) + fabs(bias));
         }
-        mean = (double)forward.in[4][2 * r], inverse = (double)forward.in[4][2 * r + 1];
+        mean = (double)forward.in[4][3 * r] + (double)forward.in[4][3 * r + 1];
+        inverse = (double)forward.in[4][3 * r + 2];
         for (int64_t i = 0; i < width; i++) {
             double x = (double)forward.in[0][r * width + i], dy = (double)forward.in[3][r * width + i];
             double g = dy * (forward.in[1] ? (double)forward.in[1][i] : 1), x_size = (fabs(x) + fabs(mean)) * inverse;
@@ -1860,7 +1882,7 @@ int main(void) {
         cmocka_unit_test(test_conv_teams),
         cmocka_unit_test(test_fill),
         cmocka_unit_test(test_muladd),
-        cmocka_unit_test(test_sum_squares),
+        cmocka_unit_test(test_norm),
         cmocka_unit_test(test_sparse_product),
         cmocka_unit_test(test_activations),
         cmocka_unit_test(test_softmax),
