@@ -7803,7 +7803,7 @@ static void pd__auc_add(pd_evaluator *e, double score, double negative, double p
         n = (int64_t)e->sums[0];
         for (int64_t i = 0; i < n; i++) all += bins[i].weight[0] + bins[i].weight[1];
         /* Two neighbours then weigh more than that, so that no more than half of the bins remain. */
-        if (n > PD__AUC_BINS / 2) n = pd__auc_join(bins, n, 4 * all / PD__AUC_BINS);
+        if (n > PD__AUC_BINS / 2) n = pd__auc_join(bins, n, 4 * all / (double)PD__AUC_BINS);
     }
     bins[n].score = score;
     bins[n].weight[0] = negative;
