@@ -1396,7 +1396,8 @@ typedef struct pd_trainer_opts {
     double clip_value;     /* bound on each element of the mean gradient; default none */
     double clip_norm;      /* bound on the norm of the whole mean gradient; default none */
     bool sum_gradients;    /* add over the batch instead of averaging, as the 2016 platform did */
-    double average_window; /* model averaging: share of all updates to average over, 0 < w <= 1; default none */
+    double average_window; /* model averaging: share of all updates to average over, 0 < w <= 1; default none.
+                              Statistics (batch norm's) are averaged with the parameters */
     int64_t average_max;   /* .. but at most so many updates; default no limit */
     pd_updater *updater;   /* default: local. Not owned. */
 } pd_trainer_opts;
@@ -8146,9 +8147,14 @@ typedef struct pd__trained {
     int64_t step;                   /* updates so far */
     int64_t stepped;                /* the trainer's attempt at which `step` was last counted up */
     struct pd__lazy *lazy;          /* of a sparse parameter: how far each row is; NULL when no row ever lags */
-    pd_real *sums[3];               /* of model averaging, device memory; NULL without */
-    pd_real *saved;                 /* the current value while the averaged one is swapped in; NULL without averaging */
 } pd__trained;
+
+/* .. and, with model averaging, for each of these and for the statistics that go with them. Device memory. */
+typedef struct pd__averaged {
+    pd_param *param;
+    pd_real *sums[3]; /* see pd__average_step */
+    pd_real *saved;   /* the current value while the averaged one is swapped in */
+} pd__averaged;
 
 struct pd_trainer {
     pd_net *net;
@@ -8164,14 +8170,15 @@ struct pd_trainer {
     int64_t pass;         /* passes finished */
     int64_t pass_samples; /* of the current pass, taken from the reader */
     int64_t pass_batches;
-    double pass_cost;      /* summed over pass_samples */
-    int64_t batch_samples; /* of the step in progress */
-    /* model averaging: numbers of updates in sums[0] + sums[1], in sums[2], and in all */
-    int64_t average_count, average_old, average_updates;
-    bool averaged;    /* the averaged values are swapped in */
-    double best_cost; /* lowest test cost so far; with patience */
-    int bad_tests;    /* tests since then */
-    pd_real **best;   /* values at that test, one per parameter of the net in order; NULL before; device memory */
+    double pass_cost;       /* summed over pass_samples */
+    int64_t batch_samples;  /* of the step in progress */
+    pd__averaged *averages; /* in order of creation; none without model averaging */
+    int averages_count;
+    int64_t average_count, average_old, average_updates; /* updates in sums[0] + sums[1], in sums[2], and in all */
+    bool averaged;                                       /* the averaged values are swapped in */
+    double best_cost;                                    /* lowest test cost so far; with patience */
+    int bad_tests;                                       /* tests since then */
+    pd_real **best; /* values at that test, one per parameter of the net in order; NULL before; device memory */
     double wait_seconds, step_seconds; /* spent waiting for data, and in steps */
     pd_batch *batch;                   /* reused by pd_train and pd_test */
     pd_layer **targets;                /* reused by pd_test */
@@ -8604,9 +8611,11 @@ static const pd_updater pd__local_updater = {
 };
 
 /* ---- model averaging ----
-   The average of the last updates with three sums: new values go to sums[0]; now and then sums[0] moves to sums[1], so
-   that a small number is never added to a very large one; and once the wanted window is full both become sums[2] and
-   start anew, so that the average runs over between one and two windows. Memory does not depend on the window. */
+   Of the last updates, in three arrays. sums[2] is the average of the last full window (at first: the first value); what
+   new values differ from it by goes to sums[0], and now and then from there to sums[1], so that a small number is never
+   added to a very large one; once the wanted window is full it is sums[2]. So the average runs over between one and two
+   windows, memory does not depend on the window, and a value that stands still is its own average. Statistics are
+   averaged with the parameters: those of the last steps belong to other weights. */
 
 enum { PD__AVERAGE_MOVE = 1024 };
 
@@ -8633,16 +8642,18 @@ static void pd__average_step(pd_trainer *t) {
     if (t->opts.average_max > 0 && window > (double)t->opts.average_max) window = (double)t->opts.average_max;
     full = (double)t->average_count >= window;
     move = t->average_count % PD__AVERAGE_MOVE == 0;
-    for (int i = 0; i < t->trained_count; i++) {
-        pd__trained *tr = &t->trained[i];
-        int64_t n = tr->param->size;
-        pd__add_to(d, n, 1, tr->param->value, tr->sums[0]);
+    for (int i = 0; i < t->averages_count; i++) {
+        pd__averaged *av = &t->averages[i];
+        int64_t n = av->param->size;
+        if (t->average_updates == 1) pd__replace(d, n, av->param->value, av->sums[2]);
+        pd__add_to(d, n, 1, av->param->value, av->sums[0]);
+        pd__add_to(d, n, -1, av->sums[2], av->sums[0]);
         if (!move && !full) continue;
-        pd__add_to(d, n, 1, tr->sums[0], tr->sums[1]);
-        d->fill(d, n, 0, tr->sums[0]);
+        pd__add_to(d, n, 1, av->sums[0], av->sums[1]);
+        d->fill(d, n, 0, av->sums[0]);
         if (!full) continue;
-        pd__replace(d, n, tr->sums[1], tr->sums[2]);
-        d->fill(d, n, 0, tr->sums[1]);
+        pd__add_to(d, n, 1 / (double)t->average_count, av->sums[1], av->sums[2]);
+        d->fill(d, n, 0, av->sums[1]);
     }
     if (full) {
         t->average_old = t->average_count;
@@ -8653,9 +8664,9 @@ static void pd__average_step(pd_trainer *t) {
 /* For values that training did not lead to: averages begin anew. */
 static void pd__forget_averages(pd_trainer *t) {
     pd_device *d = t->net->device;
-    for (int i = 0; i < t->trained_count; i++)
-        for (int k = 0; k < 3; k++)
-            if (t->trained[i].sums[k]) d->fill(d, t->trained[i].param->size, 0, t->trained[i].sums[k]);
+    for (int i = 0; i < t->averages_count; i++)
+        for (int k = 0; k < PD__COUNT(t->averages[i].sums); k++)
+            d->fill(d, t->averages[i].param->size, 0, t->averages[i].sums[k]);
     t->average_count = t->average_old = t->average_updates = 0;
 }
 
@@ -8664,15 +8675,15 @@ PD_DEF pd_status pd_use_average(pd_trainer *trainer, bool on) {
     double count = trainer ? (double)(trainer->average_count + trainer->average_old) : 0;
     if (!trainer) return PD_E_ARGUMENT;
     if (on == trainer->averaged || !(trainer->opts.average_window > 0) || (on && count == 0)) return PD_OK;
-    for (int i = 0; i < trainer->trained_count; i++) {
-        pd__trained *tr = &trainer->trained[i];
-        int64_t n = tr->param->size;
+    for (int i = 0; i < trainer->averages_count; i++) {
+        pd__averaged *av = &trainer->averages[i];
+        int64_t n = av->param->size;
         if (on) {
-            pd__replace(d, n, tr->param->value, tr->saved);
-            d->fill(d, n, 0, tr->param->value);
-            for (int k = 0; k < 3; k++) pd__add_to(d, n, 1 / count, tr->sums[k], tr->param->value);
+            pd__replace(d, n, av->param->value, av->saved);
+            pd__replace(d, n, av->sums[2], av->param->value);
+            for (int k = 0; k < 2; k++) pd__add_to(d, n, 1 / count, av->sums[k], av->param->value);
         } else {
-            pd__replace(d, n, tr->saved, tr->param->value);
+            pd__replace(d, n, av->saved, av->param->value);
         }
     }
     trainer->averaged = on;
@@ -11330,18 +11341,40 @@ static pd_status pd__start_training(pd_trainer *t, pd__trained *tr, pd_param *p)
     return status;
 }
 
+static pd_status pd__start_numbers(const pd_param *p, int64_t size, pd_real **memory) {
+    pd_device *d = p->net->device;
+    int64_t capacity = 0;
+    if (!pd__device_grow(p->net, memory, &capacity, size))
+        return pd__fail(p->net, PD_E_MEMORY, "out of memory for training \"%.100s\"", p->name);
+    d->fill(d, size, 0, *memory);
+    return PD_OK;
+}
+
 /* Memory for what is kept about a parameter, or about the share of it that is stepped on here. */
 static pd_status pd__start_states(pd_trainer *t, pd__trained *tr) {
+    pd_status status = PD_OK;
+    for (int k = 0; status == PD_OK && k < pd_optimizer_states(&t->optimizer); k++)
+        status = pd__start_numbers(tr->param, pd__share_size(t, tr->param), &tr->states[k]);
+    return status == PD_OK && tr->param->touched ? pd__lazy_new(t, tr) : status;
+}
+
+/* .. and for averages of all that training changes: what is trained, and statistics. */
+static pd_status pd__start_averages(pd_trainer *t) {
     pd_net *net = t->net;
-    int states = pd_optimizer_states(&t->optimizer), averages = t->opts.average_window > 0 ? 3 : 0;
-    for (int k = 0; k < states + averages + (averages > 0); k++) {
-        pd_real **memory = k < states ? &tr->states[k] : k < states + averages ? &tr->sums[k - states] : &tr->saved;
-        int64_t capacity = 0, size = k < states ? pd__share_size(t, tr->param) : tr->param->size;
-        if (!pd__device_grow(net, memory, &capacity, size))
-            return pd__fail(net, PD_E_MEMORY, "out of memory for training \"%.100s\"", tr->param->name);
-        net->device->fill(net->device, size, 0, *memory);
+    pd_status status = PD_OK;
+    if (!(t->opts.average_window > 0)) return PD_OK;
+    t->averages = (pd__averaged *)pd__alloc(&net->allocator, net->param_count, sizeof *t->averages);
+    if (!t->averages) return pd__no_memory(net, "the trainer");
+    for (pd_param *p = net->first_param; status == PD_OK && p; p = p->next) {
+        pd__averaged *av = &t->averages[t->averages_count];
+        if (p->users == 0 || (!p->is_buffer && p->opts.is_static)) continue;
+        t->averages_count++;
+        av->param = p;
+        for (int k = 0; status == PD_OK && k < PD__COUNT(av->sums); k++)
+            status = pd__start_numbers(p, p->size, &av->sums[k]);
+        if (status == PD_OK) status = pd__start_numbers(p, p->size, &av->saved);
     }
-    return tr->param->touched ? pd__lazy_new(t, tr) : PD_OK;
+    return status;
 }
 
 /* Everything `cost` depends on that learns. */
@@ -11395,6 +11428,7 @@ PD_DEF pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer opti
     t->next = net->trainers;
     net->trainers = t;
     status = pd__collect_trained(t);
+    if (status == PD_OK) status = pd__start_averages(t);
     if (status == PD_OK) t->batch = pd_batch_new(net);
     if (status != PD_OK || !t->batch) {
         t->updater = &t->local; /* there is nothing to stop */
@@ -11434,11 +11468,15 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
         pd__trained *tr = &trainer->trained[i];
         for (int k = 0; k < PD_MAX_STATES; k++)
             if (tr->states[k]) d->free(d, tr->states[k]);
-        for (int k = 0; k < 3; k++)
-            if (tr->sums[k]) d->free(d, tr->sums[k]);
-        if (tr->saved) d->free(d, tr->saved);
         pd__lazy_free(a, tr->lazy);
     }
+    for (int i = 0; i < trainer->averages_count; i++) {
+        pd__averaged *av = &trainer->averages[i];
+        for (int k = 0; k < PD__COUNT(av->sums); k++)
+            if (av->sums[k]) d->free(d, av->sums[k]);
+        if (av->saved) d->free(d, av->saved);
+    }
+    pd__free(a, trainer->averages);
     pd__free(a, trainer->chunk);
     pd__free_best(trainer->net, trainer->best);
     pd__free(a, trainer->trained);
@@ -13121,7 +13159,7 @@ static int pd__write_and_replace(const char *path, char *temporary, const pd__it
 
 /* What names from the net may not be in a file. */
 static pd_status pd__check_names(const pd__items *items, bool checkpoint) {
-    static const char *const prefixes[] = { "optimizer/", "average/", "best/", "mask/" };
+    static const char *const prefixes[] = { "optimizer/", "averages/", "best/", "mask/" };
     for (int64_t i = 0; i < items->count; i++) {
         const char *name = items->list[i].param->name;
         bool bad = strcmp(name, "__metadata__") == 0 || pd__utf8_prefix(name, strlen(name)) < strlen(name);
@@ -13186,23 +13224,23 @@ typedef struct pd__progress {
     double pass_cost, best_cost;
 } pd__progress;
 
-/* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "average/K/NAME", "best/NAME", and
+/* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "averages/K/NAME", "best/NAME", and
    "mask/NAME", which, being bytes, come last. The same list serves for writing and reading. `best`: one array per
    parameter of the net, or NULL. While averaged values are swapped in, the true ones are written. */
 static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_real *const *best, bool writing) {
     pd_status status = pd__items_of_net(items, trainer->net);
     int64_t params = items->count;
-    for (int64_t i = 0, k = 0; i < params && k < trainer->trained_count && status == PD_OK; i++)
-        if (items->list[i].param == trainer->trained[k].param) {
-            if (writing && trainer->averaged) items->list[i].numbers = trainer->trained[k].saved;
-            k++;
-        }
+    for (int64_t i = 0, k = 0; writing && trainer->averaged && i < params && k < trainer->averages_count; i++)
+        if (items->list[i].param == trainer->averages[k].param) items->list[i].numbers = trainer->averages[k++].saved;
     for (int i = 0; i < trainer->trained_count; i++) {
         const pd__trained *t = &trainer->trained[i];
         for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++)
             if (t->states[k]) status = pd__items_add(items, t->param, "optimizer", k, t->states[k]);
-        for (int k = 0; k < PD__COUNT(t->sums) && status == PD_OK; k++)
-            if (t->sums[k]) status = pd__items_add(items, t->param, "average", k, t->sums[k]);
+    }
+    for (int i = 0; i < trainer->averages_count; i++) {
+        const pd__averaged *av = &trainer->averages[i];
+        for (int k = 0; k < PD__COUNT(av->sums) && status == PD_OK; k++)
+            status = pd__items_add(items, av->param, "averages", k, av->sums[k]);
     }
     for (int64_t i = 0; best && i < params; i++)
         if (!best[i]) best = NULL; /* memory ran out while they were first copied */

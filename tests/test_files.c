@@ -1169,10 +1169,10 @@ static void test_wrong_checkpoint(void **state) {
     expect_no_resume(&other, PD_E_ARGUMENT, "a checkpoint of adam, but this trainer uses sgd");
     free_training(&other);
     other = new_training(1, pd_adam(0.01), &averaging, NULL);
-    expect_no_resume(&other, PD_E_FORMAT, "no tensor \"average/0/hidden.weight\", which this trainer needs");
+    expect_no_resume(&other, PD_E_FORMAT, "no tensor \"averages/0/hidden.weight\", which this trainer needs");
     assert_int_equal(train(&other, 9), PD_STOPPED);
     assert_int_equal(pd_checkpoint_save(other.trainer, path), PD_OK);
-    expect_no_resume(&t, PD_E_FORMAT, "this trainer has no place for tensor \"average/");
+    expect_no_resume(&t, PD_E_FORMAT, "this trainer has no place for tensor \"averages/");
     free_training(&other);
     assert_int_equal(pd_checkpoint_load(NULL, path), PD_E_ARGUMENT);
     assert_int_equal(pd_checkpoint_save(NULL, path), PD_E_ARGUMENT);
