@@ -16,7 +16,7 @@
 
    CONTENTS: search for ">>name", in this comment for the title in capitals.
      This comment     ERRORS, ROWS AND SHAPES, SEQUENCES AND SPARSE ROWS, PARAMETERS, GRADIENTS AND OPTIMIZERS,
-                      READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, INSTRUCTION SETS,
+                      HOW A TRAINING ENDS, READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, INSTRUCTION SETS,
                       MEMORY, OPTIONS AT COMPILE TIME
      Declarations     status hooks tensors parameters net inputs activations layers costs batches running evaluators
                       optimizers device updater readers trainer files
@@ -64,7 +64,7 @@
        conv2: filter 7x7 does not fit the padded input 5x5 coming from "pool1" (16x5x5)
        train.csv:812: column 3 (pixels): "n/a" is not a number
 
-   A failed training step changes no further parameter: what was learned can still be saved.
+   A failed training step changes no further parameter: what was learned can still be saved (see HOW A TRAINING ENDS).
 
    ROWS AND SHAPES
 
@@ -113,6 +113,24 @@
    done), clip each element (clip_value), add l2 times the value (AdamW instead shrinks the value by rate times l2),
    step, and shrink towards zero by rate times l1. This holds for every optimizer; what one can't do is refused, not
    ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
+
+   HOW A TRAINING ENDS
+
+   pd_train returns PD_OK when all passes are done or patience has run out, PD_STOPPED when on_event wanted it, and else
+   what failed, with the message in the net: a reader, for training or test (of a bad sample those before it have been
+   used, and a failing test comes after its pass), a number that is not finite (PD_E_NUMERIC: the step is not made, but
+   for parameters that had made it before; with clip_norm none has), a file that can't be written, a worker that is
+   lost. However it ends, parameters have the values of the last step, or, with `patience`, those of the best test so
+   far, if there was one; averaged values are swapped out, gradients are 0, and what the optimizer keeps, the samples
+   seen and the place in the pass are those of the last step. So the net can be used and saved, and pd_train can be
+   called again: it goes on from these values, in the pass where it was, with the sample or batch that failed. A
+   checkpoint, on the other hand, is that of the last step, best values or not: continuing from it is as if nothing had
+   stopped. With patience each call judges anew: what had been learned before it is tested first. Only a training that
+   comes from a checkpoint goes on with the tests in there (from 0 bad ones, if it had run out of patience).
+
+   Every step begins with gradients of 0. While pd_train is at work, its trainer can't be trained by another call, and
+   its reader can't be tested in the midst of a pass: PD_E_STATE. A test without samples is an error, and so is one whose
+   cost is not finite.
 
    READERS
 
@@ -1405,7 +1423,7 @@ typedef struct pd_trainer_opts {
 /* A trainer of everything `cost` (width 1) depends on. Free before the net. NULL, with the message in the net, if the
    net has failed or an option is wrong; a net that had not failed can be used as before then. */
 PD_API pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer optimizer, const pd_trainer_opts *opts);
-PD_API void pd_trainer_free(pd_trainer *trainer);
+PD_API void pd_trainer_free(pd_trainer *trainer); /* not from its own on_event: then nothing is freed (PD_E_STATE) */
 
 typedef enum pd_event_kind { PD_BEGIN_PASS, PD_END_BATCH, PD_END_PASS } pd_event_kind;
 typedef struct pd_event {
@@ -1423,7 +1441,7 @@ typedef struct pd_train_opts {
     int (*on_event)(void *user, const pd_event *event); /* non-zero stops: pd_train returns PD_STOPPED */
     void *user;
     int patience;             /* stop after so many tests without a lower test cost; at the end, however it comes, go
-                                back to the best values */
+                                back to the best values: see HOW A TRAINING ENDS */
     bool progress;            /* progress bar on stderr if that is a terminal, else a line per pass */
     const char *csv_log;      /* file to append to: passes finished, samples, seconds of this call, rate, cost (of the
                                  pass, or of the batch), test cost and evaluators (empty where nothing was tested) */
@@ -1435,12 +1453,13 @@ typedef struct pd_train_opts {
 
 /* Trains until `passes` passes over the reader are finished, counting those of earlier calls and of a loaded
    checkpoint; a pass that was stopped goes on where it was. Returns PD_OK, PD_STOPPED, or what failed, with the message
-   in the net; what was learned until then stays. */
+   in the net; what was learned until then stays: see HOW A TRAINING ENDS. */
 PD_API pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes, const pd_train_opts *opts);
 /* One step on one batch; *cost (may be NULL) gets its mean cost. */
 PD_API pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, double *cost);
 /* Mean cost over a pass of the reader; the net's evaluators are reset and then hold its values. Uses averaged
-   parameters when averaging is on. */
+   parameters when averaging is on. PD_E_FORMAT without samples, PD_E_NUMERIC if the cost is not finite; *cost is NaN
+   then. */
 PD_API pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost);
 /* Swaps averaged values in (true) and out (false); what pd_test and pd_checkpoint do by themselves. */
 PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
@@ -1675,6 +1694,7 @@ struct pd_net {
     pd_updater *updater; /* during a trainer's step */
     pd_trainer *trainers;
     pd_layer *ran;   /* last target of the last forward with gradients */
+    bool leftover;   /* there may be gradients that no trainer asked for */
     bool run_failed; /* the last forward */
     const pd_batch *batch;
     pd_batch *predict_batch;
@@ -3490,6 +3510,8 @@ static void pd__touched_free(pd_net *net, struct pd__touched *touched);
 /* The net that owns the parameters: the origin of a shared one. */
 static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
 
+/* Says that values are about to be changed: those in the net are what trainers go on from. Defined with >>trainer. */
+static void pd__begin_anew(pd_net *net);
 /* Makes every value current that trainers, but for `besides`, have left for later. Defined with >>trainer. */
 static pd_status pd__settle(pd_net *net, const pd_trainer *besides);
 
@@ -4223,9 +4245,10 @@ PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t co
     pd_status status = pd__check_count(param, values, count, "pd_param_set");
     if (status == PD_OK) status = pd__want_thawed(param->net, "pd_param_set");
     if (status == PD_OK) status = pd__settle(param->net, NULL);
-    if (status == PD_OK)
-        param->net->device->upload(param->net->device, param->value, values, (size_t)count * sizeof *values);
-    return status;
+    if (status != PD_OK) return status;
+    pd__begin_anew(param->net);
+    param->net->device->upload(param->net->device, param->value, values, (size_t)count * sizeof *values);
+    return PD_OK;
 }
 
 PD_DEF pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count) {
@@ -4974,6 +4997,7 @@ static pd_status pd__backward_from(pd_net *net, pd_layer *layer, const pd_real *
     pd_status status = PD_OK;
     if (!layer->wants_grad) return pd_layer_fail(layer, PD_E_STATE, "nothing that it depends on learns");
     net->ran = NULL;
+    net->leftover = net->leftover || !net->updater;
     if (seed) d->upload(d, layer->out.grad, seed, (size_t)numbers * sizeof *seed);
     else d->fill(d, numbers, 1, layer->out.grad);
     for (int64_t i = layer->own->index; status == PD_OK && i >= 0; i--)
@@ -8178,7 +8202,13 @@ struct pd_trainer {
     bool averaged;                                       /* the averaged values are swapped in */
     double best_cost;                                    /* lowest test cost so far; with patience */
     int bad_tests;                                       /* tests since then */
-    pd_real **best; /* values at that test, one per parameter of the net in order; NULL before; device memory */
+    bool resumed;                                        /* a checkpoint was loaded, and no training has begun since */
+    bool went_back;     /* the best values are in the net, and in `best`, for checkpoints, the last */
+    bool training;      /* pd_train is at work .. */
+    pd_reader *reading; /* .. and in the midst of a pass of this reader */
+    pd_real **best;     /* one array per parameter of the net in order; NULL before the first test; device memory */
+    pd_real *spare;     /* as large as the largest of them; comes with them */
+    bool has_best;      /* `best` has the values at that test */
     double wait_seconds, step_seconds; /* spent waiting for data, and in steps */
     pd_batch *batch;                   /* reused by pd_train and pd_test */
     pd_layer **targets;                /* reused by pd_test */
@@ -8674,7 +8704,8 @@ PD_DEF pd_status pd_use_average(pd_trainer *trainer, bool on) {
     pd_device *d = trainer ? trainer->net->device : NULL;
     double count = trainer ? (double)(trainer->average_count + trainer->average_old) : 0;
     if (!trainer) return PD_E_ARGUMENT;
-    if (on == trainer->averaged || !(trainer->opts.average_window > 0) || (on && count == 0)) return PD_OK;
+    if (on == trainer->averaged || !(trainer->opts.average_window > 0) || (on && (count == 0 || trainer->went_back)))
+        return PD_OK;
     for (int i = 0; i < trainer->averages_count; i++) {
         pd__averaged *av = &trainer->averages[i];
         int64_t n = av->param->size;
@@ -11217,6 +11248,12 @@ PD_DEF pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const ch
     return status;
 }
 
+/* What would pull the rug from under pd_train, which has called on_event or a reader. */
+static pd_status pd__check_idle(const pd_trainer *t, const char *call) {
+    if (!t->training) return PD_OK;
+    return pd__fail(t->net, PD_E_STATE, "%s: this trainer is in use, by pd_train", call);
+}
+
 /* ---- what updaters return ---- */
 
 /* Gives the status a message, if there has come none since pd__clear_failure. */
@@ -11453,7 +11490,7 @@ static void pd__free_best(pd_net *net, pd_real **best) {
 PD_DEF void pd_trainer_free(pd_trainer *trainer) {
     pd_device *d;
     const pd_allocator *a;
-    if (!trainer) return;
+    if (!trainer || pd__check_idle(trainer, "pd_trainer_free") != PD_OK) return;
     d = trainer->net->device;
     a = &trainer->net->allocator;
     if (trainer->updater == &trainer->local && trainer->unsettled) pd_sync(trainer); /* others can't be waited for */
@@ -11479,6 +11516,7 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
     pd__free(a, trainer->averages);
     pd__free(a, trainer->chunk);
     pd__free_best(trainer->net, trainer->best);
+    if (trainer->spare) d->free(d, trainer->spare);
     pd__free(a, trainer->trained);
     pd__free(a, trainer->targets);
     pd_batch_free(trainer->batch);
@@ -11504,49 +11542,61 @@ static int64_t pd__bad_row(pd_layer *l) {
     return 0;
 }
 
+/* The batch at hand, in words: of `pass`, or, if that is negative, of a test. */
+static const char *pd__where(char text[64], int64_t batch, int64_t pass) {
+    if (pass < 0) snprintf(text, 64, "batch %lld of the test", (long long)batch);
+    else snprintf(text, 64, "batch %lld of pass %lld", (long long)batch, (long long)pass);
+    return text;
+}
+
 /* Looks for the first layer of the last forward whose numbers, or parameters, aren't finite. PD_OK: there is none. */
-static pd_status pd__blame(pd_trainer *t) {
+static pd_status pd__blame(pd_trainer *t, const char *where) {
     pd_net *net = t->net;
     pd_device *d = net->device;
-    long long batch = (long long)t->pass_batches, pass = (long long)t->pass;
     for (int64_t i = 0; i < net->layer_count; i++) {
         pd_layer *l = net->layers[i];
         if (!l->own->active) continue;
         for (int k = 0; k < l->param_count; k++)
             if (!pd__finite(d->norm(d, l->params[k]->size, l->params[k]->value)))
-                return pd__fail(net, PD_E_NUMERIC,
-                                "%.100s: parameter \"%.100s\" is not finite before batch %lld of pass %lld", l->name,
-                                l->params[k]->name, batch, pass);
+                return pd__fail(net, PD_E_NUMERIC, "%.100s: parameter \"%.100s\" is not finite before %s", l->name,
+                                l->params[k]->name, where);
         if (l->out.data && !pd__finite(d->norm(d, l->out.rows * l->out.width, l->out.data)))
-            return pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in row %lld of batch %lld of pass %lld",
-                            l->name, l->own->slot >= 0 ? "input" : "output", (long long)pd__bad_row(l), batch, pass);
+            return pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in row %lld of %s", l->name,
+                            l->own->slot >= 0 ? "input" : "output", (long long)pd__bad_row(l), where);
     }
     return PD_OK;
+}
+
+/* Adds the cost's rows of the last forward to *sum, which must be finite then. */
+static pd_status pd__add_cost_of(pd_trainer *t, int64_t batch, int64_t pass, double *sum) {
+    char where[64];
+    pd_status status = pd__cost_sum(t->cost, sum);
+    if (status != PD_OK || pd__finite(*sum)) return status;
+    status = pd__blame(t, pd__where(where, batch, pass));
+    if (status != PD_OK) return status;
+    return pd__fail(t->net, PD_E_NUMERIC, "%.100s: the cost of %s is too large to be summed", t->cost->name, where);
 }
 
 /* Forward, backward and updates; *sum gets the summed cost, *samples the samples of all workers. */
 static pd_status pd__step(pd_trainer *t, const pd_batch *batch, double *sum, int64_t *samples) {
     pd_net *net = t->net;
     pd_updater *u = t->updater;
+    char where[64];
     pd_status status;
     pd__clear_failure(net);
     for (pd_param *p = net->first_param; p; p = p->next) {
         p->announced = false;
-        if (p->touched) pd__zero_grad(p); /* with an updater that steps on other rows they may still be there */
+        /* With an updater that steps on other rows a sparse one's may still be there. */
+        if (p->touched || (net->leftover && p->grad)) pd__zero_grad(p);
     }
+    net->leftover = false;
     status = pd_forward(net, batch, PD_TRAIN, &t->cost, 1);
     if (status != PD_OK) return status;
-    status = pd__cost_sum(t->cost, sum);
-    if (status != PD_OK) return status;
-    if (!pd__finite(*sum)) {
-        status = pd__blame(t);
-        if (status != PD_OK) return status;
-        return pd__fail(net, PD_E_NUMERIC, "%.100s: the cost of batch %lld of pass %lld is too large to be summed",
-                        t->cost->name, (long long)t->pass_batches, (long long)t->pass);
-    }
-    status = pd_backward(net, t->cost);
+    status = pd__add_cost_of(t, t->pass_batches, t->pass, sum);
+    if (status == PD_OK) status = pd_backward(net, t->cost);
     if (status == PD_OK) status = u->end_batch(u, samples);
-    if (status == PD_E_NUMERIC) pd__blame(t); /* a bounded activation may have hidden where it began */
+    /* A bounded activation may have hidden where it began. */
+    if (status == PD_E_NUMERIC) pd__blame(t, pd__where(where, t->pass_batches, t->pass));
     return status;
 }
 
@@ -11557,6 +11607,7 @@ static pd_status pd__train_step(pd_trainer *t, const pd_batch *batch, double *su
     pd_status status;
     *samples = batch->samples;
     if (t->averaged) pd_use_average(t, false);
+    pd__begin_anew(net);
     status = pd__settle(net, t);
     if (status != PD_OK) return status;
     net->updater = t->updater;
@@ -11587,6 +11638,8 @@ PD_DEF pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, doub
     if (cost) *cost = 0;
     if (!pd__check_net(net)) return pd_error_status(net);
     if (!batch) return pd__fail(net, PD_E_ARGUMENT, "pd_train_batch: the batch is NULL");
+    status = pd__check_idle(trainer, "pd_train_batch");
+    if (status != PD_OK) return status;
     if (batch->samples == 0 && trainer->updater == &trainer->local) return PD_OK;
     status = pd__train_step(trainer, batch, &sum, &samples);
     if (status == PD_OK && cost) *cost = sum / (double)pd__max(batch->samples, 1);
@@ -11661,7 +11714,7 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
     pd_net *net = t->net;
     int count;
     double sum = 0, sums[2];
-    int64_t samples = 0;
+    int64_t samples = 0, batches = 0;
     pd_status status = pd__test_targets(t, &count), end = PD_OK;
     if (status == PD_OK) status = pd__reset(t, r, 0);
     for (pd_evaluator *e = net->evaluators; e; e = e->next) pd_evaluator_reset(e);
@@ -11671,7 +11724,7 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
         status = pd_forward(net, t->batch, PD_PREDICT, t->targets, count);
         if (status != PD_OK) break;
         samples += t->batch->samples;
-        status = pd__cost_sum(t->cost, &sum);
+        status = pd__add_cost_of(t, batches++, -1, &sum);
         if (status == PD_OK) status = pd__evaluators_update(net);
     }
     if (status == PD_OK && end != PD_OK && end != PD_END) status = end;
@@ -11679,11 +11732,13 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
     sums[1] = (double)samples;
     if (status == PD_OK) status = pd__reduce(t, sums, 2);
     for (pd_evaluator *e = net->evaluators; status == PD_OK && e; e = e->next) status = pd__reduce_evaluator(t, e);
-    *cost = sums[1] > 0 ? sums[0] / sums[1] : (double)NAN;
+    if (status == PD_OK && sums[1] == 0)
+        return pd__fail(net, PD_E_FORMAT, "reader %s: there are no samples to test", r->name);
+    if (status == PD_OK) *cost = sums[0] / sums[1];
     return status;
 }
 
-/* A reader that could not be made has left its message in the net. */
+/* A reader that could not be made has left its message in the net; one in the midst of a pass would lose its place. */
 static pd_status pd__check_reader(pd_net *net, const char *call, const pd_reader *reader) {
     const pd_failure *failure = &net->reader_failure;
     if (!reader)
@@ -11692,6 +11747,10 @@ static pd_status pd__check_reader(pd_net *net, const char *call, const pd_reader
     if (reader->api_version != PD_API_VERSION || !reader->next || !reader->reset)
         return pd__fail(net, PD_E_ARGUMENT, "%s: the reader lacks next or reset, or has another interface version",
                         call);
+    for (const pd_trainer *t = net->trainers; t; t = t->next)
+        if (t->reading == reader)
+            return pd__fail(net, PD_E_STATE, "%s: reader %s is in use, by pd_train in the midst of a pass", call,
+                            reader->name);
     return PD_OK;
 }
 
@@ -11702,7 +11761,8 @@ PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_s
     pd_status status = PD_OK;
     if (cost) *cost = mean;
     if (!pd__check_net(net)) return pd_error_status(net);
-    if (pd__check_reader(net, "pd_test", reader) != PD_OK) return PD_E_ARGUMENT;
+    status = pd__check_reader(net, "pd_test", reader);
+    if (status != PD_OK) return status;
     if (batch_size < 0) return pd__fail(net, PD_E_ARGUMENT, "pd_test: batch size %lld", (long long)batch_size);
     status = pd_sync(trainer);
     if (status != PD_OK) return status;
@@ -11715,20 +11775,38 @@ PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_s
 
 /* ---- early stopping ---- */
 
-/* Copies the values of all parameters and statistics to t->best, or back from there. */
-static pd_status pd__copy_best(pd_trainer *t, bool back) {
-    pd_net *net = t->net;
+/* Memory for the best values, one array per parameter; NULL, with a message, when out of memory. */
+static pd_real **pd__new_best(pd_net *net) {
+    pd_real **best = (pd_real **)pd__alloc(&net->allocator, net->param_count, sizeof *best);
     int i = 0;
-    if (!t->best) t->best = (pd_real **)pd__alloc(&net->allocator, net->param_count, sizeof *t->best);
-    if (!t->best) return pd__no_memory(net, "the best values");
-    for (pd_param *p = net->first_param; p; p = p->next, i++) {
+    for (pd_param *p = net->first_param; best && p; p = p->next, i++) {
         int64_t capacity = 0;
-        if (back && !t->best[i]) continue;
-        if (!t->best[i] && !pd__device_grow(net, &t->best[i], &capacity, p->size))
-            return pd__no_memory(net, "the best values");
-        if (back) pd__replace(net->device, p->size, t->best[i], p->value);
-        else pd__replace(net->device, p->size, p->value, t->best[i]);
+        if (!pd__device_grow(net, &best[i], &capacity, p->size)) {
+            pd__free_best(net, best);
+            best = NULL;
+        }
     }
+    if (!best) pd__no_memory(net, "the best values");
+    return best;
+}
+
+/* Memory for going back to them. */
+static pd_status pd__ready_spare(pd_trainer *t) {
+    int64_t largest = 0, capacity = 0;
+    for (pd_param *p = t->net->first_param; p && !t->spare; p = p->next) largest = pd__max(largest, p->size);
+    if (t->spare || pd__device_grow(t->net, &t->spare, &capacity, largest)) return PD_OK;
+    return pd__no_memory(t->net, "the best values");
+}
+
+/* Copies the values of all parameters and statistics to t->best. */
+static pd_status pd__copy_best(pd_trainer *t) {
+    int i = 0;
+    pd_status status = pd__ready_spare(t);
+    if (status == PD_OK && !t->best) t->best = pd__new_best(t->net);
+    if (status != PD_OK || !t->best) return PD_E_MEMORY;
+    for (pd_param *p = t->net->first_param; p; p = p->next)
+        pd__replace(t->net->device, p->size, p->value, t->best[i++]);
+    t->has_best = true;
     return PD_OK;
 }
 
@@ -11742,9 +11820,51 @@ static pd_status pd__judge(pd_trainer *t, double test_cost) {
     t->best_cost = test_cost;
     t->bad_tests = 0;
     pd_use_average(t, true);
-    status = pd__copy_best(t, false);
+    status = pd__copy_best(t);
     pd_use_average(t, false);
     return status;
+}
+
+/* Judging begins anew, from what there is, if something has been learned; with a checkpoint it goes on, but for one of a
+   training that had run out of patience. */
+static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
+    bool goes_on = t->resumed;
+    double cost;
+    pd_status status;
+    t->resumed = false;
+    if (o->patience > 0 && t->bad_tests >= o->patience) t->bad_tests = 0;
+    if (goes_on) return PD_OK;
+    t->has_best = false;
+    t->best_cost = HUGE_VAL;
+    t->bad_tests = 0;
+    if (o->patience == 0 || t->samples == 0) return PD_OK;
+    status = pd_test(t, o->test, o->batch_size, &cost);
+    return status == PD_OK ? pd__judge(t, cost) : status;
+}
+
+/* The values of the best test come into the net. The last ones stay with the trainer, so that a checkpoint is that of the
+   training, until something else is trained or loaded. */
+static void pd__go_back(pd_trainer *t) {
+    pd_device *d = t->net->device;
+    int i = 0;
+    for (pd_param *p = t->net->first_param; p; p = p->next, i++) {
+        pd__replace(d, p->size, p->value, t->spare);
+        pd__replace(d, p->size, t->best[i], p->value);
+        pd__replace(d, p->size, t->spare, t->best[i]);
+    }
+    t->went_back = true;
+}
+
+static void pd__begin_anew(pd_net *net) {
+    for (pd_trainer *t = net->trainers; t; t = t->next) {
+        if (!t->went_back) continue;
+        t->went_back = t->has_best = false;
+        pd__forget_averages(t);
+        for (int i = 0; i < t->trained_count; i++) { /* what was left for later belongs to other values */
+            pd__trained *tr = &t->trained[i];
+            for (int64_t k = 0; tr->lazy && k < tr->lazy->count; k++) tr->lazy->times[k] = tr->step;
+        }
+    }
 }
 
 /* ---- what a run shows and writes ---- */
@@ -11955,7 +12075,9 @@ static pd_status pd__run_pass(pd__run *run) {
     pd_trainer *t = run->t;
     int64_t batch_size = run->o->batch_size ? run->o->batch_size : 32, samples = 1;
     bool alone = t->updater->reduce == NULL;
-    pd_status status = pd__begin_pass(run), end = PD_OK;
+    pd_status status, end = PD_OK;
+    t->reading = run->reader;
+    status = pd__begin_pass(run);
     while (status == PD_OK && samples > 0) {
         double sum = 0;
         if (end == PD_OK) end = pd__next(t, run->reader, batch_size);
@@ -11971,13 +12093,16 @@ static pd_status pd__run_pass(pd__run *run) {
     }
     if (status == PD_OK && end != PD_OK && end != PD_END) /* the samples before the bad one have been used */
         return pd__reader_failed(t, run->reader, end);
+    t->reading = NULL;
     return status == PD_OK ? pd__end_pass(run) : status;
 }
 
 static pd_status pd__check_train(pd_trainer *t, pd_reader *reader, int64_t passes, const pd_train_opts *o) {
     pd_net *net = t->net;
-    if (pd__check_reader(net, "pd_train", reader) != PD_OK) return PD_E_ARGUMENT;
-    if (o->test && pd__check_reader(net, "pd_train: test", o->test) != PD_OK) return PD_E_ARGUMENT;
+    pd_status status = pd__check_idle(t, "pd_train");
+    if (status == PD_OK) status = pd__check_reader(net, "pd_train", reader);
+    if (status == PD_OK && o->test) status = pd__check_reader(net, "pd_train: test", o->test);
+    if (status != PD_OK) return status;
     if (!o->test && net->reader_failure.status != PD_OK) /* no test wanted, or did its reader fail? */
         return pd__fail(net, PD_E_ARGUMENT, "pd_train: no test reader, and one reader could not be made: %.400s",
                         net->reader_failure.text);
@@ -12005,6 +12130,8 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
     run.reader = reader;
     status = pd__check_train(trainer, reader, passes, run.o);
     if (status != PD_OK) return status;
+    trainer->training = true;
+    pd__begin_anew(net);
     pd_use_average(trainer, false);
     run.size = reader->size ? reader->size(reader) : -1;
     run.passes = passes;
@@ -12012,19 +12139,19 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
     run.first_samples = trainer->samples;
     run.terminal = run.o->progress && pd__is_terminal();
     status = pd__open_logs(&run);
+    if (status == PD_OK && trainer->pass < passes) status = pd__begin_judging(trainer, run.o);
     while (status == PD_OK && trainer->pass < passes) {
         status = pd__run_pass(&run);
         if (run.o->patience > 0 && trainer->bad_tests >= run.o->patience) break;
     }
+    trainer->training = false;
+    trainer->reading = NULL;
     if (run.terminal && status != PD_OK) fputc('\n', stderr);
-    if (status == PD_OK || status == PD_STOPPED) {
+    if (status == PD_OK || status == PD_STOPPED || trainer->updater == &trainer->local) { /* others may wait for ever */
         pd_status synced = pd_sync(trainer);
-        if (synced != PD_OK) status = synced;
+        if (status == PD_OK || status == PD_STOPPED) status = synced != PD_OK ? synced : status;
     }
-    if (status == PD_OK && run.o->patience > 0 && trainer->best) {
-        status = pd__copy_best(trainer, true);
-        pd__forget_averages(trainer);
-    }
+    if (run.o->patience > 0 && trainer->has_best) pd__go_back(trainer);
     if (run.csv) fclose(run.csv);
     if (run.events) pd__events_close(run.events);
     return status;
@@ -12861,6 +12988,7 @@ static pd_status pd__items_stage(pd__items *items, const pd__tensors *t) {
 /* Puts what was staged in place. Only a device that breaks down can fail here. */
 static pd_status pd__items_commit(pd__items *items) {
     pd_device *d = items->device;
+    pd__begin_anew(items->net);
     for (int64_t i = 0; i < items->count; i++) {
         pd__item *item = &items->list[i];
         size_t n = (size_t)item->param->size;
@@ -13226,12 +13354,14 @@ typedef struct pd__progress {
 
 /* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "averages/K/NAME", "best/NAME", and
    "mask/NAME", which, being bytes, come last. The same list serves for writing and reading. `best`: one array per
-   parameter of the net, or NULL. While averaged values are swapped in, the true ones are written. */
+   parameter of the net, or NULL. While averaged values are swapped in, the true ones are written, and while the best
+   are, the last. */
 static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_real *const *best, bool writing) {
     pd_status status = pd__items_of_net(items, trainer->net);
     int64_t params = items->count;
     for (int64_t i = 0, k = 0; writing && trainer->averaged && i < params && k < trainer->averages_count; i++)
         if (items->list[i].param == trainer->averages[k].param) items->list[i].numbers = trainer->averages[k++].saved;
+    for (int64_t i = 0; writing && trainer->went_back && i < params; i++) items->list[i].numbers = best[i];
     for (int i = 0; i < trainer->trained_count; i++) {
         const pd__trained *t = &trainer->trained[i];
         for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++)
@@ -13242,10 +13372,9 @@ static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_
         for (int k = 0; k < PD__COUNT(av->sums) && status == PD_OK; k++)
             status = pd__items_add(items, av->param, "averages", k, av->sums[k]);
     }
-    for (int64_t i = 0; best && i < params; i++)
-        if (!best[i]) best = NULL; /* memory ran out while they were first copied */
     for (int64_t i = 0; best && i < params && status == PD_OK; i++)
-        status = pd__items_add(items, items->list[i].param, "best/", -1, best[i]);
+        status = pd__items_add(items, items->list[i].param, "best/", -1,
+                               writing && trainer->went_back ? items->list[i].param->value : best[i]);
     for (int i = 0; i < trainer->trained_count && status == PD_OK; i++)
         if (trainer->trained[i].param->mask)
             status = pd__items_add(items, trainer->trained[i].param, "mask/", -1, NULL);
@@ -13266,7 +13395,7 @@ PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
     status = pd__settle(trainer->net, trainer);
     if (status == PD_OK) status = pd_sync(trainer);
     if (status != PD_OK) return status;
-    status = pd__items_of_trainer(&items, trainer, trainer->best, true);
+    status = pd__items_of_trainer(&items, trainer, trainer->has_best ? trainer->best : NULL, true);
     if (status == PD_OK) status = pd__save_items(&items, path, trainer);
     pd__items_free(&items);
     return status;
@@ -13369,21 +13498,6 @@ static pd_status pd__match_checkpoint(pd__items *items, const pd__tensors *t) {
     return PD_OK;
 }
 
-/* Memory for the best values, one array per parameter; NULL, with a message, when out of memory. */
-static pd_real **pd__new_best(pd_net *net) {
-    pd_real **best = (pd_real **)pd__alloc(&net->allocator, net->param_count, sizeof *best);
-    int i = 0;
-    for (pd_param *p = net->first_param; best && p; p = p->next, i++) {
-        int64_t capacity = 0;
-        if (!pd__device_grow(net, &best[i], &capacity, p->size)) {
-            pd__free_best(net, best);
-            best = NULL;
-        }
-    }
-    if (!best) pd__no_memory(net, "the best values");
-    return best;
-}
-
 /* Takes everything over, `best` as well; all has been checked. */
 static pd_status pd__resume(pd_trainer *trainer, pd__items *items, const pd__tensors *t, const pd__progress *p,
                             pd_real **best) {
@@ -13394,11 +13508,14 @@ static pd_status pd__resume(pd_trainer *trainer, pd__items *items, const pd__ten
     trainer->pass_cost = p->pass_cost;
     trainer->best_cost = p->best_cost;
     trainer->averaged = false; /* the true values have been loaded */
+    trainer->went_back = false;
+    trainer->resumed = true;
     trainer->net->seed = p->seed;
     trainer->net->step = p->step;
     pd__read_updates(t, trainer, true);
     pd__free_best(trainer->net, trainer->best);
     trainer->best = best;
+    trainer->has_best = best != NULL;
     return status;
 }
 
@@ -13414,7 +13531,8 @@ static pd_status pd__checkpoint_load_file(pd_trainer *trainer, FILE *file, const
     items.net = net;
     status = pd__check_kind(&t, trainer);
     if (status == PD_OK && pd__tensors_find(&t, "best/", net->first_param->name)) {
-        best = pd__new_best(net);
+        status = pd__ready_spare(trainer);
+        if (status == PD_OK) best = pd__new_best(net);
         if (!best) status = PD_E_MEMORY;
     }
     if (status == PD_OK) status = pd__items_of_trainer(&items, trainer, best, false);
@@ -13435,6 +13553,8 @@ PD_DEF pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path) {
     if (!trainer) return PD_E_ARGUMENT;
     if (!pd__check_net(trainer->net)) return pd_error_status(trainer->net);
     if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_load: no path");
+    status = pd__check_idle(trainer, "pd_checkpoint_load");
+    if (status != PD_OK) return status;
     if (trainer->ranks > 1)
         return pd__fail(trainer->net, PD_E_UNSUPPORTED, "%.300s: no checkpoints yet with %d workers", path,
                         trainer->ranks);

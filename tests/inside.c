@@ -6,7 +6,7 @@
 
 pd_device *inside_device(pd_net *net) { return net->device; }
 bool inside_is_folded(const pd_layer *layer) { return layer->own->above_done; }
-pd_real **inside_best(pd_trainer *trainer) { return trainer->best; }
+pd_real **inside_best(pd_trainer *trainer) { return trainer->has_best ? trainer->best : NULL; }
 pd_updater *inside_local(pd_trainer *trainer) { return &trainer->local; }
 
 bool inside_winograd_fits(const pd_conv_shape *shape) { return pd__winograd_fits(shape); }

@@ -521,8 +521,9 @@ static void test_checkpoints_by_the_way(void **state) {
 
 typedef struct script {
     pd_reader reader;
-    int64_t at, fail_at;    /* sample, -1: never */
-    int resets, spoil_from; /* from this reset on the labels are wrong */
+    int64_t at, fail_at, nan_at; /* samples, -1: never */
+    int resets, spoil_from;      /* from this reset on the labels are wrong .. */
+    int trouble_from;            /* .. and from this one on come the failure and the NaN */
     pd_status reset_status;
 } script;
 
@@ -530,10 +531,13 @@ static pd_status script_next(pd_reader *r, pd_batch *batch, int64_t count) {
     script *s = (script *)r->self;
     for (; count > 0; count--, s->at++) {
         pd_real *row;
-        if (s->at == s->fail_at) return pd_reader_fail(r, PD_E_FORMAT, "data.csv:%d: expected a number", (int)s->at);
+        bool trouble = s->resets > s->trouble_from;
+        if (trouble && s->at == s->fail_at)
+            return pd_reader_fail(r, PD_E_FORMAT, "data.csv:%d: expected a number", (int)s->at);
         if (s->at >= TEST) return PD_END;
         row = pd_batch_add_row(batch, 0);
         memcpy(row, points + (TRAIN + s->at) * WIDTH, WIDTH * sizeof *row);
+        if (trouble && s->at == s->nan_at) row[1] = (pd_real)NAN;
         pd_batch_add_id(batch, 1, (labels[TRAIN + s->at] + (s->resets > s->spoil_from)) % CLASSES);
         assert_int_equal(pd_batch_end_sample(batch), PD_OK);
     }
@@ -557,7 +561,7 @@ static void write_script(script *s) {
     s->reader.self = s;
     s->reader.next = script_next;
     s->reader.reset = script_reset;
-    s->fail_at = -1;
+    s->fail_at = s->nan_at = -1;
     s->spoil_from = 1000;
 }
 
@@ -607,7 +611,8 @@ static void test_empty_readers(void **state) {
     assert_non_null(empty);
     check_status(&m, pd_train(m.trainer, empty, 2, NULL), PD_E_FORMAT);
     check_contains(pd_error(m.net), "no samples");
-    check_status(&m, pd_test(m.trainer, empty, 0, &cost), PD_OK);
+    check_status(&m, pd_test(m.trainer, empty, 0, &cost), PD_E_FORMAT);
+    assert_string_equal(pd_error(m.net), "reader array: there are no samples to test");
     assert_true(cost != cost);
     pd_reader_free(empty);
     close_model(&m);
@@ -664,6 +669,276 @@ static void test_early_stopping(void **state) {
     stop_early(&p, 4, 2);
 }
 
+/* ---- how a training ends: what is left behind, however it does ---- */
+
+enum {
+    BY_PASSES,
+    BY_PATIENCE,
+    BY_CALLBACK_IN_PASS,
+    BY_CALLBACK_AFTER_PASS,
+    BY_READER,
+    BY_NAN,
+    BY_TEST_READER,
+    BY_NAN_IN_TEST,
+    BY_CHECKPOINT,
+    ENDINGS
+};
+
+/* What was there after the last step, and at the best test. */
+typedef struct witness {
+    int ending, tests, batches;
+    uint64_t last, best;
+    double best_cost;
+    char place[250]; /* of the checkpoint */
+} witness;
+
+static int witness_event(void *user, const pd_event *event) {
+    witness *w = (witness *)user;
+    pd_net *net = pd_trainer_net(event->trainer);
+    if (event->kind != PD_BEGIN_PASS) w->last = bits_of(net);
+    if (event->kind == PD_END_PASS && event->test_cost < w->best_cost) {
+        w->best_cost = event->test_cost;
+        pd_use_average(event->trainer, true);
+        w->best = bits_of(net);
+        pd_use_average(event->trainer, false);
+    }
+    w->tests += event->kind == PD_END_PASS;
+    if (w->tests == 5 && event->kind == PD_END_PASS && w->ending == BY_CHECKPOINT) {
+        int64_t bytes = 0;
+        assert_int_equal(empty_directory(w->place, &bytes), 1);
+        assert_int_equal(rmdir(w->place), 0);
+    }
+    w->batches = event->kind == PD_END_BATCH ? w->batches + 1 : 0;
+    return w->tests == 5 && (w->ending == BY_CALLBACK_IN_PASS ? w->batches == 1 : w->ending == BY_CALLBACK_AFTER_PASS);
+}
+
+/* Trains up to 8 passes, with trouble in the sixth. The test is best after pass 3, and then becomes wrong. */
+static void check_ending(const plan *p, int ending, int patience) {
+    static const pd_status statuses[] = { PD_OK,        PD_OK,       PD_STOPPED,   PD_STOPPED, PD_E_FORMAT,
+                                          PD_E_NUMERIC, PD_E_FORMAT, PD_E_NUMERIC, PD_E_IO };
+    static const char *const messages[] = { "",
+                                            "",
+                                            "",
+                                            "",
+                                            "data.csv:9: expected a number",
+                                            "x: the input is not finite in row 1 of batch 1 of pass 5",
+                                            "data.csv:9: expected a number",
+                                            "x: the input is not finite in row 1 of batch 1 of the test",
+                                            "nowhere/file" };
+    model m, other;
+    script data, test;
+    witness w = { .ending = ending, .best_cost = HUGE_VAL };
+    pd_train_opts opts = { .batch_size = 8, .on_event = witness_event, .user = &w, .patience = patience };
+    char file[300];
+    uint64_t bits;
+    int64_t samples;
+    bool in_pass = ending == BY_CALLBACK_IN_PASS || ending == BY_READER || ending == BY_NAN;
+    open_model(&m, p);
+    open_model(&other, p);
+    write_script(&data), write_script(&test);
+    opts.test = &test.reader;
+    test.spoil_from = 3;
+    data.trouble_from = test.trouble_from = 5;
+    if (ending == BY_PATIENCE) opts.patience = 2;
+    if (ending == BY_READER) data.fail_at = 9;
+    if (ending == BY_NAN) data.nan_at = 9;
+    if (ending == BY_TEST_READER) test.fail_at = 9;
+    if (ending == BY_NAN_IN_TEST) test.nan_at = 9;
+    if (ending == BY_CHECKPOINT) { /* whose directory goes away after the fifth pass */
+        snprintf(w.place, sizeof w.place, "%s/nowhere", directory);
+        assert_int_equal(mkdir(w.place, 0700), 0);
+        snprintf(file, sizeof file, "%s/file", w.place);
+        opts.checkpoint = file;
+    }
+    check_status(&m, pd_train(m.trainer, &data.reader, 8, &opts), statuses[ending]);
+    check_contains(pd_error(m.net), messages[ending]);
+    bits = bits_of(m.net);
+    /* what is in the net, and what in a checkpoint */
+    assert_true(bits == (opts.patience ? w.best : w.last));
+    if (opts.patience) assert_true(w.best != w.last);
+    check_status(&m, pd_checkpoint_save(m.trainer, path), PD_OK);
+    check_status(&other, pd_checkpoint_load(other.trainer, path), PD_OK);
+    assert_true(bits_of(other.net) == w.last);
+    assert_true(bits_of(m.net) == bits);
+    check_status(&m, pd_save(m.net, path), PD_OK);
+    samples = ending == BY_PASSES                ? 8 * TEST
+              : ending == BY_PATIENCE            ? 5 * TEST
+              : ending == BY_CALLBACK_AFTER_PASS ? 5 * TEST
+              : ending == BY_READER              ? 5 * TEST + 9
+              : in_pass                          ? 5 * TEST + 8
+                                                 : 6 * TEST;
+    assert_int_equal(pd_trainer_samples(m.trainer), samples);
+    for (pd_param *q = pd_param_first(m.net); q; q = q->next) {
+        pd_real grad[1024];
+        if (!q->grad) continue;
+        assert_int_equal(pd_param_get_grad(q, grad, q->size), PD_OK);
+        for (int64_t i = 0; i < q->size; i++) assert_true(grad[i] == 0);
+    }
+    /* without the trouble it goes on, and sees what is left of the eight passes */
+    data.fail_at = data.nan_at = test.fail_at = test.nan_at = -1;
+    opts.patience = 0, opts.on_event = NULL, opts.checkpoint = NULL;
+    check_status(&m, pd_train(m.trainer, &data.reader, 8, &opts), PD_OK);
+    assert_int_equal(pd_trainer_samples(m.trainer), 8 * TEST);
+    close_model(&m);
+    close_model(&other);
+}
+
+static void test_endings(void **state) {
+    plan averaging = plain;
+    (void)state;
+    averaging.trainer.average_window = 0.5;
+    for (int ending = 0; ending < ENDINGS; ending++)
+        for (int patience = 0; patience <= 20; patience += 20) {
+            check_ending(&plain, ending, patience);
+            check_ending(&averaging, ending, patience);
+        }
+}
+
+/* With patience the net has the best values, a checkpoint the last; a training that goes on from it is as if it had not
+   been stopped, while this one goes on from the best. */
+static void test_best_and_last(void **state) {
+    model whole, first, second;
+    script data[3], test[3];
+    model *all[] = { &whole, &first, &second };
+    pd_train_opts opts = { .batch_size = 8, .patience = 4 };
+    diary d = { .stop_at = 5 * (TEST / 8 + 3) };
+    (void)state;
+    for (int i = 0; i < 3; i++) {
+        open_model(all[i], &plain);
+        write_script(&data[i]), write_script(&test[i]);
+        test[i].spoil_from = 3;
+    }
+    opts.test = &test[0].reader;
+    train(&whole, 20, &opts);
+    opts.test = &test[1].reader, opts.on_event = write_diary, opts.user = &d;
+    check_status(&first, pd_train(first.trainer, first.train, 20, &opts), PD_STOPPED);
+    check_status(&first, pd_checkpoint_save(first.trainer, path), PD_OK);
+    check_status(&second, pd_checkpoint_load(second.trainer, path), PD_OK);
+    opts.test = &test[1].reader, opts.on_event = NULL;
+    train(&second, 20, &opts);
+    assert_true(bits_of(whole.net) == bits_of(second.net));
+    assert_int_equal(pd_trainer_samples(whole.trainer), pd_trainer_samples(second.trainer));
+    for (int i = 0; i < 3; i++) close_model(all[i]);
+}
+
+/* Each call judges anew, from what there is; so does one that goes on with a checkpoint, but only if the training in there
+   had run out of patience. */
+static void test_judging_anew(void **state) {
+    (void)state;
+    for (int by_checkpoint = 0; by_checkpoint < 2; by_checkpoint++) {
+        model m;
+        script test;
+        best b = { .passes = 0 };
+        pd_train_opts opts = { .batch_size = BATCH, .on_event = note_bits, .user = &b, .patience = 3 };
+        uint64_t bits;
+        open_model(&m, &plain);
+        write_script(&test);
+        test.spoil_from = 4;
+        opts.test = &test.reader;
+        if (by_checkpoint) opts.checkpoint = path;
+        train(&m, 30, &opts);
+        assert_int_equal(b.passes, 7);
+        bits = bits_of(m.net);
+        assert_true(bits == b.bits[3]);
+        for (int call = 1; call <= 2; call++) {
+            if (by_checkpoint) {
+                pd_trainer_free(m.trainer);
+                m.trainer = pd_trainer_new(m.net, m.cost, plain.optimizer, NULL);
+                check_status(&m, pd_checkpoint_load(m.trainer, path), PD_OK);
+            }
+            b.passes = 0;
+            train(&m, 30, &opts);
+            assert_int_equal(b.passes, 3); /* none is better than what it began with */
+            assert_true(bits_of(m.net) == bits);
+        }
+        test.spoil_from = 1000; /* everything is better than the last test */
+        b.passes = 0;
+        opts.checkpoint = NULL;
+        train(&m, 25, &opts);
+        assert_int_equal(b.passes, 25 - 13);
+        assert_true(bits_of(m.net) != bits);
+        close_model(&m);
+    }
+}
+
+/* ---- what is in use ---- */
+
+typedef struct meddler {
+    model *m;
+    pd_batch *batch;
+    int calls;
+} meddler;
+
+/* From within pd_train: what would spoil it is refused by name, the rest works. */
+static int meddle(void *user, const pd_event *event) {
+    meddler *x = (meddler *)user;
+    model *m = x->m;
+    double cost;
+    if (event->kind == PD_END_BATCH && event->batch > 1) return 0;
+    x->calls++;
+    check_status(m, pd_train(m->trainer, m->test, 9, NULL), PD_E_STATE);
+    assert_string_equal(pd_error(m->net), "pd_train: this trainer is in use, by pd_train");
+    check_status(m, pd_train_batch(m->trainer, x->batch, NULL), PD_E_STATE);
+    check_status(m, pd_checkpoint_load(m->trainer, path), PD_E_STATE);
+    pd_trainer_free(m->trainer); /* does nothing */
+    assert_string_equal(pd_error(m->net), "pd_trainer_free: this trainer is in use, by pd_train");
+    if (event->kind == PD_END_PASS) {
+        check_status(m, pd_test(m->trainer, m->train, BATCH, &cost), PD_OK);
+    } else {
+        check_status(m, pd_test(m->trainer, m->train, BATCH, &cost), PD_E_STATE);
+        check_contains(pd_error(m->net), "pd_test: reader ");
+        check_contains(pd_error(m->net), " is in use, by pd_train in the midst of a pass");
+    }
+    check_status(m, pd_test(m->trainer, m->test, BATCH, &cost), PD_OK);
+    check_status(m, pd_checkpoint_save(m->trainer, path), PD_OK);
+    return 0;
+}
+
+static void test_in_use(void **state) {
+    model m;
+    meddler x = { &m, NULL, 0 };
+    (void)state;
+    open_model(&m, &lively);
+    x.batch = pd_batch_new(m.net);
+    assert_int_equal(m.test->next(m.test, x.batch, BATCH), PD_OK);
+    train(&m, 3, &(pd_train_opts){ .batch_size = BATCH, .on_event = meddle, .user = &x });
+    assert_int_equal(x.calls, 12);
+    assert_int_equal(pd_trainer_samples(m.trainer), 3 * TRAIN);
+    assert_true(bits_of(m.net) == bits_after(&lively, 3));
+    pd_batch_free(x.batch);
+    close_model(&m);
+}
+
+/* A step begins with gradients of 0, whatever the user's own backward or a check left. */
+static void test_left_over_gradients(void **state) {
+    uint64_t expected = 0;
+    (void)state;
+    for (int k = 0; k < 4; k++) {
+        model m;
+        pd_batch *batch;
+        pd_gradcheck checked;
+        open_model(&m, &plain);
+        batch = pd_batch_new(m.net);
+        assert_int_equal(m.test->next(m.test, batch, BATCH), PD_OK);
+        if (k == 1 || k == 3) {
+            assert_int_equal(pd_forward(m.net, batch, PD_CHECK, &m.cost, 1), PD_OK);
+            assert_int_equal(pd_backward(m.net, m.cost), PD_OK);
+        }
+        if (k == 2) assert_int_equal(pd_check_gradients(m.cost, batch, NULL, &checked), PD_OK);
+        if (k == 3) { /* a step that fails */
+            batch->slots[0].data[0] = (pd_real)NAN;
+            check_status(&m, pd_train_batch(m.trainer, batch, NULL), PD_E_NUMERIC);
+            batch->slots[0].data[0] = points[TRAIN * WIDTH];
+        }
+        check_status(&m, pd_train_batch(m.trainer, batch, NULL), PD_OK);
+        check_status(&m, pd_train_batch(m.trainer, batch, NULL), PD_OK);
+        if (k == 0) expected = bits_of(m.net);
+        if (bits_of(m.net) != expected) fail_msg("case %d: other bits", k);
+        pd_batch_free(batch);
+        close_model(&m);
+    }
+}
+
 /* Each pass in a new trainer that loads a checkpoint: the count of bad tests and the best values are not forgotten. */
 static void test_early_stopping_is_saved(void **state) {
     model first, second;
@@ -690,6 +965,9 @@ static void test_early_stopping_is_saved(void **state) {
         check_status(&second, pd_train(second.trainer, second.train, 10, &opts), PD_STOPPED);
     }
     opts.on_event = NULL;
+    pd_trainer_free(second.trainer);
+    second.trainer = pd_trainer_new(second.net, second.cost, plain.optimizer, NULL);
+    check_status(&second, pd_checkpoint_load(second.trainer, path), PD_OK);
     train(&second, 10, &opts);
     assert_int_equal(s.resets, 7);
     assert_true(bits_of(second.net) == bits_of(first.net));
@@ -1539,6 +1817,11 @@ int main(void) {
         cmocka_unit_test(test_reader_failures),
         cmocka_unit_test(test_empty_readers),
         cmocka_unit_test(test_early_stopping),
+        cmocka_unit_test(test_endings),
+        cmocka_unit_test(test_best_and_last),
+        cmocka_unit_test(test_judging_anew),
+        cmocka_unit_test(test_in_use),
+        cmocka_unit_test(test_left_over_gradients),
         cmocka_unit_test(test_early_stopping_is_saved),
         cmocka_unit_test(test_bad_data),
         cmocka_unit_test(test_bad_data_and_batch_norm),

@@ -52,7 +52,7 @@ static void use(bool checkpoint) {
     pd__items items = PD__ZERO;
     FILE *file = open_memstream(&saved, &size);
     pd_predict(output, x, 1);
-    if (pd__items_of_trainer(&items, trainer, trainer->best, true) != PD_OK) abort();
+    if (pd__items_of_trainer(&items, trainer, trainer->has_best ? trainer->best : NULL, true) != PD_OK) abort();
     if (!file || pd__write_tensors(file, &items, trainer, chunk) != 0) abort();
     pd__items_free(&items);
     fclose(file);
