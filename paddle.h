@@ -128,6 +128,10 @@
    stopped. With patience each call judges anew: what had been learned before it is tested first. Only a training that
    comes from a checkpoint goes on with the tests in there (from 0 bad ones, if it had run out of patience).
 
+   When a worker in another process is lost, the others have the best values as well. Without patience each has its own
+   share as of the last step, the rest as of that or of the one before; but the rows of sparse parameters that the lost
+   one held are lost, and then pd_save fails.
+
    Every step begins with gradients of 0. While pd_train is at work, its trainer can't be trained by another call, and
    its reader can't be tested in the midst of a pass: PD_E_STATE. A test without samples is an error, and so is one whose
    cost is not finite.
@@ -11853,6 +11857,15 @@ static void pd__go_back(pd_trainer *t) {
         pd__replace(d, p->size, t->spare, t->best[i]);
     }
     t->went_back = true;
+    t->unsettled = false; /* a test came after a sync */
+}
+
+/* Are there parameters of which other workers may hold rows? Of the others every worker has all, of the last step or the one
+   before, and need not ask those that may be gone. */
+static bool pd__has_tables(const pd_trainer *t) {
+    for (int i = 0; i < t->trained_count; i++)
+        if (t->trained[i].param->touched) return true;
+    return false;
 }
 
 static void pd__begin_anew(pd_net *net) {
@@ -12151,6 +12164,7 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
         pd_status synced = pd_sync(trainer);
         if (status == PD_OK || status == PD_STOPPED) status = synced != PD_OK ? synced : status;
     }
+    if (status != PD_OK && status != PD_STOPPED && !pd__has_tables(trainer)) trainer->unsettled = false;
     if (run.o->patience > 0 && trainer->has_best) pd__go_back(trainer);
     if (run.csv) fclose(run.csv);
     if (run.events) pd__events_close(run.events);

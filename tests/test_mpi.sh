@@ -110,6 +110,8 @@ for HOSTS in '' '-launcher fork -hosts a:1,b:1,c:1,d:1'; do
     fails 3 10 'all must make the same calls' 3 start 3 float calls norm
     fails 3 10 'rank [02].*truncate\|rank 0 has sent 8 bytes' 3 start 3 float sums mlp
     fails 3 10 'rank 1 has ended its training' 2 start 3 float leaves mlp
+    for words in mlp 'rows momentum'; do fails 3 10 '^rank' 2 start 3 float lost $words; done
+    fails 3 10 '^rank' 2 start 3 float lost mlp impatient
     fails 3 10 'rank 1 has not been heard from for 2 s' 2 start 3 float signal mlp quick
     fails 3 10 'the input is not finite in row' 3 start 3 asan fails mlp nan
 done
