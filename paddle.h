@@ -716,7 +716,8 @@ PD_API pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double in
 PD_API pd_layer *pd_maxout(pd_net *net, pd_layer *input, int64_t groups, const pd_layer_opts *opts);
 /* Zeros around the image: {channels before, after, rows before, after, columns before, after}. */
 PD_API pd_layer *pd_pad(pd_net *net, pd_layer *input, const int64_t pad[6], const pd_layer_opts *opts);
-/* Bilinear resize of each map; corners are aligned: source = out_index (in - 1) / (out - 1). */
+/* Bilinear resize of each map; corners are aligned: source = out_index (in - 1) / (out - 1), and 0 where out is 1: the
+   first row or column. */
 PD_API pd_layer *pd_resize(pd_net *net, pd_layer *input, int64_t height, int64_t width, const pd_layer_opts *opts);
 typedef struct pd_block_expand_opts {
     const char *name;
@@ -877,7 +878,8 @@ typedef enum pd_mode {
    batch must stay as it is until the matching pd_backward. In PD_PREDICT only the targets' outputs stay: layers lend
    each other memory, and a batch norm may be computed by the convolution or fc below it. */
 PD_API pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd_layer *const *targets, int count);
-/* After pd_forward of `cost` in PD_TRAIN or PD_CHECK: adds d(sum of cost)/d(parameter) to every parameter's grad. */
+/* After pd_forward of `cost`, as its only target, in PD_TRAIN or PD_CHECK: adds d(sum of cost)/d(parameter) to every
+   parameter's grad. Once for each pd_forward; PD_E_STATE otherwise. */
 PD_API pd_status pd_backward(pd_net *net, pd_layer *cost);
 /* Makes gradients exist (a trainer does it too), sets them to zero. */
 PD_API pd_status pd_zero_grads(pd_net *net);
@@ -986,6 +988,9 @@ typedef struct pd_optimizer {
     double epsilon;
 } pd_optimizer;
 
+/* The velocity v of momentum holds steps, each at the rate of its time. That of PyTorch (buf = momentum buf + g; w -= r buf)
+   holds gradients, which the rate of the moment multiplies all: there v = momentum (r / r') v - r g, r' being the rate of
+   the step before. The same while the rate stands still; v = -r buf converts one to the other. */
 PD_API pd_optimizer pd_sgd(double rate);                       /* w -= r g */
 PD_API pd_optimizer pd_momentum(double rate, double momentum); /* v = momentum v - r g; w += v (Polyak 1964) */
 PD_API pd_optimizer pd_nesterov(double rate, double momentum); /* same v; w += momentum v - r g (Sutskever 2013) */

@@ -37,7 +37,7 @@ typedef struct worker {
     int rank;
     pd_trainer *trainer;
     int64_t samples;
-    double sums[64];
+    double sums[4096];
     pd_real *merged; /* gradient rows of the share */
     int64_t *rows, row_count;
     pd_status status; /* of pd_train */
@@ -152,8 +152,8 @@ static pd_status worker_sync(pd_updater *u) {
 
 static pd_status worker_reduce(pd_updater *u, double *sums, int64_t count) {
     worker *w = (worker *)u->self;
-    for (int64_t first = 0; first < count; first += 64) {
-        int64_t n = smaller(64, count - first);
+    for (int64_t first = 0; first < count; first += 4096) {
+        int64_t n = smaller(4096, count - first);
         memcpy(w->sums, sums + first, (size_t)n * sizeof *sums);
         meet();
         for (int64_t i = 0; i < n; i++) sums[first + i] = workers[0].sums[i] + workers[1].sums[i];
@@ -194,6 +194,12 @@ static void *work(void *argument) {
     return NULL;
 }
 
+/* One whose sums are added, and one that merges them by its own means. */
+static void add_evaluators(pd_net *net, pd_layer *output) {
+    pd_eval_error(net, output, pd_layer_find(net, "label"), NULL);
+    pd_eval_auc(net, pd_slice(net, output, 0, 1, NULL), pd_slice(net, pd_layer_find(net, "x"), 0, 1, NULL), NULL);
+}
+
 /* Worker 1 has `short_by` samples less than worker 0 (at batches' borders). */
 static void train_workers(int kind, int64_t short_by) {
     pthread_t threads[WORKERS];
@@ -208,7 +214,7 @@ static void train_workers(int kind, int64_t short_by) {
         w->rows = (int64_t *)calloc(WORDS, sizeof *w->rows);
         w->net = pd_net_new(&(pd_net_opts){ .seed = 4, .threads = 1 });
         w->cost = build(w->net, kind < 2, &w->output);
-        pd_eval_error(w->net, w->output, pd_layer_find(w->net, "label"), NULL);
+        add_evaluators(w->net, w->output);
         pd_trainer_opts opts = options_of[kind];
         opts.updater = &w->updater;
         w->trainer = pd_trainer_new(w->net, w->cost, optimizer_of(kind), &opts);
@@ -236,6 +242,8 @@ static void free_workers(void) {
     pthread_barrier_destroy(&meeting);
 }
 
+static double auc_of(const worker *w) { return pd_evaluator_value(pd_evaluator_first(w->net)->next, 0); }
+
 /* The same by one net, with the samples that both workers have. */
 static void check_against_one(int kind, int64_t short_by) {
     pd_net *net = pd_net_new(&(pd_net_opts){ .seed = 4 });
@@ -243,8 +251,10 @@ static void check_against_one(int kind, int64_t short_by) {
     pd_trainer *t = pd_trainer_new(net, cost, optimizer_of(kind), &options_of[kind]);
     pd_reader *reader = open_reader(net, SAMPLES);
     pd_batch *all = pd_batch_new(net), *part = pd_batch_new(net);
-    pd_evaluator *error = pd_eval_error(net, output, pd_layer_find(net, "label"), NULL);
+    pd_evaluator *error, *auc;
     double test_cost;
+    add_evaluators(net, output);
+    error = pd_evaluator_first(net), auc = error->next;
     for (int64_t pass = 0; pass < 2; pass++) {
         assert_int_equal(reader->reset(reader, pass), PD_OK);
         for (int64_t at = 0; at < SAMPLES; at += BATCH) {
@@ -263,6 +273,8 @@ static void check_against_one(int kind, int64_t short_by) {
         assert_int_equal(pd_trainer_samples(workers[k].trainer), pd_trainer_samples(t));
         check_near(workers[k].test_cost, test_cost, sizeof(pd_real) == 8 ? 1e-11 : 1e-4, "test cost");
         assert_true(pd_evaluator_value(pd_evaluator_first(workers[k].net), 0) == pd_evaluator_value(error, 0));
+        check_near(auc_of(&workers[k]), pd_evaluator_value(auc, 0), 1e-3, "auc"); /* scores differ by rounding */
+        assert_true(auc_of(&workers[k]) == auc_of(&workers[0]));
         for (pd_param *p = pd_param_first(workers[k].net), *q = pd_param_first(net); p; p = p->next, q = q->next)
             for (int64_t i = 0; i < p->size; i++)
                 check_near((double)p->value[i], (double)q->value[i], sizeof(pd_real) == 8 ? 1e-11 : 2e-4, p->name);
