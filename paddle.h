@@ -556,8 +556,10 @@ PD_API size_t pd_memory(const pd_net *net);
 PD_API pd_layer *pd_image(pd_net *net, const char *name, int64_t channels, int64_t height, int64_t width);
 PD_API pd_layer *pd_vector(pd_net *net, const char *name, int64_t size);
 PD_API pd_layer *pd_label(pd_net *net, const char *name, int64_t classes); /* ids 0 .. classes - 1 */
-PD_API pd_layer *pd_ids(pd_net *net, const char *name, int64_t count);     /* the same, for words and the like */
-/* Vectors of `size` numbers of which few are not zero, given as pairs of column and number; for pd_fc. */
+/* The same, for words, queries and the like. `count` may be up to INT64_MAX, for ids that are only compared. */
+PD_API pd_layer *pd_ids(pd_net *net, const char *name, int64_t count);
+/* Vectors of `size` numbers, up to INT64_MAX, of which few are not zero, given as pairs of column and number; for
+   pd_fc. */
 PD_API pd_layer *pd_sparse(pd_net *net, const char *name, int64_t size);
 /* Makes an input carry sequences: each sample is any number of rows. Returns `input`. */
 PD_API pd_layer *pd_sequence(pd_layer *input);
@@ -1363,7 +1365,9 @@ struct pd_reader {
 /* All constructors return NULL, with the message in the net, when something is wrong; trainers take such a NULL and
    report it, as pd_train does when it has no test reader and some reader has failed since the last pd_clear_error. Free
    with pd_reader_free, before the net. Paths: a file; "-" for stdin (CSV, LibSVM); or "@list", a text
-   file with one path per line. Files are read piece by piece and may be larger than memory. */
+   file with one path per line. Files are read piece by piece and may be larger than memory.
+   Ids and labels, and LibSVM's indices and queries, are whole numbers and are read as such, never rounded: of up to 64
+   bits, also when written as 3.0 or 1e3, or stored as a float that is whole. Others are an error. */
 typedef struct pd_reader_opts {
     const char *order;    /* CSV: names of inputs in the order of their columns, "-" for a column to leave out,
                              e.g. "label,-,pixels"; default: the order of the net's inputs */
@@ -3768,10 +3772,11 @@ static bool pd__layer_learns(const pd_layer *l) {
     return false;
 }
 
-/* The numbers in a row of this shape; false when there are too many. */
+#define PD__ROW_MAX (INT64_MAX / 64) /* numbers in a row */
+
+/* The numbers in a row of this shape; false when they can't be counted. */
 static bool pd__row_size(pd_shape s, int64_t *size) {
-    return pd__multiply_sizes(s.channels, s.height, size) && pd__multiply_sizes(*size, s.width, size) &&
-           *size <= INT64_MAX / 64;
+    return pd__multiply_sizes(s.channels, s.height, size) && pd__multiply_sizes(*size, s.width, size);
 }
 
 /* What setup must have left behind. */
@@ -3779,7 +3784,7 @@ static pd_status pd__check_setup(pd_layer *l) {
     int64_t width;
     if (l->shape.channels < 1 || l->shape.height < 1 || l->shape.width < 1)
         return pd_layer_fail(l, PD_E_SHAPE, "output would have the empty shape %s", pd_shape_text(l, l->shape));
-    if (!pd__row_size(l->shape, &width))
+    if (!pd__row_size(l->shape, &width) || (!l->is_ids && width > PD__ROW_MAX)) /* ids may be any number */
         return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
     if ((unsigned)l->act >= PD_ACT_COUNT) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown activation %d", (int)l->act);
     if (l->act != PD_LINEAR && l->is_ids) return pd_layer_fail(l, PD_E_ARGUMENT, "ids take no activation");
@@ -4751,9 +4756,10 @@ static pd_status pd__tensor_to_host(pd_layer *l, int which, bool grad) {
     pd_device *d = l->net->device;
     pd__store *store = &l->own->store[which];
     pd_tensor *t = pd__tensor_of(l, which);
-    int64_t n = l->out.rows * l->out.width;
+    int64_t n;
     grad = grad && t->grad;
     if (store->at_host || !t->data) return PD_OK;
+    n = l->out.rows * l->out.width; /* ids have a width too, which may be huge */
     if (!pd__host_numbers(l, which)) return l->net->failure.status;
     if (!pd__grow(&l->net->allocator, (void **)&store->host_grad, &store->host_grad_capacity, grad ? pd__max(n, 1) : 0,
                   sizeof(pd_real)))
@@ -4769,8 +4775,9 @@ static void pd__tensor_to_device(pd_layer *l, int which, bool data, bool grad) {
     pd_device *d = l->net->device;
     pd__store *store = &l->own->store[which];
     pd_tensor *t = pd__tensor_of(l, which);
-    size_t bytes = (size_t)(l->out.rows * l->out.width) * sizeof(pd_real);
+    size_t bytes;
     if (!store->at_host) return;
+    bytes = (size_t)(l->out.rows * l->out.width) * sizeof(pd_real);
     store->at_host = false;
     if (data && bytes) d->upload(d, store->data, store->host_data, bytes);
     if (grad && t->grad && bytes) d->upload(d, store->grad, store->host_grad, bytes);
@@ -7904,10 +7911,10 @@ static pd_status pd__pnpair_setup(pd_evaluator *e) {
 static void pd__pnpair_row(pd_evaluator *e, const pd_tensor *const *inputs, int64_t first, int64_t i) {
     const pd_tensor *score = inputs[0], *label = inputs[1], *query = inputs[3];
     for (int64_t j = first; j < i; j++) {
-        double by_label = pd__number(label, i) - pd__number(label, j);
-        double by_score = (double)score->data[i] - (double)score->data[j];
-        int kind = score->data[i] == score->data[j] ? 2 : (by_label > 0) == (by_score > 0) ? 0 : 1;
-        if (by_label != 0 && (!query || query->ids[i] == query->ids[j]))
+        bool above = label->ids ? label->ids[i] > label->ids[j] : label->data[i] > label->data[j];
+        bool below = label->ids ? label->ids[i] < label->ids[j] : label->data[i] < label->data[j];
+        int kind = score->data[i] == score->data[j] ? 2 : above == (score->data[i] > score->data[j]) ? 0 : 1;
+        if (above != below && (!query || query->ids[i] == query->ids[j]))
             e->sums[kind] += pd__row_weight(inputs[2], i) * pd__row_weight(inputs[2], j);
     }
 }
@@ -9342,18 +9349,25 @@ static bool pd__is_not_finite(const char *text, const char *end) {
     return false;
 }
 
-/* Reads the decimal number that fills the text: [+-] digits [. digits] [e [+-] digits]. PD_E_FORMAT: it isn't one;
-   PD_E_NUMERIC: nan or infinity. A number of up to 15 digits or so is one exact product or quotient of doubles, hence
-   rounded right (Clinger 1990); the others go through strtod. */
-static pd_status pd__parse_number(const char *text, const char *end, double *value) {
-    static const double powers[] = { 1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
-                                     1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22 };
-    bool negative = text < end && *text == '-', point = false;
-    const char *first, *at;
+/* A decimal number as it is written: [+-] digits [. digits] [e [+-] digits]. */
+typedef struct pd__decimal {
+    const char *first, *end; /* the digits, with the point if there is one */
+    bool negative;
+    int64_t whole, fraction; /* digits in front of the point and behind it */
+    int64_t exponent;
+    uint64_t mantissa; /* of all digits; not all of it if that is beyond 2^60 */
+} pd__decimal;
+
+/* Takes the decimal number that fills the text to pieces. PD_E_FORMAT: it isn't one; PD_E_NUMERIC: nan or infinity. */
+static pd_status pd__scan_decimal(const char *text, const char *end, pd__decimal *d) {
+    bool point = false;
+    const char *at;
     uint64_t mantissa = 0;
-    int64_t exponent = 0, fraction = 0, digits = 0;
+    int64_t fraction = 0, digits = 0;
+    d->exponent = 0;
+    d->negative = text < end && *text == '-';
     if (text < end && (*text == '-' || *text == '+')) text++;
-    for (first = at = text; at < end; at++) {
+    for (d->first = at = text; at < end; at++) {
         if (*at == '.' && !point) {
             point = true;
             continue;
@@ -9363,44 +9377,102 @@ static pd_status pd__parse_number(const char *text, const char *end, double *val
         fraction += point;
         digits++;
     }
+    d->end = at;
+    d->mantissa = mantissa;
+    d->fraction = fraction;
+    d->whole = digits - fraction;
     if (digits == 0) return pd__is_not_finite(text, end) ? PD_E_NUMERIC : PD_E_FORMAT;
-    if (at < end && ((*at | 32) != 'e' || !pd__exponent(at + 1, end, &exponent))) return PD_E_FORMAT;
-    fraction -= exponent;
-    if (mantissa == 0) *value = 0;
-    else if (mantissa <= UINT64_C(1) << 53 && fraction >= 0 && fraction <= 22)
-        *value = (double)mantissa / powers[fraction];
-    else if (mantissa <= UINT64_C(1) << 53 && fraction < 0 && fraction >= -22)
-        *value = (double)mantissa * powers[-fraction];
-    else *value = pd__slow_number(first, at, exponent);
-    if (negative) *value = -*value;
-    return *value >= -DBL_MAX && *value <= DBL_MAX ? PD_OK : PD_E_NUMERIC;
+    return at == end || ((*at | 32) == 'e' && pd__exponent(at + 1, end, &d->exponent)) ? PD_OK : PD_E_FORMAT;
 }
 
-/* The same with a message. */
-static pd_status pd__read_number(pd_reader *r, const char *text, const char *end, double *value) {
+/* The number that fills the text; PD_E_NUMERIC also when it is beyond a double. One of up to 15 digits or so is one
+   exact product or quotient of doubles, hence rounded right (Clinger 1990); the others go through strtod. */
+static pd_status pd__parse_number(const char *text, const char *end, double *value) {
+    static const double powers[] = { 1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
+                                     1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22 };
+    pd__decimal d;
+    pd_status status = pd__scan_decimal(text, end, &d);
+    int64_t exponent = d.exponent - d.fraction;
+    if (status != PD_OK) return status;
+    if (d.mantissa == 0) *value = 0;
+    else if (d.mantissa <= UINT64_C(1) << 53 && exponent <= 0 && exponent >= -22)
+        *value = (double)d.mantissa / powers[-exponent];
+    else if (d.mantissa <= UINT64_C(1) << 53 && exponent > 0 && exponent <= 22)
+        *value = (double)d.mantissa * powers[exponent];
+    else *value = pd__slow_number(d.first, d.end, d.exponent);
+    if (d.negative) *value = -*value;
+    return pd__finite(*value) ? PD_OK : PD_E_NUMERIC;
+}
+
+/* A whole number of up to 64 bits beside its sign. Zero has none. */
+typedef struct pd__whole {
+    uint64_t magnitude;
+    bool negative;
+} pd__whole;
+
+static bool pd__same_whole(pd__whole a, pd__whole b) { return a.magnitude == b.magnitude && a.negative == b.negative; }
+
+/* 10 x + digit; false when that is beyond 64 bits. */
+static bool pd__append_digit(uint64_t *x, unsigned digit) {
+    if (*x > (UINT64_MAX - digit) / 10) return false;
+    *x = 10 * *x + digit;
+    return true;
+}
+
+/* The whole number that a decimal number is. PD_E_FORMAT: it is none; PD_E_NUMERIC: it is beyond 64 bits. */
+static pd_status pd__decimal_whole(const pd__decimal *d, pd__whole *value) {
+    int64_t left = d->whole + d->exponent; /* digits, those that are not written too, in front of the point */
+    bool fits = true;
+    value->magnitude = 0;
+    for (const char *at = d->first; at < d->end; at++) {
+        if (*at == '.') continue;
+        if (left-- > 0) fits = fits && pd__append_digit(&value->magnitude, (unsigned)(*at - '0'));
+        else if (*at != '0') return PD_E_FORMAT;
+    }
+    while (fits && left-- > 0 && value->magnitude > 0) fits = pd__append_digit(&value->magnitude, 0);
+    value->negative = d->negative && value->magnitude > 0;
+    return fits ? PD_OK : PD_E_NUMERIC;
+}
+
+/* Says what is wrong with a text that is no finite number. */
+static pd_status pd__number_failed(pd_reader *r, pd_status status, const char *text, const char *end) {
     int shown = (int)pd__min(end - text, 60);
-    pd_status status = pd__parse_number(text, end, value);
     if (text == end) return pd_reader_fail(r, PD_E_FORMAT, "empty, expected a number");
-    if (status == PD_E_FORMAT) return pd_reader_fail(r, status, "\"%.*s\" is not a number", shown, text);
-    if (status == PD_E_NUMERIC) return pd_reader_fail(r, status, "\"%.*s\" is not a finite number", shown, text);
-    return PD_OK;
+    return pd_reader_fail(r, status, "\"%.*s\" is not a %snumber", shown, text, status == PD_E_FORMAT ? "" : "finite ");
+}
+
+/* pd__parse_number with a message. */
+static pd_status pd__read_number(pd_reader *r, const char *text, const char *end, double *value) {
+    pd_status status = pd__parse_number(text, end, value);
+    return status == PD_OK ? PD_OK : pd__number_failed(r, status, text, end);
+}
+
+/* The same for a whole number. */
+static pd_status pd__read_whole(pd_reader *r, const char *text, const char *end, pd__whole *value) {
+    int shown = (int)pd__min(end - text, 60);
+    pd__decimal d;
+    pd_status status = pd__scan_decimal(text, end, &d);
+    if (status != PD_OK) return pd__number_failed(r, status, text, end);
+    status = pd__decimal_whole(&d, value);
+    if (status == PD_OK) return PD_OK;
+    return pd_reader_fail(r, PD_E_FORMAT, "\"%.*s\" is %s", shown, text,
+                          status == PD_E_FORMAT ? "not a whole number" : "beyond 64 bits");
 }
 
 /* What an input gets for the number x of the data. */
 static pd_status pd__scale_number(pd__source *s, double x, pd_real *to) {
-    const double largest = sizeof(pd_real) == sizeof(double) ? DBL_MAX : (double)FLT_MAX;
     double y = x * s->opts.scale + s->opts.shift;
-    if (!(fabs(y) <= largest))
-        return pd_reader_fail(&s->reader, PD_E_NUMERIC, "%g is not a finite number of this build", y);
-    *to = (pd_real)y;
-    return PD_OK;
+    *to = (pd_real)y; /* what is just above the largest number may still be rounded to it */
+    if (pd__finite((double)*to)) return PD_OK;
+    return pd_reader_fail(&s->reader, PD_E_NUMERIC, "%g is not a finite number of this build", y);
 }
 
-static pd_status pd__add_id(pd__source *s, pd_batch *batch, int slot, double x) {
+static pd_status pd__add_id(pd__source *s, pd_batch *batch, int slot, pd__whole x) {
     int64_t ids = s->model->slots[slot].width;
-    if (!(x >= 0 && x < (double)ids) || x != floor(x))
-        return pd_reader_fail(&s->reader, PD_E_FORMAT, "%.15g is not an id of 0 to %lld", x, (long long)ids - 1);
-    if (pd_batch_add_id(batch, slot, (int64_t)x) != PD_OK) return pd__reader_batch_failed(&s->reader, batch);
+    if (x.negative || x.magnitude >= (uint64_t)ids)
+        return pd_reader_fail(&s->reader, PD_E_FORMAT, "%s%llu is not an id of 0 to %lld", x.negative ? "-" : "",
+                              (unsigned long long)x.magnitude, (long long)ids - 1);
+    if (pd_batch_add_id(batch, slot, (int64_t)x.magnitude) != PD_OK) return pd__reader_batch_failed(&s->reader, batch);
     return PD_OK;
 }
 
@@ -9802,11 +9874,14 @@ static pd_status pd__csv_fail(pd__csv *c, int64_t column, const char *name) {
 /* Takes one number off the line, into *row or, if that is NULL, as an id. */
 static pd_status pd__csv_value(pd__csv *c, pd__fields *f, pd_batch *batch, int slot, pd_real *row) {
     const char *text, *end;
-    double x = 0;
-    pd_status status = PD_E_FORMAT;
-    if (pd__next_field(f, &text, &end)) status = pd__read_number(&c->source.reader, text, end, &x);
+    pd_reader *r = &c->source.reader;
+    pd__whole id;
+    double x;
+    pd_status status;
+    if (!pd__next_field(f, &text, &end)) return PD_E_FORMAT;
+    status = row ? pd__read_number(r, text, end, &x) : pd__read_whole(r, text, end, &id);
     if (status != PD_OK) return status;
-    return row ? pd__scale_number(&c->source, x, row) : pd__add_id(&c->source, batch, slot, x);
+    return row ? pd__scale_number(&c->source, x, row) : pd__add_id(&c->source, batch, slot, id);
 }
 
 static pd_status pd__csv_read(pd__source *s, pd_batch *batch) {
@@ -9934,11 +10009,11 @@ PD_DEF pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_o
 typedef struct pd__libsvm {
     pd__source source;
     pd__lines lines;
-    int x, y;       /* slots of the vector and of the label */
-    bool queries;   /* the inputs carry sequences: lines of one query are a sample */
-    double query;   /* of the sample read last */
-    bool bad_query; /* .. of which lines may still have to be passed over */
-    bool pending;   /* lines.line has been read, but not used */
+    int x, y;        /* slots of the vector and of the label */
+    bool queries;    /* the inputs carry sequences: lines of one query are a sample */
+    pd__whole query; /* of the sample read last */
+    bool bad_query;  /* .. of which lines may still have to be passed over */
+    bool pending;    /* lines.line has been read, but not used */
 } pd__libsvm;
 
 /* Takes what stands up to the next blank; false when the line is over. */
@@ -9968,26 +10043,31 @@ static pd_status pd__libsvm_line(pd__libsvm *c) {
 }
 
 /* What stands behind "qid:", the line's second word; PD_END when it is another. */
-static pd_status pd__libsvm_query(pd__libsvm *c, double *query) {
+static pd_status pd__libsvm_query(pd__libsvm *c, pd__whole *query) {
     pd__fields f = pd__lines_fields(&c->lines, ' ');
     const char *text, *end;
     pd_status status;
     pd__next_token(&f, &text, &end);
     if (!pd__next_token(&f, &text, &end) || end - text < 4 || memcmp(text, "qid:", 4) != 0) return PD_END;
-    status = pd__read_number(&c->source.reader, text + 4, end, query);
+    status = pd__read_whole(&c->source.reader, text + 4, end, query);
     return status == PD_OK ? PD_OK : pd__locate(&c->source.reader, "qid");
 }
 
 static pd_status pd__libsvm_label(pd__libsvm *c, pd_batch *batch, const char *text, const char *end) {
     pd__source *s = &c->source;
     const pd_slot *slot = &s->model->slots[c->y];
-    double y;
-    pd_status status = pd__read_number(&s->reader, text, end, &y);
-    if (status == PD_OK && slot->kind == PD_SLOT_IDS) {
-        status = pd__add_id(s, batch, c->y, y == -1 && slot->width == 2 ? 0 : y);
-    } else if (status == PD_OK) {
-        pd_real *row = pd__add_row(s, batch, c->y);
-        status = row ? pd__scale_number(s, y, row) : PD_E_MEMORY;
+    pd_status status;
+    if (slot->kind == PD_SLOT_IDS) {
+        pd__whole id;
+        status = pd__read_whole(&s->reader, text, end, &id);
+        if (status == PD_OK && slot->width == 2 && id.negative && id.magnitude == 1) memset(&id, 0, sizeof id);
+        if (status == PD_OK) status = pd__add_id(s, batch, c->y, id);
+    } else {
+        double y;
+        pd_real *row;
+        status = pd__read_number(&s->reader, text, end, &y);
+        row = status == PD_OK ? pd__add_row(s, batch, c->y) : NULL;
+        if (status == PD_OK) status = row ? pd__scale_number(s, y, row) : PD_E_MEMORY;
     }
     return status == PD_OK ? PD_OK : pd__locate(&s->reader, "label");
 }
@@ -10038,17 +10118,19 @@ static pd_status pd__libsvm_pair(pd__libsvm *c, const char *text, const char *en
     pd_reader *r = &c->source.reader;
     int64_t width = c->source.model->slots[c->x].width;
     const char *colon = (const char *)memchr(text, ':', (size_t)(end - text));
-    double index, value;
+    pd__whole index;
+    double value;
     pd_status status;
     if (!colon)
         return pd_reader_fail(r, PD_E_FORMAT, "\"%.*s\", expected index:value", (int)pd__min(end - text, 60), text);
-    status = pd__read_number(r, text, colon, &index);
+    status = pd__read_whole(r, text, colon, &index);
     if (status != PD_OK) return pd__locate(r, "index");
-    if (!(index > (double)*last && index <= (double)width) || index != floor(index))
+    if (index.negative || index.magnitude <= (uint64_t)*last || index.magnitude > (uint64_t)width)
         return pd_reader_fail(r, PD_E_FORMAT,
-                              "index %.15g, expected %lld to %lld: they rise, and the input has that width", index,
-                              (long long)*last + 1, (long long)width);
-    *last = (int64_t)index;
+                              "index %s%llu, expected %llu to %lld: they rise, and the input has that width",
+                              index.negative ? "-" : "", (unsigned long long)index.magnitude,
+                              (unsigned long long)*last + 1, (long long)width);
+    *last = (int64_t)index.magnitude;
     to = pd__libsvm_place(row, *last - 1);
     if (!to) return pd__reader_no_memory(r, "a row");
     status = pd__read_number(r, colon + 1, end, &value);
@@ -10061,7 +10143,7 @@ static pd_status pd__libsvm_parse(pd__libsvm *c, pd_batch *batch) {
     pd__source *s = &c->source;
     pd__fields f = pd__lines_fields(&c->lines, ' ');
     const char *text, *end;
-    double query;
+    pd__whole query;
     int64_t last = 0;
     pd__libsvm_row row;
     pd_status status = pd__libsvm_query(c, &query);
@@ -10080,13 +10162,13 @@ static pd_status pd__libsvm_parse(pd__libsvm *c, pd_batch *batch) {
 /* Goes to the first line of the next sample, past what is left of a bad query. */
 static pd_status pd__libsvm_begin(pd__libsvm *c) {
     for (;;) {
-        double query;
+        pd__whole query;
         pd_status status = pd__libsvm_line(c);
         if (status != PD_OK || !c->queries) return status;
         status = pd__libsvm_query(c, &query);
         if (status == PD_END) status = pd_reader_fail(&c->source.reader, PD_E_FORMAT, "no qid behind the label");
         if (status != PD_OK) return pd__lines_locate(&c->lines);
-        if (c->bad_query && query == c->query) continue;
+        if (c->bad_query && pd__same_whole(query, c->query)) continue;
         c->bad_query = false;
         c->query = query;
         return PD_OK;
@@ -10095,11 +10177,11 @@ static pd_status pd__libsvm_begin(pd__libsvm *c) {
 
 /* Goes to the next line of the same query; PD_END when there is none. */
 static pd_status pd__libsvm_more(pd__libsvm *c) {
-    double query;
+    pd__whole query;
     pd_status status = c->queries ? pd__libsvm_line(c) : PD_END;
     if (status != PD_OK) return status;
     status = pd__libsvm_query(c, &query);
-    if (status == PD_OK && query == c->query) return PD_OK;
+    if (status == PD_OK && pd__same_whole(query, c->query)) return PD_OK;
     c->pending = true;
     return PD_END;
 }
@@ -10205,20 +10287,47 @@ typedef struct pd__blocks {
     pd_status (*header)(pd_reader *r, FILE *file, const char *path, pd__block *block, int64_t *row);
 } pd__blocks;
 
+static uint64_t pd__load_bits(pd__layout layout, const unsigned char *from) {
+    uint64_t bits = 0;
+    if (!layout.big) return pd__load_le(from, layout.size);
+    for (int i = 0; i < layout.size; i++) bits = bits << 8 | from[i];
+    return bits;
+}
+
+/* One number at `from`, of a kind other than 'f'. */
+static pd__whole pd__load_whole(pd__layout layout, const unsigned char *from) {
+    uint64_t bits = pd__load_bits(layout, from), sign = (uint64_t)1 << (8 * layout.size - 1);
+    pd__whole x;
+    x.negative = layout.kind == 'i' && (bits & sign);
+    x.magnitude = layout.kind == 'b' ? bits != 0 : x.negative ? (~bits & (sign - 1)) + 1 : bits;
+    return x;
+}
+
 /* One number at `from`, as double. */
 static double pd__load_number(pd__layout layout, const unsigned char *from) {
-    uint64_t bits = 0, sign = (uint64_t)1 << (8 * layout.size - 1);
-    if (layout.big)
-        for (int i = 0; i < layout.size; i++) bits = bits << 8 | from[i];
-    else bits = pd__load_le(from, layout.size);
-    switch (layout.kind) {
-    case 'f':
+    uint64_t bits;
+    pd__whole x;
+    if (layout.kind == 'f') {
+        bits = pd__load_bits(layout, from);
         if (layout.size == 8) return pd__double_from_bits(bits);
         return layout.size == 4 ? pd__float_from_bits((uint32_t)bits) : pd__half_from_bits((uint32_t)bits);
-    case 'i': return bits & sign ? -(double)((~bits & (sign - 1)) + 1) : (double)bits;
-    case 'b': return bits != 0;
-    default: return (double)bits;
     }
+    x = pd__load_whole(layout, from);
+    return x.negative ? -(double)x.magnitude : (double)x.magnitude;
+}
+
+/* Adds the number at `from` as an id. */
+static pd_status pd__load_id(pd__source *s, pd_batch *batch, int slot, pd__layout layout, const unsigned char *from) {
+    pd__whole id;
+    double x;
+    if (layout.kind != 'f') return pd__add_id(s, batch, slot, pd__load_whole(layout, from));
+    x = pd__load_number(layout, from);
+    if (x != floor(x) || fabs(x) >= 18446744073709551616.0)
+        return pd_reader_fail(&s->reader, PD_E_FORMAT, "%.15g is not an id of 0 to %lld", x,
+                              (long long)s->model->slots[slot].width - 1);
+    id.negative = x < 0;
+    id.magnitude = (uint64_t)fabs(x);
+    return pd__add_id(s, batch, slot, id);
 }
 
 static const char *pd__column_path(const pd__column *c) { return c->paths.list[c->block]; }
@@ -10267,8 +10376,9 @@ static pd_status pd__column_read(pd__source *s, pd__column *c, pd_batch *batch, 
             return pd__column_locate(r, c, s->at, i);
         }
         for (size_t k = 0; k < n; k++) {
-            double x = pd__load_number(layout, bytes + k * (size_t)layout.size);
-            pd_status status = row ? pd__scale_number(s, x, &row[i + (int64_t)k]) : pd__add_id(s, batch, slot, x);
+            const unsigned char *from = bytes + k * (size_t)layout.size;
+            pd_status status = row ? pd__scale_number(s, pd__load_number(layout, from), &row[i + (int64_t)k])
+                                   : pd__load_id(s, batch, slot, layout, from);
             if (status != PD_OK) return pd__column_locate(r, c, s->at, i + (int64_t)k);
         }
     }
@@ -10419,7 +10529,7 @@ static pd_status pd__idx_header(pd_reader *r, FILE *file, const char *path, pd__
     for (int i = 0; i < magic[3]; i++) {
         status = pd__header_bytes(r, file, path, dim, 4, &b->offset);
         if (status != PD_OK) return status;
-        if (!pd__add_dim(b, i, (int64_t)pd__load_number(dim_layout, dim), row))
+        if (!pd__add_dim(b, i, (int64_t)pd__load_bits(dim_layout, dim), row))
             return pd_reader_fail(r, PD_E_FORMAT, "%.200s: offset 4: the product of the dims is too large", path);
     }
     return PD_OK;

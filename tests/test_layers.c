@@ -2415,7 +2415,8 @@ static void test_huge_sizes(void **state) {
     (void)state;
     REFUSED("i: output ", pd_image(the.net, "i", HUGE_SIZE, HUGE_SIZE, HUGE_SIZE));
     REFUSED("v: output ", pd_vector(the.net, "v", HUGE_SIZE));
-    REFUSED("l: ", pd_label(the.net, "l", HUGE_SIZE));
+    REFUSED("embedding1: ", pd_embedding(the.net, pd_ids(the.net, "w", HUGE_SIZE), 3, NULL)); /* the ids alone may be */
+    REFUSED("fc1: ", pd_fc(the.net, pd_sparse(the.net, "s", HUGE_SIZE), 3, NULL));
     REFUSED("fc1: ", pd_fc(the.net, the.vec, HUGE_SIZE, NULL));
     REFUSED("fc1: ", pd_fc(the.net, the.one, HUGE_SIZE, NULL));
     REFUSED("fc1: ", pd_fc(the.net, huge_vector(57), 3, NULL));

@@ -468,10 +468,13 @@ static void test_csv_malformed(void **state) {
     expect_csv("\n1,2,3,4\n", NULL, "! data.csv:2: column 4 (label): 4 is not an id of 0 to 3\n");
     expect_csv("\n1,2,3,-1\n1,2,3,1.5\n", NULL,
                "! data.csv:2: column 4 (label): -1 is not an id of 0 to 3\n"
-               "! data.csv:3: column 4 (label): 1.5 is not an id of 0 to 3\n");
+               "! data.csv:3: column 4 (label): \"1.5\" is not a whole number\n");
     expect_csv("\n1,a\tb\rc,3,1\n", NULL, "! data.csv:2: column 2 (x): \"a?b?c\" is not a number\n");
     if (sizeof(pd_real) == sizeof(float))
         expect_csv("\n1,1e39,3,1\n", NULL, "! data.csv:2: column 2 (x): 1e+39 is not a finite number of this build\n");
+    else expect_csv("\n1,1e160,-1e308,1\n", NULL, "1 1e+160 -1e+308|1\n");
+    expect_csv("3.4028235e38,-3.4028235e38,3,1\n", NULL, /* FLT_MAX, rounded up */
+               "3.40282e+38 -3.40282e+38 3|1\n");
 }
 
 static void expect_csv_refused(const pd_reader_opts *o, pd_status status, const char *message) {
@@ -1163,6 +1166,168 @@ static void test_npy_malformed(void **state) {
     pd_net_free(net);
 }
 
+/* ---- whole numbers, which double can't hold all of ---- */
+
+/* Written as text, and what comes of it among as many ids as can be. */
+static const struct {
+    const char *text, *expected;
+} wholes[] = {
+    { "9007199254740993", "9007199254740993" },
+    { "72048431380967005", "72048431380967005" },
+    { "+9223372036854775806", "9223372036854775806" },
+    { "9007199254740993.000", "9007199254740993" },
+    { "0.9007199254740993e16", "9007199254740993" },
+    { "90071992547409930000000000000000000000e-22", "9007199254740993" },
+    { "9007199254740993e2", "900719925474099300" },
+    { "000000000000000000000000000000009007199254740993", "9007199254740993" },
+    { "3.0", "3" },
+    { "1e3", "1000" },
+    { "-0", "0" },
+    { "0e99999999999999999999", "0" },
+    { "0.0e-5", "0" },
+    { "9223372036854775807", "! 9223372036854775807 is not an id of 0 to 9223372036854775806" },
+    { "18446744073709551615", "! 18446744073709551615 is not an id" },
+    { "-18446744073709551615", "! -18446744073709551615 is not an id" },
+    { "-1", "! -1 is not an id of 0 to 9223372036854775806" },
+    { "18446744073709551616", "! \"18446744073709551616\" is beyond 64 bits" },
+    { "1e19e", "! \"1e19e\" is not a number" },
+    { "1e20", "! \"1e20\" is beyond 64 bits" },
+    { "99999999999999999999999999999999999999999", "is beyond 64 bits" },
+    { "1e999999999999999999999", "! \"1e999999999999999999999\" is beyond 64 bits" },
+    { "9007199254740993.5", "! \"9007199254740993.5\" is not a whole number" },
+    { "90071992547409935e-1", "is not a whole number" },
+    { "1e-99999999999999999999", "is not a whole number" },
+    { "nan", "! \"nan\" is not a finite number" },
+    { "", "! empty, expected a number" },
+};
+
+/* The id that the reader gives, as text, or "! " and the end of its message. Frees the reader. */
+static const char *read_id(pd_net *net, pd_reader *r, int slot) {
+    static char got[600];
+    pd_batch *b = pd_batch_new(net);
+    pd_status status = made(net, r)->next(r, b, 1);
+    if (status == PD_OK) snprintf(got, sizeof got, "%lld", (long long)b->slots[slot].ids[0]);
+    else snprintf(got, sizeof got, "!%s", strrchr(r->error.text, ':') + 1);
+    pd_batch_free(b);
+    pd_reader_free(r);
+    return got;
+}
+
+static void check_id(const char *got, const char *expected) {
+    if (expected[0] != '!' && !strchr(expected, ' ')) assert_string_equal(got, expected);
+    else check_contains(got, expected);
+}
+
+static void test_whole_numbers(void **state) {
+    pd_net *csv = pd_net_new(NULL), *libsvm = pd_net_new(NULL);
+    char line[200];
+    (void)state;
+    pd_ids(csv, "id", INT64_MAX);
+    pd_vector(libsvm, "x", 1);
+    pd_ids(libsvm, "id", INT64_MAX);
+    for (int i = 0; i < COUNT(wholes); i++) {
+        snprintf(line, sizeof line, "\"%s\"\n", wholes[i].text);
+        write_text("id.csv", line);
+        check_id(read_id(csv, pd_csv_reader(csv, "id.csv", NULL), 0), wholes[i].expected);
+        snprintf(line, sizeof line, "%s 1:1\n", wholes[i].text);
+        write_text("id.txt", line);
+        if (wholes[i].text[0])
+            check_id(read_id(libsvm, pd_libsvm_reader(libsvm, "id.txt", NULL), 1), wholes[i].expected);
+    }
+    pd_net_free(csv);
+    pd_net_free(libsvm);
+}
+
+/* Of all types of 64 bits, in both orders, the integer bits or the double x. */
+static void check_binary_id(pd_net *net, char kind, bool big, uint64_t bits, double x, const char *expected) {
+    static const char *const paths[] = { "id.npy", "id.idx" };
+    char header[100];
+    bytes data, idx;
+    data.n = idx.n = 0;
+    if (kind == 'f') memcpy(&bits, &x, sizeof bits);
+    for (int i = 0; i < 8; i++) {
+        unsigned char byte = (unsigned char)(bits >> 8 * (big ? 7 - i : i));
+        put(&data, &byte, 1);
+    }
+    snprintf(header, sizeof header, "{'descr': '%c%c8', 'fortran_order': False, 'shape': (1,), }", big ? '>' : '<',
+             kind);
+    write_npy("id.npy", 1, header, data.b, 8);
+    check_id(read_id(net, pd_npy_reader(net, paths, 1, NULL), 0), expected);
+    if (kind != 'f' || !big) return;
+    put(&idx, "\0\0\16\1\0\0\0\1", 8);
+    put(&idx, data.b, 8);
+    write_bytes("id.idx", idx.b, idx.n);
+    check_id(read_id(net, pd_idx_reader(net, paths + 1, 1, NULL), 0), expected);
+}
+
+static void test_binary_whole_numbers(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    (void)state;
+    pd_ids(net, "id", INT64_MAX);
+    for (int big = 0; big < 2; big++) {
+        check_binary_id(net, 'i', big, 9007199254740993u, 0, "9007199254740993");
+        check_binary_id(net, 'u', big, 72048431380967005u, 0, "72048431380967005");
+        check_binary_id(net, 'i', big, (uint64_t)INT64_MAX - 1, 0, "9223372036854775806");
+        check_binary_id(net, 'i', big, (uint64_t)1 << 63, 0, "! -9223372036854775808 is not an id of 0 to 922");
+        check_binary_id(net, 'u', big, (uint64_t)1 << 63, 0, "! 9223372036854775808 is not an id");
+        check_binary_id(net, 'i', big, UINT64_MAX, 0, "! -1 is not an id");
+        check_binary_id(net, 'u', big, UINT64_MAX, 0, "! 18446744073709551615 is not an id");
+        check_binary_id(net, 'f', big, 0, 9007199254740994.0, "9007199254740994");
+        check_binary_id(net, 'f', big, 0, 9223372036854774784.0, "9223372036854774784");
+        check_binary_id(net, 'f', big, 0, 9223372036854775808.0, "! 9223372036854775808 is not an id");
+        check_binary_id(net, 'f', big, 0, 18446744073709551616.0, "is not an id of 0 to 9223372036854775806");
+        check_binary_id(net, 'f', big, 0, -0.0, "0");
+        check_binary_id(net, 'f', big, 0, -2, "! -2 is not an id");
+        check_binary_id(net, 'f', big, 0, 0.5, "! 0.5 is not an id");
+        check_binary_id(net, 'f', big, 0, (double)INFINITY, "! inf is not an id");
+        check_binary_id(net, 'f', big, 0, (double)NAN, "nan is not an id");
+    }
+    pd_net_free(net);
+}
+
+/* Columns, queries and labels that differ only beyond 53 bits stay apart, from the file to the evaluator. */
+static void test_ids_beyond_double(void **state) {
+    pd_net *net = pd_net_new(NULL), *sparse = pd_net_new(NULL);
+    pd_layer *score = pd_vector(net, "score", 1);
+    pd_layer *label = pd_label(net, "label", INT64_MAX), *query = pd_ids(net, "query", INT64_MAX);
+    pd_evaluator_opts o;
+    pd_evaluator *pairs;
+    pd_batch *b;
+    pd_reader *r;
+    (void)state;
+    memset(&o, 0, sizeof o);
+    o.query = query;
+    pairs = pd_eval_pnpair(net, score, label, &o);
+    if (!pairs) fail_msg("%s", pd_error(net));
+    write_text("data.csv", "0.5,9007199254740992,9223372036854775805\n0.7,9007199254740993,9223372036854775805\n"
+                           "0.9,9007199254740992,9223372036854775804\n");
+    r = made(net, pd_csv_reader(net, "data.csv", NULL));
+    b = pd_batch_new(net);
+    assert_int_equal(r->next(r, b, 3), PD_OK);
+    assert_int_equal(pd_forward(net, b, PD_PREDICT, (pd_layer *[]){ score, label, query }, 3), PD_OK);
+    assert_int_equal(inside_evaluators_update(net), PD_OK);
+    assert_true(pairs->sums[0] == 1 && pairs->sums[1] == 0 && pairs->sums[2] == 0);
+    pd_reader_free(r);
+    pd_batch_free(b);
+
+    pd_sparse(sparse, "x", INT64_MAX);
+    pd_vector(sparse, "y", 1);
+    write_text("data.txt", "1 9007199254740993:1 9007199254740994:1 9223372036854775807:2\n"
+                           "1 9223372036854775807:2 9223372036854775807:2\n");
+    r = made(sparse, pd_libsvm_reader(sparse, "data.txt", NULL));
+    b = pd_batch_new(sparse);
+    assert_int_equal(r->next(r, b, 1), PD_OK);
+    assert_int_equal(b->slots[0].row_starts[1], 3);
+    assert_true(b->slots[0].ids[0] == 9007199254740992 && b->slots[0].ids[1] == 9007199254740993);
+    assert_true(b->slots[0].ids[2] == INT64_MAX - 1);
+    assert_int_equal(r->next(r, b, 1), PD_E_FORMAT);
+    check_contains(r->error.text, "index 9223372036854775807, expected 9223372036854775808 to 9223372036854775807");
+    pd_reader_free(r);
+    pd_batch_free(b);
+    pd_net_free(net);
+    pd_net_free(sparse);
+}
+
 /* ---- LibSVM ---- */
 
 static pd_net *libsvm_net(int64_t classes, bool sequences) {
@@ -1201,7 +1366,7 @@ static void test_libsvm_malformed(void **state) {
         { "x 1:1", "label: \"x\" is not a number" },
         { "3 1:1", "label: 3 is not an id of 0 to 2" },
         { "-1 1:1", "label: -1 is not an id of 0 to 2" },
-        { "1.5", "label: 1.5 is not an id" },
+        { "1.5", "label: \"1.5\" is not a whole number" },
         { "1:1", "label: \"1:1\" is not a number" },
         { "1 1", "\"1\", expected index:value" },
         { "1 :1", "index: empty, expected a number" },
@@ -1212,10 +1377,14 @@ static void test_libsvm_malformed(void **state) {
         { "1 4:1", "index 4, expected 1 to 3" },
         { "1 2:1 2:1", "index 2, expected 3 to 3" },
         { "1 3:1 1:1", "index 1, expected 4 to 3" },
-        { "1 1.5:1", "index 1.5, expected 1 to 3" },
-        { "1 -1:1", "index -1" },
+        { "1 1.5:1", "index: \"1.5\" is not a whole number" },
+        { "1 1e99:1", "index: \"1e99\" is beyond 64 bits" },
+        { "1 18446744073709551615:1", "index 18446744073709551615, expected 1 to 3" },
+        { "1 -1:1", "index -1, expected 1 to 3" },
         { "1 1:1:1", "\"1:1\" is not a number" },
         { "1 qid:x 1:1", "qid: \"x\" is not a number" },
+        { "1 qid:1.5 1:1", "qid: \"1.5\" is not a whole number" },
+        { "1 qid:18446744073709551616 1:1", "qid: \"18446744073709551616\" is beyond 64 bits" },
         { "1 1:1 qid:2", "index: \"qid\" is not a number" },
     };
     pd_net *net = libsvm_net(3, false);
@@ -1234,6 +1403,15 @@ static void test_libsvm_malformed(void **state) {
         pd_reader_free(r);
     }
     pd_net_free(net);
+}
+
+/* Queries that differ in the last digit, in the sign, or beyond what int64_t holds. */
+static void test_large_queries(void **state) {
+    (void)state;
+    expect_libsvm(0, true,
+                  "1 qid:72048431380967004\n2 qid:72048431380967005\n3 qid:18446744073709551615\n"
+                  "4 qid:18446744073709551614\n5 qid:1.8446744073709551614e19\n6 qid:-7\n7 qid:7\n8 qid:0\n9 qid:-0",
+                  NULL, "0 0 0|1\n0 0 0|2\n0 0 0|3\n0 0 0,0 0 0|4,5\n0 0 0|6\n0 0 0|7\n0 0 0,0 0 0|8,9\n");
 }
 
 /* A bad line makes its whole query bad, and nothing else. */
@@ -1870,8 +2048,12 @@ int main(void) {
         TEST(test_large_file),
         TEST(test_npy),
         TEST(test_npy_malformed),
+        TEST(test_whole_numbers),
+        TEST(test_binary_whole_numbers),
+        TEST(test_ids_beyond_double),
         TEST(test_libsvm),
         TEST(test_libsvm_malformed),
+        TEST(test_large_queries),
         TEST(test_bad_queries),
         TEST(test_query_choice),
         TEST(test_libsvm_refused),
