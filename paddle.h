@@ -175,6 +175,9 @@
    pd_load(net, "theirs.safetensors", &(pd_load_opts){ .map = map, .map_count = 2, .partial = true });
    ```
 
+   Loading compares names and shapes, and can't know what the numbers mean. PyTorch's nn.GRU has weights of the same
+   shapes, transposed, but its gates stand in another order: reset, update, new. They load, and predict nonsense.
+
    WRITING A LAYER
 
    A layer is a constant pd_layer_type. The built-in ones are written in the same way. This one computes
@@ -493,7 +496,8 @@ struct pd_param {
 
 PD_API pd_param *pd_param_find(pd_net *net, const char *name); /* NULL when there is none; no error */
 PD_API pd_param *pd_param_first(pd_net *net);                  /* then ->next, in order of creation */
-/* Copies all `count` numbers in or out (host memory); count must be the parameter's size. */
+/* Copies all `count` numbers in or out (host memory); count must be the parameter's size. What is put in must be
+   finite, else PD_E_NUMERIC, and nothing changes. */
 PD_API pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count);
 PD_API pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count);
 /* The gradient summed over the last batch; PD_E_STATE when there is none. */
@@ -1490,7 +1494,8 @@ PD_API pd_status pd_graphviz(pd_net *net, const char *path);
 /* >>files                                                                                                  */
 
 /* Parameters and buffers as a .safetensors file, replaced atomically: the old or the new file survives a crash. What a
-   net learned before a builder failed can be saved still. */
+   net learned before a builder failed can be saved still. Numbers that are not finite are not saved (PD_E_NUMERIC): the
+   old file stays. */
 PD_API pd_status pd_save(pd_net *net, const char *path);
 
 typedef struct pd_load_map {
@@ -1501,9 +1506,11 @@ typedef struct pd_load_map {
 typedef struct pd_load_opts {
     const pd_load_map *map; /* `map_count` entries; a parameter without one loads from its own name */
     int map_count;
-    bool partial; /* parameters absent from the file keep their values; else that is an error */
+    bool partial; /* parameters without an entry that are absent from the file keep their values; else that is an
+                     error, as it is when none is in the file */
 } pd_load_opts;
-/* Loads F32, F64, F16 and BF16. Everything is checked first: on failure no value has changed. */
+/* Loads F32, F64, F16 and BF16; every number must be finite, in pd_real too. Everything is checked first: on failure no
+   value has changed. */
 PD_API pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts);
 
 /* All of a training's state: parameters, optimizer, averages, random numbers, position in the data. Continuing from it
@@ -4258,6 +4265,10 @@ static pd_status pd__download(pd_net *net, void *to_host, const pd_real *from, i
 PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_set");
     if (status == PD_OK) status = pd__want_thawed(param->net, "pd_param_set");
+    for (int64_t i = 0; status == PD_OK && i < count; i++)
+        if (!pd__finite((double)values[i]))
+            status = pd__fail(param->net, PD_E_NUMERIC, "pd_param_set: parameter \"%.100s\": number %lld is %g",
+                              param->name, (long long)i, (double)values[i]);
     if (status == PD_OK) status = pd__settle(param->net, NULL);
     if (status != PD_OK) return status;
     pd__begin_anew(param->net);
@@ -12482,27 +12493,34 @@ static float pd__half_from_bits(uint32_t bits) {
     return sign ? -size : size;
 }
 
-/* `n` numbers of a file as pd_real: exact, or, from F64 to float, correctly rounded. */
-static void pd__load_reals(pd__element element, const unsigned char *from, int64_t n, pd_real *to) {
+/* One number of a file. */
+static inline double pd__load_real(pd__element element, const unsigned char *from) {
     switch (element) {
-    case PD__F64:
-        for (int64_t i = 0; i < n; i++) {
-            uint64_t high = pd__load_le32(from + 8 * i + 4);
-            to[i] = (pd_real)pd__double_from_bits(high << 32 | pd__load_le32(from + 8 * i));
-        }
-        break;
-    case PD__F32:
-        for (int64_t i = 0; i < n; i++) to[i] = pd__float_from_bits(pd__load_le32(from + 4 * i));
-        break;
-    case PD__F16:
-        for (int64_t i = 0; i < n; i++) to[i] = pd__half_from_bits((uint32_t)pd__load_le(from + 2 * i, 2));
-        break;
-    case PD__BF16: /* the upper half of a float */
-        for (int64_t i = 0; i < n; i++) to[i] = pd__float_from_bits((uint32_t)pd__load_le(from + 2 * i, 2) << 16);
-        break;
+    case PD__F64: return pd__double_from_bits((uint64_t)pd__load_le32(from + 4) << 32 | pd__load_le32(from));
+    case PD__F32: return pd__float_from_bits(pd__load_le32(from));
+    case PD__F16: return pd__half_from_bits((uint32_t)pd__load_le(from, 2));
+    case PD__BF16: return pd__float_from_bits((uint32_t)pd__load_le(from, 2) << 16); /* the upper half of a float */
     case PD__U8:
     case PD__OTHER: break;
     }
+    return 0;
+}
+
+/* `n` numbers of a file as pd_real: exact, or, from F64 to float, correctly rounded. */
+static void pd__load_reals(pd__element element, const unsigned char *from, int64_t n, pd_real *to) {
+#define PD__LOAD(element, size)                                                                                        \
+    case element:                                                                                                      \
+        for (int64_t i = 0; i < n; i++) to[i] = (pd_real)pd__load_real(element, from + size * i);                      \
+        break;
+    switch (element) {
+        PD__LOAD(PD__F64, 8)
+        PD__LOAD(PD__F32, 4)
+        PD__LOAD(PD__F16, 2)
+        PD__LOAD(PD__BF16, 2)
+    case PD__U8:
+    case PD__OTHER: break;
+    }
+#undef PD__LOAD
 }
 
 /* Turns `n` numbers into the file's bytes, in place. */
@@ -13011,6 +13029,7 @@ typedef struct pd__item {
     pd_param *param;
     char prefix[16];  /* it is called prefix and the parameter's name */
     pd_real *numbers; /* device memory; NULL: the parameter's mask is meant */
+    bool magnitudes;  /* never negative */
     pd__tensor *from; /* reading: where it comes from; NULL: it stays as it is */
     bool transpose;   /* reading: `from` is the other way round */
     void *staged;     /* reading: the new contents, host memory */
@@ -13042,6 +13061,13 @@ static pd_status pd__items_add(pd__items *items, pd_param *param, const char *ki
     if (number >= 0) snprintf(item->prefix, sizeof item->prefix, "%s/%d/", kind, number);
     else snprintf(item->prefix, sizeof item->prefix, "%s", kind);
     return PD_OK;
+}
+
+/* Of `n` of an item's numbers: the place of the first that can't be one of them, or -1. */
+static int64_t pd__bad_number(const pd__item *item, const pd_real *numbers, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (!(numbers[i] - numbers[i] == 0) || (item->magnitudes && numbers[i] < 0)) return i;
+    return -1;
 }
 
 /* All parameters and buffers of the net, in order of creation. */
@@ -13082,10 +13108,17 @@ static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigne
     int64_t rows = item->param->dims[0], columns = item->param->dim_count > 1 ? item->param->dims[1] : 1;
     pd_real *to = (pd_real *)item->staged;
     for (int64_t at = 0; at < from->size; at += per_chunk) {
-        int64_t n = pd__min(per_chunk, from->size - at);
+        int64_t n = pd__min(per_chunk, from->size - at), bad;
+        pd_real *loaded = item->transpose ? converted : to + at;
         pd_status status = pd__read_bytes(t, chunk, n * bytes);
         if (status != PD_OK) return status;
-        pd__load_reals(from->element, chunk, n, item->transpose ? converted : to + at);
+        pd__load_reals(from->element, chunk, n, loaded);
+        bad = pd__bad_number(item, loaded, n);
+        if (bad >= 0)
+            return pd__fail(t->net, PD_E_NUMERIC, "%.300s: tensor \"%s\": number %lld, %g, is %s", t->path,
+                            pd__show(t->net, from->name), (long long)(at + bad),
+                            pd__load_real(from->element, chunk + bad * bytes),
+                            pd__finite((double)loaded[bad]) ? "negative" : "not a finite number of this build");
         for (int64_t i = 0; item->transpose && i < n; i++) /* the file's columns x rows */
             to[((at + i) % rows) * columns + (at + i) / rows] = converted[i];
     }
@@ -13157,25 +13190,35 @@ static pd_status pd__check_map(pd_net *net, const pd_load_opts *opts) {
 /* Finds each parameter's tensor, by the map or by its name, and checks it. */
 static pd_status pd__match_tensors(pd__items *items, const pd__tensors *t, const pd_load_opts *opts) {
     const unsigned loadable = 1u << PD__F64 | 1u << PD__F32 | 1u << PD__F16 | 1u << PD__BF16;
+    bool any = items->count == 0;
     for (int64_t i = 0; i < items->count; i++) {
         pd__item *item = &items->list[i];
         const char *name = item->param->name;
+        bool optional = opts->partial;
         pd_status status;
         for (int k = 0; k < opts->map_count; k++)
             if (strcmp(opts->map[k].to, item->param->name) == 0) {
                 name = opts->map[k].from;
                 item->transpose = opts->map[k].transpose;
+                optional = false;
             }
         item->from = pd__tensors_find(t, "", name);
-        if (!item->from && opts->partial) continue;
+        if (!item->from && optional) continue;
         if (!item->from)
             return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\" for parameter \"%.100s\" (%s)",
                             t->path, name, item->param->name,
                             pd__dims_text(items->net, item->param->dim_count, item->param->dims));
         status = pd__check_item(items, item, t, loadable);
         if (status != PD_OK) return status;
+        any = true;
     }
-    return PD_OK;
+    if (any) return PD_OK;
+    return pd__fail(items->net, PD_E_FORMAT,
+                    "%.250s: none of its %lld tensors%s%s%s has the name of a parameter, such as \"%.100s\"; see "
+                    "pd_load_map",
+                    t->path, (long long)t->count, t->count ? ", such as \"" : "",
+                    t->count ? pd__show(items->net, t->list[0].name) : "", t->count ? "\"," : "",
+                    items->list[0].param->name);
 }
 
 /* pd_load from an open file. */
@@ -13319,7 +13362,16 @@ static void pd__put_header(pd__writer *w, const pd__items *items, const pd_train
     while (w->length % 8) pd__put(w, " ", 1);
 }
 
-enum { PD__NOT_READ = -1 }; /* in the place of an errno: the device has failed, and the net has its message */
+enum { PD__NOT_READ = -1 }; /* in the place of an errno: the numbers can't be had, and the net has the message */
+
+/* What could not be loaded is not saved: the old file is worth more. */
+static void pd__check_saved(pd__writer *w, const pd__item *item, const pd_real *numbers, int64_t at, int64_t n) {
+    int64_t bad = pd__bad_number(item, numbers, n);
+    if (bad < 0) return;
+    pd__fail(item->param->net, PD_E_NUMERIC, "\"%s%.200s\" can't be saved: number %lld is %g", item->prefix,
+             item->param->name, (long long)(at + bad), (double)numbers[bad]);
+    w->error = PD__NOT_READ;
+}
 
 /* One item's data, by way of `chunk`, PD__FILE_CHUNK bytes of host memory. */
 static void pd__put_item(pd__writer *w, const pd__item *item, pd_net *net, unsigned char *chunk) {
@@ -13328,6 +13380,7 @@ static void pd__put_item(pd__writer *w, const pd__item *item, pd_net *net, unsig
     for (int64_t at = 0; item->numbers && at < item->param->size && !w->error; at += per_chunk) {
         int64_t n = pd__min(per_chunk, item->param->size - at);
         if (pd__download(net, chunk, item->numbers + at, n) != PD_OK) w->error = PD__NOT_READ;
+        else pd__check_saved(w, item, (const pd_real *)(const void *)chunk, at, n);
         pd__store_reals(chunk, n);
         pd__put(w, chunk, (size_t)n * sizeof(pd_real));
     }
@@ -13481,6 +13534,12 @@ typedef struct pd__progress {
     double pass_cost, best_cost;
 } pd__progress;
 
+/* Is an optimizer's state k a sum or mean of squares, or in adamax a largest magnitude? */
+static bool pd__holds_magnitudes(pd_optimizer_kind kind, int k) {
+    if (k == 0) return kind >= PD_OPT_ADAGRAD && kind <= PD_OPT_DECAYED_ADAGRAD;
+    return k == 1 && (kind == PD_OPT_ADADELTA || kind >= PD_OPT_ADAM);
+}
+
 /* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "averages/K/NAME", "best/NAME", and
    "mask/NAME", which, being bytes, come last. The same list serves for writing and reading. `best`: one array per
    parameter of the net, or NULL. While averaged values are swapped in, the true ones are written, and while the best
@@ -13493,8 +13552,12 @@ static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_
     for (int64_t i = 0; writing && trainer->went_back && i < params; i++) items->list[i].numbers = best[i];
     for (int i = 0; i < trainer->trained_count; i++) {
         const pd__trained *t = &trainer->trained[i];
-        for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++)
-            if (t->states[k]) status = pd__items_add(items, t->param, "optimizer", k, t->states[k]);
+        for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++) {
+            if (!t->states[k]) continue;
+            status = pd__items_add(items, t->param, "optimizer", k, t->states[k]);
+            if (status == PD_OK)
+                items->list[items->count - 1].magnitudes = pd__holds_magnitudes(trainer->optimizer.kind, k);
+        }
     }
     for (int i = 0; i < trainer->averages_count; i++) {
         const pd__averaged *av = &trainer->averages[i];
@@ -13551,13 +13614,13 @@ static pd_status pd__read_count(const pd__tensors *t, const char *prefix, const 
                     name, (unsigned long long)greatest, pd__show(t->net, text));
 }
 
-static pd_status pd__read_double(const pd__tensors *t, const char *name, double *value) {
+static pd_status pd__read_double(const pd__tensors *t, const char *name, double greatest, double *value) {
     const char *text;
     char *end;
     pd_status status = pd__need_text(t, "", name, &text);
     if (status != PD_OK) return status;
     *value = strtod(text, &end);
-    if (end != text && !*end) return PD_OK;
+    if (end != text && !*end && fabs(*value) <= greatest) return PD_OK;
     return pd__fail(t->net, PD_E_FORMAT, "%.300s: metadata \"%s\": expected a number, found \"%s\"", t->path, name,
                     pd__show(t->net, text));
 }
@@ -13588,8 +13651,8 @@ static pd_status pd__read_progress(const pd__tensors *t, pd__progress *p) {
     p->field = (type)count;
     PD__COUNTERS(PD__READ)
 #undef PD__READ
-    if (status == PD_OK) status = pd__read_double(t, "pass_cost", &p->pass_cost);
-    if (status == PD_OK) status = pd__read_double(t, "best_cost", &p->best_cost);
+    if (status == PD_OK) status = pd__read_double(t, "pass_cost", DBL_MAX, &p->pass_cost);
+    if (status == PD_OK) status = pd__read_double(t, "best_cost", HUGE_VAL, &p->best_cost); /* infinite: no test yet */
     return status;
 }
 
