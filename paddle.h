@@ -1404,11 +1404,14 @@ PD_API pd_reader *pd_idx_reader(pd_net *net, const char *const *paths, int count
 PD_API pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
 /* One NumPy .npy file (version 1 to 3, C order; float, integer or bool of any size) per input, first axis = samples. */
 PD_API pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
-/* Endless: `next` adds one sample with the pd_batch_ functions (without pd_batch_end_sample) and returns PD_OK, or
-   PD_END, which ends the pass: without one pd_train goes on until on_event stops it. It can't be reset or skipped:
-   every pass goes on where the last one ended. Sharded, it is called for all samples and keeps its share. Under
-   pd_prefetch, a thread calls `next`. */
-PD_API pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user);
+/* From functions of yours. `next` adds one sample with the pd_batch_ functions, without pd_batch_end_sample, and returns
+   PD_OK; or PD_END, which ends the pass: without one pd_train goes on until on_event stops it. `reset` goes back to the
+   first sample of pass 0, 1, ..: it is called before that is read, perhaps more than once. NULL for what can't go back,
+   such as a socket: each pass goes on where the last one ended, and so does a training continued within a pass, which
+   otherwise passes over the samples that it has seen. Sharded, `next` is called for all samples, and the reader keeps
+   its share. Under pd_prefetch a thread calls `next`, and none while `reset` runs. */
+PD_API pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch),
+                                   pd_status (*reset)(void *user, int64_t pass), void *user);
 
 /* The following own `reader` and free it; a NULL reader gives NULL. */
 /* Shuffles with bounded memory: keeps `pool` samples and hands out a random one. pool >= all: a full shuffle. */
@@ -9202,7 +9205,7 @@ static pd_status pd__source_shard(pd_reader *r, int rank, int count) {
     pd__source *s = (pd__source *)r->self;
     s->rank = rank;
     s->ranks = count;
-    return pd__source_reset(r, 0);
+    return r->reset(r, 0);
 }
 
 /* Samples passed over are not looked into: bad ones count too. */
@@ -10683,13 +10686,26 @@ PD_DEF pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count
 typedef struct pd__stream {
     pd__source source;
     pd_status (*next)(void *user, pd_batch *batch);
+    pd_status (*reset)(void *user, int64_t pass); /* NULL: it can't go back */
     void *user;
+    bool begun; /* a pass */
 } pd__stream;
+
+static pd_status pd__stream_reset(pd_reader *r, int64_t pass) {
+    pd__stream *stream = (pd__stream *)r->self;
+    pd_status status = stream->reset ? stream->reset(stream->user, pass) : PD_OK;
+    pd__source_reset(r, pass);
+    stream->begun = status == PD_OK;
+    if (status == PD_OK) return PD_OK;
+    return pd_reader_fail(r, status, "stream reader: pass %lld could not be begun: %s", (long long)pass,
+                          pd_status_text(status));
+}
 
 static pd_status pd__stream_read(pd__source *s, pd_batch *batch) {
     pd__stream *stream = (pd__stream *)s;
     int64_t samples = batch->samples;
-    pd_status status;
+    pd_status status = stream->begun ? PD_OK : pd__stream_reset(&s->reader, 0);
+    if (status != PD_OK) return status;
     batch->error.status = PD_OK;
     status = stream->next(stream->user, batch);
     if (batch->samples != samples) {
@@ -10709,19 +10725,21 @@ static pd_status pd__stream_step(pd__source *s) {
     return status;
 }
 
-/* A trainer that goes on in the middle of a pass passes over what it has seen. Of a stream that is gone already. */
+/* A trainer that goes on in the middle of a pass passes over what it has seen. Where a stream can't go back, that is
+   gone already. */
 static pd_status pd__stream_skip(pd_reader *r, int64_t samples) {
-    (void)r;
-    (void)samples;
-    return PD_OK;
+    return ((pd__stream *)r->self)->reset ? pd__source_skip(r, samples) : PD_OK;
 }
 
-PD_DEF pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch), void *user) {
+PD_DEF pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd_batch *batch),
+                                   pd_status (*reset)(void *user, int64_t pass), void *user) {
     pd__stream *s = (pd__stream *)pd__source_new(net, "stream", sizeof *s, NULL);
     pd_status status = PD_OK;
     if (!s) return NULL;
     s->next = next;
+    s->reset = reset;
     s->user = user;
+    s->source.reader.reset = pd__stream_reset;
     s->source.read = pd__stream_read;
     s->source.step = pd__stream_step;
     s->source.reader.skip = pd__stream_skip;

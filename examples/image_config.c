@@ -50,7 +50,7 @@ int main(int argc, char **argv) {
 
     pd_trainer_opts options = { .l2 = 0.0005 * 128, .sum_gradients = true };
     pd_trainer *trainer = pd_trainer_new(net, cost, pd_momentum(0.02 / 128, 0.9), &options);
-    pd_reader *reader = pd_stream_reader(net, next_image, &count);
+    pd_reader *reader = pd_stream_reader(net, next_image, NULL, &count);
     pd_status status =
         pd_train(trainer, reader, 1, &(pd_train_opts){ .batch_size = 128, .on_event = on_event, .user = &batches });
     if (status != PD_OK && status != PD_STOPPED) fprintf(stderr, "%s\n", pd_error(net));

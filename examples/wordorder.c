@@ -11,11 +11,19 @@
 
 enum { WORDS = 50000, GROUP = 10, LONGEST = 40, CLASSES = 3 }; /* A: words 0 to 9, B: 10 to 19 */
 
-/* A stream of sentences; the pass ends after every `per_pass`. */
+/* A stream of sentences, other ones in each pass of `per_pass`. */
 typedef struct source {
     uint64_t key, drawn;
     int64_t per_pass, left;
 } source;
+
+/* Both for pd_stream_reader: this begins a pass .. */
+static pd_status begin_pass(void *user, int64_t pass) {
+    source *s = (source *)user;
+    s->drawn = (uint64_t)pass << 32;
+    s->left = s->per_pass;
+    return PD_OK;
+}
 
 static double uniform(source *s) { return (double)(pd_random(s->key, s->drawn++) >> 11) / 9007199254740992.0; }
 static int64_t below(source *s, int64_t n) { return (int64_t)(uniform(s) * (double)n); }
@@ -26,14 +34,11 @@ static int64_t any_word(source *s) {
     return 2 * GROUP + r - 1;
 }
 
-/* One sentence and its class, for pd_stream_reader. */
+/* .. and this gives one sentence and its class. */
 static pd_status next_sentence(void *user, pd_batch *batch) {
     source *s = (source *)user;
     int64_t words[LONGEST], length = below(s, LONGEST + 1), label = length < 2 ? 0 : below(s, CLASSES);
-    if (s->left-- == 0) {
-        s->left = s->per_pass;
-        return PD_END;
-    }
+    if (s->left-- == 0) return PD_END;
     for (int64_t i = 0; i < length; i++) words[i] = any_word(s);
     if (label > 0) {
         int64_t first = below(s, length - 1), second = first + 1 + below(s, length - 1 - first);
@@ -48,7 +53,7 @@ static pd_status next_sentence(void *user, pd_batch *batch) {
 }
 
 int main(void) {
-    source seen = { 1, 0, 20000, 20000 }, unseen = { 2, 0, 5000, 5000 };
+    source seen = { 1, 0, 20000, 0 }, unseen = { 2, 0, 5000, 0 };
     double start = pd_seconds(), cost_unseen;
 
     pd_net *net = pd_net_new(NULL);
@@ -61,8 +66,8 @@ int main(void) {
     pd_layer *cost = pd_cross_entropy(net, output, label, NULL);
     pd_evaluator *error = pd_eval_error(net, output, label, NULL);
 
-    pd_reader *train = pd_stream_reader(net, next_sentence, &seen);
-    pd_reader *test = pd_stream_reader(net, next_sentence, &unseen);
+    pd_reader *train = pd_stream_reader(net, next_sentence, begin_pass, &seen);
+    pd_reader *test = pd_stream_reader(net, next_sentence, begin_pass, &unseen);
     pd_trainer *trainer = pd_trainer_new(net, cost, pd_momentum(0.1, 0.9), &(pd_trainer_opts){ .clip_norm = 5 });
     pd_status status = pd_train(trainer, train, 3, &(pd_train_opts){ .batch_size = 64, .progress = true });
     if (status == PD_OK) status = pd_test(trainer, test, 64, &cost_unseen);

@@ -663,15 +663,30 @@ static pd_status stream_next(void *user, pd_batch *b) {
 static pd_reader *open_stream(pd_net *net, const pd_reader_opts *o) {
     (void)o;
     streamed = 0;
-    return pd_stream_reader(net, stream_next, NULL);
+    return pd_stream_reader(net, stream_next, NULL, NULL);
+}
+static pd_status stream_reset(void *user, int64_t pass) {
+    (void)user;
+    streamed = 0;
+    return pass == 99 ? PD_E_IO : PD_OK;
+}
+static pd_reader *open_stream_again(pd_net *net, const pd_reader_opts *o) {
+    (void)o;
+    streamed = MANY; /* where an earlier user has left it */
+    return pd_stream_reader(net, stream_next, stream_reset, NULL);
 }
 
 static const struct {
     open_source open;
     bool options, sized;
 } sources[] = {
-    { open_csv, true, false }, { open_libsvm, true, false }, { open_idx, true, true },
-    { open_npy, true, true },  { open_array, false, true },  { open_stream, false, false },
+    { open_csv, true, false },
+    { open_libsvm, true, false },
+    { open_idx, true, true },
+    { open_npy, true, true },
+    { open_array, false, true },
+    { open_stream, false, false },
+    { open_stream_again, false, false },
 };
 
 /* What should come, sample by sample. */
@@ -1483,7 +1498,7 @@ static void test_stream(void **state) {
                                         "1 1 1|2\n";
     pd_net *net = make_net(3, false, NULL);
     const char *script = "gegg";
-    pd_reader *r = made(net, pd_stream_reader(net, scripted_next, &script));
+    pd_reader *r = made(net, pd_stream_reader(net, scripted_next, NULL, &script));
     (void)state;
     assert_string_equal(read_pass(r, net, 0, 2), "1 1 1|2\n");
     assert_string_equal(read_pass(r, net, 1, 3), "1 1 1|2\n1 1 1|2\n"); /* goes on */
@@ -1492,7 +1507,33 @@ static void test_stream(void **state) {
     script = "c";
     assert_string_equal(read_pass(r, net, 2, 1), "! sample 1 of the batch: no input got a row\n");
     pd_reader_free(r);
-    expect_none(net, pd_stream_reader(net, NULL, NULL), PD_E_ARGUMENT, "stream reader: no function given");
+    expect_none(net, pd_stream_reader(net, NULL, stream_reset, NULL), PD_E_ARGUMENT,
+                "stream reader: no function given");
+    pd_net_free(net);
+}
+
+/* A pass that stopped half-way, or that was never begun, is begun by the next reset, or by the first sample. */
+static void test_stream_reset(void **state) {
+    pd_net *net = make_net(3, false, NULL);
+    pd_reader *r = made(net, open_stream_again(net, NULL)), *outer;
+    pd_batch *b = pd_batch_new(net);
+    pd_reader_opts all = no_opts();
+    int64_t count;
+    const char *expected = expected_samples(&all, 0, 1, &count);
+    (void)state;
+    assert_int_equal(r->next(r, b, 7), PD_OK);
+    assert_true(b->slots[0].data[18] == 6);
+    assert_string_equal(read_pass(r, net, 0, 5), expected);
+    pd_batch_clear(b);
+    assert_int_equal(r->next(r, b, 1), PD_END);
+    assert_int_equal(r->reset(r, 99), PD_E_IO);
+    assert_string_equal(r->error.text, "stream reader: pass 99 could not be begun: file could not be read or written");
+    assert_int_equal(r->next(r, b, 1), PD_OK);
+    assert_true(b->slots[0].data[0] == 0);
+    outer = made(net, pd_prefetch(net, pd_shuffle(net, r, 1, 1), 2));
+    for (int64_t pass = 0; pass < 3; pass++) assert_string_equal(read_pass(outer, net, pass, 5), expected);
+    pd_batch_free(b);
+    pd_reader_free(outer);
     pd_net_free(net);
 }
 
@@ -2058,6 +2099,7 @@ int main(void) {
         TEST(test_query_choice),
         TEST(test_libsvm_refused),
         TEST(test_stream),
+        TEST(test_stream_reset),
         TEST(test_own_reader),
         TEST(test_shuffle),
         TEST(test_shuffle_uniform),
