@@ -157,9 +157,17 @@
 
    FILES
 
-   Values are saved as .safetensors, which Python reads too; checkpoints are such files with more in them. They are
-   written beside the old file, synced, and renamed. To make a training one that can be stopped and started again, load
-   the checkpoint if there is one; `passes` counts what was trained before:
+   Values are saved as .safetensors, which Python reads too; checkpoints are such files with more in them. A save writes
+   a file of its own beside the old one, PATH.tmp- and 16 hexadecimal digits, syncs it, and renames it: whoever reads
+   PATH, or saves to it at the same time, finds the file of one save, whole. Links are followed, and a file keeps its
+   mode. What killed savers have left is removed by the next save to the path; it knows them by their locks (flock), so
+   savers on several machines want a file system whose locks reach all of them.
+
+   The metadata have a checksum of each tensor, "checksum/NAME", and in checkpoints one of themselves, "checksum": a bit
+   that flipped on the way is an error. Files without them load too; a program that changes numbers leaves them out.
+
+   To make a training one that can be stopped and started again, load the checkpoint if there is one; `passes` counts
+   what was trained before:
 
    ```c
    FILE *earlier = fopen("run.checkpoint", "rb");
@@ -1583,11 +1591,15 @@ PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 #define WIN32_LEAN_AND_MEAN
 #define NOMINMAX
 #include <direct.h>
+#include <fcntl.h>
 #include <io.h>
+#include <sys/stat.h>
 #include <windows.h>
 #elif defined(__unix__) || defined(__APPLE__)
 #define PD__POSIX 1
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #if defined(__linux__)
@@ -12557,6 +12569,59 @@ static void pd__store_reals(void *numbers, int64_t n) {
     }
 }
 
+/* ---- checksums ---- */
+
+/* Fletcher's (1982), with words of 32 bits and sums of 64: any change within two words shows, and a word costs two
+   additions, which is less than reading it from memory. */
+typedef struct pd__sum {
+    uint64_t words, sums;
+} pd__sum;
+
+/* Adds some bytes; at their end fewer than 4 count as a word. */
+static void pd__sum_bytes(pd__sum *sum, const void *bytes, int64_t n) {
+    const unsigned char *at = (const unsigned char *)bytes;
+    unsigned char last[4] = { 0, 0, 0, 0 };
+    uint64_t words = sum->words, sums = sum->sums;
+    for (; n >= 4; n -= 4, at += 4) sums += words += pd__load_le32(at);
+    if (n > 0) {
+        memcpy(last, at, (size_t)n);
+        sums += words += pd__load_le32(last);
+    }
+    sum->words = words;
+    sum->sums = sums;
+}
+
+/* To be gone on with the tensor's data. */
+static pd__sum pd__sum_of_shape(const char *dtype, int dim_count, const int64_t *dims) {
+    pd__sum sum = { 1, 0 };
+    pd__sum_bytes(&sum, dtype, (int64_t)strlen(dtype));
+    for (int i = 0; i < dim_count; i++) {
+        unsigned char bytes[8];
+        pd__store_le(bytes, (uint64_t)dims[i], 8);
+        pd__sum_bytes(&sum, bytes, 8);
+    }
+    return sum;
+}
+
+/* Adds a metadata entry. Their order does not matter. */
+static void pd__sum_entry(pd__sum *sum, const char *prefix, const char *name, const char *text) {
+    const char *parts[3];
+    pd__sum entry = { 1, 0 };
+    parts[0] = prefix, parts[1] = name, parts[2] = text;
+    for (int i = 0; i < 3; i++) { /* byte by byte: where the prefix ends must not matter */
+        for (const char *at = parts[i]; *at; at++) pd__sum_bytes(&entry, at, 1);
+        if (i > 0) pd__sum_bytes(&entry, "", 1);
+    }
+    sum->words += entry.words;
+    sum->sums += entry.sums;
+}
+
+#define PD__SUM_DIGITS 32
+
+static void pd__sum_text(pd__sum sum, char text[PD__SUM_DIGITS + 1]) {
+    snprintf(text, PD__SUM_DIGITS + 1, "%016llx%016llx", (unsigned long long)sum.words, (unsigned long long)sum.sums);
+}
+
 /* ---- UTF-8 ---- */
 
 /* Bytes of the character at `s`, which has `n` more bytes; 0 when it isn't proper UTF-8 (RFC 3629). */
@@ -13047,6 +13112,7 @@ typedef struct pd__item {
     pd_param *param;
     char prefix[16];  /* it is called prefix and the parameter's name */
     pd_real *numbers; /* device memory; NULL: the parameter's mask is meant */
+    pd__sum sum;      /* writing: of what has been written */
     bool magnitudes;  /* never negative */
     pd__tensor *from; /* reading: where it comes from; NULL: it stays as it is */
     bool transpose;   /* reading: `from` is the other way round */
@@ -13119,17 +13185,36 @@ static pd_status pd__check_item(const pd__items *items, const pd__item *item, co
                     turned ? " (pd_load_map has a `transpose` for this)" : "");
 }
 
+static pd__sum pd__sum_of_tensor(const pd__tensor *from) {
+    return pd__sum_of_shape(from->dtype, (int)pd__min(from->dim_count, PD__FILE_DIMS), from->dims);
+}
+
+/* Is it the sum that the metadata have, if they have one? */
+static pd_status pd__check_sum(const pd__tensors *t, const pd__tensor *from, pd__sum sum) {
+    const char *expected = pd__tensors_text(t, "checksum/", from->name);
+    char text[PD__SUM_DIGITS + 1];
+    pd__sum_text(sum, text);
+    if (!expected || strcmp(text, expected) == 0) return PD_OK;
+    return pd__fail(
+        t->net, PD_E_FORMAT,
+        "%.250s: tensor \"%s\" is damaged: its checksum is %s, not %.40s (or another program has changed it "
+        "and kept the checksum)",
+        t->path, pd__show(t->net, from->name), text, pd__show(t->net, expected));
+}
+
 /* Reads one tensor's numbers into new host memory, item->staged. */
 static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigned char *chunk, pd_real *converted) {
     const pd__tensor *from = item->from;
     int64_t bytes = pd__dtypes[from->element].bits / 8, per_chunk = PD__FILE_CHUNK / (int64_t)sizeof(double);
     int64_t rows = item->param->dims[0], columns = item->param->dim_count > 1 ? item->param->dims[1] : 1;
     pd_real *to = (pd_real *)item->staged;
+    pd__sum sum = pd__sum_of_tensor(from);
     for (int64_t at = 0; at < from->size; at += per_chunk) {
         int64_t n = pd__min(per_chunk, from->size - at), bad;
         pd_real *loaded = item->transpose ? converted : to + at;
         pd_status status = pd__read_bytes(t, chunk, n * bytes);
         if (status != PD_OK) return status;
+        pd__sum_bytes(&sum, chunk, n * bytes);
         pd__load_reals(from->element, chunk, n, loaded);
         bad = pd__bad_number(item, loaded, n);
         if (bad >= 0)
@@ -13140,7 +13225,15 @@ static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigne
         for (int64_t i = 0; item->transpose && i < n; i++) /* the file's columns x rows */
             to[((at + i) % rows) * columns + (at + i) / rows] = converted[i];
     }
-    return PD_OK;
+    return pd__check_sum(t, from, sum);
+}
+
+static pd_status pd__stage_mask(pd__item *item, const pd__tensors *t) {
+    pd__sum sum = pd__sum_of_tensor(item->from);
+    pd_status status = pd__read_bytes(t, item->staged, item->param->size);
+    if (status != PD_OK) return status;
+    pd__sum_bytes(&sum, item->staged, item->param->size);
+    return pd__check_sum(t, item->from, sum);
 }
 
 static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned char *chunk, pd_real *converted) {
@@ -13149,7 +13242,7 @@ static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned c
     item->staged = pd__alloc(&t->net->allocator, item->param->size, item->numbers ? sizeof(pd_real) : 1);
     if (!item->staged) return pd__no_memory(t->net, "a file's numbers");
     if (item->numbers) return pd__stage_numbers(item, t, chunk, converted);
-    return pd__read_bytes(t, item->staged, item->param->size);
+    return pd__stage_mask(item, t);
 }
 
 /* Reads everything that has a `from`; changes nothing but the items. */
@@ -13221,6 +13314,9 @@ static pd_status pd__match_tensors(pd__items *items, const pd__tensors *t, const
                 optional = false;
             }
         item->from = pd__tensors_find(t, "", name);
+        if (!item->from && optional && pd__tensors_text(t, "checksum/", name))
+            return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\", of which it has the checksum",
+                            t->path, name);
         if (!item->from && optional) continue;
         if (!item->from)
             return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\" for parameter \"%.100s\" (%s)",
@@ -13283,14 +13379,18 @@ PD_DEF pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts
 
 /* ---- writing ---- */
 
-/* A file being written. The header is gone through twice: first only to count its bytes. */
+/* A file being written. The header is gone through three times: first only to count its bytes, and at last to put the
+   checksums in. */
 typedef struct pd__writer {
     FILE *file; /* NULL: count */
     int64_t length;
-    int error; /* the first errno */
+    int error;   /* the first errno */
+    char last;   /* character written */
+    pd__sum sum; /* of the metadata */
 } pd__writer;
 
 static void pd__put(pd__writer *w, const void *bytes, size_t n) {
+    if (n > 0) w->last = ((const char *)bytes)[n - 1];
     w->length += (int64_t)n;
     if (!w->file || w->error || n == 0) return;
     errno = 0;
@@ -13310,9 +13410,24 @@ PD_PRINTF(2, 3) static void pd__put_text(pd__writer *w, const char *format, ...)
 
 /* "PREFIXNAME": for a comma before all but the first. Names hold nothing that JSON wants escaped: see pd__name_ok. */
 static void pd__put_name(pd__writer *w, const char *prefix, const char *name) {
-    pd__put_text(w, "%s\"%s", w->length > 1 ? "," : "", prefix);
+    pd__put_text(w, "%s\"%s", w->last == '{' ? "" : ",", prefix);
     pd__put(w, name, strlen(name));
     pd__put(w, "\":", 2);
+}
+
+/* An entry of the metadata, whose text has at most 100 bytes. */
+PD_PRINTF(4, 5)
+static void pd__put_entry(pd__writer *w, const char *prefix, const char *name, const char *format, ...) {
+    char text[101];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    pd__sum_entry(&w->sum, prefix, name, text);
+    pd__put_name(w, prefix, name);
+    pd__put(w, "\"", 1);
+    pd__put(w, text, strlen(text));
+    pd__put(w, "\"", 1);
 }
 
 /* Doubles as hexadecimal floats with a whole mantissa: exact, and without a decimal point that locales change. */
@@ -13321,8 +13436,8 @@ static void pd__put_double(pd__writer *w, const char *name, double value) {
     double mantissa = ldexp(frexp(fabs(value), &exponent), 53);
     const char *sign = copysign(1, value) < 0 ? "-" : "";
     if (value - value == 0)
-        pd__put_text(w, ",\"%s\":\"%s0x%llxp%d\"", name, sign, (unsigned long long)mantissa, exponent - 53);
-    else pd__put_text(w, ",\"%s\":\"%s%s\"", name, sign, value == value ? "inf" : "nan");
+        pd__put_entry(w, "", name, "%s0x%llxp%d", sign, (unsigned long long)mantissa, exponent - 53);
+    else pd__put_entry(w, "", name, "%s%s", sign, value == value ? "inf" : "nan");
 }
 
 /* What checkpoints say about a trainer in their metadata, beside a few named below. X(field, type, greatest): counts
@@ -13343,34 +13458,54 @@ static const char *const pd__optimizer_names[PD_OPT_COUNT] = { "sgd",      "mome
                                                                "adadelta", "rmsprop",  "decayed_adagrad",
                                                                "adam",     "adamw",    "adamax" };
 
-/* The metadata of a checkpoint: with the tensors all that continuing needs. */
+/* What of a checkpoint's metadata, with the tensors, is all that continuing needs. */
 static void pd__put_progress(pd__writer *w, const pd_trainer *trainer) {
-    pd__put_text(w, "\"__metadata__\":{\"checkpoint\":\"1\",\"optimizer\":\"%s\"",
-                 pd__optimizer_names[trainer->optimizer.kind]);
-    pd__put_text(w, ",\"seed\":\"%llu\",\"step\":\"%llu\"", (unsigned long long)trainer->net->seed,
-                 (unsigned long long)trainer->net->step);
-#define PD__PUT(field, type, greatest) pd__put_text(w, ",\"" #field "\":\"%llu\"", (unsigned long long)trainer->field);
+    pd__put_entry(w, "", "checkpoint", "1");
+    pd__put_entry(w, "", "optimizer", "%s", pd__optimizer_names[trainer->optimizer.kind]);
+    pd__put_entry(w, "", "seed", "%llu", (unsigned long long)trainer->net->seed);
+    pd__put_entry(w, "", "step", "%llu", (unsigned long long)trainer->net->step);
+#define PD__PUT(field, type, greatest) pd__put_entry(w, "", #field, "%llu", (unsigned long long)trainer->field);
     PD__COUNTERS(PD__PUT)
 #undef PD__PUT
     pd__put_double(w, "pass_cost", trainer->pass_cost);
     pd__put_double(w, "best_cost", trainer->best_cost);
-    for (int i = 0; i < trainer->trained_count; i++) {
-        pd__put_name(w, "updates/", trainer->trained[i].param->name);
-        pd__put_text(w, "\"%llu\"", (unsigned long long)trainer->trained[i].step);
+    for (int i = 0; i < trainer->trained_count; i++)
+        pd__put_entry(w, "updates/", trainer->trained[i].param->name, "%llu",
+                      (unsigned long long)trainer->trained[i].step);
+}
+
+static const char *pd__item_dtype(const pd__item *item) {
+    return pd__dtypes[item->numbers ? pd__real_element : PD__U8].name;
+}
+
+/* Progress (of a `trainer`, or NULL), checksums of the tensors and, of a checkpoint, of the entries themselves. */
+static void pd__put_metadata(pd__writer *w, const pd__items *items, const pd_trainer *trainer) {
+    char text[PD__SUM_DIGITS + 1], prefix[32];
+    memset(&w->sum, 0, sizeof w->sum);
+    pd__put(w, "\"__metadata__\":{", 16);
+    if (trainer) pd__put_progress(w, trainer);
+    for (int64_t i = 0; i < items->count; i++) {
+        const pd__item *item = &items->list[i];
+        snprintf(prefix, sizeof prefix, "checksum/%s", item->prefix);
+        pd__sum_text(item->sum, text);
+        pd__put_entry(w, prefix, item->param->name, "%s", text);
     }
+    pd__sum_text(w->sum, text);
+    if (trainer) pd__put_entry(w, "", "checksum", "%s", text);
     pd__put(w, "}", 1);
 }
 
-/* The whole header; `trainer`, for checkpoints, or NULL gives the metadata. Keeps the data aligned to 8 bytes. */
+/* The whole header; `trainer` for checkpoints, or NULL. Keeps the data aligned to 8 bytes. */
 static void pd__put_header(pd__writer *w, const pd__items *items, const pd_trainer *trainer) {
     int64_t begin = 0;
+    w->length = 0;
     pd__put(w, "{", 1);
-    if (trainer) pd__put_progress(w, trainer);
+    pd__put_metadata(w, items, trainer);
     for (int64_t i = 0; i < items->count; i++) {
         const pd__item *item = &items->list[i];
         int64_t end = begin + item->param->size * (item->numbers ? (int64_t)sizeof(pd_real) : 1);
         pd__put_name(w, item->prefix, item->param->name);
-        pd__put_text(w, "{\"dtype\":\"%s\",\"shape\":[", pd__dtypes[item->numbers ? pd__real_element : PD__U8].name);
+        pd__put_text(w, "{\"dtype\":\"%s\",\"shape\":[", pd__item_dtype(item));
         for (int k = 0; k < item->param->dim_count; k++)
             pd__put_text(w, k ? ",%lld" : "%lld", (long long)item->param->dims[k]);
         pd__put_text(w, "],\"data_offsets\":[%lld,%lld]}", (long long)begin, (long long)end);
@@ -13391,21 +13526,28 @@ static void pd__check_saved(pd__writer *w, const pd__item *item, const pd_real *
     w->error = PD__NOT_READ;
 }
 
+/* Some of an item's bytes. */
+static void pd__put_data(pd__writer *w, pd__item *item, const void *bytes, int64_t n) {
+    pd__sum_bytes(&item->sum, bytes, n);
+    pd__put(w, bytes, (size_t)n);
+}
+
 /* One item's data, by way of `chunk`, PD__FILE_CHUNK bytes of host memory. */
-static void pd__put_item(pd__writer *w, const pd__item *item, pd_net *net, unsigned char *chunk) {
+static void pd__put_item(pd__writer *w, pd__item *item, pd_net *net, unsigned char *chunk) {
     int64_t per_chunk = PD__FILE_CHUNK / (int64_t)sizeof(pd_real);
-    if (!item->numbers) pd__put(w, item->param->mask, (size_t)item->param->size);
+    item->sum = pd__sum_of_shape(pd__item_dtype(item), item->param->dim_count, item->param->dims);
+    if (!item->numbers) pd__put_data(w, item, item->param->mask, item->param->size);
     for (int64_t at = 0; item->numbers && at < item->param->size && !w->error; at += per_chunk) {
         int64_t n = pd__min(per_chunk, item->param->size - at);
         if (pd__download(net, chunk, item->numbers + at, n) != PD_OK) w->error = PD__NOT_READ;
         else pd__check_saved(w, item, (const pd_real *)(const void *)chunk, at, n);
         pd__store_reals(chunk, n);
-        pd__put(w, chunk, (size_t)n * sizeof(pd_real));
+        pd__put_data(w, item, chunk, n * (int64_t)sizeof(pd_real));
     }
 }
 
 /* Writes a whole file. Returns 0, an errno or PD__NOT_READ. */
-static int pd__write_tensors(FILE *file, const pd__items *items, const pd_trainer *trainer, unsigned char *chunk) {
+static int pd__write_tensors(FILE *file, pd__items *items, const pd_trainer *trainer, unsigned char *chunk) {
     pd__writer w = PD__ZERO;
     unsigned char bytes[8];
     pd__put_header(&w, items, trainer);
@@ -13413,9 +13555,10 @@ static int pd__write_tensors(FILE *file, const pd__items *items, const pd_traine
     pd__store_le(bytes, (uint64_t)w.length, 8);
     w.file = file;
     pd__put(&w, bytes, 8);
-    w.length = 0;
     pd__put_header(&w, items, trainer);
     for (int64_t i = 0; i < items->count; i++) pd__put_item(&w, &items->list[i], items->net, chunk);
+    if (!w.error && !pd__seek(file, 8)) w.error = errno;
+    pd__put_header(&w, items, trainer);
     return w.error;
 }
 
@@ -13470,17 +13613,191 @@ static bool pd__is_special_file(const char *path) {
 #endif
 }
 
-/* Writes to `temporary`, then puts it in the place of `path`. 0, an errno or PD__NOT_READ; then `path` is what it was,
-   unless it was only the directory that could not be brought to the disk. */
-static int pd__write_and_replace(const char *path, char *temporary, const pd__items *items, const pd_trainer *trainer,
-                                 unsigned char *chunk) {
-    FILE *file = fopen(temporary, "wb");
+/* Bytes of a path up to its last part. */
+static size_t pd__directory_length(const char *path) {
+    size_t n = strlen(path);
+    while (n > 0 && !pd__is_separator(path[n - 1])) n--;
+    return n;
+}
+
+/* The path that links lead to, which need not exist; NULL and an errno in *error on failure. To be freed. `text`:
+   PD__FILE_CHUNK bytes to work with. */
+static char *pd__follow_links(const pd_allocator *a, const char *path, char *text, int *error) {
+    char *target = pd__copy_text(a, path);
+    *error = ENOMEM;
+#if defined(PD__POSIX)
+    for (int links = 0; target; links++) {
+        ssize_t n = readlink(target, text, PD__FILE_CHUNK - 1);
+        size_t kept = n > 0 && text[0] != '/' ? pd__directory_length(target) : 0;
+        char *next = NULL;
+        if (n <= 0) return target; /* no link; what else is wrong will show when it is written */
+        if (links == 40) *error = ELOOP;
+        else next = (char *)pd__alloc(a, (int64_t)kept + n + 1, 1);
+        if (next) {
+            memcpy(next, target, kept);
+            memcpy(next + kept, text, (size_t)n);
+        }
+        pd__free(a, target);
+        target = next;
+    }
+#else
+    (void)text;
+#endif
+    return target;
+}
+
+/* ---- temporaries: TARGET.tmp- and 16 hexadecimal digits ----
+   The writer holds a lock on its file from its beginning until it has its new name, and the system gives up the locks
+   of the dead, in whatever container they were. So a sweeper removes only what it gets the lock of. Should it come
+   between the creation of a file and its lock, the writer sees that the name is gone, and takes another. */
+
+/* Is `name`, without directory, one of a temporary for `base`? */
+static bool pd__is_temporary(const char *name, const char *base) {
+    size_t n = strlen(base);
+    if (strncmp(name, base, n) != 0 || strncmp(name + n, ".tmp-", 5) != 0) return false;
+    return strlen(name + n + 5) == 16 && strspn(name + n + 5, "0123456789abcdef") == 16;
+}
+
+#if defined(PD__POSIX)
+
+/* Removes a temporary that nobody holds. */
+static void pd__remove_dead(const char *name) {
+#if defined(LOCK_EX) && defined(LOCK_NB)
+    struct stat s;
+    int fd = open(name, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) fd = open(name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) return;
+    if (fstat(fd, &s) == 0 && S_ISREG(s.st_mode) && flock(fd, LOCK_EX | LOCK_NB) == 0) unlink(name);
+    close(fd);
+#else
+    (void)name;
+#endif
+}
+
+/* Removes what dead savers to `target` have left. `name`: room for a temporary's name. */
+static void pd__sweep(const char *target, char *name, size_t size) {
+    size_t length = pd__directory_length(target);
+    const struct dirent *entry;
+    DIR *directory;
+    snprintf(name, size, "%.*s", (int)length, target);
+    directory = opendir(length ? name : ".");
+    while (directory && (entry = readdir(directory)) != NULL)
+        if (pd__is_temporary(entry->d_name, target + length)) {
+            snprintf(name, size, "%.*s%s", (int)length, target, entry->d_name);
+            pd__remove_dead(name);
+        }
+    if (directory) closedir(directory);
+}
+
+/* Takes the lock of a file that was just created; false when a sweeper has got hold of it. Where there are no locks,
+   nothing is swept. */
+static bool pd__claim(int fd, const char *name) {
+#if defined(LOCK_EX) && defined(LOCK_NB)
+    struct stat own, there;
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
+    return fstat(fd, &own) == 0 && stat(name, &there) == 0 && own.st_dev == there.st_dev && own.st_ino == there.st_ino;
+#else
+    (void)fd;
+    (void)name;
+    return true;
+#endif
+}
+
+/* A file that was not there before, with the mode of `target` if that exists; NULL with an errno, EEXIST for another
+   name to be tried. */
+static FILE *pd__create(const char *name, const char *target) {
+    struct stat old;
+    bool exists = stat(target, &old) == 0;
+    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, exists ? 0600 : 0666);
+    FILE *file = NULL;
+    int error = EEXIST;
+    if (fd < 0) return NULL;
+    if (pd__claim(fd, name)) {
+        if (exists) fchmod(fd, old.st_mode & 0777); /* some file systems have no modes */
+        file = fdopen(fd, "wb");
+        error = errno;
+    }
+    if (file) return file;
+    close(fd);
+    unlink(name);
+    errno = error;
+    return NULL;
+}
+
+#elif defined(_WIN32) /* a file that is open can't be removed there */
+
+static void pd__sweep(const char *target, char *name, size_t size) {
+    size_t length = pd__directory_length(target);
+    WIN32_FIND_DATAA found;
+    HANDLE search;
+    snprintf(name, size, "%s.tmp-*", target);
+    search = FindFirstFileA(name, &found);
+    if (search == INVALID_HANDLE_VALUE) return;
+    do {
+        if (!pd__is_temporary(found.cFileName, target + length)) continue;
+        snprintf(name, size, "%.*s%s", (int)length, target, found.cFileName);
+        DeleteFileA(name);
+    } while (FindNextFileA(search, &found));
+    FindClose(search);
+}
+
+static FILE *pd__create(const char *name, const char *target) {
+    int fd = _open(name, _O_WRONLY | _O_CREAT | _O_EXCL | _O_BINARY | _O_NOINHERIT, _S_IREAD | _S_IWRITE);
+    FILE *file = fd < 0 ? NULL : _fdopen(fd, "wb");
+    (void)target;
+    if (fd >= 0 && !file) _close(fd);
+    return file;
+}
+
+#else
+
+static void pd__sweep(const char *target, char *name, size_t size) {
+    (void)target;
+    (void)name;
+    (void)size;
+}
+
+static FILE *pd__create(const char *name, const char *target) {
+    (void)target;
+    return fopen(name, "wb");
+}
+
+#endif
+
+/* A new temporary, whose name goes to `name`; NULL with an errno on failure. */
+static FILE *pd__create_temporary(const char *target, char *name, size_t size) {
+    double times[2];
+    uint64_t bits[2], key;
+    FILE *file = NULL;
+    times[0] = pd__wall_time(), times[1] = pd_seconds();
+    memcpy(bits, times, sizeof bits);
+    key = pd__subkey(pd__subkey(bits[0], bits[1]), (uint64_t)(uintptr_t)&key ^ (uint64_t)pd__process_id() << 40);
+    for (uint64_t k = 0; k < 100 && !file; k++) {
+        snprintf(name, size, "%s.tmp-%016llx", target, (unsigned long long)pd_random(key, k));
+        file = pd__create(name, target);
+        if (!file && errno != EEXIST) return NULL;
+    }
+    return file;
+}
+
+/* Writes a temporary, then puts it in the place of `target`. 0, an errno or PD__NOT_READ; then `target` is what it was,
+   unless it was only the directory that could not be brought to the disk. `temporary`: room for the name. */
+static int pd__write_and_replace(const char *target, char *temporary, size_t size, pd__items *items,
+                                 const pd_trainer *trainer, unsigned char *chunk) {
+    FILE *file;
     int error;
+    pd__sweep(target, temporary, size);
+    file = pd__create_temporary(target, temporary, size);
     if (!file) return errno;
     error = pd__write_tensors(file, items, trainer, chunk);
     if (!error) error = pd__sync_file(file);
+#if defined(PD__POSIX)
+    if (!error) error = pd__replace_file(temporary, target); /* under the lock */
+    fclose(file);                                            /* nothing is left to be written */
+#else
     if (fclose(file) != 0 && !error) error = errno;
-    if (!error) error = pd__replace_file(temporary, path);
+    if (!error) error = pd__replace_file(temporary, target);
+#endif
     if (error) remove(temporary);
     return error ? error : pd__sync_directory(temporary);
 }
@@ -13499,28 +13816,28 @@ static pd_status pd__check_names(const pd__items *items, bool checkpoint) {
     return PD_OK;
 }
 
-static pd_status pd__save_items(const pd__items *items, const char *path, const pd_trainer *trainer) {
+static pd_status pd__save_items(pd__items *items, const char *path, const pd_trainer *trainer) {
     pd_net *net = items->net;
     const pd_allocator *a = &net->allocator;
-    size_t size = strlen(path) + 32;
-    char *temporary;
+    char *target = NULL, *temporary = NULL;
     unsigned char *chunk;
-    int error;
+    int error = ENOMEM;
     pd_status status = pd__check_names(items, trainer != NULL);
     if (status != PD_OK) return status;
     if (pd__is_special_file(path)) return pd__fail(net, PD_E_IO, "%.300s: is not a regular file", path);
-    temporary = (char *)pd__alloc(a, (int64_t)size, 1);
     chunk = (unsigned char *)pd__alloc(a, PD__FILE_CHUNK, 1);
-    if (temporary && chunk) {
-        snprintf(temporary, size, "%s.tmp-%ld", path, pd__process_id());
-        error = pd__write_and_replace(path, temporary, items, trainer, chunk);
-        if (error == PD__NOT_READ) status = net->failure.status;
-        else if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
-    } else {
-        status = pd__no_memory(net, "writing a file");
+    if (chunk) target = pd__follow_links(a, path, (char *)chunk, &error);
+    if (target) {
+        size_t size = strlen(target) + 32;
+        temporary = (char *)pd__alloc(a, (int64_t)size, 1);
+        if (temporary) error = pd__write_and_replace(target, temporary, size, items, trainer, chunk);
     }
+    if (error == PD__NOT_READ) status = net->failure.status;
+    else if (error == ENOMEM) status = pd__no_memory(net, "writing a file");
+    else if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
     pd__free(a, chunk);
     pd__free(a, temporary);
+    pd__free(a, target);
     if (status == PD_OK && net->logger.log) {
         char text[512];
         snprintf(text, sizeof text, "saved %.500s", path);
@@ -13660,6 +13977,19 @@ static pd_status pd__check_kind(const pd__tensors *t, const pd_trainer *trainer)
     return status;
 }
 
+/* Are the metadata those that were written, if their checksum is there? */
+static pd_status pd__check_texts(const pd__tensors *t) {
+    const char *expected = pd__tensors_text(t, "", "checksum");
+    pd__sum sum = PD__ZERO;
+    char text[PD__SUM_DIGITS + 1];
+    for (int64_t i = 0; i < t->text_count; i++)
+        if (t->texts[i].text != expected) pd__sum_entry(&sum, "", t->texts[i].name, t->texts[i].text);
+    pd__sum_text(sum, text);
+    if (!expected || strcmp(text, expected) == 0) return PD_OK;
+    return pd__fail(t->net, PD_E_FORMAT, "%.300s: the metadata are damaged: their checksum is %s, not %.40s", t->path,
+                    text, pd__show(t->net, expected));
+}
+
 static pd_status pd__read_progress(const pd__tensors *t, pd__progress *p) {
     uint64_t count = 0;
     pd_status status = pd__read_count(t, "", "seed", UINT64_MAX, &p->seed);
@@ -13749,6 +14079,7 @@ static pd_status pd__checkpoint_load_file(pd_trainer *trainer, FILE *file, const
     if (status == PD_OK) status = pd__match_checkpoint(&items, &t);
     if (status == PD_OK) status = pd__read_progress(&t, &progress);
     if (status == PD_OK) status = pd__read_updates(&t, trainer, false);
+    if (status == PD_OK) status = pd__check_texts(&t);
     if (status == PD_OK) status = pd__items_stage(&items, &t);
     if (status == PD_OK) status = pd__resume(trainer, &items, &t, &progress, best);
     else pd__free_best(net, best);

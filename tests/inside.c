@@ -18,7 +18,12 @@ pd_status inside_parse_number(const char *text, const char *end, double *value) 
 
 /* ---- files ---- */
 
-pd_status inside_load_file(pd_net *net, FILE *file, const char *path) { return pd__load_file(net, file, path, NULL); }
+pd_status inside_load_file(pd_net *net, FILE *file, const char *path, const pd_load_opts *opts) {
+    return pd__load_file(net, file, path, opts);
+}
+pd_status inside_checkpoint_load_file(pd_trainer *trainer, FILE *file, const char *path) {
+    return pd__checkpoint_load_file(trainer, file, path);
+}
 
 int inside_save_file(pd_net *net, FILE *file) {
     unsigned char chunk[PD__FILE_CHUNK];

@@ -20,7 +20,8 @@ pd_status inside_parse_number(const char *text, const char *end, double *value);
 
 /* ---- files that are open already, so that a test can make them fail ---- */
 
-pd_status inside_load_file(pd_net *net, FILE *file, const char *path);
+pd_status inside_load_file(pd_net *net, FILE *file, const char *path, const pd_load_opts *opts);
+pd_status inside_checkpoint_load_file(pd_trainer *trainer, FILE *file, const char *path);
 int inside_save_file(pd_net *net, FILE *file); /* 0, or the first errno of writing and syncing */
 void inside_put_double(FILE *file, const char *name, double value);
 

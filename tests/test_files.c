@@ -4,10 +4,13 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <float.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -807,7 +810,7 @@ static void test_read_errors(void **state) {
             setvbuf(f, NULL, _IONBF, 0);
             sick.at = 0;
             sick.ends = ends;
-            status = inside_load_file(net, f, "sick");
+            status = inside_load_file(net, f, "sick", NULL);
             fclose(f);
             if (sick.sick == sick.size) {
                 assert_int_equal(status, PD_OK);
@@ -870,22 +873,13 @@ static void test_dev_full(void **state) {
 
 static void test_unwritable(void **state) {
     pd_net *net = small_net(NULL);
-    char temporary[200], text[300];
-    pd_real before[8];
+    char text[300];
     (void)state;
     assert_int_equal(pd_save(net, "/nowhere/at/all"), PD_E_IO);
     assert_string_equal(pd_error(net), "/nowhere/at/all: could not be written: No such file or directory");
     assert_int_equal(pd_save(net, directory), PD_E_IO);
     snprintf(text, sizeof text, "%s: is not a regular file", directory);
     assert_string_equal(pd_error(net), text);
-    assert_int_equal(pd_save(net, path), PD_OK);
-    snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
-    assert_int_equal(mkdir(temporary, 0700), 0); /* in the way */
-    assert_int_equal(pd_save(net, path), PD_E_IO);
-    check_contains(pd_error(net), "could not be written: Is a directory");
-    get_all(net, before);
-    expect_load(net, NULL, PD_OK, "");
-    rmdir(temporary);
     pd_net_free(net);
 }
 
@@ -932,7 +926,276 @@ static void test_killed(void **state) {
         assert_int_equal(pd_load(net, path, NULL), PD_OK);
         pd_param_get(p, v, p->size);
         for (int k = 1; k < 300 * 300; k++) assert_true(v[k] == v[0]);
+        assert_true(list_directory(directory, false) <= 2); /* of those before, their successors have cleared away */
     }
+    assert_int_equal(pd_save(net, path), PD_OK);
+    assert_int_equal(list_directory(directory, false), 1);
+    pd_net_free(net);
+}
+
+/* ---- what a save does to the files beside it ---- */
+
+static const char *beside(const char *name) {
+    static char texts[4][300];
+    static int turn;
+    char *text = texts[turn++ % 4];
+    snprintf(text, sizeof texts[0], "%s/%s", directory, name);
+    return text;
+}
+
+static int mode_of(const char *name) {
+    struct stat s;
+    return lstat(name, &s) == 0 ? (int)(s.st_mode & 0777) : -1;
+}
+
+static bool is_link(const char *name) {
+    struct stat s;
+    return lstat(name, &s) == 0 && S_ISLNK(s.st_mode);
+}
+
+/* Links of all kinds stay, and the file that they lead to is replaced. */
+static void test_links(void **state) {
+    static const struct {
+        const char *name, *text; /* %s: the directory */
+    } links[] = { { "relative", "sub/model" }, { "sub/beside", "model" },   { "absolute", "%s/sub/model" },
+                  { "chain", "absolute" },     { "sub/up", "../relative" }, { "to nothing", "sub/new" } };
+    pd_net *net = small_net(NULL);
+    pd_real v[6];
+    char text[300], *whole = realpath(directory, NULL);
+    (void)state;
+    assert_int_equal(mkdir(beside("sub"), 0700), 0);
+    assert_int_equal(pd_save(net, beside("sub/model")), PD_OK);
+    for (int i = 0; i < COUNT(links); i++) {
+        const char *target = i + 1 < COUNT(links) ? beside("sub/model") : beside("sub/new"),
+                   *link = beside(links[i].name);
+        snprintf(text, sizeof text, strchr(links[i].text, '%') ? "%s/sub/model" : "%s",
+                 strchr(links[i].text, '%') ? whole : links[i].text);
+        assert_int_equal(symlink(text, link), 0);
+        for (int k = 0; k < 6; k++) v[k] = (pd_real)(10 * i + k);
+        assert_int_equal(pd_param_set(pd_param_find(net, "fc.weight"), v, 6), PD_OK);
+        if (pd_save(net, link) != PD_OK) fail_msg("%s: %s", link, pd_error(net));
+        assert_true(is_link(link) && !is_link(target));
+        memset(v, 0, sizeof v);
+        assert_int_equal(pd_param_set(pd_param_find(net, "fc.weight"), v, 6), PD_OK);
+        assert_int_equal(pd_load(net, target, NULL), PD_OK);
+        get(net, "fc.weight", v);
+        assert_true(v[0] == 10 * i && v[5] == 10 * i + 5);
+    }
+    assert_int_equal(list_directory(beside("sub"), false), 4); /* model, new, two links */
+    assert_int_equal(symlink("loop", beside("loop")), 0);
+    assert_int_equal(pd_save(net, beside("loop")), PD_E_IO);
+    check_contains(pd_error(net), "loop: could not be written: Too many levels of symbolic links");
+    assert_true(is_link(beside("loop")));
+    free(whole);
+    pd_net_free(net);
+}
+
+/* A file that is there keeps its mode; a new one gets what the umask leaves. */
+static void test_modes(void **state) {
+    static const mode_t modes[] = { 0600, 0444, 0640, 0666, 0755 };
+    pd_net *net = small_net(NULL);
+    mode_t kept = umask(027);
+    (void)state;
+    assert_int_equal(pd_save(net, path), PD_OK);
+    assert_int_equal(mode_of(path), 0640);
+    for (int i = 0; i < COUNT(modes); i++) {
+        assert_int_equal(chmod(path, modes[i]), 0);
+        assert_int_equal(pd_save(net, path), PD_OK);
+        assert_int_equal(mode_of(path), modes[i]);
+    }
+    umask(kept);
+    pd_net_free(net);
+}
+
+/* What dead savers to this path have left goes; what a live one holds, or is something else, stays. */
+static void test_leftovers(void **state) {
+    static const char *const others[] = { "file.tmp-0123456789abcde",   "file.tmp-0123456789abcdef0",
+                                          "file.tmp-0123456789ABCDEF",  "file.tmp-0123456789abcdeg",
+                                          "file2.tmp-0123456789abcdef", "file.tmp-0123456789abcdef.bak",
+                                          "afile.tmp-0123456789abcdef", "file.tmp-1234",
+                                          "file.tmp0123456789abcdef" };
+    pd_net *net = small_net(NULL);
+    int held;
+    (void)state;
+    for (int i = 0; i < COUNT(others); i++) write_bytes(beside(others[i]), "x", 1);
+    write_bytes(beside("file.tmp-0123456789abcdef"), "x", 1);
+    write_bytes(beside("file.tmp-fedcba9876543210"), "x", 1);
+    assert_int_equal(chmod(beside("file.tmp-fedcba9876543210"), 0400), 0);
+    write_bytes(beside("file.tmp-aaaaaaaaaaaaaaaa"), "x", 1);
+    held = open(beside("file.tmp-aaaaaaaaaaaaaaaa"), O_WRONLY);
+    assert_int_equal(flock(held, LOCK_EX), 0);
+    write_bytes(beside("precious"), "x", 1);
+    assert_int_equal(symlink("precious", beside("file.tmp-bbbbbbbbbbbbbbbb")), 0);
+    assert_int_equal(mkdir(beside("file.tmp-cccccccccccccccc"), 0700), 0);
+    assert_int_equal(mkfifo(beside("file.tmp-dddddddddddddddd"), 0600), 0);
+
+    assert_int_equal(pd_save(net, path), PD_OK);
+    for (int i = 0; i < COUNT(others); i++) assert_int_equal(remove(beside(others[i])), 0);
+    assert_int_equal(list_directory(directory, false), 6); /* held, precious, link, directory, pipe, and the model */
+    assert_true(mode_of(beside("file.tmp-aaaaaaaaaaaaaaaa")) >= 0 && mode_of(beside("precious")) >= 0);
+    assert_int_equal(close(held), 0);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    assert_int_equal(list_directory(directory, false), 5);
+    assert_int_equal(mode_of(beside("file.tmp-aaaaaaaaaaaaaaaa")), -1);
+    pd_net_free(net);
+}
+
+/* Saves the number `user`, again and again, until told to stop. */
+static int stop_saving, failed_saves;
+static void *save_repeatedly(void *user) {
+    enum { WIDTH = 150 };
+    static const pd_net_opts opts = { .threads = 1 };
+    pd_net *net = pd_net_new(&opts);
+    pd_param *p;
+    pd_real *v = (pd_real *)malloc(WIDTH * WIDTH * sizeof *v);
+    for (int k = 0; k < WIDTH * WIDTH; k++) v[k] = *(const pd_real *)user;
+    pd_fc(net, pd_vector(net, "x", WIDTH), WIDTH, &(pd_fc_opts){ .no_bias = true });
+    p = pd_param_first(net);
+    if (pd_param_set(p, v, p->size) != PD_OK) __sync_add_and_fetch(&failed_saves, 1);
+    while (__sync_add_and_fetch(&failed_saves, 0) == 0 && __sync_add_and_fetch(&stop_saving, 0) == 0)
+        if (pd_save(net, path) != PD_OK) {
+            print_message("%s\n", pd_error(net));
+            __sync_add_and_fetch(&failed_saves, 1);
+        }
+    free(v);
+    pd_net_free(net);
+    return NULL;
+}
+
+/* Two threads, and two processes, save to one path: each load finds the file of one of them, and none of them fails. */
+static void test_savers_of_one_path(void **state) {
+    static pd_real numbers[4] = { 1, 2, 3, 4 };
+    pthread_t threads[2];
+    pid_t children[2];
+    pd_net *net = pd_net_new(NULL);
+    pd_param *p;
+    pd_real *v;
+    int seen[5] = { 0 };
+    (void)state;
+    pd_fc(net, pd_vector(net, "x", 150), 150, &(pd_fc_opts){ .no_bias = true });
+    p = pd_param_first(net);
+    v = (pd_real *)malloc((size_t)p->size * sizeof *v);
+    for (int i = 0; i < p->size; i++) v[i] = 1;
+    assert_int_equal(pd_param_set(p, v, p->size), PD_OK);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    for (int i = 0; i < 2; i++) {
+        children[i] = fork();
+        if (children[i] == 0) {
+            save_repeatedly(&numbers[2 + i]);
+            _exit(failed_saves);
+        }
+    }
+    for (int i = 0; i < 2; i++) assert_int_equal(pthread_create(&threads[i], NULL, save_repeatedly, &numbers[i]), 0);
+    for (double begin = seconds(); seconds() - begin < 0.5;) {
+        if (pd_load(net, path, NULL) != PD_OK) fail_msg("%s", pd_error(net));
+        assert_int_equal(pd_param_get(p, v, p->size), PD_OK);
+        for (int i = 1; i < p->size; i++) assert_true(v[i] == v[0]);
+        seen[(int)v[0]]++;
+    }
+    __sync_add_and_fetch(&stop_saving, 1);
+    for (int i = 0; i < 2; i++) pthread_join(threads[i], NULL);
+    for (int i = 0; i < 2; i++) {
+        int status;
+        assert_int_equal(waitpid(children[i], &status, WNOHANG), 0); /* still at it: it has not failed */
+        kill(children[i], SIGKILL);
+        waitpid(children[i], &status, 0);
+    }
+    assert_int_equal(failed_saves, 0);
+    print_message("loads of each saver: %d %d %d %d\n", seen[1], seen[2], seen[3], seen[4]);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    assert_int_equal(list_directory(directory, false), 1);
+    free(v);
+    pd_net_free(net);
+}
+
+/* ---- checksums ---- */
+
+/* Checksums that stand for nothing any more, for tests of what is looked at beside them. */
+static void drop_checksums(unsigned char *bytes, size_t n) {
+    unsigned char *at;
+    while ((at = (unsigned char *)memmem(bytes, n, "\"checksum", 9)) != NULL) at[1] = 'C';
+}
+
+/* Whichever bit of a model's file is flipped: an error, or the same numbers. */
+static void test_flipped_bits(void **state) {
+    static unsigned char good[2048], bad[2048];
+    pd_net *net = small_net(NULL);
+    pd_load_opts partial;
+    pd_real saved[8], v[8];
+    pd_status status;
+    size_t n;
+    FILE *f;
+    int loaded = 0;
+    (void)state;
+    memset(&partial, 0, sizeof partial);
+    partial.partial = true;
+    get_all(net, saved);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    n = read_bytes(path, good, sizeof good);
+    for (size_t bit = 0; bit < 8 * n; bit++)
+        for (int k = 0; k < 2; k++) {
+            memcpy(bad, good, n);
+            bad[bit / 8] ^= (unsigned char)(1 << bit % 8);
+            pd_param_set(pd_param_find(net, "fc.weight"), saved + 2, 6); /* others */
+            f = fmemopen(bad, n, "rb");
+            status = inside_load_file(net, f, path, k ? &partial : NULL);
+            fclose(f);
+            if (status != PD_OK) continue;
+            loaded++;
+            get_all(net, v);
+            if (memcmp(v, saved, sizeof v) != 0) fail_msg("bit %d of byte %d", (int)(bit % 8), (int)(bit / 8));
+        }
+    assert_true(loaded > 100 && loaded < 1000); /* of the checksums' names, and of spaces */
+    for (int i = 0; i < 8; i++) {               /* each number by the name of its tensor */
+        memcpy(bad, good, n);
+        bad[n - sizeof saved + (size_t)i * sizeof *saved] ^= 1;
+        write_bytes(path, bad, n);
+        expect_load(net, NULL, PD_E_FORMAT,
+                    i < 6 ? "tensor \"fc.weight\" is damaged: its checksum is " : "tensor \"fc.bias\" is damaged");
+    }
+    pd_net_free(net);
+}
+
+/* What another program keeps of the metadata, in its own order, still counts; a tensor that it took away is missed. */
+static void test_kept_checksums(void **state) {
+    static unsigned char bytes[2048];
+    static const char *const headers[] = {
+        "{\"fc.bias\":{\"dtype\":\"%s\",\"shape\":[2],\"data_offsets\":[0,%d]},\"__metadata__\":{\"note\":\"ours\","
+        "\"checksum/fc.bias\":\"%s\",\"checksum/fc.weight\":\"%s\"}}",
+        "{\"fc.bias\":{\"dtype\":\"%s\",\"shape\":[2],\"data_offsets\":[0,%d]},\"__metadata__\":{\"note\":\"ours\","
+        "\"checksum/fc.bias\":\"%s\",\"Checksum/fc.weight\":\"%s\"}}",
+    };
+    pd_net *net = small_net(NULL);
+    pd_load_opts partial;
+    inside_tensors *t;
+    char sums[2][100], header[600];
+    size_t n;
+    FILE *f;
+    (void)state;
+    memset(&partial, 0, sizeof partial);
+    partial.partial = true;
+    assert_int_equal(pd_save(net, path), PD_OK);
+    n = read_bytes(path, bytes, sizeof bytes);
+    f = fopen(path, "rb");
+    t = inside_tensors_open(net, f, path);
+    assert_non_null(t);
+    snprintf(sums[0], sizeof sums[0], "%s", inside_tensors_text(t, "checksum/", "fc.bias"));
+    snprintf(sums[1], sizeof sums[1], "%s", inside_tensors_text(t, "checksum/", "fc.weight"));
+    assert_null(inside_tensors_text(t, "", "checksum"));
+    inside_tensors_close(t);
+    fclose(f);
+    for (int k = 0; k < 2; k++)
+        for (int changed = 0; changed < 2; changed++) {
+            snprintf(header, sizeof header, headers[k], sizeof(pd_real) == 8 ? "F64" : "F32",
+                     (int)(2 * sizeof(pd_real)), sums[0], sums[1]);
+            write_file(header, -1, bytes + n - 2 * sizeof(pd_real), 2 * sizeof(pd_real));
+            if (k == 0)
+                expect_load(net, &partial, PD_E_FORMAT, "no tensor \"fc.weight\", of which it has the checksum");
+            else if (changed)
+                expect_load(net, &partial, PD_E_FORMAT, "tensor \"fc.bias\" is damaged: its checksum is ");
+            else expect_load(net, &partial, PD_OK, "");
+            bytes[n - 1] ^= 1;
+        }
     pd_net_free(net);
 }
 
@@ -1316,6 +1579,7 @@ static void test_wrong_state(void **state) {
         assert_int_equal(sscanf(strstr(at, "data_offsets"), "data_offsets\":[%llu", &begin), 1);
         memcpy(bad, good, n);
         memcpy(bad + 8 + little_endian(good, 8) + begin + sizeof value, &value, sizeof value);
+        drop_checksums(bad, n);
         write_bytes(path, bad, n);
         if (wrong[i].text) expect_no_resume(&t, PD_E_NUMERIC, wrong[i].text);
         else assert_int_equal(pd_checkpoint_load(t.trainer, path), PD_OK);
@@ -1353,12 +1617,57 @@ static void test_wrong_costs(void **state) {
         end = strchr(value, '"');
         memmove(value + strlen(costs[i].value), end, strlen(end) + 1);
         memcpy(value, costs[i].value, strlen(costs[i].value));
+        drop_checksums((unsigned char *)header, strlen(header));
         write_file(header, -1, good + 8 + length, n - 8 - length);
         snprintf(text, sizeof text, "metadata \"%s\": expected a number, found \"%s\"", costs[i].name, costs[i].value);
         if (costs[i].status != PD_OK) expect_no_resume(&t, costs[i].status, text);
         else assert_int_equal(pd_checkpoint_load(t.trainer, path), PD_OK);
     }
     free_training(&t);
+}
+
+/* One bit of each byte flipped: an error, and nothing has changed, or the same state. */
+static void test_flipped_bits_of_checkpoints(void **state) {
+    static unsigned char good[1 << 16], bad[1 << 16], before[1 << 16], after[1 << 16];
+    training t = new_training(1, pd_adam(0.01), NULL, NULL), other = new_training(2, pd_adam(0.01), NULL, NULL);
+    pd_status status;
+    size_t n, m;
+    FILE *f;
+    (void)state;
+    assert_int_equal(train(&t, 9), PD_STOPPED);
+    n = state_of(&t, good, sizeof good);
+    m = state_of(&other, before, sizeof before);
+    for (size_t i = 0; i < n; i++) {
+        memcpy(bad, good, n);
+        bad[i] ^= (unsigned char)(1 << (i * 5 + i / 8) % 8);
+        f = fmemopen(bad, n, "rb");
+        status = inside_checkpoint_load_file(other.trainer, f, path);
+        fclose(f);
+        if (status == PD_OK) {
+            assert_int_equal(state_of(&other, after, sizeof after), n);
+            if (memcmp(good, after, n) != 0) fail_msg("byte %d", (int)i);
+            free_training(&other);
+            other = new_training(2, pd_adam(0.01), NULL, NULL);
+        } else if (i % 50 == 0) {
+            assert_int_equal(state_of(&other, after, sizeof after), m);
+            assert_memory_equal(before, after, m);
+        }
+    }
+    memcpy(bad, good, n);
+    *((unsigned char *)memmem(bad, n, "\"samples\":\"58\"", 14) + 12) ^= 1;
+    write_bytes(path, bad, n);
+    expect_no_resume(&other, PD_E_FORMAT, "the metadata are damaged: their checksum is ");
+    memcpy(bad, good, n);
+    bad[n - 1] ^= 1; /* a mask comes last */
+    write_bytes(path, bad, n);
+    expect_no_resume(&other, PD_E_FORMAT, "tensor \"mask/hidden.weight\" is damaged: its checksum is ");
+    memcpy(bad, good, n);
+    drop_checksums(bad, n); /* as files from before have none */
+    write_bytes(path, bad, n);
+    assert_int_equal(pd_checkpoint_load(other.trainer, path), PD_OK);
+    expect_same_state(&t, &other);
+    free_training(&t);
+    free_training(&other);
 }
 
 /* A file of floats does not continue a training in double, nor the other way round. */
@@ -1375,6 +1684,7 @@ static void test_checkpoint_of_other_numbers(void **state) {
     index = inside_tensors_open(t.net, f, path);
     assert_non_null(index);
     memcpy(header, bytes + 8, (size_t)little_endian(bytes, 8));
+    drop_checksums((unsigned char *)header, (size_t)little_endian(bytes, 8));
     length = (size_t)(strstr(header, "},\"") - header + 2); /* the metadata, then all tensors with the other size */
     for (int64_t i = 0; i < inside_tensors_count(index); i++) {
         inside_tensor tensor = inside_tensors_at(index, i);
@@ -1690,6 +2000,12 @@ int main(void) {
         TEST(test_unwritable),
         TEST(test_relative_path),
         TEST(test_killed),
+        TEST(test_links),
+        TEST(test_modes),
+        TEST(test_leftovers),
+        TEST(test_savers_of_one_path),
+        TEST(test_flipped_bits),
+        TEST(test_kept_checksums),
         TEST(test_out_of_memory),
         TEST(test_resume),
         TEST(test_go_back),
@@ -1698,6 +2014,7 @@ int main(void) {
         TEST(test_wrong_checkpoint),
         TEST(test_wrong_state),
         TEST(test_wrong_costs),
+        TEST(test_flipped_bits_of_checkpoints),
         TEST(test_checkpoint_of_other_numbers),
         TEST(test_checkpoint_out_of_memory),
         TEST(test_checkpoint_names),

@@ -91,6 +91,16 @@ def save_here_read_there(tool, dtype):
         check(f"{name} saved as {dtype.__name__}", same(tensors[name], known(k, shape, dtype)))
     with safetensors.safe_open(path, "np") as f:
         check("a slice", same(f.get_slice(MAPPED)[5:7, 1:3], known(6, (48, 7), dtype)[5:7, 1:3]))
+        metadata = f.metadata()
+    check("checksums of a saved file", set(metadata) == {"checksum/" + name for name in PARAMETERS})
+    tensors["kernel"] = numpy.ascontiguousarray(tensors.pop(MAPPED).T)
+    safetensors.numpy.save_file(tensors, path, metadata)
+    check("checksums kept by another program", isinstance(load(tool, path), dict))
+    tensors["norm.bias"][1] += 1
+    safetensors.numpy.save_file(tensors, path, metadata)
+    check("checksums of other numbers", 'tensor "norm.bias" is damaged: its checksum is ' in load(tool, path))
+    safetensors.numpy.save_file(tensors, path)
+    check("without checksums", isinstance(load(tool, path), dict))
 
 
 def save_there_load_here(tool, real):
