@@ -1555,7 +1555,7 @@ static void test_wrong_state(void **state) {
         { "optimizer/0/hidden.weight", -3, NULL }, /* a mean of gradients may be */
         { "optimizer/1/hidden.weight", -3, "tensor \"optimizer/1/hidden.weight\": number 1, -3, is negative" },
         { "optimizer/1/hidden.weight", NAN, "tensor \"optimizer/1/hidden.weight\": number 1, nan, is not a finite" },
-        { "average/0/hidden.bias", INFINITY, "tensor \"average/0/hidden.bias\": number 1, inf, is not a finite" },
+        { "averages/0/hidden.bias", INFINITY, "tensor \"averages/0/hidden.bias\": number 1, inf, is not a finite" },
         { "best/hidden.bias", NAN, "tensor \"best/hidden.bias\": number 1, nan, is not a finite" },
     };
     static unsigned char good[1 << 16], bad[1 << 16];
