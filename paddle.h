@@ -1387,8 +1387,9 @@ typedef struct pd_reader_opts {
     int64_t skip_lines;   /* CSV: lines at the top of each file to leave out */
     double scale, shift;  /* numbers of every dense input become x * scale + shift; scale default 1 */
     int64_t first, count; /* only samples first .. first + count - 1 of the pass; count 0: to the end */
-    int fold, folds;      /* cross-validation: only samples with i % folds == fold; folds 0: all */
-    bool not_fold;        /* .. or those not in the fold */
+    int fold, folds; /* cross-validation: only samples with i % folds == fold; folds 0: all. Lines of the others are
+                             counted, but not read: what is wrong in them is seen by who reads those folds */
+    bool not_fold;   /* .. or those not in the fold */
 } pd_reader_opts;
 
 /* One array per input: samples x width numbers, or ids; sequences: `starts` has samples + 1 row offsets. Not copied. */
@@ -4052,7 +4053,8 @@ static pd_status pd__check_param_opts(pd_layer *l, const char *name, const pd_pa
     if (!(o->prune >= 0 && o->prune < 1))
         return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": prune is %g, expected 0 <= prune < 1", name,
                              o->prune);
-    if ((unsigned)o->init.kind > PD_INIT_HE || !pd__finite(o->init.a) || !pd__finite(o->init.b))
+    if ((unsigned)o->init.kind > PD_INIT_HE || !pd__finite((double)(pd_real)o->init.a) ||
+        !pd__finite((double)(pd_real)o->init.b))
         return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": wrong initialiser", name);
     if (!pd__name_ok(name))
         return pd_layer_fail(l, PD_E_ARGUMENT,

@@ -2291,6 +2291,9 @@ static void test_parameters_refuse(void **state) {
             fc_with((pd_param_opts){ .init = pd_normal(nan_value, 1) }));
     REFUSED("fc1: parameter \"fc1.weight\": wrong initialiser",
             fc_with((pd_param_opts){ .init = pd_uniform(0, HUGE_VAL) }));
+    if (sizeof(pd_real) == 4)
+        REFUSED("fc1: parameter \"fc1.weight\": wrong initialiser",
+                fc_with((pd_param_opts){ .init = pd_constant(1e39) }));
     REFUSED("fc1: a parameter's name has 1 to 200 characters", fc_with((pd_param_opts){ .name = "" }));
     REFUSED("fc1: a parameter's name has", fc_with((pd_param_opts){ .name = "a\\b" }));
     REFUSED("fc1: parameter \"fc1.bias\": rate", pd_fc(the.net, the.vec, 3, &(pd_fc_opts){ .bias = { .rate = -1 } }));
