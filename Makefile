@@ -8,6 +8,7 @@
 # make gpu-check     the GPU's tests on a real one, with a report in bench/results; without one it only says so
 # make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
 # make bench         build and run what bench/ has that needs nothing else
+# make bench-busy    small nets beside busy loops on all processors; takes minutes
 # make bench-peers   installs OpenBLAS, PyTorch and ONNX Runtime (6 GB), and runs the same beside them
 # make bench-report  leaves what they print, and a picture, in bench/results
 # make lib           build/libpaddle.a and libpaddle.so; make install PREFIX=/usr/local DESTDIR=
@@ -38,9 +39,8 @@ build/%: examples/%.c paddle.h
 $(MPI_ONLY): override CC = mpicc
 $(MPI_ONLY): paddle_mpi.c
 
-# Threads that spin while they wait are slow beside other programs; see README.md.
 run: build/digits
-	@cd build && OMP_WAIT_POLICY=passive ./digits ../examples/data/digits.csv
+	@cd build && ./digits ../examples/data/digits.csv
 
 bench: $(BENCHES)
 	@for program in $(BENCHES) bench/start.sh; do echo "$$program"; CC='$(CC)' CFLAGS='$(CFLAGS)' $$program || exit 1; done
@@ -64,6 +64,9 @@ setup-bench:
 	@tests/setup libopenblas-openmp-dev python3-venv librsvg2-bin
 	@[ -x build/bench-venv/bin/pip ] || python3 -m venv build/bench-venv
 	@build/bench-venv/bin/pip install --quiet torch onnx onnxruntime
+
+bench-busy: build/bench/nets
+	@bench/busy.sh
 
 bench-peers: setup-bench $(PEERS)
 	@bench/peers
@@ -152,5 +155,5 @@ clean:
 	rm -rf build
 
 always:
-.PHONY: all run bench bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
+.PHONY: all run bench bench-busy bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
 .DELETE_ON_ERROR:

@@ -238,6 +238,11 @@
    same build and machine: the same bits, whatever the number of threads. Another compiler, instruction set or C
    library may round differently.
 
+   Where other programs have the processors, threads that wait for each other are slower than one. A net notices and
+   goes on with half of them, down to one, and tries again with more after 20 ms, or after up to a second where that
+   was in vain: beside a busy loop on every processor it takes about as long as with one thread. pd_profile says how
+   much of the time that was.
+
    INSTRUCTION SETS
 
    Products, convolutions, pooling, optimizers, most activations, batch and response normalisation and GRU steps are
@@ -1497,7 +1502,9 @@ PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
    processes all call it. */
 PD_API pd_status pd_sync(pd_trainer *trainer);
 PD_API int64_t pd_trainer_samples(const pd_trainer *trainer); /* seen so far */
-/* A table of time and memory by layer, and the share of time spent waiting for data. Like snprintf. */
+/* A table of time and memory by layer, the share of time spent waiting for data, and, of the time in loops for several
+   threads, the share in which some were missing or had to be waited for; where that is much, other work has the
+   processors, not the slow layer. Like snprintf. */
 PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
 /* Writes the net as a Graphviz file: `dot -Tsvg net.dot`. */
 PD_API pd_status pd_graphviz(pd_net *net, const char *path);
@@ -2094,9 +2101,26 @@ typedef struct pd__kept {
     int64_t capacity;
 } pd__kept;
 
+/* How many threads a device goes on with. Where other work has the processors, threads that wait for each other several
+   thousand times in a second are many times slower than one, and spin away the little time that they get. */
+typedef struct pd__pace {
+    int threads, team;      /* at most, and at the moment */
+    double debt;            /* seconds by which teams have lately been slower than one thread */
+    double pause, until;    /* seconds to go on with fewer, and when they are over */
+    double since;           /* when the team became what it is */
+    double spent, short_of; /* seconds in loops for several, and those where some were missing or waited for */
+} pd__pace;
+
+/* What a thread takes for its share of a loop; in a cache line of its own. */
+typedef struct pd__busy {
+    double seconds;
+    char fill[64 - sizeof(double)];
+} pd__busy;
+
 typedef struct pd__cpu {
     const pd_allocator *allocator;
-    int threads;
+    pd__pace pace;
+    pd__busy *busy; /* of each thread in the last loop; NULL for one thread */
     pd_simd simd;
     const pd__kernels *kernels; /* of this level */
     void *scratch;              /* of one operation at a time */
@@ -2105,34 +2129,117 @@ typedef struct pd__cpu {
     pd__kept *kept; /* of all that pd_device.keep has named */
 } pd__cpu;
 
+static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->self)->pace.threads; }
+static const pd__kernels *pd__cpu_kernels(const pd_device *d) { return ((const pd__cpu *)d->self)->kernels; }
+
+/* A loop worth several threads has ended at `now`. It took `spent` seconds in a team of so many, of which even the least
+   busy worked for `least`. Shares are about equal, so one thread alone would have taken team * least: a team that does
+   not get WORTH of that done makes debts, which better loops pay back, and a little in advance. Where the debt is too
+   large half as many threads go on, for a short time at first, and for longer ones if that is so again. */
+static void pd__pace_note(pd__pace *p, double now, double spent, int team, double least) {
+    const double WORTH = 0.8, MOST = 0.01, SAVED = 0.02, LONGEST = 1, TRIAL = 0.04;
+    p->spent += spent;
+    if (p->team < p->threads || (team > 1 && team * least < WORTH * spent)) p->short_of += spent;
+    if (team > 1) p->debt += spent - team * least / WORTH;
+    if (p->debt < -SAVED) p->debt = -SAVED;
+    if (p->debt > MOST && p->team > 1) {
+        p->pause = now - p->since < 4 * p->pause ? 4 * p->pause : 2 * p->debt;
+        if (p->pause > LONGEST) p->pause = LONGEST;
+        p->team /= 2;
+        p->until = now + p->pause;
+    } else if (p->team < p->threads && now >= p->until) {
+        p->team = (int)pd__min(2 * p->team, p->threads);
+        p->until = now + TRIAL;
+    } else {
+        return;
+    }
+    p->debt = 0;
+    p->since = now;
+}
+
 #define PD__PRAGMA(text) _Pragma(#text)
 #if defined(_OPENMP)
-/* In front of a for loop over int64_t whose bodies write to different places; `work` is about the numbers touched. */
-#define PD__PARALLEL(d, work) PD__PRAGMA(omp parallel for schedule(static) num_threads(pd__team(d, work)))
+#define PD__OMP(text) PD__PRAGMA(omp text)
 #define PD__THREAD_INDEX() omp_get_thread_num()
+#define PD__TEAM_SIZE() omp_get_num_threads()
+#else
+#define PD__OMP(text)
+#define PD__THREAD_INDEX() 0
+#define PD__TEAM_SIZE() 1
+#endif
+
+/* Waking a team costs some microseconds, and far more on a busy machine; so many numbers take one thread longer. */
+enum { PD__TEAM_WORK = 65536 };
+
+/* Threads for so much work. */
+static int pd__team(const pd_device *d, int64_t work) {
+    return work < PD__TEAM_WORK ? 1 : ((const pd__cpu *)d->self)->pace.team;
+}
+
+/* In front of a for loop over int64_t whose bodies write to different places; `work` is about the numbers touched. */
+#if defined(_OPENMP)
+#define PD__PARALLEL(d, work) PD__OMP(parallel for schedule(static) num_threads(pd__team(d, work)))
 #else
 #define PD__PARALLEL(d, work) (void)(d), (void)(work);
-#define PD__THREAD_INDEX() 0
 #endif
+
+/* A loop of which is measured how it went. */
+typedef struct pd__loop {
+    pd__cpu *cpu;
+    int team; /* asked for; then what there was */
+    bool measured;
+    double begin;
+} pd__loop;
+
+static inline pd__loop pd__loop_begin(const pd_device *d, int64_t work, int64_t items) {
+    pd__loop loop;
+    loop.cpu = (pd__cpu *)d->self;
+    loop.team = (int)pd__max(1, pd__min(pd__team(d, work), items));
+    loop.measured = work >= PD__TEAM_WORK && items > 1 && loop.cpu->pace.threads > 1;
+    loop.begin = loop.measured ? pd_seconds() : 0;
+    return loop;
+}
+
+/* Of each thread, before and after its share. */
+static inline double pd__share_begin(pd__loop *loop) {
+    if (PD__THREAD_INDEX() == 0) loop->team = PD__TEAM_SIZE();
+    return pd_seconds();
+}
+static inline void pd__share_end(const pd__loop *loop, double begin) {
+    loop->cpu->busy[PD__THREAD_INDEX()].seconds = pd_seconds() - begin;
+}
+
+static void pd__loop_end(const pd__loop *loop) {
+    if (loop->measured) {
+        double now = pd_seconds(), least = now - loop->begin, second = least;
+        for (int i = 0; loop->team > 1 && i < loop->team; i++) {
+            double busy = loop->cpu->busy[i].seconds;
+            second = busy < least ? least : busy < second ? busy : second;
+            least = busy < least ? busy : least;
+        }
+        /* Of several the last may have had a short rest of the loop. */
+        pd__pace_note(&loop->cpu->pace, now, now - loop->begin, loop->team, loop->team > 2 ? second : least);
+    }
+}
+
 /* Such a loop of calls, i = 0, step, .. below `end`. For one thread OpenMP is left alone: a team of one takes longer to
    make than many a small layer. */
 #define PD__TEAM_STEPS(d, work, i, end, step, call)                                                                    \
     do {                                                                                                               \
-        if (pd__team(d, work) == 1) {                                                                                  \
+        pd__loop loop_ = pd__loop_begin(d, work, pd__ceil_div(end, step));                                             \
+        if (loop_.team == 1) {                                                                                         \
             for (int64_t i = 0; i < (end); i += (step)) call;                                                          \
         } else {                                                                                                       \
-            PD__PARALLEL(d, work)                                                                                      \
-            for (int64_t i = 0; i < (end); i += (step)) call;                                                          \
+            PD__OMP(parallel num_threads(loop_.team)) {                                                                \
+                double begin_ = pd__share_begin(&loop_);                                                               \
+                PD__OMP(for schedule(static) nowait)                                                                   \
+                for (int64_t i = 0; i < (end); i += (step)) call;                                                      \
+                pd__share_end(&loop_, begin_);                                                                         \
+            }                                                                                                          \
         }                                                                                                              \
+        pd__loop_end(&loop_);                                                                                          \
     } while (0)
 #define PD__TEAM(d, work, i, end, call) PD__TEAM_STEPS(d, work, i, end, 1, call)
-
-static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->self)->threads; }
-static const pd__kernels *pd__cpu_kernels(const pd_device *d) { return ((const pd__cpu *)d->self)->kernels; }
-
-/* Threads for so much work. Waking a team costs some microseconds, and far more on a busy machine; so many numbers take
-   one thread longer than that. */
-static int pd__team(const pd_device *d, int64_t work) { return work < 65536 ? 1 : pd__cpu_threads(d); }
 
 /* `size` bytes until the next call, or NULL: then synchronize will say so. */
 static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
@@ -2335,38 +2442,45 @@ static void pd__gemm_share(const pd__gemm_job *g, int64_t share) {
             }
 }
 
+/* Each share packs its rows of A and its columns of B: chooses the grid of so many shares for which that is least. */
+static void pd__gemm_grid(pd__gemm_job *g, int64_t shares) {
+    const pd__kernels *kernels = g->kernels;
+    g->across = 1, g->down = shares;
+    for (int64_t across = 2; across <= shares; across++)
+        if (shares % across == 0 && across * g->m + shares / across * g->n < g->across * g->m + g->down * g->n)
+            g->across = across, g->down = shares / across;
+    g->rows = pd__ceil_div(pd__ceil_div(g->m, g->down), kernels->mr) * kernels->mr;
+    g->columns = pd__ceil_div(pd__ceil_div(g->n, g->across), kernels->nr) * kernels->nr;
+    g->each = (pd__min(kernels->mc, g->rows) + pd__min(PD__NC, g->columns)) * pd__depth(kernels, g->k) + 32;
+    g->each = pd__ceil_div(g->each, 16) * 16; /* whole cache lines */
+}
+
 static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
                          const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
                          int64_t ldc, const pd_epilogue *after) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     pd__gemm_job g;
-    int64_t shares = pd__team(d, m * n * k / 8), depth = pd__depth(kernels, k),
-            form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
+    int64_t work = m * n * k / 8, shares = pd__team(d, work), form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
+    int64_t most = work < PD__TEAM_WORK ? 1 : pd__cpu_threads(d);
     pd__kept *kept = NULL;
     if (m <= 0 || n <= 0) return;
     memset(&g, 0, sizeof g);
     g.kernels = kernels;
     g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
     g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c, g.after = after;
-    /* Each share packs its rows of A and its columns of B: choose the grid for which that is least. */
-    g.across = 1, g.down = shares;
-    for (int64_t across = 2; across <= shares; across++)
-        if (shares % across == 0 && across * m + shares / across * n < g.across * m + g.down * n)
-            g.across = across, g.down = shares / across;
-    g.rows = pd__ceil_div(pd__ceil_div(m, g.down), kernels->mr) * kernels->mr;
-    g.columns = pd__ceil_div(pd__ceil_div(n, g.across), kernels->nr) * kernels->nr;
+    pd__gemm_grid(&g, shares);
     if (m == 1 && !tb) { /* then shares go across */
-        PD__TEAM(d, n * k / 8, share, g.across, kernels->gemm_row(&g, share));
+        PD__TEAM(d, work, share, g.across, kernels->gemm_row(&g, share));
         return;
     }
     form[4] = ldb, form[5] = g.columns;
     if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + kernels->nr), &g.ready);
     if (kept) g.right = kept->numbers;
-    g.each = (pd__min(kernels->mc, g.rows) + pd__min(PD__NC, g.columns)) * depth + 32;
-    g.each = pd__ceil_div(g.each, 16) * 16; /* whole cache lines */
-    g.space = (pd_real *)pd__scratch(d, shares * g.each, sizeof(pd_real));
+    if (most > shares) pd__gemm_grid(&g, most); /* memory for when they are back: steps then take none */
+    g.space = (pd_real *)pd__scratch(d, most * g.each, sizeof(pd_real));
     if (!g.space) return;
-    PD__TEAM(d, m * n * k / 8, share, shares, pd__gemm_share(&g, share));
+    if (most > shares) pd__gemm_grid(&g, shares);
+    PD__TEAM(d, work, share, shares, pd__gemm_share(&g, share));
     if (kept) memcpy(kept->form, form, sizeof form);
 }
 
@@ -3509,6 +3623,14 @@ static const pd_device pd__cpu_table = {
     pd__cpu_keep,
 };
 
+static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
+    while (((pd__cpu *)d->self)->kept) pd__cpu_keep(d, ((pd__cpu *)d->self)->kept->of, false);
+    pd__free(allocator, ((pd__cpu *)d->self)->busy);
+    pd__free(allocator, ((pd__cpu *)d->self)->scratch);
+    pd__free(allocator, d->self);
+    pd__free(allocator, d);
+}
+
 /* A CPU device for one net; threads 0: all; simd: one that the processor has. NULL when out of memory. */
 static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_simd simd) {
     pd_device *d = (pd_device *)pd__alloc(allocator, 1, sizeof *d);
@@ -3523,19 +3645,17 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_sim
     cpu->simd = simd;
     cpu->kernels = pd__levels[simd].kernels;
 #if defined(_OPENMP)
-    cpu->threads = threads > 0 ? threads : omp_get_max_threads();
+    if (threads == 0) threads = omp_get_max_threads();
 #else
-    cpu->threads = 1;
-    (void)threads;
+    threads = 1;
 #endif
+    cpu->pace.threads = cpu->pace.team = threads;
+    if (threads > 1) cpu->busy = (pd__busy *)pd__alloc(allocator, threads, sizeof *cpu->busy);
+    if (threads > 1 && !cpu->busy) {
+        pd__cpu_free(allocator, d);
+        return NULL;
+    }
     return d;
-}
-
-static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
-    while (((pd__cpu *)d->self)->kept) pd__cpu_keep(d, ((pd__cpu *)d->self)->kept->of, false);
-    pd__free(allocator, ((pd__cpu *)d->self)->scratch);
-    pd__free(allocator, d->self);
-    pd__free(allocator, d);
 }
 /* ======================================================================================================== */
 /* >>net                                                                                                    */
@@ -12369,6 +12489,11 @@ PD_DEF size_t pd_profile(const pd_trainer *trainer, char *text, size_t size) {
     all = trainer->step_seconds + trainer->wait_seconds;
     pd__append(text, size, &length, "waiting for data: %.1f%% of %.2f s\n",
                all > 0 ? 100 * trainer->wait_seconds / all : 0, all);
+    if (net->cpu && pd__cpu_threads(net->cpu) > 1) {
+        const pd__pace *pace = &((const pd__cpu *)net->cpu->self)->pace;
+        pd__append(text, size, &length, "threads: %d, missing or waited for in %.1f%% of %.2f s\n", pace->threads,
+                   pace->spent > 0 ? 100 * pace->short_of / pace->spent : 0, pace->spent);
+    }
     return length;
 }
 

@@ -82,6 +82,18 @@ static pd_layer *digits(pd_net *net) {
     return fc(net, pd_dropout(net, x, 0.25, NULL), 10, PD_SOFTMAX);
 }
 
+/* Small ones, in which threads have little to do between two meetings. */
+static pd_layer *small(pd_net *net) {
+    pd_layer *x = conv_norm(net, pd_image(net, "image", 3, 16, 16), 16, 3, 1, 1, PD_RELU);
+    x = pool(net, conv_norm(net, x, 32, 3, 1, 1, PD_RELU), 2, 2, 0);
+    return fc(net, conv_norm(net, x, 32, 3, 1, 1, PD_RELU), 10, PD_SOFTMAX);
+}
+
+static pd_layer *gru(pd_net *net) {
+    pd_layer *x = pd_gru(net, pd_sequence(pd_vector(net, "rows", 64)), 128, NULL);
+    return fc(net, pd_sequence_pool(net, x, PD_LAST, NULL), 10, PD_SOFTMAX);
+}
+
 static pd_layer *build(pd_net *net, const char *name) {
     if (strcmp(name, "alexnet") == 0) return alexnet(net, 1);
     if (strcmp(name, "alexnet-groups") == 0) return alexnet(net, 2);
@@ -89,6 +101,8 @@ static pd_layer *build(pd_net *net, const char *name) {
     if (strcmp(name, "vgg") == 0) return vgg(net);
     if (strcmp(name, "mlp") == 0) return mlp(net);
     if (strcmp(name, "digits") == 0) return digits(net);
+    if (strcmp(name, "small") == 0) return small(net);
+    if (strcmp(name, "gru") == 0) return gru(net); /* train only */
     return NULL;
 }
 
@@ -114,9 +128,11 @@ int main(int argc, char **argv) {
     }
     pd_batch *batch = pd_batch_new(net);
     for (int64_t i = 0; batch && i < samples; i++) {
-        pd_real *row = pd_batch_add_row(batch, 0);
-        for (int64_t k = 0; row && k < batch->slots[0].width; k++)
-            row[k] = (pd_real)(pd_random((uint64_t)i, (uint64_t)k) >> 40) / (1 << 24);
+        for (uint64_t r = 0; r < (batch->slots[0].sequence ? 20 : 1); r++) {
+            pd_real *row = pd_batch_add_row(batch, 0);
+            for (int64_t k = 0; row && k < batch->slots[0].width; k++)
+                row[k] = (pd_real)(pd_random((uint64_t)i + (r << 32), (uint64_t)k) >> 40) / (1 << 24);
+        }
         pd_batch_add_id(batch, 1, i % 10);
         pd_batch_end_sample(batch);
     }

@@ -9,6 +9,30 @@ bool inside_is_folded(const pd_layer *layer) { return layer->own->above_done; }
 pd_real **inside_best(pd_trainer *trainer) { return trainer->has_best ? trainer->best : NULL; }
 pd_updater *inside_local(pd_trainer *trainer) { return &trainer->local; }
 
+/* ---- how many threads a device goes on with ---- */
+
+static pd__pace *inside_pace_of(pd_device *cpu) { return &((pd__cpu *)cpu->self)->pace; }
+int inside_team(pd_device *cpu) { return inside_pace_of(cpu)->team; }
+void inside_set_team(pd_device *cpu, int team) {
+    inside_pace_of(cpu)->team = (int)pd__min(team, inside_pace_of(cpu)->threads);
+}
+void inside_loop(pd_device *cpu, double now, double spent, int team, double least) {
+    pd__pace_note(inside_pace_of(cpu), now, spent, team, least);
+}
+
+struct inside_pace {
+    pd__pace pace;
+};
+inside_pace *inside_pace_new(int threads) {
+    inside_pace *p = (inside_pace *)calloc(1, sizeof *p);
+    if (p) p->pace.threads = p->pace.team = threads;
+    return p;
+}
+int inside_pace_note(inside_pace *p, double now, double spent, int team, double least) {
+    pd__pace_note(&p->pace, now, spent, team, least);
+    return p->pace.team;
+}
+
 bool inside_winograd_fits(const pd_conv_shape *shape) { return pd__winograd_fits(shape); }
 pd_status inside_evaluators_update(pd_net *net) { return pd__evaluators_update(net); }
 void inside_remove_samples(pd_batch *batch, const unsigned char *marks) { pd__remove_samples(batch, marks); }

@@ -13,6 +13,16 @@ bool inside_is_folded(const pd_layer *layer); /* into the layer below, by the la
 pd_real **inside_best(pd_trainer *trainer);
 pd_updater *inside_local(pd_trainer *trainer);
 
+/* ---- how many threads a device goes on with ---- */
+
+int inside_team(pd_device *cpu);
+void inside_set_team(pd_device *cpu, int team); /* at most all that it has: one without OpenMP */
+void inside_loop(pd_device *cpu, double now, double spent, int team, double least); /* as if it had been run */
+
+typedef struct inside_pace inside_pace; /* freed by free() */
+inside_pace *inside_pace_new(int threads);
+int inside_pace_note(inside_pace *p, double now, double spent, int team, double least); /* the threads to go on with */
+
 bool inside_winograd_fits(const pd_conv_shape *shape);
 pd_status inside_evaluators_update(pd_net *net);
 void inside_remove_samples(pd_batch *batch, const unsigned char *marks);

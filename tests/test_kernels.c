@@ -134,6 +134,7 @@ static void check(const job *given, bool all_teams, bool same) {
             job j = *given;
             if ((chosen >= 0 && t != chosen) || !nets[level][t]) continue;
             d = inside_device(nets[level][t]);
+            inside_set_team(d, teams[t]); /* on a busy machine it may have gone on with fewer */
             for (int k = 0; k < OUTPUTS; k++) {
                 if (!j.first[k]) continue;
                 block[k] = (pd_real *)malloc((size_t)(before + j.count[k] + after + 1) * sizeof(pd_real));
