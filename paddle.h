@@ -276,6 +276,10 @@
      PADDLE_NO_AVX       no kernels for AVX2 and AVX-512: less to compile, a smaller program. Beside PADDLE_IMPLEMENTATION.
      PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the compiler's option.)
 
+   The implementation is not for -ffast-math and what belongs to it: gcc and clang refuse, or go without. Other files of
+   the program may have it; linking with it is fine too, but then numbers below 1.2e-38 (2.3e-308 in double) are 0.
+   On 32-bit x86 add -msse2 -mfpmath=sse: the older unit rounds sums as registers happen to be free.
+
    Licence: at the end of this file. */
 
 #if defined(PADDLE_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE)
@@ -1576,6 +1580,24 @@ PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 #if defined(PADDLE_IMPLEMENTATION) && !defined(PADDLE_IMPLEMENTED)
 #define PADDLE_IMPLEMENTED
 
+/* What compilers may make of sums, quotients and comparisons under these options is wrong here: NaN passes unseen, e^x
+   is off by 40 %. gcc tells of all of them, clang of some; the others are switched off for this file. */
+#if defined(__FAST_MATH__) || defined(_M_FP_FAST)
+#error "paddle.h: compile PADDLE_IMPLEMENTATION without -ffast-math, -Ofast (-O3 does), -ffp-model=fast, /fp:fast"
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0
+#error "paddle.h: compile PADDLE_IMPLEMENTATION without -ffinite-math-only, -fno-honor-nans"
+#elif defined(__ASSOCIATIVE_MATH__)
+#error "paddle.h: compile PADDLE_IMPLEMENTATION without -funsafe-math-optimizations and -fassociative-math"
+#elif defined(__RECIPROCAL_MATH__)
+#error "paddle.h: compile PADDLE_IMPLEMENTATION without -freciprocal-math"
+#elif defined(__x86_64__) && !defined(__clang__) && (__FLT_EVAL_METHOD__ == 2 || __FLT_EVAL_METHOD__ == -1)
+#error "paddle.h: compile PADDLE_IMPLEMENTATION without -mfpmath=387, -mfpmath=both"
+#endif
+typedef char pd__without_fsingle_precision_constant[sizeof 0.1 == sizeof(double) ? 1 : -1];
+#if defined(__clang__) && __clang_major__ >= 12
+#pragma float_control(precise, on, push)
+#endif
+
 #include <ctype.h>
 #include <errno.h>
 #include <float.h>
@@ -2183,10 +2205,23 @@ static int pd__team(const pd_device *d, int64_t work) {
 #define PD__PARALLEL(d, work) (void)(d), (void)(work);
 #endif
 
+/* How this thread rounds, and whether it takes the smallest numbers for 0. Threads of a team do as the one that waits for
+   them, which may have changed its mind since they were made (gcc's -ffast-math does, where it is only linked with). */
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(__TINYC__)
+static inline unsigned pd__rounding(void) { return _mm_getcsr() & ~0x3fu; /* what has happened so far */ }
+static inline void pd__round_as(unsigned rounding) {
+    if (pd__rounding() != rounding) _mm_setcsr(rounding);
+}
+#else
+static inline unsigned pd__rounding(void) { return 0; }
+static inline void pd__round_as(unsigned rounding) { (void)rounding; }
+#endif
+
 /* A loop of which is measured how it went. */
 typedef struct pd__loop {
     pd__cpu *cpu;
     int team; /* asked for; then what there was */
+    unsigned rounding;
     bool measured;
     double begin;
 } pd__loop;
@@ -2197,12 +2232,14 @@ static inline pd__loop pd__loop_begin(const pd_device *d, int64_t work, int64_t 
     loop.team = (int)pd__max(1, pd__min(pd__team(d, work), items));
     loop.measured = work >= PD__TEAM_WORK && items > 1 && loop.cpu->pace.threads > 1;
     loop.begin = loop.measured ? pd_seconds() : 0;
+    loop.rounding = loop.team > 1 ? pd__rounding() : 0;
     return loop;
 }
 
 /* Of each thread, before and after its share. */
 static inline double pd__share_begin(pd__loop *loop) {
     if (PD__THREAD_INDEX() == 0) loop->team = PD__TEAM_SIZE();
+    pd__round_as(loop->rounding);
     return pd_seconds();
 }
 static inline void pd__share_end(const pd__loop *loop, double begin) {
@@ -14467,6 +14504,10 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 
 #ifdef __cplusplus
 }
+#endif
+
+#if defined(__clang__) && __clang_major__ >= 12
+#pragma float_control(pop)
 #endif
 
 #endif /* PADDLE_IMPLEMENTATION */

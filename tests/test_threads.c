@@ -9,6 +9,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 #include "inside.h"
 #include "support.h"
@@ -217,10 +220,42 @@ static void test_recovery(void **state) {
     pd_net_free(t.net);
 }
 
+/* Threads flush the smallest numbers to 0 if, and as long as, the one that uses the net does. */
+static void test_flushing(void **state) {
+#if defined(__SSE2__)
+    enum { N = 100000, FLUSH = 0x8040 };
+    const int64_t size[4] = { 1, 1, 1, N }, strides[4] = { 0, 0, 0, 1 };
+    const pd_real tiny = (pd_real)(sizeof(pd_real) == 4 ? 1e-30 : 1e-300), alpha = (pd_real)1e-10;
+    pd_net *net = pd_net_new(&(pd_net_opts){ .threads = 4 });
+    pd_device *cpu = inside_device(net);
+    pd_real *x = (pd_real *)calloc(N, sizeof *x), *y = (pd_real *)calloc(N, sizeof *y), product;
+    unsigned usual = _mm_getcsr();
+    (void)state;
+    assert_true(x && y);
+    for (int flush = 0; flush < 4; flush++) { /* no, yes, no, yes */
+        _mm_setcsr(flush % 2 ? usual | FLUSH : usual);
+        inside_set_team(cpu, 4);
+        cpu->fill(cpu, N, tiny, x);
+        cpu->fill(cpu, N, 0, y);
+        cpu->muladd(cpu, size, alpha, x, strides, NULL, strides, y, strides);
+        _mm_setcsr(usual);
+        product = flush % 2 ? 0 : tiny * alpha;
+        for (int64_t i = 0; i < N; i++)
+            if (memcmp(&y[i], &product, sizeof product) != 0) fail_msg("number %d is %g", (int)i, (double)y[i]);
+    }
+    free(x);
+    free(y);
+    pd_net_free(net);
+#else
+    (void)state;
+    skip();
+#endif
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_pace), cmocka_unit_test(test_hiccup),   cmocka_unit_test(test_same_bits),
-        cmocka_unit_test(test_many), cmocka_unit_test(test_recovery),
+        cmocka_unit_test(test_many), cmocka_unit_test(test_recovery), cmocka_unit_test(test_flushing),
     };
     return run_group(tests, NULL, NULL);
 }
