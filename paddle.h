@@ -16,8 +16,8 @@
 
    CONTENTS: search for ">>name", in this comment for the title in capitals.
      This comment     ERRORS, ROWS AND SHAPES, SEQUENCES AND SPARSE ROWS, PARAMETERS, GRADIENTS AND OPTIMIZERS,
-                      HOW A TRAINING ENDS, READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND DETERMINISM, INSTRUCTION SETS,
-                      MEMORY, OPTIONS AT COMPILE TIME
+                      HOW A TRAINING ENDS, READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND
+                      DETERMINISM, INSTRUCTION SETS, MEMORY, OPTIONS AT COMPILE TIME
      Declarations     status hooks tensors parameters net inputs activations layers costs batches running evaluators
                       optimizers device updater readers trainer files
                       (and "layer types", "gradient check")
@@ -87,6 +87,9 @@
    pd_layer *output = pd_fc(net, last, 10, &(pd_fc_opts){ .act = PD_SOFTMAX });
    ```
 
+   To tag every word give the labels sequences too, `pd_sequence(pd_label(net, "tags", 9))`, and the cost is one of rows. A
+   gradient is a mean over samples, so long sentences count more.
+
    Recurrent layers run the sequences of a batch side by side, the longest first, and go on with fewer when the short
    ones have ended. Vectors of which few numbers are not zero (pd_sparse) hold pairs of column and number, and go to
    pd_fc. A parameter marked `sparse` has a gradient for the rows that the batch named, and a step costs what these
@@ -117,23 +120,26 @@
    HOW A TRAINING ENDS
 
    pd_train returns PD_OK when all passes are done or patience has run out, PD_STOPPED when on_event wanted it, and else
-   what failed, with the message in the net: a reader, for training or test (of a bad sample those before it have been
-   used, and a failing test comes after its pass), a number that is not finite (PD_E_NUMERIC: the step is not made, but
-   for parameters that had made it before; with clip_norm none has), a file that can't be written, a worker that is
-   lost. However it ends, parameters have the values of the last step, or, with `patience`, those of the best test so
-   far, if there was one; averaged values are swapped out, gradients are 0, and what the optimizer keeps, the samples
-   seen and the place in the pass are those of the last step. So the net can be used and saved, and pd_train can be
-   called again: it goes on from these values, in the pass where it was, with the sample or batch that failed. A
-   checkpoint, on the other hand, is that of the last step, best values or not: continuing from it is as if nothing had
-   stopped. With patience each call judges anew: what had been learned before it is tested first. Only a training that
-   comes from a checkpoint goes on with the tests in there (from 0 bad ones, if it had run out of patience).
+   what failed, with the message in the net: a reader (the samples before a bad one have been used), a test (its pass is
+   done), a number that is not finite (PD_E_NUMERIC: the step is not made, but for parameters that had made it before;
+   with clip_norm none has), a file that can't be written, a worker that is lost. However it ends, parameters have the
+   values of the last step, or, with `patience`, those of the best test so far, if there was one; averaged values are
+   swapped out, gradients are 0, and what the optimizer keeps, the samples seen and the place in the pass are those of
+   the last step. So the net can be used and saved, and pd_train can be called again: it goes on from these values (with
+   patience: the best), in the pass where it was, with the sample or batch that failed. A checkpoint, on the other hand,
+   is that of the last step, best values or not: continuing from it is as if nothing had stopped.
+
+   With patience each call judges anew. If the net has been trained before, by whom ever, or has loaded values, it is
+   tested first, so that the best values may be those that it came with. Only a training that comes from a checkpoint
+   goes on with the tests in there. If it had run out of patience, it has all of it again: a program that begins by
+   loading its checkpoint trains for some passes more each time that it is started.
 
    When a worker in another process is lost, the others have the best values as well. Without patience each has its own
    share as of the last step, the rest as of that or of the one before; but the rows of sparse parameters that the lost
    one held are lost, and then pd_save fails.
 
-   Every step begins with gradients of 0. While pd_train is at work, its trainer can't be trained by another call, and
-   its reader can't be tested in the midst of a pass: PD_E_STATE. A test without samples is an error, and so is one whose
+   Every step begins with gradients of 0. While pd_train is at work, its trainer can't be trained by another call, nor
+   load a checkpoint, and its reader can't be tested in the midst of a pass: PD_E_STATE. A test without samples is an error, and so is one whose
    cost is not finite.
 
    READERS
@@ -931,8 +937,9 @@ typedef struct pd_evaluator_type {
     const char *const *value_names;
     pd_status (*setup)(pd_evaluator *evaluator);                                  /* checks shapes, sets sum_count */
     pd_status (*update)(pd_evaluator *evaluator, const pd_tensor *const *inputs); /* host memory; adds to sums */
-    void (*values)(const pd_evaluator *evaluator, double *values);                /* from sums */
-    void (*merge)(pd_evaluator *evaluator, const double *sums); /* (optional) takes in another's; default: adds them */
+    void (*values)(const pd_evaluator *evaluator, double *values);                /* from sums, which it may sort */
+    void (*merge)(pd_evaluator *evaluator,
+                  const double *sums); /* (optional) takes in another's, never its own; default: adds */
 } pd_evaluator_type;
 
 typedef struct pd_evaluator_opts {
@@ -975,7 +982,7 @@ PD_API pd_evaluator *pd_eval_mean_error(pd_net *net, pd_layer *output, pd_layer 
 PD_API pd_evaluator *pd_evaluator_add(pd_net *net, const pd_evaluator_type *type, pd_layer *output, pd_layer *label,
                                       const pd_evaluator_opts *opts);
 PD_API void pd_evaluator_reset(pd_evaluator *evaluator);
-/* Adds another's sums (same type, same number of sums). */
+/* Takes in another's sums (same type, same number of sums). */
 PD_API pd_status pd_evaluator_merge(pd_evaluator *evaluator, const pd_evaluator *other);
 /* The k-th value (type->value_names[k]); NaN when k is out of range. */
 PD_API double pd_evaluator_value(const pd_evaluator *evaluator, int k);
@@ -1424,7 +1431,8 @@ PD_API pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reade
 PD_API pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
 /* From functions of yours. `next` adds one sample with the pd_batch_ functions, without pd_batch_end_sample, and returns
    PD_OK; or PD_END, which ends the pass: without one pd_train goes on until on_event stops it. `reset` goes back to the
-   first sample of pass 0, 1, ..: it is called before that is read, perhaps more than once. NULL for what can't go back,
+   first sample of pass 0, 1, .. and returns PD_OK, or what ends the training: it is called before that sample is read,
+   perhaps more than once. NULL for what can't go back,
    such as a socket: each pass goes on where the last one ended, and so does a training continued within a pass, which
    otherwise passes over the samples that it has seen. Sharded, `next` is called for all samples, and the reader keeps
    its share. Under pd_prefetch a thread calls `next`, and none while `reset` runs. */
@@ -1499,7 +1507,8 @@ PD_API pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, doub
    parameters when averaging is on. PD_E_FORMAT without samples, PD_E_NUMERIC if the cost is not finite; *cost is NaN
    then. */
 PD_API pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost);
-/* Swaps averaged values in (true) and out (false); what pd_test and pd_checkpoint do by themselves. */
+/* Swaps averaged values in (true) and out (false); what pd_test and pd_checkpoint do by themselves. Does nothing when
+   there are none: before the first step, and where pd_train has gone back to the best values. */
 PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
 /* Every parameter's value becomes current, where an updater or sparse rows leave some for later. pd_train does it at
    its end, unless it fails; pd_test, saving, loading and predicting do it by themselves. With workers in several
@@ -1529,15 +1538,16 @@ typedef struct pd_load_map {
 typedef struct pd_load_opts {
     const pd_load_map *map; /* `map_count` entries; a parameter without one loads from its own name */
     int map_count;
-    bool partial; /* parameters without an entry that are absent from the file keep their values; else that is an
-                     error, as it is when none is in the file */
+    bool partial; /* parameters that are not in the file keep their values; false: that is an error. It always is one
+                     of a parameter in the map, and if the file has none of the net's */
 } pd_load_opts;
 /* Loads F32, F64, F16 and BF16; every number must be finite, in pd_real too. Everything is checked first: on failure no
    value has changed. */
 PD_API pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts);
 
 /* All of a training's state: parameters, optimizer, averages, random numbers, position in the data. Continuing from it
-   gives the same bits as not having stopped. The file is a .safetensors file too. */
+   gives the same bits as not having stopped. The file is a .safetensors file too. Numbers that are not finite are
+   refused, as by pd_save and pd_load. */
 PD_API pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path);
 PD_API pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path);
 
@@ -1759,6 +1769,7 @@ struct pd_net {
     pd_updater *updater; /* during a trainer's step */
     pd_trainer *trainers;
     pd_layer *ran;   /* last target of the last forward with gradients */
+    bool given;      /* values have come by pd_load or pd_param_set */
     bool leftover;   /* there may be gradients that no trainer asked for */
     bool run_failed; /* the last forward */
     const pd_batch *batch;
@@ -2198,23 +2209,17 @@ static int pd__team(const pd_device *d, int64_t work) {
     return work < PD__TEAM_WORK ? 1 : ((const pd__cpu *)d->self)->pace.team;
 }
 
-/* In front of a for loop over int64_t whose bodies write to different places; `work` is about the numbers touched. */
-#if defined(_OPENMP)
-#define PD__PARALLEL(d, work) PD__OMP(parallel for schedule(static) num_threads(pd__team(d, work)))
-#else
-#define PD__PARALLEL(d, work) (void)(d), (void)(work);
-#endif
-
 /* How this thread rounds, and whether it takes the smallest numbers for 0. Threads of a team do as the one that waits for
    them, which may have changed its mind since they were made (gcc's -ffast-math does, where it is only linked with). */
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__TINYC__)
 static inline unsigned pd__rounding(void) { return _mm_getcsr() & ~0x3fu; /* what has happened so far */ }
-static inline void pd__round_as(unsigned rounding) {
+static inline bool pd__round_as(unsigned rounding) {
     if (pd__rounding() != rounding) _mm_setcsr(rounding);
+    return true;
 }
 #else
 static inline unsigned pd__rounding(void) { return 0; }
-static inline void pd__round_as(unsigned rounding) { (void)rounding; }
+static inline bool pd__round_as(unsigned rounding) { return rounding == 0; }
 #endif
 
 /* A loop of which is measured how it went. */
@@ -2230,9 +2235,9 @@ static inline pd__loop pd__loop_begin(const pd_device *d, int64_t work, int64_t 
     pd__loop loop;
     loop.cpu = (pd__cpu *)d->self;
     loop.team = (int)pd__max(1, pd__min(pd__team(d, work), items));
-    loop.measured = work >= PD__TEAM_WORK && items > 1 && loop.cpu->pace.threads > 1;
+    loop.measured = work >= PD__TEAM_WORK && loop.cpu->pace.threads > 1;
     loop.begin = loop.measured ? pd_seconds() : 0;
-    loop.rounding = loop.team > 1 ? pd__rounding() : 0;
+    loop.rounding = pd__rounding();
     return loop;
 }
 
@@ -2259,7 +2264,15 @@ static void pd__loop_end(const pd__loop *loop) {
     }
 }
 
-/* Such a loop of calls, i = 0, step, .. below `end`. For one thread OpenMP is left alone: a team of one takes longer to
+/* In front of a for loop over int64_t whose bodies write to different places; `work` is about the numbers touched. (The
+   loops around it are so that something can be done before it: each of their bodies runs once.) */
+#define PD__PARALLEL(d, work)                                                                                          \
+    for (pd__loop loop_ = pd__loop_begin(d, work, INT64_MAX); loop_.team > 0; loop_.team = 0)                          \
+        PD__OMP(parallel num_threads(loop_.team))                                                                      \
+    for (bool once_ = pd__round_as(loop_.rounding); once_; once_ = false)                                              \
+        PD__OMP(for schedule(static) nowait)
+
+/* The same measured: a loop of calls, i = 0, step, .. below `end`. For one thread OpenMP is left alone: a team of one takes longer to
    make than many a small layer. */
 #define PD__TEAM_STEPS(d, work, i, end, step, call)                                                                    \
     do {                                                                                                               \
@@ -2498,7 +2511,7 @@ static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, i
     const pd__kernels *kernels = pd__cpu_kernels(d);
     pd__gemm_job g;
     int64_t work = m * n * k / 8, shares = pd__team(d, work), form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
-    int64_t most = work < PD__TEAM_WORK ? 1 : pd__cpu_threads(d);
+    int64_t most = work < PD__TEAM_WORK ? 1 : pd__cpu_threads(d), space;
     pd__kept *kept = NULL;
     if (m <= 0 || n <= 0) return;
     memset(&g, 0, sizeof g);
@@ -2513,10 +2526,14 @@ static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, i
     form[4] = ldb, form[5] = g.columns;
     if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + kernels->nr), &g.ready);
     if (kept) g.right = kept->numbers;
-    if (most > shares) pd__gemm_grid(&g, most); /* memory for when they are back: steps then take none */
-    g.space = (pd_real *)pd__scratch(d, most * g.each, sizeof(pd_real));
+    space = shares * g.each;
+    if (most > shares) { /* also for when all threads are back, so that steps then take none; either may need more */
+        pd__gemm_grid(&g, most);
+        space = pd__max(space, most * g.each);
+        pd__gemm_grid(&g, shares);
+    }
+    g.space = (pd_real *)pd__scratch(d, space, sizeof(pd_real));
     if (!g.space) return;
-    if (most > shares) pd__gemm_grid(&g, shares);
     PD__TEAM(d, work, share, shares, pd__gemm_share(&g, share));
     if (kept) memcpy(kept->form, form, sizeof form);
 }
@@ -3703,8 +3720,9 @@ static void pd__touched_free(pd_net *net, struct pd__touched *touched);
 /* The net that owns the parameters: the origin of a shared one. */
 static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
 
-/* Says that values are about to be changed: those in the net are what trainers go on from. Defined with >>trainer. */
-static void pd__begin_anew(pd_net *net);
+/* Says that values are about to be changed, by training or, if `given`, by others: those in the net are then what trainers
+   go on from. Defined with >>trainer. */
+static void pd__begin_anew(pd_net *net, bool given);
 /* Makes every value current that trainers, but for `besides`, have left for later. Defined with >>trainer. */
 static pd_status pd__settle(pd_net *net, const pd_trainer *besides);
 
@@ -4445,7 +4463,7 @@ PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t co
                               param->name, (long long)i, (double)values[i]);
     if (status == PD_OK) status = pd__settle(param->net, NULL);
     if (status != PD_OK) return status;
-    pd__begin_anew(param->net);
+    pd__begin_anew(param->net, true);
     param->net->device->upload(param->net->device, param->value, values, (size_t)count * sizeof *values);
     return PD_OK;
 }
@@ -8349,6 +8367,8 @@ PD_DEF pd_status pd_evaluator_merge(pd_evaluator *evaluator, const pd_evaluator 
         return pd__fail(evaluator->net, PD_E_ARGUMENT, "%.100s: expected %s with %lld sums to merge, got %s with %lld",
                         evaluator->name, evaluator->type->name, (long long)evaluator->sum_count, other->type->name,
                         (long long)other->sum_count);
+    if (evaluator == other)
+        return pd__fail(evaluator->net, PD_E_ARGUMENT, "%.100s: can't be merged with itself", evaluator->name);
     if (evaluator->type->merge) evaluator->type->merge(evaluator, other->sums);
     for (int64_t i = 0; !evaluator->type->merge && i < evaluator->sum_count; i++) evaluator->sums[i] += other->sums[i];
     return PD_OK;
@@ -8405,11 +8425,14 @@ struct pd_trainer {
     int bad_tests;                                       /* tests since then */
     bool resumed;                                        /* a checkpoint was loaded, and no training has begun since */
     bool went_back;     /* the best values are in the net, and in `best`, for checkpoints, the last */
+    bool filling;       /* a reader is putting samples into its batch */
     bool training;      /* pd_train is at work .. */
     pd_reader *reading; /* .. and in the midst of a pass of this reader */
     pd_real **best;     /* one array per parameter of the net in order; NULL before the first test; device memory */
+    int best_count;     /* arrays in it: layers may have been added since */
     pd_real *spare;     /* as large as the largest of them; comes with them */
-    bool has_best;      /* `best` has the values at that test */
+    int64_t spare_capacity;
+    bool has_best;                     /* `best` has the values at that test */
     double wait_seconds, step_seconds; /* spent waiting for data, and in steps */
     pd_batch *batch;                   /* reused by pd_train and pd_test */
     pd_layer **targets;                /* reused by pd_test */
@@ -10859,23 +10882,25 @@ typedef struct pd__stream {
     pd_status (*next)(void *user, pd_batch *batch);
     pd_status (*reset)(void *user, int64_t pass); /* NULL: it can't go back */
     void *user;
-    bool begun; /* a pass */
+    int64_t pass;
+    bool begun; /* that pass */
 } pd__stream;
 
 static pd_status pd__stream_reset(pd_reader *r, int64_t pass) {
     pd__stream *stream = (pd__stream *)r->self;
     pd_status status = stream->reset ? stream->reset(stream->user, pass) : PD_OK;
     pd__source_reset(r, pass);
+    stream->pass = pass;
     stream->begun = status == PD_OK;
     if (status == PD_OK) return PD_OK;
-    return pd_reader_fail(r, status, "stream reader: pass %lld could not be begun: %s", (long long)pass,
-                          pd_status_text(status));
+    return pd_reader_fail(r, status == PD_END ? PD_E_STATE : status, "stream reader: pass %lld could not be begun: %s",
+                          (long long)pass, pd_status_text(status));
 }
 
 static pd_status pd__stream_read(pd__source *s, pd_batch *batch) {
     pd__stream *stream = (pd__stream *)s;
     int64_t samples = batch->samples;
-    pd_status status = stream->begun ? PD_OK : pd__stream_reset(&s->reader, 0);
+    pd_status status = stream->begun ? PD_OK : pd__stream_reset(&s->reader, stream->pass);
     if (status != PD_OK) return status;
     batch->error.status = PD_OK;
     status = stream->next(stream->user, batch);
@@ -11569,8 +11594,9 @@ PD_DEF pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const ch
 
 /* What would pull the rug from under pd_train, which has called on_event or a reader. */
 static pd_status pd__check_idle(const pd_trainer *t, const char *call) {
-    if (!t->training) return PD_OK;
-    return pd__fail(t->net, PD_E_STATE, "%s: this trainer is in use, by pd_train", call);
+    if (!t->training && !t->filling) return PD_OK;
+    return pd__fail(t->net, PD_E_STATE, "%s: this trainer is in use, by pd_train%s", call,
+                    t->training ? "" : " or pd_test");
 }
 
 /* ---- what updaters return ---- */
@@ -11714,7 +11740,16 @@ static pd_status pd__start_states(pd_trainer *t, pd__trained *tr) {
     return status == PD_OK && tr->param->touched ? pd__lazy_new(t, tr) : status;
 }
 
-/* .. and for averages of all that training changes: what is trained, and statistics. */
+/* Does training change it? It is trained, or the statistics of a layer that takes part. */
+static bool pd__moves(const pd_net *net, const pd_param *p) {
+    if (!p->is_buffer) return p->users > 0 && !p->opts.is_static;
+    for (int64_t i = 0; i < net->layer_count; i++)
+        for (int k = 0; net->layers[i]->own->active && k < net->layers[i]->param_count; k++)
+            if (net->layers[i]->params[k] == p) return true;
+    return false;
+}
+
+/* .. and for averages of all that training changes. */
 static pd_status pd__start_averages(pd_trainer *t) {
     pd_net *net = t->net;
     pd_status status = PD_OK;
@@ -11723,7 +11758,7 @@ static pd_status pd__start_averages(pd_trainer *t) {
     if (!t->averages) return pd__no_memory(net, "the trainer");
     for (pd_param *p = net->first_param; status == PD_OK && p; p = p->next) {
         pd__averaged *av = &t->averages[t->averages_count];
-        if (p->users == 0 || (!p->is_buffer && p->opts.is_static)) continue;
+        if (!pd__moves(net, p)) continue;
         t->averages_count++;
         av->param = p;
         for (int k = 0; status == PD_OK && k < PD__COUNT(av->sums); k++)
@@ -11800,8 +11835,8 @@ PD_DEF pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer opti
     return NULL;
 }
 
-static void pd__free_best(pd_net *net, pd_real **best) {
-    for (int i = 0; best && i < net->param_count; i++)
+static void pd__free_best(pd_net *net, pd_real **best, int count) {
+    for (int i = 0; best && i < count; i++)
         if (best[i]) net->device->free(net->device, best[i]);
     pd__free(&net->allocator, best);
 }
@@ -11834,7 +11869,7 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
     }
     pd__free(a, trainer->averages);
     pd__free(a, trainer->chunk);
-    pd__free_best(trainer->net, trainer->best);
+    pd__free_best(trainer->net, trainer->best, trainer->best_count);
     if (trainer->spare) d->free(d, trainer->spare);
     pd__free(a, trainer->trained);
     pd__free(a, trainer->targets);
@@ -11926,7 +11961,7 @@ static pd_status pd__train_step(pd_trainer *t, const pd_batch *batch, double *su
     pd_status status;
     *samples = batch->samples;
     if (t->averaged) pd_use_average(t, false);
-    pd__begin_anew(net);
+    pd__begin_anew(net, false);
     status = pd__settle(net, t);
     if (status != PD_OK) return status;
     net->updater = t->updater;
@@ -11977,7 +12012,9 @@ static pd_status pd__next(pd_trainer *t, pd_reader *r, int64_t count) {
     double start = pd_seconds();
     pd_status status;
     pd_batch_clear(t->batch);
+    t->filling = true;
     status = r->next(r, t->batch, count);
+    t->filling = false;
     t->wait_seconds += pd_seconds() - start;
     if (status == PD_OK && t->batch->samples == 0) /* a pass would never end */
         return pd__fail(t->net, PD_E_STATE, "reader %s: gave no sample, and did not say that the pass is over",
@@ -11987,7 +12024,12 @@ static pd_status pd__next(pd_trainer *t, pd_reader *r, int64_t count) {
 }
 
 static pd_status pd__reset(pd_trainer *t, pd_reader *r, int64_t pass) {
-    pd_status status = r->reset(r, pass);
+    pd_status status;
+    t->filling = true;
+    status = r->reset(r, pass);
+    t->filling = false;
+    if (status == PD_END)
+        return pd__fail(t->net, PD_E_STATE, "reader %s: there is no pass %lld", r->name, (long long)pass);
     if (status != PD_OK) pd__reader_failed(t, r, status);
     return status;
 }
@@ -12081,6 +12123,8 @@ PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_s
     if (cost) *cost = mean;
     if (!pd__check_net(net)) return pd_error_status(net);
     status = pd__check_reader(net, "pd_test", reader);
+    if (status == PD_OK && trainer->filling) /* from on_event it may be called */
+        status = pd__fail(net, PD_E_STATE, "pd_test: this trainer is in use, by one that waits for a reader");
     if (status != PD_OK) return status;
     if (batch_size < 0) return pd__fail(net, PD_E_ARGUMENT, "pd_test: batch size %lld", (long long)batch_size);
     status = pd_sync(trainer);
@@ -12101,7 +12145,7 @@ static pd_real **pd__new_best(pd_net *net) {
     for (pd_param *p = net->first_param; best && p; p = p->next, i++) {
         int64_t capacity = 0;
         if (!pd__device_grow(net, &best[i], &capacity, p->size)) {
-            pd__free_best(net, best);
+            pd__free_best(net, best, net->param_count);
             best = NULL;
         }
     }
@@ -12109,11 +12153,18 @@ static pd_real **pd__new_best(pd_net *net) {
     return best;
 }
 
+/* Takes them over (NULL: there are none). */
+static void pd__set_best(pd_trainer *t, pd_real **best) {
+    pd__free_best(t->net, t->best, t->best_count);
+    t->best = best;
+    t->best_count = best ? t->net->param_count : 0;
+}
+
 /* Memory for going back to them. */
 static pd_status pd__ready_spare(pd_trainer *t) {
-    int64_t largest = 0, capacity = 0;
-    for (pd_param *p = t->net->first_param; p && !t->spare; p = p->next) largest = pd__max(largest, p->size);
-    if (t->spare || pd__device_grow(t->net, &t->spare, &capacity, largest)) return PD_OK;
+    int64_t largest = 0;
+    for (pd_param *p = t->net->first_param; p; p = p->next) largest = pd__max(largest, p->size);
+    if (pd__device_grow(t->net, &t->spare, &t->spare_capacity, largest)) return PD_OK;
     return pd__no_memory(t->net, "the best values");
 }
 
@@ -12121,7 +12172,7 @@ static pd_status pd__ready_spare(pd_trainer *t) {
 static pd_status pd__copy_best(pd_trainer *t) {
     int i = 0;
     pd_status status = pd__ready_spare(t);
-    if (status == PD_OK && !t->best) t->best = pd__new_best(t->net);
+    if (status == PD_OK && t->best_count != t->net->param_count) pd__set_best(t, pd__new_best(t->net));
     if (status != PD_OK || !t->best) return PD_E_MEMORY;
     for (pd_param *p = t->net->first_param; p; p = p->next)
         pd__replace(t->net->device, p->size, p->value, t->best[i++]);
@@ -12144,8 +12195,8 @@ static pd_status pd__judge(pd_trainer *t, double test_cost) {
     return status;
 }
 
-/* Judging begins anew, from what there is, if something has been learned; with a checkpoint it goes on, but for one of a
-   training that had run out of patience. */
+/* Judging begins anew, from what there is, if something has been learned or loaded; with a checkpoint it goes on, but for
+   one of a training that had run out of patience. */
 static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
     bool goes_on = t->resumed;
     double cost;
@@ -12156,7 +12207,7 @@ static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
     t->has_best = false;
     t->best_cost = HUGE_VAL;
     t->bad_tests = 0;
-    if (o->patience == 0 || t->samples == 0) return PD_OK;
+    if (o->patience == 0 || (t->net->step == 0 && !t->net->given)) return PD_OK;
     status = pd_test(t, o->test, o->batch_size, &cost);
     return status == PD_OK ? pd__judge(t, cost) : status;
 }
@@ -12166,7 +12217,7 @@ static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
 static void pd__go_back(pd_trainer *t) {
     pd_device *d = t->net->device;
     int i = 0;
-    for (pd_param *p = t->net->first_param; p; p = p->next, i++) {
+    for (pd_param *p = t->net->first_param; p && i < t->best_count; p = p->next, i++) {
         pd__replace(d, p->size, p->value, t->spare);
         pd__replace(d, p->size, t->best[i], p->value);
         pd__replace(d, p->size, t->spare, t->best[i]);
@@ -12183,10 +12234,12 @@ static bool pd__has_tables(const pd_trainer *t) {
     return false;
 }
 
-static void pd__begin_anew(pd_net *net) {
+static void pd__begin_anew(pd_net *net, bool given) {
+    net->given = net->given || given;
     for (pd_trainer *t = net->trainers; t; t = t->next) {
+        if (t->went_back || given) t->has_best = t->resumed = false;
         if (!t->went_back) continue;
-        t->went_back = t->has_best = false;
+        t->went_back = false;
         pd__forget_averages(t);
         for (int i = 0; i < t->trained_count; i++) { /* what was left for later belongs to other values */
             pd__trained *tr = &t->trained[i];
@@ -12459,7 +12512,6 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
     status = pd__check_train(trainer, reader, passes, run.o);
     if (status != PD_OK) return status;
     trainer->training = true;
-    pd__begin_anew(net);
     pd_use_average(trainer, false);
     run.size = reader->size ? reader->size(reader) : -1;
     run.passes = passes;
@@ -12467,20 +12519,24 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
     run.first_samples = trainer->samples;
     run.terminal = run.o->progress && pd__is_terminal();
     status = pd__open_logs(&run);
-    if (status == PD_OK && trainer->pass < passes) status = pd__begin_judging(trainer, run.o);
+    if (status == PD_OK && trainer->pass < passes) {
+        pd__begin_anew(net, false);
+        status = pd__begin_judging(trainer, run.o);
+    }
     while (status == PD_OK && trainer->pass < passes) {
         status = pd__run_pass(&run);
         if (run.o->patience > 0 && trainer->bad_tests >= run.o->patience) break;
     }
     trainer->training = false;
     trainer->reading = NULL;
+    pd_use_average(trainer, false); /* on_event may have left them */
     if (run.terminal && status != PD_OK) fputc('\n', stderr);
     if (status == PD_OK || status == PD_STOPPED || trainer->updater == &trainer->local) { /* others may wait for ever */
         pd_status synced = pd_sync(trainer);
         if (status == PD_OK || status == PD_STOPPED) status = synced != PD_OK ? synced : status;
     }
     if (status != PD_OK && status != PD_STOPPED && !pd__has_tables(trainer)) trainer->unsettled = false;
-    if (run.o->patience > 0 && trainer->has_best) pd__go_back(trainer);
+    if (run.o->patience > 0 && trainer->has_best && !trainer->went_back) pd__go_back(trainer);
     if (run.csv) fclose(run.csv);
     if (run.events) pd__events_close(run.events);
     return status;
@@ -13277,7 +13333,7 @@ typedef struct pd__item {
     char prefix[16];  /* it is called prefix and the parameter's name */
     pd_real *numbers; /* device memory; NULL: the parameter's mask is meant */
     pd__sum sum;      /* writing: of what has been written */
-    bool magnitudes;  /* never negative */
+    bool magnitudes;  /* never negative; infinite where a square was too large, and then steps are 0 */
     pd__tensor *from; /* reading: where it comes from; NULL: it stays as it is */
     bool transpose;   /* reading: `from` is the other way round */
     void *staged;     /* reading: the new contents, host memory */
@@ -13314,7 +13370,7 @@ static pd_status pd__items_add(pd__items *items, pd_param *param, const char *ki
 /* Of `n` of an item's numbers: the place of the first that can't be one of them, or -1. */
 static int64_t pd__bad_number(const pd__item *item, const pd_real *numbers, int64_t n) {
     for (int64_t i = 0; i < n; i++)
-        if (!(numbers[i] - numbers[i] == 0) || (item->magnitudes && numbers[i] < 0)) return i;
+        if (item->magnitudes ? !(numbers[i] >= 0) : !pd__finite((double)numbers[i])) return i;
     return -1;
 }
 
@@ -13425,7 +13481,7 @@ static pd_status pd__items_stage(pd__items *items, const pd__tensors *t) {
 /* Puts what was staged in place. Only a device that breaks down can fail here. */
 static pd_status pd__items_commit(pd__items *items) {
     pd_device *d = items->device;
-    pd__begin_anew(items->net);
+    pd__begin_anew(items->net, true);
     for (int64_t i = 0; i < items->count; i++) {
         pd__item *item = &items->list[i];
         size_t n = (size_t)item->param->size;
@@ -13996,8 +14052,10 @@ static pd_status pd__save_items(pd__items *items, const char *path, const pd_tra
         temporary = (char *)pd__alloc(a, (int64_t)size, 1);
         if (temporary) error = pd__write_and_replace(target, temporary, size, items, trainer, chunk);
     }
-    if (error == PD__NOT_READ) status = net->failure.status;
-    else if (error == ENOMEM) status = pd__no_memory(net, "writing a file");
+    if (error == PD__NOT_READ) {
+        pd_failure why = net->failure;
+        status = pd__fail(net, why.status, "%.200s: %.300s", path, why.text);
+    } else if (error == ENOMEM) status = pd__no_memory(net, "writing a file");
     else if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
     pd__free(a, chunk);
     pd__free(a, temporary);
@@ -14039,6 +14097,11 @@ static bool pd__holds_magnitudes(pd_optimizer_kind kind, int k) {
     return k == 1 && (kind == PD_OPT_ADADELTA || kind >= PD_OPT_ADAM);
 }
 
+/* The best values, if there are some, of every parameter. */
+static pd_real *const *pd__best_of(const pd_trainer *t) {
+    return t->has_best && t->best_count == t->net->param_count ? t->best : NULL;
+}
+
 /* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "averages/K/NAME", "best/NAME", and
    "mask/NAME", which, being bytes, come last. The same list serves for writing and reading. `best`: one array per
    parameter of the net, or NULL. While averaged values are swapped in, the true ones are written, and while the best
@@ -14048,7 +14111,7 @@ static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_
     int64_t params = items->count;
     for (int64_t i = 0, k = 0; writing && trainer->averaged && i < params && k < trainer->averages_count; i++)
         if (items->list[i].param == trainer->averages[k].param) items->list[i].numbers = trainer->averages[k++].saved;
-    for (int64_t i = 0; writing && trainer->went_back && i < params; i++) items->list[i].numbers = best[i];
+    for (int64_t i = 0; best && writing && trainer->went_back && i < params; i++) items->list[i].numbers = best[i];
     for (int i = 0; i < trainer->trained_count; i++) {
         const pd__trained *t = &trainer->trained[i];
         for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++) {
@@ -14086,7 +14149,7 @@ PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
     status = pd__settle(trainer->net, trainer);
     if (status == PD_OK) status = pd_sync(trainer);
     if (status != PD_OK) return status;
-    status = pd__items_of_trainer(&items, trainer, trainer->has_best ? trainer->best : NULL, true);
+    status = pd__items_of_trainer(&items, trainer, pd__best_of(trainer), true);
     if (status == PD_OK) status = pd__save_items(&items, path, trainer);
     pd__items_free(&items);
     return status;
@@ -14217,8 +14280,7 @@ static pd_status pd__resume(pd_trainer *trainer, pd__items *items, const pd__ten
     trainer->net->seed = p->seed;
     trainer->net->step = p->step;
     pd__read_updates(t, trainer, true);
-    pd__free_best(trainer->net, trainer->best);
-    trainer->best = best;
+    pd__set_best(trainer, best);
     trainer->has_best = best != NULL;
     return status;
 }
@@ -14246,7 +14308,7 @@ static pd_status pd__checkpoint_load_file(pd_trainer *trainer, FILE *file, const
     if (status == PD_OK) status = pd__check_texts(&t);
     if (status == PD_OK) status = pd__items_stage(&items, &t);
     if (status == PD_OK) status = pd__resume(trainer, &items, &t, &progress, best);
-    else pd__free_best(net, best);
+    else pd__free_best(net, best, net->param_count);
     pd__items_free(&items);
     pd__tensors_close(&t);
     return status;

@@ -568,7 +568,7 @@ static void test_own_evaluator(void **state) {
     pd_evaluator_type bad = largest;
     rows r;
     bench b;
-    pd_evaluator *e;
+    pd_evaluator *e, *other;
     double expected = 0;
     (void)state;
     random_seed(4);
@@ -579,8 +579,21 @@ static void test_own_evaluator(void **state) {
     add_batch(&b, &r, 0, r.count);
     for (int64_t i = 0; i < 3 * r.count; i++) expected = fmax(expected, r.out[i / 3][i % 3]);
     check_values(e, &expected);
-    assert_int_equal(pd_evaluator_merge(e, e), PD_OK); /* by its own means */
+    other = pd_evaluator_add(b.net, &largest, b.out, NULL, NULL);
+    if (!other) fail_msg("%s", pd_error(b.net));
+    other->sums[0] = expected / 2;
+    assert_int_equal(pd_evaluator_merge(e, other), PD_OK); /* by its own means */
     check_values(e, &expected);
+    other->sums[0] = expected * 2;
+    assert_int_equal(pd_evaluator_merge(e, other), PD_OK);
+    expected *= 2;
+    check_values(e, &expected);
+    assert_int_equal(pd_evaluator_merge(e, e), PD_E_ARGUMENT);
+    check_contains(pd_error(b.net), "can't be merged with itself");
+    expected /= 2;
+    pd_evaluator_reset(e);
+    add_batch(&b, &r, 0, r.count);
+    pd_evaluator_reset(other);
     r.out[0][0] = 1000; /* a failure without a message of its own */
     {
         pd_batch *batch = pd_batch_new(b.net);

@@ -1528,6 +1528,8 @@ static void test_stream_reset(void **state) {
     assert_int_equal(r->next(r, b, 1), PD_END);
     assert_int_equal(r->reset(r, 99), PD_E_IO);
     assert_string_equal(r->error.text, "stream reader: pass 99 could not be begun: file could not be read or written");
+    assert_int_equal(r->next(r, b, 1), PD_E_IO); /* it tries that pass again */
+    assert_int_equal(r->reset(r, 0), PD_OK);
     assert_int_equal(r->next(r, b, 1), PD_OK);
     assert_true(b->slots[0].data[0] == 0);
     outer = made(net, pd_prefetch(net, pd_shuffle(net, r, 1, 1), 2));

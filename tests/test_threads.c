@@ -203,7 +203,8 @@ static void test_recovery(void **state) {
     assert_int_equal(inside_team(cpu), 1);
     while (inside_team(cpu) < 4) {
         nanosleep(&(struct timespec){ .tv_nsec = 50000000 }, NULL); /* longer than it waits between 2 and 4 */
-        cpu->fill(cpu, 100000, 1, numbers);
+        /* of one thread's products there is one share */
+        cpu->gemm(cpu, false, false, 100, 100, 100, 1, numbers, 100, numbers, 100, 0, numbers + 10000, 100, NULL);
         if (seconds() - begin > 60) fail_msg("after a minute %d threads of 4", inside_team(cpu));
     }
     pd_profile(trainer, text, sizeof text);
@@ -220,6 +221,32 @@ static void test_recovery(void **state) {
     pd_net_free(t.net);
 }
 
+/* A product in every team that threads may go on with takes no more memory than there is, and gives the same bits. */
+static void test_products(void **state) {
+    static const int64_t shapes[][3] = { { 150, 200, 256 }, { 64, 1000, 64 }, { 700, 30, 90 }, { 3, 2000, 100 } };
+    (void)state;
+    for (int s = 0; s < COUNT(shapes); s++) {
+        const int64_t m = shapes[s][0], n = shapes[s][1], k = shapes[s][2];
+        pd_real *a = (pd_real *)calloc((size_t)(m * k + k * n + 2 * m * n), sizeof *a), *b = a + m * k, *c = b + k * n;
+        assert_non_null(a);
+        random_seed((uint64_t)s);
+        for (int64_t i = 0; i < m * k + k * n; i++) a[i] = (pd_real)uniform(-1, 1);
+        for (int threads = 1; threads <= 17; threads++) {
+            pd_net *net = pd_net_new(&(pd_net_opts){ .threads = threads });
+            pd_device *cpu = inside_device(net);
+            for (int team = threads, down = 1; team <= threads && team > 0; team = down ? team / 2 : 2 * team) {
+                pd_real *to = threads == 1 ? c : c + m * n;
+                inside_set_team(cpu, team);
+                cpu->gemm(cpu, false, false, m, n, k, 1, a, k, b, n, 0, to, n, NULL);
+                assert_memory_equal(to, c, (size_t)(m * n) * sizeof *c);
+                if (team == 1 && down) down = 0;
+            }
+            pd_net_free(net);
+        }
+        free(a);
+    }
+}
+
 /* Threads flush the smallest numbers to 0 if, and as long as, the one that uses the net does. */
 static void test_flushing(void **state) {
 #if defined(__SSE2__)
@@ -228,7 +255,9 @@ static void test_flushing(void **state) {
     const pd_real tiny = (pd_real)(sizeof(pd_real) == 4 ? 1e-30 : 1e-300), alpha = (pd_real)1e-10;
     pd_net *net = pd_net_new(&(pd_net_opts){ .threads = 4 });
     pd_device *cpu = inside_device(net);
+    const pd_real smallest = (pd_real)(sizeof(pd_real) == 4 ? 1e-40 : 1e-310); /* below what has full precision */
     pd_real *x = (pd_real *)calloc(N, sizeof *x), *y = (pd_real *)calloc(N, sizeof *y), product;
+    int64_t kept = 0;
     unsigned usual = _mm_getcsr();
     (void)state;
     assert_true(x && y);
@@ -242,6 +271,14 @@ static void test_flushing(void **state) {
         product = flush % 2 ? 0 : tiny * alpha;
         for (int64_t i = 0; i < N; i++)
             if (memcmp(&y[i], &product, sizeof product) != 0) fail_msg("number %d is %g", (int)i, (double)y[i]);
+        _mm_setcsr(flush % 2 ? usual | FLUSH : usual); /* and in loops that are not measured */
+        cpu->fill(cpu, N, smallest, x);
+        cpu->fill(cpu, N, 0, y);
+        cpu->dropout(cpu, N, 1, 0.01, x, y);
+        _mm_setcsr(usual);
+        for (int64_t i = 0; i < N; i++) kept += y[i] != 0;
+        assert_true(flush % 2 ? kept == 0 : kept > N / 2);
+        kept = 0;
     }
     free(x);
     free(y);
@@ -254,8 +291,9 @@ static void test_flushing(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_pace), cmocka_unit_test(test_hiccup),   cmocka_unit_test(test_same_bits),
-        cmocka_unit_test(test_many), cmocka_unit_test(test_recovery), cmocka_unit_test(test_flushing),
+        cmocka_unit_test(test_pace),     cmocka_unit_test(test_hiccup),   cmocka_unit_test(test_same_bits),
+        cmocka_unit_test(test_many),     cmocka_unit_test(test_recovery), cmocka_unit_test(test_products),
+        cmocka_unit_test(test_flushing),
     };
     return run_group(tests, NULL, NULL);
 }

@@ -861,6 +861,153 @@ static void test_judging_anew(void **state) {
     }
 }
 
+/* A training that comes from a checkpoint and could not begin, or had nothing to do, is what it was. */
+static void test_resumed_later(void **state) {
+    (void)state;
+    for (int k = 0; k < 2; k++) {
+        model whole, part;
+        script data[2], test[2];
+        pd_train_opts opts = { .batch_size = 8, .patience = 4 };
+        open_model(&whole, &plain), open_model(&part, &plain);
+        for (int i = 0; i < 2; i++) write_script(&data[i]), write_script(&test[i]), test[i].spoil_from = 3;
+        opts.test = &test[0].reader;
+        check_status(&whole, pd_train(whole.trainer, &data[0].reader, 5, &opts), PD_OK);
+        check_status(&whole, pd_checkpoint_save(whole.trainer, path), PD_OK);
+        check_status(&part, pd_checkpoint_load(part.trainer, path), PD_OK);
+        opts.test = &test[1].reader;
+        test[1].resets = 5;
+        if (k == 0) { /* a log that can't be opened: nothing has happened yet */
+            opts.csv_log = "/nowhere/log.csv";
+            check_status(&part, pd_train(part.trainer, &data[1].reader, 20, &opts), PD_E_IO);
+            opts.csv_log = NULL;
+        } else { /* no passes to do */
+            check_status(&part, pd_train(part.trainer, &data[1].reader, 5, &opts), PD_OK);
+        }
+        assert_true(bits_of(part.net) == bits_of(whole.net)); /* the best values, but the last are still there */
+        check_status(&part, pd_checkpoint_save(part.trainer, path), PD_OK);
+        check_status(&whole, pd_checkpoint_load(whole.trainer, path), PD_OK);
+        check_status(&part, pd_checkpoint_load(part.trainer, path), PD_OK);
+        assert_true(bits_of(part.net) == bits_of(whole.net));
+        test[0].resets = test[1].resets = 5;
+        check_status(&part, pd_train(part.trainer, &data[1].reader, 20, &opts), PD_OK);
+        opts.test = &test[0].reader;
+        check_status(&whole, pd_train(whole.trainer, &data[0].reader, 20, &opts), PD_OK);
+        assert_true(bits_of(part.net) == bits_of(whole.net));
+        assert_int_equal(pd_trainer_samples(part.trainer), pd_trainer_samples(whole.trainer));
+        close_model(&whole), close_model(&part);
+    }
+}
+
+/* A call that has nothing to train leaves a checkpoint the last values. */
+static void test_nothing_to_train(void **state) {
+    model m;
+    script data, test;
+    pd_train_opts opts = { .batch_size = 8, .patience = 20, .test = &test.reader };
+    static char first[1 << 16], second[1 << 16];
+    size_t sizes[2];
+    (void)state;
+    open_model(&m, &plain);
+    write_script(&data), write_script(&test);
+    test.spoil_from = 3;
+    for (int i = 0; i < 2; i++) {
+        FILE *f;
+        check_status(&m, pd_train(m.trainer, &data.reader, 6, &opts), PD_OK);
+        check_status(&m, pd_checkpoint_save(m.trainer, path), PD_OK);
+        f = fopen(path, "rb");
+        assert_non_null(f);
+        sizes[i] = fread(i ? second : first, 1, sizeof first, f);
+        fclose(f);
+    }
+    assert_true(sizes[0] == sizes[1] && sizes[0] < sizeof first);
+    assert_memory_equal(first, second, sizes[0]);
+    close_model(&m);
+}
+
+/* What the net has loaded before is tested first; and values that come by pd_param_set between two calls count, not those
+   of a checkpoint. */
+static void test_given_values(void **state) {
+    (void)state;
+    for (int k = 0; k < 2; k++) {
+        model good, m;
+        script data, test;
+        pd_train_opts opts = { .batch_size = 8, .patience = 2, .test = &test.reader };
+        pd_real values[1024];
+        uint64_t bits;
+        open_model(&good, &plain), open_model(&m, &plain);
+        write_script(&data), write_script(&test);
+        train(&good, 20, &(pd_train_opts){ .batch_size = 8 });
+        check_status(&good, pd_save(good.net, path), PD_OK);
+        bits = bits_of(good.net);
+        if (k == 1) { /* a training with worse values behind it, from a checkpoint */
+            char other[300];
+            snprintf(other, sizeof other, "%s/other", directory);
+            check_status(&m, pd_train(m.trainer, &data.reader, 1, &opts), PD_OK);
+            check_status(&m, pd_checkpoint_save(m.trainer, other), PD_OK);
+            check_status(&m, pd_checkpoint_load(m.trainer, other), PD_OK);
+            remove(other);
+            for (pd_param *p = pd_param_first(m.net), *q = pd_param_first(good.net); p; p = p->next, q = q->next) {
+                assert_true(q->size <= COUNT(values));
+                assert_int_equal(pd_param_get(q, values, q->size), PD_OK);
+                assert_int_equal(pd_param_set(p, values, p->size), PD_OK);
+            }
+        } else {
+            check_status(&m, pd_load(m.net, path, NULL), PD_OK);
+        }
+        data.spoil_from = data.resets; /* what comes can only be worse */
+        check_status(&m, pd_train(m.trainer, &data.reader, 9, &opts), PD_OK);
+        assert_int_equal(pd_trainer_samples(m.trainer), (2 + k) * TEST);
+        assert_true(bits_of(m.net) == bits);
+        close_model(&good), close_model(&m);
+    }
+}
+
+/* Layers may be added between two calls. */
+static void test_net_that_grows(void **state) {
+    model m;
+    script data, test;
+    pd_train_opts opts = { .batch_size = 8, .patience = 5, .test = &test.reader };
+    (void)state;
+    open_model(&m, &plain);
+    write_script(&data), write_script(&test);
+    check_status(&m, pd_train(m.trainer, &data.reader, 2, &opts), PD_OK);
+    assert_non_null(pd_fc(m.net, m.out, 300, &(pd_fc_opts){ .name = "grown" }));
+    check_status(&m, pd_checkpoint_save(m.trainer, path), PD_OK);
+    check_status(&m, pd_train(m.trainer, &data.reader, 4, &opts), PD_OK);
+    check_status(&m, pd_checkpoint_save(m.trainer, path), PD_OK);
+    check_status(&m, pd_checkpoint_load(m.trainer, path), PD_OK);
+    assert_non_null(pd_fc(m.net, m.out, 500, NULL));
+    close_model(&m);
+}
+
+/* Averaged values that on_event leaves in the net are gone at the end, and are not taken for the best. */
+static int leave_averages(void *user, const pd_event *event) {
+    (void)user;
+    if (event->kind != PD_END_PASS) return 0;
+    pd_use_average(event->trainer, true);
+    return event->pass == 5;
+}
+
+static void test_averages_left(void **state) {
+    plan averaging = plain;
+    (void)state;
+    averaging.trainer.average_window = 0.5;
+    for (int patience = 0; patience <= 9; patience += 9) {
+        model m, other;
+        script data[2], test[2];
+        pd_train_opts opts = { .batch_size = 8, .patience = patience };
+        open_model(&m, &averaging), open_model(&other, &averaging);
+        for (int i = 0; i < 2; i++) write_script(&data[i]), write_script(&test[i]), test[i].spoil_from = 3;
+        opts.test = &test[0].reader;
+        check_status(&other, pd_train(other.trainer, &data[0].reader, 6, &opts), PD_OK);
+        opts.test = &test[1].reader, opts.on_event = leave_averages;
+        check_status(&m, pd_train(m.trainer, &data[1].reader, 9, &opts), PD_STOPPED);
+        assert_true(bits_of(m.net) == bits_of(other.net));
+        pd_use_average(m.trainer, false);
+        assert_true(bits_of(m.net) == bits_of(other.net));
+        close_model(&m), close_model(&other);
+    }
+}
+
 /* ---- what is in use ---- */
 
 typedef struct meddler {
@@ -906,6 +1053,49 @@ static void test_in_use(void **state) {
     assert_int_equal(pd_trainer_samples(m.trainer), 3 * TRAIN);
     assert_true(bits_of(m.net) == bits_after(&lively, 3));
     pd_batch_free(x.batch);
+    close_model(&m);
+}
+
+/* A reader that tests with the trainer that waits for it, and one that has no second pass. */
+static model *reader_model;
+static pd_status testing_next(void *user, pd_batch *batch) {
+    double cost;
+    (void)user, (void)batch;
+    check_status(reader_model, pd_test(reader_model->trainer, reader_model->test, 0, &cost), PD_E_STATE);
+    check_contains(pd_error(reader_model->net), "pd_test: this trainer is in use");
+    check_status(reader_model, pd_train(reader_model->trainer, reader_model->train, 1, NULL), PD_E_STATE);
+    return PD_END;
+}
+static pd_status one_sample(void *user, pd_batch *batch) {
+    pd_real *row = *(int *)user > 0 ? pd_batch_add_row(batch, 0) : NULL;
+    if ((*(int *)user)-- <= 0) return PD_END;
+    memcpy(row, points, WIDTH * sizeof *row);
+    return pd_batch_add_id(batch, 1, labels[0]);
+}
+static pd_status one_pass(void *user, int64_t pass) {
+    *(int *)user = 3;
+    return pass == 0 ? PD_OK : PD_END;
+}
+
+static void test_in_use_by_reader(void **state) {
+    model m;
+    int left = 0;
+    pd_reader *reader;
+    double cost;
+    (void)state;
+    open_model(&m, &plain);
+    reader_model = &m;
+    reader = pd_stream_reader(m.net, testing_next, NULL, NULL);
+    check_status(&m, pd_test(m.trainer, reader, 0, &cost), PD_E_FORMAT);
+    check_status(&m, pd_train(m.trainer, reader, 1, NULL), PD_E_FORMAT);
+    pd_reader_free(reader);
+    reader = pd_stream_reader(m.net, one_sample, one_pass, &left);
+    for (int i = 0; i < 2; i++) {
+        check_status(&m, pd_train(m.trainer, reader, 2, NULL), PD_E_STATE);
+        check_contains(pd_error(m.net), "pass 1 could not be begun");
+        assert_int_equal(pd_trainer_samples(m.trainer), 3);
+    }
+    pd_reader_free(reader);
     close_model(&m);
 }
 
@@ -1819,7 +2009,13 @@ int main(void) {
         cmocka_unit_test(test_endings),
         cmocka_unit_test(test_best_and_last),
         cmocka_unit_test(test_judging_anew),
+        cmocka_unit_test(test_resumed_later),
+        cmocka_unit_test(test_nothing_to_train),
+        cmocka_unit_test(test_given_values),
+        cmocka_unit_test(test_net_that_grows),
+        cmocka_unit_test(test_averages_left),
         cmocka_unit_test(test_in_use),
+        cmocka_unit_test(test_in_use_by_reader),
         cmocka_unit_test(test_left_over_gradients),
         cmocka_unit_test(test_early_stopping_is_saved),
         cmocka_unit_test(test_bad_data),

@@ -51,7 +51,7 @@ static void use(bool checkpoint) {
     pd__items items = PD__ZERO;
     FILE *file = fmemopen(saved, sizeof saved, "wb");
     pd_predict(output, x, 1);
-    if (pd__items_of_trainer(&items, trainer, trainer->has_best ? trainer->best : NULL, true) != PD_OK) abort();
+    if (pd__items_of_trainer(&items, trainer, pd__best_of(trainer), true) != PD_OK) abort();
     if (!file || pd__write_tensors(file, &items, trainer, chunk) != 0 || fclose(file) != 0) abort();
     for (int64_t i = 0; i < items.count; i++)
         size += items.list[i].param->size * (items.list[i].numbers ? (int64_t)sizeof(pd_real) : 1);
