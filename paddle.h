@@ -3246,7 +3246,8 @@ static int64_t pd__pool_first(const pd_pool_shape *s, const pd__window *v, const
     int64_t at = -1;
     for (int64_t h = v->h1 - 1; h >= v->h0; h--)
         for (int64_t w = v->w1 - 1; w >= v->w0; w--) at = map[h * s->in_w + w] == y ? h * s->in_w + w : at;
-    for (int64_t h = v->h1 - 1; y != y && h >= v->h0; h--)
+    if (at >= 0 || y == y) return at;
+    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
         for (int64_t w = v->w1 - 1; w >= v->w0; w--)
             at = map[h * s->in_w + w] != map[h * s->in_w + w] ? h * s->in_w + w : at;
     return at;
