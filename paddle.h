@@ -1593,7 +1593,7 @@ PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 /* What compilers may make of sums, quotients and comparisons under these options is wrong here: NaN passes unseen, e^x
    is off by 40 %. gcc tells of all of them, clang of some; the others are switched off for this file. */
 #if defined(__FAST_MATH__) || defined(_M_FP_FAST)
-#error "paddle.h: compile PADDLE_IMPLEMENTATION without -ffast-math, -Ofast (-O3 does), -ffp-model=fast, /fp:fast"
+#error "paddle.h: compile PADDLE_IMPLEMENTATION without -ffast-math, -Ofast (take -O3), -ffp-model=fast, /fp:fast"
 #elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0
 #error "paddle.h: compile PADDLE_IMPLEMENTATION without -ffinite-math-only, -fno-honor-nans"
 #elif defined(__ASSOCIATIVE_MATH__)
