@@ -235,7 +235,37 @@
    A device (pd_device) is memory and the operations layers are written in; an updater (pd_updater) is what becomes of
    gradients. Both are tables of functions, so that a GPU or a cluster can be plugged in without a change to layers or
    programs. The CPU device and the local updater are built in. On a device without host memory a layer that it can't
-   run runs on the CPU, and its numbers are carried there and back.
+   run runs on the CPU, and its numbers are carried there and back; pd_info names these layers. A device with host memory
+   may have as few operations as it likes. This one has products only, and leaves all else to the CPU:
+
+   ```c
+   static void my_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha, const pd_real *a,
+                       int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc,
+                       const pd_epilogue *after) {
+       for (int64_t i = 0; i < m; i++)
+           for (int64_t j = 0; j < n; j++) {
+               pd_real sum = 0, *to = c + i * ldc + j;
+               for (int64_t l = 0; l < k; l++)
+                   sum += a[ta ? l * lda + i : i * lda + l] * b[tb ? j * ldb + l : l * ldb + j];
+               *to = alpha * sum + (beta != 0 ? beta * *to : 0);
+           }
+       if (after) pd_epilogue_apply(d, after, m, n, c, ldc);
+   }
+   static pd_device mine = { .api_version = PD_API_VERSION, .name = "mine", .host_memory = true, .gemm = my_gemm };
+   ```
+
+   and goes into `.device` of pd_net_opts.
+
+   ON ADDING AN OPERATION
+
+   An operation has a declaration, a text for the CPU, one for the GPU, a test and, where users meet it, documentation.
+   1. Under >>device: its type pd_op_NAME, with what it means, and NAME in PD_OPERATIONS.
+   2. pd__cpu_NAME under >>device: the CPU. Work that wants vectors is a kernel, pd__kernel_KERNEL and KERNEL in
+      PD__KERNELS beside it, with its text under >>kernels.
+   3. pd__cuda_NAME in paddle_cuda.cu: a function, or a NULL; then layers that need it run on the CPU.
+   4. far_NAME in tests/far_device.h, gradients in tests/test_layers.c, the GPU beside the CPU in tests/test_cuda.c.
+   Tables are filled by these names: what is forgotten does not compile. Layer types say PD_OP(NAME) in `needs`. The table
+   is for algebra, and for what must be one pass over memory to be fast.
 
    THREADS AND DETERMINISM
 
@@ -1088,131 +1118,150 @@ typedef struct pd_epilogue {
     pd_real alpha;
 } pd_epilogue;
 
-/* The operations that layers are written in, by bit, for pd_layer_type.needs and pd_device.supports. */
-enum {
-    PD_OP_BASIC = 1 << 0,      /* fill, muladd, gemm, norm, update, update_rows: every device has these .. */
-    PD_OP_ACTIVATION = 1 << 1, /* .. and these */
-    PD_OP_CONV = 1 << 2,
-    PD_OP_POOL = 1 << 3,
-    PD_OP_CROSS_ENTROPY = 1 << 4,
-    PD_OP_DROPOUT = 1 << 5,
-    PD_OP_BATCH_NORM = 1 << 6,
-    PD_OP_LAYER_NORM = 1 << 7,
-    PD_OP_RESPONSE_NORM = 1 << 8,
-    PD_OP_SPARSE = 1 << 9,
-    PD_OP_GRU = 1 << 10
-};
+/* ---- the operations that layers are written in ----
+   All numbers are in the device's memory, except where "host memory" is said; ids and offsets are in the host's, and may
+   change as soon as the operation returns. "Adds" means += into the result. See ON ADDING AN OPERATION. */
 
-/* Where a net lives and computes. All numbers are in the device's memory, except where "host memory" is said; ids and
-   offsets are in the host's, and may change as soon as the operation returns. Operations may run later but in order; a
-   failure is kept and told by `synchronize`. "Adds" means += into the result. */
+/* y[i] = value */
+typedef void pd_op_fill(pd_device *d, int64_t n, pd_real value, pd_real *y);
+/* y[i.ys] += alpha a[i.as] b[i.bs] over all indices i of a 4-D box. A stride of 0 repeats in a and b, sums in y.
+   b may be NULL: 1. Copies, slices, transposes, broadcasts, row and column sums are all this. */
+typedef void pd_op_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                          const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
+/* The root of the sum of x[i]^2, in double. Not finite if and only if some x[i] isn't. */
+typedef double pd_op_norm(pd_device *d, int64_t n, const pd_real *x);
+/* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
+typedef void pd_op_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
+                          const unsigned char *mask, pd_real *const *states);
+/* Steps on rows of a table: row rows[i] of w goes with row state_rows[i] of the state and row i of g (count x
+   width). First, where carry is not NULL, the steps without a gradient since the row was last touched are made up
+   for with the four numbers from carry[4 i] on: (w, state) = (c0 w + c1 state, c2 w + c3 state). Then, where g is
+   not NULL, one step as `update` makes it. SGD (state NULL) and MOMENTUM only. No row comes twice. Host memory:
+   rows, state_rows, carry. */
+typedef void pd_op_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
+                               const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
+                               pd_real *state);
+/* y = f(x) for rows x width numbers; x may be y. alpha: see pd_activation_opts. */
+typedef void pd_op_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                            pd_real *y);
+/* grad *= f'(x), in place; y is the output, x the input where the activation needs it. */
+typedef void pd_op_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
+                                     const pd_real *x, const pd_real *y, pd_real *grad);
+
+/* C = alpha op(A) op(B) + beta C, row-major: op(A) m x k, op(B) k x n, C m x n. beta 0: C is not read. after: what
+   then is made of C; may be NULL. */
+typedef void pd_op_gemm(pd_device *d, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k,
+                        pd_real alpha, const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta,
+                        pd_real *c, int64_t ldc, const pd_epilogue *after);
+/* w: out_c x in_c/groups x filter_h x filter_w. y = x * w + beta y; beta and after as for gemm. The gradients add. */
+typedef void pd_op_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
+                        pd_real *y, const pd_epilogue *after);
+typedef void pd_op_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
+                                      pd_real *dx);
+typedef void pd_op_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
+                                        pd_real *dw);
+typedef void pd_op_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y);
+/* Adds; a maximum's gradient goes to its first occurrence. */
+typedef void pd_op_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
+                                 const pd_real *dy, pd_real *dx);
+/* cost[r] = -v_r sum_c w_c t_c log p_c, t from ids or soft (the other NULL); the weights v of rows and w of classes may
+   be NULL; v_r 0: 0. p = softmax(x), and x tells what p is too small for; x NULL: only p is known, and what is below
+   the least normal number counts as that. */
+typedef void pd_op_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
+                                 const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
+                                 const pd_real *class_weights, pd_real *cost);
+/* Adds dcost[r] times the derivative of cost[r] / v_r by p, or, if `by_x`, by the x in p = softmax(x). dcost[r] 0:
+   nothing. */
+typedef void pd_op_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
+                                          const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
+                                          const pd_real *dcost, bool by_x, pd_real *dx);
+/* y[i] += keep(key, i) ? x[i] / (1 - rate) : 0, with pd_random's bits, so that backward needs no mask. */
+typedef void pd_op_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y);
+/* Of each channel over rows and `area` positions: moments (3 x channels) are the mean, the rest that rounding took from
+   it, and the (biased) variance. Without the rest, a mean that is 10^4 deviations is off by a thousandth of one. */
+typedef void pd_op_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                   pd_real *moments);
+/* y = (x - mean - rest) / sqrt(variance + epsilon) * weight + bias; rest, weight and bias may be NULL: 0, 1 and 0. x
+   may be y. */
+typedef void pd_op_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                              const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                              const pd_real *weight, const pd_real *bias, pd_real *y);
+/* Adds to dx, dweight, dbias (each may be NULL). batch_moments: mean and variance depend on x. */
+typedef void pd_op_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                       const pd_real *mean, const pd_real *rest, const pd_real *variance,
+                                       double epsilon, bool batch_moments, const pd_real *weight, const pd_real *dy,
+                                       pd_real *dx, pd_real *dweight, pd_real *dbias);
+/* moments: rows x 3, the mean, the rest that rounding took from it, and 1 / deviation. */
+typedef void pd_op_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
+                              const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y);
+typedef void pd_op_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *x,
+                                       const pd_real *moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                       pd_real *dweight, pd_real *dbias);
+/* scales: as large as x, receives k + alpha/size sum x^2 */
+typedef void pd_op_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
+                                 double beta, double k, const pd_real *x, pd_real *scales, pd_real *y);
+typedef void pd_op_response_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                          double alpha, double beta, const pd_real *x, const pd_real *scales,
+                                          const pd_real *dy, pd_real *dx);
+/* y (s.rows x width) += S x: row r of y gets the sum of values[k] times row columns[k] of x. Look-ups, their
+   gradients (with the transposed S), permutations of rows and sums over sequences are all this. */
+typedef void pd_op_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y);
+/* One step of GRUs. gates: rows x 3 width, in: x W + b, out: z, r, c. recurrent: rows x 3 width, h U with b_u in
+   its last third. before: rows x width, h (NULL: 0). after: h'. See pd_gru. */
+typedef void pd_op_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
+                       const pd_real *before, pd_real *after);
+/* From dafter, the gradient of h': gates and recurrent, as `gru` left them, become their own gradients (of x W + b
+   and of h U + b_u); adds the part that goes straight to dbefore (NULL: not wanted). */
+typedef void pd_op_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
+                                const pd_real *before, const pd_real *dafter, pd_real *dbefore);
+
+/* All of them. The basic ones are those that nets and trainers call as well: a device without host memory has
+   them; of the others a device may lack any. */
+/* clang-format off */
+#define PD_BASIC_OPERATIONS(X) \
+    X(fill) X(muladd) X(norm) X(update) X(update_rows) X(activate) X(activate_backward)
+#define PD_OPERATIONS(X) PD_BASIC_OPERATIONS(X) \
+    X(gemm) X(conv) X(conv_backward_data) X(conv_backward_filter) X(pool) X(pool_backward) \
+    X(cross_entropy) X(cross_entropy_backward) X(dropout) X(channel_moments) X(batch_norm) X(batch_norm_backward) \
+    X(layer_norm) X(layer_norm_backward) X(response_norm) X(response_norm_backward) X(sparse_product) \
+    X(gru) X(gru_backward)
+/* clang-format on */
+
+/* PD_OP(conv) is the bit of `conv`, for pd_layer_type.needs. */
+#define PD__OPERATION_INDEX(name) PD__OP_##name,
+enum { PD_OPERATIONS(PD__OPERATION_INDEX) PD_OPERATION_COUNT };
+#define PD_OP(name) ((uint64_t)1 << PD__OP_##name)
+
+/* Where a net lives and computes. Operations may run later, if there is no host memory, but in order; a failure is kept
+   and told by `synchronize`. With host memory every member may be missing but the first four: the CPU does what the
+   device doesn't, on the same numbers. A net works with a copy of the table then. */
 struct pd_device {
     int api_version; /* PD_API_VERSION */
     const char *name;
     void *self;
-    bool host_memory;                             /* the host can read and write this memory directly */
-    bool (*supports)(pd_device *d, unsigned ops); /* all of these PD_OP_ bits? */
+    bool host_memory; /* the host can read and write this memory directly */
+    void *cpu;        /* the net's: does what the device lacks */
 
     void *(*alloc)(pd_device *d, size_t size); /* aligned to 64 bytes; NULL when out of memory */
     void (*free)(pd_device *d, void *memory);
     void (*upload)(pd_device *d, void *to, const void *from_host, size_t size);
     void (*download)(pd_device *d, void *to_host, const void *from, size_t size); /* has arrived on return */
     pd_status (*synchronize)(pd_device *d, char *message, size_t size); /* all done, or the first failure since */
-
-    /* y[i] = value */
-    void (*fill)(pd_device *d, int64_t n, pd_real value, pd_real *y);
-    /* y[i.ys] += alpha a[i.as] b[i.bs] over all indices i of a 4-D box. A stride of 0 repeats in a and b, sums in y.
-       b may be NULL: 1. Copies, slices, transposes, broadcasts, row and column sums are all this. */
-    void (*muladd)(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                   const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
-    /* C = alpha op(A) op(B) + beta C, row-major: op(A) m x k, op(B) k x n, C m x n. beta 0: C is not read. after: what
-       then is made of C; may be NULL. */
-    void (*gemm)(pd_device *d, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, pd_real alpha,
-                 const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc,
-                 const pd_epilogue *after);
-    /* The root of the sum of x[i]^2, in double. Not finite if and only if some x[i] isn't. */
-    double (*norm)(pd_device *d, int64_t n, const pd_real *x);
-    /* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
-    void (*update)(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g, const unsigned char *mask,
-                   pd_real *const *states);
-
-    /* Steps on rows of a table: row rows[i] of w goes with row state_rows[i] of the state and row i of g (count x
-       width). First, where carry is not NULL, the steps without a gradient since the row was last touched are made up
-       for with the four numbers from carry[4 i] on: (w, state) = (c0 w + c1 state, c2 w + c3 state). Then, where g is
-       not NULL, one step as `update` makes it. SGD (state NULL) and MOMENTUM only. No row comes twice. Host memory:
-       rows, state_rows, carry. */
-    void (*update_rows)(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
-                        const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g, pd_real *state);
-
-    /* y = f(x) for rows x width numbers; x may be y. alpha: see pd_activation_opts. */
-    void (*activate)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
-                     pd_real *y);
-    /* grad *= f'(x), in place; y is the output, x the input where the activation needs it. */
-    void (*activate_backward)(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
-                              const pd_real *y, pd_real *grad);
-    /* w: out_c x in_c/groups x filter_h x filter_w. y = x * w + beta y; beta and after as for gemm. The gradients add. */
-    void (*conv)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta, pd_real *y,
-                 const pd_epilogue *after);
-    void (*conv_backward_data)(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy, pd_real *dx);
-    void (*conv_backward_filter)(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
-                                 pd_real *dw);
-    void (*pool)(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y);
-    void (*pool_backward)(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y, const pd_real *dy,
-                          pd_real *dx); /* adds; a maximum's gradient goes to its first occurrence */
-    /* cost[r] = -v_r sum_c w_c t_c log p_c, t from ids or soft (the other NULL); the weights v of rows and w of classes may
-       be NULL; v_r 0: 0. p = softmax(x), and x tells what p is too small for; x NULL: only p is known, and what is below
-       the least normal number counts as that. */
-    void (*cross_entropy)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
-                          const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
-                          const pd_real *class_weights, pd_real *cost);
-    /* Adds dcost[r] times the derivative of cost[r] / v_r by p, or, if `by_x`, by the x in p = softmax(x). dcost[r] 0:
-       nothing. */
-    void (*cross_entropy_backward)(pd_device *d, int64_t rows, int64_t width, const pd_real *p, const int64_t *ids,
-                                   const pd_real *soft, const pd_real *class_weights, const pd_real *dcost, bool by_x,
-                                   pd_real *dx);
-    /* y[i] += keep(key, i) ? x[i] / (1 - rate) : 0, with pd_random's bits, so that backward needs no mask. */
-    void (*dropout)(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y);
-    /* Of each channel over rows and `area` positions: moments (3 x channels) are the mean, the rest that rounding took from
-       it, and the (biased) variance. Without the rest, a mean that is 10^4 deviations is off by a thousandth of one. */
-    void (*channel_moments)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                            pd_real *moments);
-    /* y = (x - mean - rest) / sqrt(variance + epsilon) * weight + bias; rest, weight and bias may be NULL: 0, 1 and 0. x
-       may be y. */
-    void (*batch_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                       const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
-                       const pd_real *weight, const pd_real *bias, pd_real *y);
-    /* Adds to dx, dweight, dbias (each may be NULL). batch_moments: mean and variance depend on x. */
-    void (*batch_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
-                                bool batch_moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
-                                pd_real *dweight, pd_real *dbias);
-    /* moments: rows x 3, the mean, the rest that rounding took from it, and 1 / deviation. */
-    void (*layer_norm)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
-                       const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y);
-    void (*layer_norm_backward)(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *moments,
-                                const pd_real *weight, const pd_real *dy, pd_real *dx, pd_real *dweight,
-                                pd_real *dbias);
-    /* scales: as large as x, receives k + alpha/size sum x^2 */
-    void (*response_norm)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
-                          double beta, double k, const pd_real *x, pd_real *scales, pd_real *y);
-    void (*response_norm_backward)(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
-                                   double alpha, double beta, const pd_real *x, const pd_real *scales,
-                                   const pd_real *dy, pd_real *dx);
-    /* y (s.rows x width) += S x: row r of y gets the sum of values[k] times row columns[k] of x. Look-ups, their
-       gradients (with the transposed S), permutations of rows and sums over sequences are all this. */
-    void (*sparse_product)(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y);
-    /* One step of GRUs. gates: rows x 3 width, in: x W + b, out: z, r, c. recurrent: rows x 3 width, h U with b_u in
-       its last third. before: rows x width, h (NULL: 0). after: h'. See pd_gru. */
-    void (*gru)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
-                const pd_real *before, pd_real *after);
-    /* From dafter, the gradient of h': gates and recurrent, as `gru` left them, become their own gradients (of x W + b
-       and of h U + b_u); adds the part that goes straight to dbefore (NULL: not wanted). */
-    void (*gru_backward)(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
-                         const pd_real *before, const pd_real *dafter, pd_real *dbefore);
+    /* (optional) Will it run this layer, which has inputs? Asked once, when the layer's shape and parameters are settled. A
+       layer that is refused runs on the CPU. */
+    bool (*accepts)(pd_device *d, const pd_layer *layer);
     /* (optional) The numbers at w will stay as they are (or, not `kept`, no longer), so other forms of them that products
        read may be kept. */
     void (*keep)(pd_device *d, const pd_real *w, bool kept);
+
+    /* The operations that it has; NULL: it has not got this one. */
+#define PD__OPERATION_MEMBER(name) pd_op_##name *name;
+    PD_OPERATIONS(PD__OPERATION_MEMBER)
 };
+
+/* For a device with host memory: makes of the finished sums c (rows x columns, ldc apart) what `after` says. */
+PD_API void pd_epilogue_apply(pd_device *d, const pd_epilogue *after, int64_t rows, int64_t columns, pd_real *c,
+                              int64_t ldc);
 
 /* 64 random bits from a key and a counter (SplitMix64's finaliser); the same on every device and for any threads. */
 PD_API uint64_t pd_random(uint64_t key, uint64_t counter);
@@ -1230,9 +1279,9 @@ struct pd_layer_type {
     int min_inputs, max_inputs; /* max_inputs -1: any number */
     size_t opts_size;           /* of the options struct; the layer gets its own copy */
     size_t state_size;          /* of the layer's own state, zeroed before setup */
-    unsigned needs;             /* PD_OP_ bits of the device operations it is written in; 0: it touches the numbers
-                                   itself. A layer that needs what the net's device doesn't have, or touches numbers
-                                   on one without host memory, runs on the CPU: what it reads and writes is carried
+    uint64_t needs;             /* the operations it is written in, PD_OP(gemm) | PD_OP(fill); 0: it touches the numbers
+                                   itself. Where the net's device has no host memory, a layer that touches numbers, or
+                                   needs what the device hasn't, runs on the CPU: what it reads and writes is carried
                                    there and back */
     /* Checks inputs and options, sets layer->shape (and act), declares parameters with pd_layer_param. */
     pd_status (*setup)(pd_layer *layer);
@@ -1260,7 +1309,7 @@ struct pd_layer {
     const pd_layer_type *type;
     const char *name;
     pd_net *net;
-    pd_device *device; /* what its operations run on: the net's, or the CPU */
+    pd_device *device; /* what its operations run on: the net's, or the CPU; after setup */
     pd_layer **inputs;
     int input_count;
     pd_param **params; /* in the order of pd_layer_param */
@@ -1292,8 +1341,8 @@ PD_API pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
                                 int64_t fan_out, pd_init init, const pd_param_opts *opts);
 /* For setup: statistics that are saved with the parameters but not learned. */
 PD_API pd_param *pd_layer_buffer(pd_layer *layer, const char *suffix, int64_t size, double value);
-/* Device memory of the layer's own that lasts until the net is freed, grown to `count` numbers; slot 0 .. 7. NULL
-   (message set) when out of memory. Contents are lost when it grows. */
+/* Device memory of the layer's own that lasts until the net is freed, grown to `count` numbers; slot 0 .. 7; not for
+   setup. NULL (message set) when out of memory. Contents are lost when it grows. */
 PD_API pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count);
 /* The same in host memory, for offsets: `count` int64_t; slot 0 .. 3. */
 PD_API int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count);
@@ -1755,7 +1804,8 @@ struct pd_net {
     uint64_t seed;
     uint64_t step; /* training steps so far: the part of random keys that changes */
     pd_device *device;
-    pd_device *cpu; /* made by the net, when none was given, or that one has no host memory */
+    pd_device *cpu;      /* the net's own: the device, if none was given, or what does the rest for that one */
+    pd_device completed; /* the device that was given, with the CPU's operations where it has none */
     pd_failure failure;
     pd_failure reader_failure; /* of a reader that could not be made, until a trainer has reported it */
     bool broken;               /* a builder failed: nothing runs any more, and the message stays */
@@ -2075,54 +2125,70 @@ typedef struct pd__layer_norm_job pd__layer_norm_job;
 typedef struct pd__response_job pd__response_job;
 typedef struct pd__pool_job pd__pool_job;
 
-/* The work of one thread in the instructions of one level; what each does is said where it is, in >>kernels. */
+/* The work of one thread, in the instructions of one level; what each does is said where it is, in >>kernels. */
+typedef void pd__kernel_fill_piece(int64_t n, pd_real value, pd_real *y);
+typedef void pd__kernel_muladd_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                                   const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
+typedef void pd__kernel_muladd_line(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b,
+                                    int64_t bs, pd_real *y, int64_t ys);
+typedef double pd__kernel_dot(int64_t n, const pd_real *a, const pd_real *b);
+typedef void pd__kernel_pack_a(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
+                               int64_t depth, pd_real *panels);
+typedef void pd__kernel_pack_b(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t n, pd_real *panels);
+typedef void pd__kernel_pick_b_panel(const pd_real *image, const int64_t *row_at, const int64_t *column_at, int64_t k,
+                                     int64_t width, pd_real *to);
+typedef void pd__kernel_tile(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead,
+                             const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
+typedef void pd__kernel_multiply(const pd__block_job *k);
+typedef void pd__kernel_gemm_row(const pd__gemm_job *g, int64_t share);
+typedef void pd__kernel_finish(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
+                               pd_real *c, int64_t ldc);
+typedef void pd__kernel_winograd_channel(const pd__winograd *j, bool gradient, int64_t group, int64_t block,
+                                         int64_t channel, pd_real *space, pd_real *to, int64_t plane);
+typedef void pd__kernel_winograd_panel(const pd__winograd *j, int64_t unit);
+typedef void pd__kernel_winograd_put(const pd__winograd *j, int64_t group, int64_t block, int64_t filter,
+                                     const pd_real *m, int64_t plane, pd_real *space);
+typedef void pd__kernel_winograd_filter_unit(const pd__winograd *j, int64_t filter);
+typedef void pd__kernel_update_piece(const pd__update_job *j, int64_t start, int64_t end);
+typedef void pd__kernel_update_row(const pd_update *u, int64_t width, const double *c, pd_real *w, const pd_real *g,
+                                   pd_real *state);
+typedef void pd__kernel_activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y);
+typedef void pd__kernel_activate_backward_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x,
+                                                const pd_real *y, pd_real *grad);
+typedef void pd__kernel_softmax_row(int64_t n, const pd_real *x, pd_real *y);
+typedef double pd__kernel_softmax_cost(int64_t n, const pd_real *x, const pd_real *y, double *top);
+typedef void pd__kernel_softmax_backward_row(int64_t n, const pd_real *y, pd_real *grad);
+typedef void pd__kernel_moments_of(const pd__channel_job *j, int64_t c);
+typedef void pd__kernel_batch_norm_map(const pd__channel_job *j, int64_t m);
+typedef void pd__kernel_batch_norm_back(const pd__channel_job *j, int64_t c);
+typedef void pd__kernel_layer_norm_row(const pd__layer_norm_job *j, int64_t r);
+typedef void pd__kernel_layer_norm_back_row(const pd__layer_norm_job *j, int64_t r);
+typedef void pd__kernel_layer_norm_back_columns(const pd__layer_norm_job *j, int64_t unit);
+typedef void pd__kernel_response_strip(const pd__response_job *j, int64_t unit);
+typedef void pd__kernel_response_strip_back(const pd__response_job *j, int64_t unit);
+typedef void pd__kernel_gru_row(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before,
+                                pd_real *after);
+typedef void pd__kernel_gru_back_row(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
+                                     const pd_real *dafter, pd_real *dbefore);
+typedef void pd__kernel_pool_pairs(const pd__pool_job *j, int64_t map, int64_t maps);
+typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
+
+/* clang-format off */
+#define PD__KERNELS(X) \
+    X(fill_piece) X(muladd_box) X(muladd_line) X(dot) X(pack_a) X(pack_b) X(pick_b_panel) X(tile) X(multiply) \
+    X(gemm_row) X(finish) X(winograd_channel) X(winograd_panel) X(winograd_put) X(winograd_filter_unit) X(update_piece) \
+    X(update_row) X(activate_piece) X(activate_backward_piece) X(softmax_row) X(softmax_cost) \
+    X(softmax_backward_row) X(moments_of) X(batch_norm_map) X(batch_norm_back) X(layer_norm_row) \
+    X(layer_norm_back_row) X(layer_norm_back_columns) X(response_strip) X(response_strip_back) X(gru_row) \
+    X(gru_back_row) X(pool_pairs) X(pool_map)
+/* clang-format on */
+
 typedef struct pd__kernels {
     int64_t lanes;  /* numbers of a vector */
     int64_t mr, nr; /* rows and columns of the tile of a product that stays in registers; nr: whole vectors */
     int64_t kc, mc; /* depth of a product's blocks, and rows of A in one */
-    void (*fill_piece)(int64_t n, pd_real value, pd_real *y);
-    void (*muladd_box)(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4], const pd_real *b,
-                       const int64_t bs[4], pd_real *y, const int64_t ys[4]);
-    void (*muladd_line)(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b, int64_t bs,
-                        pd_real *y, int64_t ys);
-    double (*dot)(int64_t n, const pd_real *a, const pd_real *b);
-    void (*pack_a)(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
-                   int64_t depth, pd_real *panels);
-    void (*pack_b)(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t n, pd_real *panels);
-    void (*pick_b_panel)(const pd_real *image, const int64_t *row_at, const int64_t *column_at, int64_t k,
-                         int64_t width, pd_real *to);
-    void (*tile)(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead, const pd_real *b,
-                 int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
-    void (*multiply)(const pd__block_job *k);
-    void (*gemm_row)(const pd__gemm_job *g, int64_t share);
-    void (*winograd_channel)(const pd__winograd *j, bool gradient, int64_t group, int64_t block, int64_t channel,
-                             pd_real *space, pd_real *to, int64_t plane);
-    void (*winograd_panel)(const pd__winograd *j, int64_t unit);
-    void (*winograd_put)(const pd__winograd *j, int64_t group, int64_t block, int64_t filter, const pd_real *m,
-                         int64_t plane, pd_real *space);
-    void (*winograd_filter_unit)(const pd__winograd *j, int64_t filter);
-    void (*update_piece)(const pd__update_job *j, int64_t start, int64_t end);
-    void (*update_row)(const pd_update *u, int64_t width, const double *c, pd_real *w, const pd_real *g,
-                       pd_real *state);
-    void (*activate_piece)(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y);
-    void (*activate_backward_piece)(pd_act act, pd_real alpha, int64_t n, const pd_real *x, const pd_real *y,
-                                    pd_real *grad);
-    void (*softmax_row)(int64_t n, const pd_real *x, pd_real *y);
-    double (*softmax_cost)(int64_t n, const pd_real *x, const pd_real *y, double *top);
-    void (*softmax_backward_row)(int64_t n, const pd_real *y, pd_real *grad);
-    void (*moments_of)(const pd__channel_job *j, int64_t c);
-    void (*batch_norm_map)(const pd__channel_job *j, int64_t m);
-    void (*batch_norm_back)(const pd__channel_job *j, int64_t c);
-    void (*layer_norm_row)(const pd__layer_norm_job *j, int64_t r);
-    void (*layer_norm_back_row)(const pd__layer_norm_job *j, int64_t r);
-    void (*layer_norm_back_columns)(const pd__layer_norm_job *j, int64_t unit);
-    void (*response_strip)(const pd__response_job *j, int64_t unit);
-    void (*response_strip_back)(const pd__response_job *j, int64_t unit);
-    void (*gru_row)(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before, pd_real *after);
-    void (*gru_back_row)(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
-                         const pd_real *dafter, pd_real *dbefore);
-    void (*pool_pairs)(const pd__pool_job *j, int64_t map, int64_t maps); /* NULL without vectors */
-    void (*pool_map)(const pd__pool_job *j, int64_t map);
+#define PD__KERNEL_MEMBER(name) pd__kernel_##name *name;
+    PD__KERNELS(PD__KERNEL_MEMBER)
 } pd__kernels;
 
 /* Another form of numbers that stay, for products: packed, or transformed. */
@@ -2162,8 +2228,10 @@ typedef struct pd__cpu {
     pd__kept *kept; /* of all that pd_device.keep has named */
 } pd__cpu;
 
-static int pd__cpu_threads(const pd_device *d) { return ((const pd__cpu *)d->self)->pace.threads; }
-static const pd__kernels *pd__cpu_kernels(const pd_device *d) { return ((const pd__cpu *)d->self)->kernels; }
+/* The CPU behind a device: itself, or what does the rest for one with host memory. */
+static pd__cpu *pd__cpu_of(const pd_device *d) { return (pd__cpu *)d->cpu; }
+static int pd__cpu_threads(const pd_device *d) { return pd__cpu_of(d)->pace.threads; }
+static const pd__kernels *pd__cpu_kernels(const pd_device *d) { return pd__cpu_of(d)->kernels; }
 
 /* A loop worth several threads has ended at `now`. It took `spent` seconds in a team of so many, of which even the least
    busy worked for `least`. Shares are about equal, so one thread alone would have taken team * least: a team that does
@@ -2205,9 +2273,7 @@ static void pd__pace_note(pd__pace *p, double now, double spent, int team, doubl
 enum { PD__TEAM_WORK = 65536 };
 
 /* Threads for so much work. */
-static int pd__team(const pd_device *d, int64_t work) {
-    return work < PD__TEAM_WORK ? 1 : ((const pd__cpu *)d->self)->pace.team;
-}
+static int pd__team(const pd_device *d, int64_t work) { return work < PD__TEAM_WORK ? 1 : pd__cpu_of(d)->pace.team; }
 
 /* How this thread rounds, and whether it takes the smallest numbers for 0. Threads of a team do as the one that waits for
    them, which may have changed its mind since they were made (gcc's -ffast-math does, where it is only linked with). */
@@ -2233,7 +2299,7 @@ typedef struct pd__loop {
 
 static inline pd__loop pd__loop_begin(const pd_device *d, int64_t work, int64_t items) {
     pd__loop loop;
-    loop.cpu = (pd__cpu *)d->self;
+    loop.cpu = pd__cpu_of(d);
     loop.team = (int)pd__max(1, pd__min(pd__team(d, work), items));
     loop.measured = work >= PD__TEAM_WORK && loop.cpu->pace.threads > 1;
     loop.begin = loop.measured ? pd_seconds() : 0;
@@ -2293,7 +2359,7 @@ static void pd__loop_end(const pd__loop *loop) {
 
 /* `size` bytes until the next call, or NULL: then synchronize will say so. */
 static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
-    pd__cpu *cpu = (pd__cpu *)d->self;
+    pd__cpu *cpu = pd__cpu_of(d);
     size_t bytes;
     if (!pd__bytes(count, size, &bytes)) {
         cpu->failed = true;
@@ -2310,7 +2376,7 @@ static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
 
 /* Without memory for it nothing is kept: then products take longer. */
 static void pd__cpu_keep(pd_device *d, const pd_real *w, bool kept) {
-    pd__cpu *cpu = (pd__cpu *)d->self;
+    pd__cpu *cpu = pd__cpu_of(d);
     pd__kept **at = &cpu->kept, *k;
     while (*at && (*at)->of != w) at = &(*at)->next;
     k = *at;
@@ -2329,7 +2395,7 @@ enum { PD__FORM_WINOGRAD = 1, PD__FORM_CONV, PD__FORM_RIGHT };
 /* Where `count` numbers are kept, or are to be, in this form of w; *ready: they are there, else the caller puts them
    there and sets kept->form. NULL: nothing is kept of w. */
 static pd__kept *pd__kept_form(pd_device *d, const pd_real *w, const int64_t form[6], int64_t count, bool *ready) {
-    pd__cpu *cpu = (pd__cpu *)d->self;
+    pd__cpu *cpu = pd__cpu_of(d);
     pd__kept *k = cpu->kept;
     while (k && k->of != w) k = k->next;
     *ready = k && memcmp(k->form, form, sizeof k->form) == 0;
@@ -2338,21 +2404,14 @@ static pd__kept *pd__kept_form(pd_device *d, const pd_real *w, const int64_t for
     return pd__grow(cpu->allocator, (void **)&k->numbers, &k->capacity, count, sizeof *k->numbers) ? k : NULL;
 }
 
-static void *pd__cpu_alloc(pd_device *d, size_t size) {
-    return pd__alloc(((pd__cpu *)d->self)->allocator, (int64_t)size, 1);
-}
-static void pd__cpu_free_memory(pd_device *d, void *memory) { pd__free(((pd__cpu *)d->self)->allocator, memory); }
+static void *pd__cpu_alloc(pd_device *d, size_t size) { return pd__alloc(pd__cpu_of(d)->allocator, (int64_t)size, 1); }
+static void pd__cpu_free_memory(pd_device *d, void *memory) { pd__free(pd__cpu_of(d)->allocator, memory); }
 static void pd__cpu_copy(pd_device *d, void *to, const void *from, size_t size) {
     (void)d;
     if (size) memmove(to, from, size);
 }
-static bool pd__cpu_supports(pd_device *d, unsigned ops) {
-    (void)d;
-    (void)ops;
-    return true;
-}
 static pd_status pd__cpu_synchronize(pd_device *d, char *message, size_t size) {
-    pd__cpu *cpu = (pd__cpu *)d->self;
+    pd__cpu *cpu = pd__cpu_of(d);
     if (!cpu->failed) return PD_OK;
     cpu->failed = false;
     snprintf(message, size, "out of memory for working space");
@@ -2536,6 +2595,12 @@ static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, i
     if (!g.space) return;
     PD__TEAM(d, work, share, shares, pd__gemm_share(&g, share));
     if (kept) memcpy(kept->form, form, sizeof form);
+}
+
+PD_DEF void pd_epilogue_apply(pd_device *d, const pd_epilogue *after, int64_t rows, int64_t columns, pd_real *c,
+                              int64_t ldc) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * columns, i, rows, kernels->finish(after, false, 0, 1, columns, c + i * ldc, ldc));
 }
 
 /* ---- convolution as products of filters and patches, which are picked straight from the image ----
@@ -3530,6 +3595,7 @@ typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
 #define PD__UNROLL
 #endif
 
+#define PD__KERNEL_ROW(name) PD__K(pd__##name),
 #define PD__JOIN_NAMES(a, b) a##b
 #define PD__JOIN(a, b) PD__JOIN_NAMES(a, b)
 #define PD__K(name) PD__JOIN(name, PD__LEVEL)
@@ -3638,50 +3704,33 @@ static pd_simd pd__choose_simd(pd_simd wanted, const char **asked) {
 
 /* ---- the table ---- */
 
-static const pd_device pd__cpu_table = {
-    PD_API_VERSION,
-    "cpu",
-    NULL,
-    true,
-    pd__cpu_supports,
-    pd__cpu_alloc,
-    pd__cpu_free_memory,
-    pd__cpu_copy,
-    pd__cpu_copy,
-    pd__cpu_synchronize,
-    pd__cpu_fill,
-    pd__cpu_muladd,
-    pd__cpu_gemm,
-    pd__cpu_norm,
-    pd__cpu_update,
-    pd__cpu_update_rows,
-    pd__cpu_activate,
-    pd__cpu_activate_backward,
-    pd__cpu_conv,
-    pd__cpu_conv_backward_data,
-    pd__cpu_conv_backward_filter,
-    pd__cpu_pool,
-    pd__cpu_pool_backward,
-    pd__cpu_cross_entropy,
-    pd__cpu_cross_entropy_backward,
-    pd__cpu_dropout,
-    pd__cpu_channel_moments,
-    pd__cpu_batch_norm,
-    pd__cpu_batch_norm_backward,
-    pd__cpu_layer_norm,
-    pd__cpu_layer_norm_backward,
-    pd__cpu_response_norm,
-    pd__cpu_response_norm_backward,
-    pd__cpu_sparse_product,
-    pd__cpu_gru,
-    pd__cpu_gru_backward,
-    pd__cpu_keep,
-};
+/* Takes every member that `d` lacks from `from`. */
+static void pd__complete_device(pd_device *d, const pd_device *from) {
+    if (!d->alloc || !d->free) d->alloc = from->alloc, d->free = from->free;
+    if (!d->upload) d->upload = from->upload;
+    if (!d->download) d->download = from->download;
+    if (!d->synchronize) d->synchronize = from->synchronize;
+    if (!d->keep) d->keep = from->keep;
+#define PD__COMPLETE(name)                                                                                             \
+    if (!d->name) d->name = from->name;
+    PD_OPERATIONS(PD__COMPLETE)
+#undef PD__COMPLETE
+}
+
+/* The bits of the operations that a device has. */
+static uint64_t pd__operations_of(const pd_device *d) {
+    uint64_t has = 0;
+#define PD__HAS(name)                                                                                                  \
+    if (d->name) has |= PD_OP(name);
+    PD_OPERATIONS(PD__HAS)
+#undef PD__HAS
+    return has;
+}
 
 static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
-    while (((pd__cpu *)d->self)->kept) pd__cpu_keep(d, ((pd__cpu *)d->self)->kept->of, false);
-    pd__free(allocator, ((pd__cpu *)d->self)->busy);
-    pd__free(allocator, ((pd__cpu *)d->self)->scratch);
+    while (pd__cpu_of(d)->kept) pd__cpu_keep(d, pd__cpu_of(d)->kept->of, false);
+    pd__free(allocator, pd__cpu_of(d)->busy);
+    pd__free(allocator, pd__cpu_of(d)->scratch);
     pd__free(allocator, d->self);
     pd__free(allocator, d);
 }
@@ -3694,8 +3743,18 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_sim
         pd__free(allocator, d);
         return NULL;
     }
-    *d = pd__cpu_table;
-    d->self = cpu;
+    d->api_version = PD_API_VERSION;
+    d->name = "cpu";
+    d->self = d->cpu = cpu;
+    d->host_memory = true;
+    d->alloc = pd__cpu_alloc;
+    d->free = pd__cpu_free_memory;
+    d->upload = d->download = pd__cpu_copy;
+    d->synchronize = pd__cpu_synchronize;
+    d->keep = pd__cpu_keep;
+#define PD__CPU_OPERATION(name) d->name = pd__cpu_##name;
+    PD_OPERATIONS(PD__CPU_OPERATION)
+#undef PD__CPU_OPERATION
     cpu->allocator = allocator;
     cpu->simd = simd;
     cpu->kernels = pd__levels[simd].kernels;
@@ -3732,6 +3791,23 @@ static bool pd__check_net(pd_net *net) { return net && !net->broken; }
 /* The same for saving: what was learned before a builder failed is not lost. */
 static bool pd__check_learned(pd_net *net) { return net && (!net->broken || pd__owner(net)->step > 0); }
 
+/* Where the net will compute: on `device`, completed by the CPU if it has host memory, or, if NULL, on the CPU. */
+static void pd__take_device(pd_net *net, pd_device *device) {
+    net->device = device && device->api_version == PD_API_VERSION ? device : net->cpu;
+    if (net->device->host_memory && net->device != net->cpu) {
+        net->completed = *device;
+        net->completed.cpu = net->cpu->cpu;
+        pd__complete_device(&net->completed, net->cpu);
+        net->device = &net->completed;
+    }
+#define PD__WANT(operation)                                                                                            \
+    if (!net->device->operation)                                                                                       \
+        pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: device %.50s has no host memory, and lacks " #operation,       \
+                       net->device->name);
+    PD_BASIC_OPERATIONS(PD__WANT)
+#undef PD__WANT
+}
+
 PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     static const pd_net_opts defaults = PD__ZERO;
     pd_allocator allocator = { pd__default_alloc, pd__default_free, NULL };
@@ -3745,7 +3821,6 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     net->allocator = allocator;
     net->logger = o->logger;
     net->seed = o->seed;
-    net->device = o->device;
     if (!o->allocator.alloc != !o->allocator.free)
         pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: the allocator needs both alloc and free");
     else if (o->threads < 0 || o->threads > 1024) /* OpenMP ends the program when it can't have so many */
@@ -3761,14 +3836,13 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
             "pd_net_new: the instruction set is %.50s, expected best, scalar, baseline, avx2 or avx512, at most %s here",
             asked, pd__levels[simd].name);
     }
-    if (!net->device || !net->device->host_memory) {
-        net->cpu = pd__cpu_new(&net->allocator, o->threads, simd);
-        if (!net->cpu) {
-            pd_net_free(net);
-            return NULL;
-        }
-        if (!net->device) net->device = net->cpu;
+    net->cpu = pd__cpu_new(&net->allocator, o->threads, simd);
+    if (!net->cpu) {
+        net->device = NULL;
+        pd_net_free(net);
+        return NULL;
     }
+    pd__take_device(net, o->device);
     return net;
 }
 
@@ -3863,12 +3937,18 @@ PD_DEF pd_layer *pd_layer_find(pd_net *net, const char *name) {
 
 PD_DEF size_t pd_info(const pd_net *net, char *text, size_t size) {
     size_t length = 0;
+    const char *before = ", of which the CPU runs ";
     if (size) text[0] = 0;
     pd__append(text, size, &length, "paddle.h " PD_VERSION ", %s", sizeof(pd_real) == 8 ? "double" : "float");
-    if (net) pd__append(text, size, &length, ", device %s", net->device->name);
-    if (net && net->cpu)
-        pd__append(text, size, &length, ", %s kernels, %d threads",
-                   pd__levels[((const pd__cpu *)net->cpu->self)->simd].name, pd__cpu_threads(net->cpu));
+    if (!net) return length;
+    pd__append(text, size, &length, ", device %s, %s kernels, %d threads", net->device->name,
+               pd__levels[pd__cpu_of(net->cpu)->simd].name, pd__cpu_threads(net->cpu));
+    for (int64_t i = 0; net->device != net->cpu && i < net->layer_count; i++) {
+        const pd_layer *l = net->layers[i];
+        if (l->own->slot >= 0 || l->device == net->device) continue;
+        pd__append(text, size, &length, "%s%s (%s)", before, l->name, l->type->name);
+        before = ", ";
+    }
     return length;
 }
 
@@ -3938,9 +4018,6 @@ static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const cha
     if (!l) return NULL;
     l->type = type;
     l->net = net;
-    l->device = net->device;
-    if (!net->device->host_memory && (type->needs == 0 || !net->device->supports(net->device, type->needs)))
-        l->device = net->cpu;
     l->name = name ? pd__copy_text(a, name) : pd__default_name(net, type);
     l->own = (struct pd__layer *)pd__alloc(a, 1, sizeof *l->own);
     l->inputs = (pd_layer **)pd__alloc(a, count, sizeof *l->inputs);
@@ -3959,6 +4036,17 @@ static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const cha
     net->layers[net->layer_count++] = l;
     return l;
 }
+
+/* Where a layer, which is set up, runs. With host memory the device has everything. */
+static pd_device *pd__device_for(const pd_layer *l) {
+    pd_device *d = l->net->device;
+    bool able = l->type->needs != 0 && (l->type->needs & ~pd__operations_of(d)) == 0;
+    bool refused = l->input_count > 0 && d->accepts && !d->accepts(d, l);
+    return (d->host_memory || able) && !refused ? d : l->net->cpu;
+}
+
+/* Does the layer run on the CPU, and its numbers are not there? */
+static bool pd__is_carried(const pd_layer *l) { return !l->net->device->host_memory && l->device != l->net->device; }
 
 /* Something that learns is at or below the layer, and it can pass the gradient on. */
 static bool pd__layer_learns(const pd_layer *l) {
@@ -4014,6 +4102,7 @@ static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const cha
         return NULL;
     }
     net->failure = earlier;
+    l->device = pd__device_for(l);
     l->wants_grad = pd__layer_learns(l);
     return l;
 }
@@ -4073,7 +4162,7 @@ static bool pd__device_grow(pd_net *net, pd_real **memory, int64_t *capacity, in
 
 PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
     struct pd__layer *own = layer->own;
-    if (slot < 0 || slot >= PD__COUNT(own->memory)) return NULL;
+    if (slot < 0 || slot >= PD__COUNT(own->memory) || !layer->device) return NULL;
     if (!pd__grow_on(layer->device, &own->memory[slot], &own->memory_capacity[slot], count)) {
         pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
         return NULL;
@@ -4150,8 +4239,8 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
     opts.seed = net->seed;
     opts.allocator = net->allocator;
     opts.logger = net->logger;
-    opts.threads = net->cpu ? pd__cpu_threads(net->cpu) : 0;
-    opts.simd = net->cpu ? ((const pd__cpu *)net->cpu->self)->simd : PD_SIMD_BEST;
+    opts.threads = pd__cpu_threads(net->cpu);
+    opts.simd = pd__cpu_of(net->cpu)->simd;
     opts.device = net->device == net->cpu ? NULL : net->device;
     copy = pd_net_new(&opts);
     if (copy) copy->origin = net;
@@ -4443,8 +4532,13 @@ static pd_status pd__check_count(const pd_param *p, const void *values, int64_t 
 
 static pd_status pd__synchronize(pd_net *net) {
     char message[256] = "";
-    pd_status status = net->device->synchronize(net->device, message, sizeof message);
-    if (status != PD_OK) pd__fail(net, status, "device %s: %s", net->device->name, message);
+    const pd_device *d = net->device;
+    pd_status status = d->synchronize(net->device, message, sizeof message);
+    if (status == PD_OK && d != net->cpu) {
+        d = net->cpu;
+        status = d->synchronize(net->cpu, message, sizeof message);
+    }
+    if (status != PD_OK) pd__fail(net, status, "device %s: %s", d->name, message);
     return status;
 }
 
@@ -4569,7 +4663,7 @@ static const pd_layer_type pd__input_type = { PD_API_VERSION,
                                               0,
                                               sizeof(pd__input_opts),
                                               0,
-                                              PD_OP_BASIC,
+                                              PD_OP(fill),
                                               pd__input_setup,
                                               NULL,
                                               pd__input_forward,
@@ -4723,7 +4817,7 @@ static void pd__take_over(pd_layer *l, pd_layer *below) {
 static bool pd__pass_on(pd_layer *l) {
     const pd_layer *below = l->inputs[0];
     if (l->net->mode != PD_PREDICT || below->own->slot >= 0 || below->own->target || below->own->readers > 1 ||
-        l->device != l->net->device || l->own->keeps_before)
+        pd__is_carried(l) || l->own->keeps_before)
         return false;
     pd__take_over(l, l->inputs[0]);
     return true;
@@ -4735,7 +4829,7 @@ static void pd__plan_folds(pd_net *net) {
         pd_layer *l = net->layers[i], *below = l->input_count == 1 ? l->inputs[0] : NULL;
         if (l->own->active && l->type->fold && below && below->own->slot < 0 && below->own->readers == 1 &&
             !below->own->target && below->act == PD_LINEAR && !l->own->keeps_before && !below->is_ids &&
-            below->device == net->device && l->device == net->device && below->shape.channels == l->shape.channels)
+            !pd__is_carried(below) && !pd__is_carried(l) && below->shape.channels == l->shape.channels)
             below->own->above = l;
     }
 }
@@ -5058,7 +5152,7 @@ static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
 static pd_status pd__on_host(pd_layer *l, bool backward, pd_status (*work)(pd_layer *l)) {
     int moved = 0;
     pd_status status;
-    if (l->device == l->net->device) return work(l);
+    if (!pd__is_carried(l)) return work(l);
     status = pd__carry(l, backward, &moved);
     if (status == PD_OK) status = work(l);
     while (moved > 0) pd__param_to_device(l, --moved, backward);
@@ -5531,11 +5625,13 @@ static pd_status pd__fc_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP_BASIC, pd__fc_setup, NULL, pd__fc_forward, pd__fc_backward);
+PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(muladd), pd__fc_setup, NULL, pd__fc_forward,
+         pd__fc_backward);
 
 /* The same with sparse inputs among others, which asks more of the device. */
-PD__TABLE_TYPE(pd__sparse_fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP_BASIC | PD_OP_SPARSE, pd__fc_setup, NULL,
-               pd__fc_forward, pd__fc_backward, pd__touch_tables);
+PD__TABLE_TYPE(pd__sparse_fc_type, "fc", 1, -1, pd__fc_spec, 0,
+               PD_OP(gemm) | PD_OP(muladd) | PD_OP(fill) | PD_OP(sparse_product), pd__fc_setup, NULL, pd__fc_forward,
+               pd__fc_backward, pd__touch_tables);
 
 PD_DEF pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts) {
     bool sparse = false;
@@ -5664,8 +5760,9 @@ static pd_status pd__conv_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape), PD_OP_BASIC | PD_OP_CONV, pd__conv_setup,
-         NULL, pd__conv_forward, pd__conv_backward);
+PD__TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
+         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(muladd), pd__conv_setup, NULL,
+         pd__conv_forward, pd__conv_backward);
 
 /* The state describes the convolution whose data gradient this is: its input is our output. */
 static pd_status pd__conv_transpose_setup(pd_layer *l) {
@@ -5706,8 +5803,8 @@ static pd_status pd__conv_transpose_backward(pd_layer *l) {
 }
 
 PD__TYPE(pd__conv_transpose_type, "conv_transpose", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
-         PD_OP_BASIC | PD_OP_CONV, pd__conv_transpose_setup, NULL, pd__conv_transpose_forward,
-         pd__conv_transpose_backward);
+         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(muladd),
+         pd__conv_transpose_setup, NULL, pd__conv_transpose_forward, pd__conv_transpose_backward);
 
 static pd_layer *pd__add_conv(pd_net *net, const pd_layer_type *type, pd_layer *input, int64_t filters, int64_t filter,
                               const pd_conv_opts *opts) {
@@ -5798,8 +5895,8 @@ static pd_status pd__pool_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__pool_type, "pool", 1, 1, pd__pool_spec, sizeof(pd_pool_shape), PD_OP_POOL, pd__pool_setup, NULL,
-         pd__pool_forward, pd__pool_backward);
+PD__TYPE(pd__pool_type, "pool", 1, 1, pd__pool_spec, sizeof(pd_pool_shape), PD_OP(pool) | PD_OP(pool_backward),
+         pd__pool_setup, NULL, pd__pool_forward, pd__pool_backward);
 
 PD_DEF pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_pool_opts *opts) {
     PD__SPEC(pd__pool_spec);
@@ -5925,7 +6022,8 @@ static const pd_layer_type pd__batch_norm_type = { PD_API_VERSION,
                                                    1,
                                                    sizeof(pd_batch_norm_opts),
                                                    0,
-                                                   PD_OP_BASIC | PD_OP_BATCH_NORM,
+                                                   PD_OP(fill) | PD_OP(muladd) | PD_OP(channel_moments) |
+                                                       PD_OP(batch_norm) | PD_OP(batch_norm_backward),
                                                    pd__batch_norm_setup,
                                                    NULL,
                                                    pd__batch_norm_forward,
@@ -5969,8 +6067,8 @@ static pd_status pd__layer_norm_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0, PD_OP_LAYER_NORM, pd__layer_norm_setup, NULL,
-         pd__layer_norm_forward, pd__layer_norm_backward);
+PD__TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0, PD_OP(layer_norm) | PD_OP(layer_norm_backward),
+         pd__layer_norm_setup, NULL, pd__layer_norm_forward, pd__layer_norm_backward);
 
 PD_DEF pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts) {
     return pd_layer_add(net, &pd__layer_norm_type, opts ? opts->name : NULL, &input, 1, opts);
@@ -6011,8 +6109,9 @@ static pd_status pd__response_norm_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__response_norm_type, "response_norm", 1, 1, pd_response_norm_opts, 0, PD_OP_RESPONSE_NORM,
-         pd__response_norm_setup, NULL, pd__response_norm_forward, pd__response_norm_backward);
+PD__TYPE(pd__response_norm_type, "response_norm", 1, 1, pd_response_norm_opts, 0,
+         PD_OP(response_norm) | PD_OP(response_norm_backward), pd__response_norm_setup, NULL, pd__response_norm_forward,
+         pd__response_norm_backward);
 
 PD_DEF pd_layer *pd_response_norm(pd_net *net, pd_layer *input, const pd_response_norm_opts *opts) {
     return pd_layer_add(net, &pd__response_norm_type, opts ? opts->name : NULL, &input, 1, opts);
@@ -6061,8 +6160,8 @@ static pd_status pd__dropout_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP_BASIC | PD_OP_DROPOUT, pd__dropout_setup, NULL,
-         pd__dropout_forward, pd__dropout_backward);
+PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd) | PD_OP(dropout),
+         pd__dropout_setup, NULL, pd__dropout_forward, pd__dropout_backward);
 
 PD_DEF pd_layer *pd_dropout(pd_net *net, pd_layer *input, double rate, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -6090,8 +6189,8 @@ static pd_status pd__add_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP_BASIC, pd__equal_inputs_setup, NULL, pd__add_forward,
-         pd__add_backward);
+PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__equal_inputs_setup, NULL,
+         pd__add_forward, pd__add_backward);
 
 PD_DEF pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -6111,7 +6210,7 @@ static pd_status pd__multiply_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__equal_inputs_setup, NULL,
+PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__equal_inputs_setup, NULL,
          pd__multiply_forward, pd__multiply_backward);
 
 /* The builder's work for layers of two inputs; `number` is the spec's a. */
@@ -6166,8 +6265,8 @@ static pd_status pd__concat_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP_BASIC, pd__concat_setup, NULL, pd__concat_forward,
-         pd__concat_backward);
+PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__concat_setup, NULL,
+         pd__concat_forward, pd__concat_backward);
 
 PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -6277,14 +6376,14 @@ static pd_status pd__pad_setup(pd_layer *l) {
     return pd__want_numbers(l);
 }
 
-PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__slice_setup, NULL, pd__box_forward,
-         pd__box_backward);
-PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__reshape_setup, NULL,
+PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd), pd__slice_setup, NULL,
          pd__box_forward, pd__box_backward);
-PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__transpose_setup, NULL,
+PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd), pd__reshape_setup,
+         NULL, pd__box_forward, pd__box_backward);
+PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd),
+         pd__transpose_setup, NULL, pd__box_forward, pd__box_backward);
+PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd), pd__pad_setup, NULL,
          pd__box_forward, pd__box_backward);
-PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP_BASIC, pd__pad_setup, NULL, pd__box_forward,
-         pd__box_backward);
 
 PD_DEF pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t count, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -6329,8 +6428,8 @@ static pd_status pd__scale_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__scale_setup, NULL, pd__scale_forward,
-         pd__scale_backward);
+PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__scale_setup, NULL,
+         pd__scale_forward, pd__scale_backward);
 
 PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts) {
     return pd__add_pair(net, &pd__scale_type, w, x, 0, opts);
@@ -6379,8 +6478,8 @@ static pd_status pd__interpolate_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP_BASIC, pd__interpolate_setup, NULL,
-         pd__interpolate_forward, pd__interpolate_backward);
+PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__interpolate_setup,
+         NULL, pd__interpolate_forward, pd__interpolate_backward);
 
 PD_DEF pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
     pd_layer *inputs[3];
@@ -6409,8 +6508,8 @@ static pd_status pd__affine_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP_BASIC, pd__affine_setup, NULL, pd__affine_forward,
-         pd__affine_backward);
+PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__affine_setup, NULL,
+         pd__affine_forward, pd__affine_backward);
 
 PD_DEF pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double intercept, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -6747,8 +6846,8 @@ static pd_status pd__outer_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP_BASIC, pd__outer_setup, NULL, pd__outer_forward,
-         pd__outer_backward);
+PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__outer_setup, NULL,
+         pd__outer_forward, pd__outer_backward);
 
 PD_DEF pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
     return pd__add_pair(net, &pd__outer_type, a, b, 0, opts);
@@ -6812,8 +6911,8 @@ static pd_status pd__bilinear_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP_BASIC, pd__bilinear_setup, NULL,
-         pd__bilinear_forward, pd__bilinear_backward);
+PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(fill) | PD_OP(muladd),
+         pd__bilinear_setup, NULL, pd__bilinear_forward, pd__bilinear_backward);
 
 PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts) {
     pd_layer *inputs[2];
@@ -6834,8 +6933,9 @@ static pd_status pd__activation_setup(pd_layer *l) {
     return pd__like_input(l, 0);
 }
 
-PD__TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0, PD_OP_BASIC | PD_OP_ACTIVATION, pd__activation_setup,
-         NULL, pd__add_forward, pd__add_backward);
+PD__TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0,
+         PD_OP(fill) | PD_OP(muladd) | PD_OP(activate) | PD_OP(activate_backward), pd__activation_setup, NULL,
+         pd__add_forward, pd__add_backward);
 
 PD_DEF pd_layer *pd_activation(pd_net *net, pd_layer *input, pd_act act, const pd_activation_opts *opts) {
     pd__spec s;
@@ -6923,7 +7023,7 @@ static pd_status pd__embedding_backward(pd_layer *l) {
     return l->params[0]->grad ? pd__add_picked_grad(l, pd__in(l, 0), l->params[0]) : PD_OK;
 }
 
-PD__TABLE_TYPE(pd__embedding_type, "embedding", 1, 1, pd__embedding_spec, 0, PD_OP_BASIC | PD_OP_SPARSE,
+PD__TABLE_TYPE(pd__embedding_type, "embedding", 1, 1, pd__embedding_spec, 0, PD_OP(fill) | PD_OP(sparse_product),
                pd__embedding_setup, NULL, pd__embedding_forward, pd__embedding_backward, pd__touch_tables);
 
 PD_DEF pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd_embedding_opts *opts) {
@@ -7112,7 +7212,8 @@ static pd_status pd__gru_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__gru_type, "gru", 1, 1, pd__gru_spec, sizeof(pd__gru), PD_OP_BASIC | PD_OP_SPARSE | PD_OP_GRU,
+PD__TYPE(pd__gru_type, "gru", 1, 1, pd__gru_spec, sizeof(pd__gru),
+         PD_OP(gemm) | PD_OP(fill) | PD_OP(muladd) | PD_OP(sparse_product) | PD_OP(gru) | PD_OP(gru_backward),
          pd__gru_setup, pd__gru_resize, pd__gru_forward, pd__gru_backward);
 
 PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts) {
@@ -7180,8 +7281,9 @@ static pd_status pd__sequence_pool_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__sequence_pool_type, "sequence_pool", 1, 1, pd__spec, 0, PD_OP_BASIC | PD_OP_SPARSE,
-         pd__sequence_pool_setup, pd__sequence_pool_resize, pd__sequence_pool_forward, pd__sequence_pool_backward);
+PD__TYPE(pd__sequence_pool_type, "sequence_pool", 1, 1, pd__spec, 0,
+         PD_OP(fill) | PD_OP(muladd) | PD_OP(sparse_product), pd__sequence_pool_setup, pd__sequence_pool_resize,
+         pd__sequence_pool_forward, pd__sequence_pool_backward);
 
 /* The element of a column that is a sequence's largest, the first of equals or NaNs; -1 in an empty sequence. */
 static int64_t pd__sequence_largest(const pd_tensor *x, int64_t sequence, int64_t column) {
@@ -7320,26 +7422,33 @@ static pd_status pd__cost_scales(pd_layer *layer, pd_real **scales) {
 /* ---- cross_entropy ---- */
 
 typedef struct pd__cross_entropy_state {
-    const pd_real *class_weights; /* in the device's memory; NULL without */
+    bool weighted; /* the class weights are in the device's memory */
 } pd__cross_entropy_state;
 
-/* Copies the user's class weights twice: to the device, and, since pd_net_share builds the layer again from its
-   options, into these. */
+/* Copies the user's class weights, since pd_net_share builds the layer again from its options. */
 static pd_status pd__copy_class_weights(pd_layer *layer, int64_t classes) {
     pd_cost_opts *o = (pd_cost_opts *)layer->opts;
-    pd_real *memory;
     for (int64_t c = 0; c < classes; c++)
         if (!(o->class_weights[c] > 0 && o->class_weights[c] <= DBL_MAX))
             return pd_layer_fail(layer, PD_E_ARGUMENT, "expected class_weights > 0, got %g for class %lld",
                                  o->class_weights[c], (long long)c);
-    memory = pd_layer_memory(layer, PD__COST_CLASS_WEIGHTS, classes);
     o->class_weights = (double *)pd_layer_copy(layer, o->class_weights, (size_t)classes * sizeof(double));
-    if (!memory || !o->class_weights) return PD_E_MEMORY;
-    for (int64_t c = 0; c < classes; c++) {
-        pd_real weight = (pd_real)o->class_weights[c];
+    return o->class_weights ? PD_OK : PD_E_MEMORY;
+}
+
+/* The class weights in the device's memory; *weights NULL: there are none. */
+static pd_status pd__class_weights(pd_layer *layer, const pd_real **weights) {
+    pd__cross_entropy_state *state = (pd__cross_entropy_state *)layer->state;
+    const double *given = ((const pd_cost_opts *)layer->opts)->class_weights;
+    int64_t classes = layer->inputs[0]->out.width;
+    pd_real *memory = given ? pd_layer_memory(layer, PD__COST_CLASS_WEIGHTS, classes) : NULL;
+    *weights = memory;
+    if (given && !memory) return PD_E_MEMORY;
+    for (int64_t c = 0; given && !state->weighted && c < classes; c++) {
+        pd_real weight = (pd_real)given[c];
         layer->device->upload(layer->device, memory + c, &weight, sizeof weight);
     }
-    ((pd__cross_entropy_state *)layer->state)->class_weights = memory;
+    state->weighted = true;
     return PD_OK;
 }
 
@@ -7376,11 +7485,12 @@ static pd_status pd__cross_entropy_see(pd_layer *layer, bool forward, const pd_r
 static pd_status pd__cross_entropy_forward(pd_layer *layer) {
     const pd_tensor *in = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
     const pd_layer *weight = pd__cost_weight(layer);
-    const pd_real *x, *p, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
+    const pd_real *x, *p, *class_weights;
     pd_real *grad;
     pd_status status = pd__cost_begin(layer);
     if (status || in->rows == 0) return status;
-    status = pd__cross_entropy_see(layer, true, &x, &p, &grad);
+    status = pd__class_weights(layer, &class_weights);
+    if (!status) status = pd__cross_entropy_see(layer, true, &x, &p, &grad);
     if (status) return status;
     layer->device->cross_entropy(layer->device, in->rows, in->width, x, p, t->ids, t->data,
                                  weight ? weight->out.data : NULL, class_weights, layer->out.data);
@@ -7390,11 +7500,12 @@ static pd_status pd__cross_entropy_forward(pd_layer *layer) {
 /* d/dx of softmax and cost as one, p - t for weights of 1; of given probabilities d/dp. */
 static pd_status pd__cross_entropy_backward(pd_layer *layer) {
     const pd_tensor *in = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
-    const pd_real *x, *p, *class_weights = ((pd__cross_entropy_state *)layer->state)->class_weights;
+    const pd_real *x, *p, *class_weights;
     pd_real *scales, *grad;
     pd_status status;
     if (!in->grad || in->rows == 0) return PD_OK;
     status = pd__cost_scales(layer, &scales);
+    if (!status) status = pd__class_weights(layer, &class_weights);
     if (!status) status = pd__cross_entropy_see(layer, false, &x, &p, &grad);
     if (status) return status;
     layer->device->cross_entropy_backward(layer->device, in->rows, in->width, p, t->ids, t->data, class_weights, scales,
@@ -7408,7 +7519,8 @@ static const pd_layer_type pd__cross_entropy_type = { PD_API_VERSION,
                                                       3,
                                                       sizeof(pd_cost_opts),
                                                       sizeof(pd__cross_entropy_state),
-                                                      PD_OP_BASIC | PD_OP_ACTIVATION | PD_OP_CROSS_ENTROPY,
+                                                      PD_OP(activate) | PD_OP(cross_entropy) |
+                                                          PD_OP(cross_entropy_backward),
                                                       pd__cross_entropy_setup,
                                                       NULL,
                                                       pd__cross_entropy_forward,
@@ -12583,8 +12695,8 @@ PD_DEF size_t pd_profile(const pd_trainer *trainer, char *text, size_t size) {
     all = trainer->step_seconds + trainer->wait_seconds;
     pd__append(text, size, &length, "waiting for data: %.1f%% of %.2f s\n",
                all > 0 ? 100 * trainer->wait_seconds / all : 0, all);
-    if (net->cpu && pd__cpu_threads(net->cpu) > 1) {
-        const pd__pace *pace = &((const pd__cpu *)net->cpu->self)->pace;
+    if (pd__cpu_threads(net->cpu) > 1) {
+        const pd__pace *pace = &pd__cpu_of(net->cpu)->pace;
         pd__append(text, size, &length, "threads: %d, missing or waited for in %.1f%% of %.2f s\n", pace->threads,
                    pace->spent > 0 ? 100 * pace->short_of / pace->spent : 0, pace->spent);
     }
@@ -16248,52 +16360,12 @@ static void PD__K(pd__pool_pairs)(const pd__pool_job *j, int64_t map, int64_t ma
         PD__K(pd__store)(y, largest ? sum[0] : sum[0] * factor, (count - i) * PD__LANES / 2);
     }
 }
+#else
+#define pd__pool_pairs_scalar NULL /* is not called */
 #endif
 
-static const pd__kernels PD__K(pd__kernels) = {
-    PD__LANES,
-    PD__MR,
-    PD__NR,
-    PD__KC,
-    PD__MC,
-    PD__K(pd__fill_piece),
-    PD__K(pd__muladd_box),
-    PD__K(pd__muladd_line),
-    PD__K(pd__dot),
-    PD__K(pd__pack_a),
-    PD__K(pd__pack_b),
-    PD__K(pd__pick_b_panel),
-    PD__K(pd__tile),
-    PD__K(pd__multiply),
-    PD__K(pd__gemm_row),
-    PD__K(pd__winograd_channel),
-    PD__K(pd__winograd_panel),
-    PD__K(pd__winograd_put),
-    PD__K(pd__winograd_filter_unit),
-    PD__K(pd__update_piece),
-    PD__K(pd__update_row),
-    PD__K(pd__activate_piece),
-    PD__K(pd__activate_backward_piece),
-    PD__K(pd__softmax_row),
-    PD__K(pd__softmax_cost),
-    PD__K(pd__softmax_backward_row),
-    PD__K(pd__moments_of),
-    PD__K(pd__batch_norm_map),
-    PD__K(pd__batch_norm_back),
-    PD__K(pd__layer_norm_row),
-    PD__K(pd__layer_norm_back_row),
-    PD__K(pd__layer_norm_back_columns),
-    PD__K(pd__response_strip),
-    PD__K(pd__response_strip_back),
-    PD__K(pd__gru_row),
-    PD__K(pd__gru_back_row),
-#if PD__LANES > 1
-    PD__K(pd__pool_pairs),
-#else
-    NULL,
-#endif
-    PD__K(pd__pool_map),
-};
+static const pd__kernels
+    PD__K(pd__kernels) = { PD__LANES, PD__MR, PD__NR, PD__KC, PD__MC, PD__KERNELS(PD__KERNEL_ROW) };
 
 #undef PD__V
 #undef PD__LOAD

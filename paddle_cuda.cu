@@ -905,13 +905,13 @@ static void pd__cuda_activate_backward(pd_device *d, pd_act act, pd_real alpha, 
 /* >>convolution: the patches of some images become columns, groups * depth x images * area, channels come before
    images in what is multiplied with them, and each group is one product                                    */
 
-typedef struct pd__cuda_conv {
+typedef struct pd__cuda_patches {
     int64_t depth, filters, area, in_size, out_size; /* per group: depth, filters; per image: the sizes */
     int64_t most;                                    /* images at a time */
     pd_real *columns, *turned;                       /* turned: out_c x images * area */
-} pd__cuda_conv;
+} pd__cuda_patches;
 
-static bool pd__cuda_conv_begin(pd__cuda *c, const pd_conv_shape *s, pd__cuda_conv *v) {
+static bool pd__cuda_patches_begin(pd__cuda *c, const pd_conv_shape *s, pd__cuda_patches *v) {
     int64_t each;
     v->depth = s->in_c / s->groups * s->filter_h * s->filter_w;
     v->filters = s->out_c / s->groups;
@@ -972,23 +972,23 @@ static __global__ void pd__cuda_turn(int64_t images, int64_t channels, int64_t a
     }
 }
 
-static void pd__cuda_lay_out(pd__cuda *c, const pd_conv_shape *s, const pd__cuda_conv *v, int64_t images,
+static void pd__cuda_lay_out(pd__cuda *c, const pd_conv_shape *s, const pd__cuda_patches *v, int64_t images,
                              const pd_real *x) {
     PD__CUDA_RUN(c, pd__cuda_to_columns, pd__cuda_grid(c, s->in_c * images * v->area), PD__CUDA_BLOCK, *s, images, x,
                  v->columns);
 }
 
-static void pd__cuda_turn_images(pd__cuda *c, const pd_conv_shape *s, const pd__cuda_conv *v, int64_t images, bool back,
-                                 pd_real beta, const pd_real *y) {
+static void pd__cuda_turn_images(pd__cuda *c, const pd_conv_shape *s, const pd__cuda_patches *v, int64_t images,
+                                 bool back, pd_real beta, const pd_real *y) {
     PD__CUDA_RUN(c, pd__cuda_turn, pd__cuda_grid(c, images * v->out_size), PD__CUDA_BLOCK, images, s->out_c, v->area,
                  back, beta, (pd_real *)(uintptr_t)y, v->turned);
 }
 
-static void pd__cuda_conv_forward(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w,
-                                  pd_real beta, pd_real *y, const pd_epilogue *after) {
+static void pd__cuda_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
+                          pd_real *y, const pd_epilogue *after) {
     pd__cuda *c = pd__cuda_of(d);
-    pd__cuda_conv v;
-    if (!c || !pd__cuda_conv_begin(c, s, &v)) return;
+    pd__cuda_patches v;
+    if (!c || !pd__cuda_patches_begin(c, s, &v)) return;
     for (int64_t first = 0; first < s->rows; first += v.most) {
         const int64_t images = pd__cuda_min(v.most, s->rows - first), wide = images * v.area;
         pd__cuda_lay_out(c, s, &v, images, x + first * v.in_size);
@@ -1003,8 +1003,8 @@ static void pd__cuda_conv_forward(pd_device *d, const pd_conv_shape *s, const pd
 static void pd__cuda_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
                                         pd_real *dx) {
     pd__cuda *c = pd__cuda_of(d);
-    pd__cuda_conv v;
-    if (!c || !pd__cuda_conv_begin(c, s, &v)) return;
+    pd__cuda_patches v;
+    if (!c || !pd__cuda_patches_begin(c, s, &v)) return;
     for (int64_t first = 0; first < s->rows; first += v.most) {
         const int64_t images = pd__cuda_min(v.most, s->rows - first), wide = images * v.area;
         pd__cuda_turn_images(c, s, &v, images, false, 0, dy + first * v.out_size);
@@ -1019,8 +1019,8 @@ static void pd__cuda_conv_backward_data(pd_device *d, const pd_conv_shape *s, co
 static void pd__cuda_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
                                           pd_real *dw) {
     pd__cuda *c = pd__cuda_of(d);
-    pd__cuda_conv v;
-    if (!c || !pd__cuda_conv_begin(c, s, &v)) return;
+    pd__cuda_patches v;
+    if (!c || !pd__cuda_patches_begin(c, s, &v)) return;
     for (int64_t first = 0; first < s->rows; first += v.most) {
         const int64_t images = pd__cuda_min(v.most, s->rows - first), wide = images * v.area;
         pd__cuda_lay_out(c, s, &v, images, x + first * v.in_size);
@@ -1551,46 +1551,19 @@ static void pd__cuda_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_
 /* ======================================================================================================== */
 /* >>table                                                                                                  */
 
-static bool pd__cuda_supports(pd_device *d, unsigned ops) {
-    (void)d;
-    return ops < 2u * PD_OP_GRU; /* which is the last one that is known here */
-}
+/* What this device has not got is said here, as `static pd_op_NAME *const pd__cuda_NAME = NULL;`: nothing. */
 
 static void pd__cuda_fill_table(pd_device *d) {
     d->api_version = PD_API_VERSION;
     d->host_memory = false;
-    d->supports = pd__cuda_supports;
     d->alloc = pd__cuda_alloc;
     d->free = pd__cuda_free_memory;
     d->upload = pd__cuda_upload;
     d->download = pd__cuda_download;
     d->synchronize = pd__cuda_synchronize;
-    d->fill = pd__cuda_fill;
-    d->muladd = pd__cuda_muladd;
-    d->gemm = pd__cuda_gemm;
-    d->norm = pd__cuda_norm;
-    d->update = pd__cuda_update;
-    d->update_rows = pd__cuda_update_rows;
-    d->activate = pd__cuda_activate;
-    d->activate_backward = pd__cuda_activate_backward;
-    d->conv = pd__cuda_conv_forward;
-    d->conv_backward_data = pd__cuda_conv_backward_data;
-    d->conv_backward_filter = pd__cuda_conv_backward_filter;
-    d->pool = pd__cuda_pool;
-    d->pool_backward = pd__cuda_pool_backward;
-    d->cross_entropy = pd__cuda_cross_entropy;
-    d->cross_entropy_backward = pd__cuda_cross_entropy_backward;
-    d->dropout = pd__cuda_dropout;
-    d->channel_moments = pd__cuda_channel_moments;
-    d->batch_norm = pd__cuda_batch_norm;
-    d->batch_norm_backward = pd__cuda_batch_norm_backward;
-    d->layer_norm = pd__cuda_layer_norm;
-    d->layer_norm_backward = pd__cuda_layer_norm_backward;
-    d->response_norm = pd__cuda_response_norm;
-    d->response_norm_backward = pd__cuda_response_norm_backward;
-    d->sparse_product = pd__cuda_sparse_product;
-    d->gru = pd__cuda_gru;
-    d->gru_backward = pd__cuda_gru_backward;
+#define PD__CUDA_OPERATION(name) d->name = pd__cuda_##name;
+    PD_OPERATIONS(PD__CUDA_OPERATION)
+#undef PD__CUDA_OPERATION
 }
 
 int pd_cuda_count(void) {

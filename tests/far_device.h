@@ -4,10 +4,11 @@
 #ifndef PADDLE_TESTS_FAR_DEVICE_H
 #define PADDLE_TESTS_FAR_DEVICE_H
 
+#include <string.h>
+
 typedef struct far_device {
     pd_device device;
     pd_device *cpu;
-    unsigned ops; /* PD_OP_ bits that it has, beside PD_OP_BASIC and PD_OP_ACTIVATION */
 } far_device;
 
 /* No processor of today has memory there. */
@@ -17,9 +18,6 @@ static inline void *near_bytes(const void *memory) { return memory ? (void *)((u
 static inline pd_real *near(const pd_real *numbers) { return (pd_real *)near_bytes(numbers); }
 static inline pd_device *far_cpu(pd_device *d) { return ((far_device *)d->self)->cpu; }
 
-static bool far_supports(pd_device *d, unsigned ops) {
-    return (ops & ~(((far_device *)d->self)->ops | PD_OP_BASIC | PD_OP_ACTIVATION)) == 0;
-}
 static void *far_alloc(pd_device *d, size_t size) {
     void *memory = far_cpu(d)->alloc(far_cpu(d), size);
     return memory ? (void *)((uintptr_t)memory + FAR_OFFSET) : NULL;
@@ -57,9 +55,7 @@ static void far_gemm(pd_device *d, bool transpose_a, bool transpose_b, int64_t m
     far_cpu(d)->gemm(far_cpu(d), transpose_a, transpose_b, m, n, k, alpha, near(a), lda, near(b), ldb, beta, near(c),
                      ldc, near_epilogue(after, &to));
 }
-static double far_norm(pd_device *d, int64_t n, const pd_real *x) {
-    return far_cpu(d)->norm(far_cpu(d), n, near(x));
-}
+static double far_norm(pd_device *d, int64_t n, const pd_real *x) { return far_cpu(d)->norm(far_cpu(d), n, near(x)); }
 static void far_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
                        const unsigned char *mask, pd_real *const *states) {
     pd_real *near_states[PD_MAX_STATES];
@@ -79,8 +75,8 @@ static void far_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64
                                   const pd_real *x, const pd_real *y, pd_real *grad) {
     far_cpu(d)->activate_backward(far_cpu(d), act, alpha, rows, width, near(x), near(y), near(grad));
 }
-static void far_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
-                     pd_real *y, const pd_epilogue *after) {
+static void far_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta, pd_real *y,
+                     const pd_epilogue *after) {
     pd_epilogue to;
     far_cpu(d)->conv(far_cpu(d), s, near(x), near(w), beta, near(y), near_epilogue(after, &to));
 }
@@ -169,49 +165,25 @@ static void far_keep(pd_device *d, const pd_real *w, bool kept) { far_cpu(d)->ke
 /* The CPU, from a net that is given no other device; adds a layer to it. */
 static inline pd_device *cpu_of(pd_net *net) { return pd_vector(net, NULL, 1)->device; }
 
-/* A far twin of `cpu`, which must outlive it. */
-static far_device make_far(pd_device *cpu, unsigned ops) {
-    const pd_device table = { PD_API_VERSION,
-                              "far",
-                              NULL,
-                              false,
-                              far_supports,
-                              far_alloc,
-                              far_free,
-                              far_upload,
-                              far_download,
-                              far_synchronize,
-                              far_fill,
-                              far_muladd,
-                              far_gemm,
-                              far_norm,
-                              far_update,
-                              far_update_rows,
-                              far_activate,
-                              far_activate_backward,
-                              far_conv,
-                              far_conv_backward_data,
-                              far_conv_backward_filter,
-                              far_pool,
-                              far_pool_backward,
-                              far_cross_entropy,
-                              far_cross_entropy_backward,
-                              far_dropout,
-                              far_channel_moments,
-                              far_batch_norm,
-                              far_batch_norm_backward,
-                              far_layer_norm,
-                              far_layer_norm_backward,
-                              far_response_norm,
-                              far_response_norm_backward,
-                              far_sparse_product,
-                              far_gru,
-                              far_gru_backward,
-                              far_keep };
+/* A far twin of `cpu`, which must outlive it. ops: the PD_OP bits of what it has beside the basic operations. */
+static far_device make_far(pd_device *cpu, uint64_t ops) {
+    const uint64_t basic = 0
+#define FAR_BASIC(name) | PD_OP(name)
+        PD_BASIC_OPERATIONS(FAR_BASIC);
     far_device far;
-    far.device = table;
+    memset(&far, 0, sizeof far);
+    far.device.api_version = PD_API_VERSION;
+    far.device.name = "far";
+    far.device.alloc = far_alloc;
+    far.device.free = far_free;
+    far.device.upload = far_upload;
+    far.device.download = far_download;
+    far.device.synchronize = far_synchronize;
+    far.device.keep = far_keep;
+#define FAR_OPERATION(operation)                                                                                       \
+    if ((ops | basic) & PD_OP(operation)) far.device.operation = far_##operation;
+    PD_OPERATIONS(FAR_OPERATION)
     far.cpu = cpu;
-    far.ops = ops;
     return far;
 }
 

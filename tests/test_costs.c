@@ -484,7 +484,7 @@ static void test_exact_costs(void **state) {
     static const double ts[] = { 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0 };
     enum { ROWS = COUNT(xs) };
     pd_net *host = pd_net_new(NULL);
-    far_device far[2] = { make_far(inside_device(host), ~0u), make_far(inside_device(host), 0) };
+    far_device far[2] = { make_far(inside_device(host), ~(uint64_t)0), make_far(inside_device(host), 0) };
     (void)state;
     for (int k = 0; k < 96; k++) {
         bool binary = k % 2, via = k / 2 % 2, soft = k / 16 % 2;

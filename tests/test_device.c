@@ -1,8 +1,9 @@
 /* Training and using whole nets on a device without host memory: the same bits as on the CPU, whether the device has
-   all operations, some, or next to none. */
+   all operations, some, or next to none. On one with host memory that has products only. */
 #define _POSIX_C_SOURCE 200809L
 #include "../paddle.h"
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -121,7 +122,11 @@ static void check_equal(model *a, model *b, const char *what) {
     assert_memory_equal(p, q, SAMPLES * CLASSES * sizeof *p);
 }
 
-static const unsigned kinds[] = { ~0u, 0, PD_OP_CONV | PD_OP_CROSS_ENTROPY, PD_OP_POOL | PD_OP_BATCH_NORM };
+static const uint64_t kinds[] = { ~(uint64_t)0, 0,
+                                  PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) |
+                                      PD_OP(cross_entropy) | PD_OP(cross_entropy_backward),
+                                  PD_OP(pool) | PD_OP(pool_backward) | PD_OP(channel_moments) | PD_OP(batch_norm) |
+                                      PD_OP(batch_norm_backward) };
 
 static void test_training(void **state) {
     pd_optimizer optimizers[] = { pd_momentum(0.05, 0.9), pd_adam(0.01) };
@@ -148,7 +153,8 @@ static void test_training(void **state) {
 static void test_checkpoint(void **state) {
     char path[] = "/tmp/paddle-device-XXXXXX";
     pd_net *host = pd_net_new(NULL);
-    far_device far = make_far(cpu_of(host), PD_OP_CONV | PD_OP_POOL);
+    far_device far = make_far(cpu_of(host), PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) |
+                                                PD_OP(pool) | PD_OP(pool_backward));
     model cpu = build(NULL, pd_adam(0.01), NULL), m, other;
     int file = mkstemp(path);
     (void)state;
@@ -174,7 +180,7 @@ static void test_checkpoint(void **state) {
 
 static void test_gradient_check(void **state) {
     pd_net *host = pd_net_new(NULL);
-    far_device far = make_far(cpu_of(host), PD_OP_CONV);
+    far_device far = make_far(cpu_of(host), PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter));
     pd_gradcheck check;
     pd_batch *batch;
     model m;
@@ -260,10 +266,166 @@ static void test_no_memory(void **state) {
     pd_net_free(host);
 }
 
+/* ---- devices with host memory ---- */
+
+/* Products by OpenBLAS where it is installed, else by a plain loop; all else is left to the CPU. */
+typedef void blas_gemm(int order, int ta, int tb, int m, int n, int k, pd_real alpha, const pd_real *a, int lda,
+                       const pd_real *b, int ldb, pd_real beta, pd_real *c, int ldc);
+typedef struct blas {
+    blas_gemm *gemm; /* NULL: the loop */
+    int64_t calls;
+} blas;
+
+static void loop_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha, const pd_real *a, int64_t lda,
+                      const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc) {
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < n; j++) {
+            pd_real sum = 0, *to = c + i * ldc + j;
+            for (int64_t l = 0; l < k; l++)
+                sum += a[ta ? l * lda + i : i * lda + l] * b[tb ? j * ldb + l : l * ldb + j];
+            *to = alpha * sum + (beta != 0 ? beta * *to : 0);
+        }
+}
+
+static void wrapped_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
+                         const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                         int64_t ldc, const pd_epilogue *after) {
+    enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
+    blas *self = (blas *)d->self;
+    self->calls++;
+    if (self->gemm && m > 0 && n > 0)
+        self->gemm(ROW_MAJOR, ta ? TRANSPOSED : PLAIN, tb ? TRANSPOSED : PLAIN, (int)m, (int)n, (int)k, alpha, a,
+                   (int)lda, b, (int)ldb, beta, c, (int)ldc);
+    else loop_gemm(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    if (after) pd_epilogue_apply(d, after, m, n, c, ldc);
+}
+
+static blas find_blas(void) {
+    const char *name = sizeof(pd_real) == 8 ? "cblas_dgemm" : "cblas_sgemm";
+    void *library = dlopen("libopenblas.so.0", RTLD_NOW);
+    blas found = { NULL, 0 };
+    void *symbol = library ? dlsym(library, name) : NULL;
+    memcpy(&found.gemm, &symbol, sizeof symbol);
+    printf("products: %s\n", symbol ? "OpenBLAS" : "a loop");
+    return found;
+}
+
+/* The real digits, by every kind of layer that they need; every fifth is held out. */
+static void test_wrapped_blas(void **state) {
+    blas self = find_blas();
+    pd_device device = { .api_version = PD_API_VERSION, .name = "blas", .self = &self, .host_memory = true };
+    pd_net *net;
+    pd_layer *x, *y;
+    pd_reader *train, *held_out;
+    pd_evaluator *wrong;
+    pd_trainer *trainer;
+    (void)state;
+    device.gemm = wrapped_gemm;
+    net = pd_net_new(&(pd_net_opts){ .device = &device });
+    x = pd_image(net, "image", 1, 8, 8);
+    x = pd_conv(net, x, 8, 3, &(pd_conv_opts){ .pad = 1 });
+    x = pd_prelu(net, pd_pool(net, pd_batch_norm(net, x, NULL), 2, NULL), NULL);
+    x = pd_fc(net, x, 32, &(pd_fc_opts){ .act = PD_TANH });
+    x = pd_fc(net, pd_dropout(net, x, 0.1, NULL), 10, &(pd_fc_opts){ .act = PD_SOFTMAX });
+    y = pd_label(net, "label", 10);
+    wrong = pd_eval_error(net, x, y, NULL);
+    trainer = pd_trainer_new(net, pd_cross_entropy(net, x, y, NULL), pd_adam(0.005), NULL);
+    train = pd_csv_reader(net, "examples/data/digits.csv",
+                          &(pd_reader_opts){ .scale = 1.0 / 16, .folds = 5, .not_fold = true });
+    held_out = pd_csv_reader(net, "examples/data/digits.csv", &(pd_reader_opts){ .scale = 1.0 / 16, .folds = 5 });
+    if (pd_train(trainer, train, 4, &(pd_train_opts){ .batch_size = 32 }) != PD_OK ||
+        pd_test(trainer, held_out, 64, NULL) != PD_OK)
+        fail_msg("%s", pd_error(net));
+    assert_true(self.calls > 4 * 45 * 2 * 2); /* both fully connected layers, forward and backward, in every batch */
+    if (!(pd_evaluator_value(wrong, 0) < 0.1)) fail_msg("error of %g", pd_evaluator_value(wrong, 0));
+    pd_reader_free(train);
+    pd_reader_free(held_out);
+    pd_trainer_free(trainer);
+    pd_net_free(net);
+}
+
+/* ---- what a device lacks or refuses ---- */
+
+static void test_lacks_a_basic_operation(void **state) {
+    pd_net *host = pd_net_new(NULL), *net;
+    far_device far = make_far(cpu_of(host), 0);
+    (void)state;
+    far.device.self = &far;
+    far.device.update = NULL;
+    net = pd_net_new(&(pd_net_opts){ .device = &far.device });
+    assert_int_equal(pd_error_status(net), PD_E_ARGUMENT);
+    assert_string_equal(pd_error(net), "pd_net_new: device far has no host memory, and lacks update");
+    pd_net_free(net);
+    pd_net_free(host);
+}
+
+static bool no_wide_inputs(pd_device *d, const pd_layer *l) {
+    (void)d;
+    return l->inputs[0]->out.width != 3 && l->inputs[0]->out.width < 10;
+}
+
+/* The costs of some rows, and the names of the layers that the CPU runs for the device; setup of the cost takes memory. */
+static void some_costs(pd_device *device, pd_real costs[5], char *info, size_t size) {
+    const double weights[CLASSES] = { 1, 2, 0.5 };
+    pd_net *net = pd_net_new(&(pd_net_opts){ .device = device });
+    pd_layer *x = pd_vector(net, "x", 12), *y = pd_label(net, "y", CLASSES), *cost;
+    pd_batch *batch;
+    const pd_real *out;
+    x = pd_fc(net, x, 4, &(pd_fc_opts){ .name = "wide" });
+    x = pd_fc(net, x, CLASSES, &(pd_fc_opts){ .name = "narrow", .act = PD_SOFTMAX });
+    cost = pd_cross_entropy(net, x, y, &(pd_cost_opts){ .name = "cost", .class_weights = weights });
+    batch = pd_batch_new(net);
+    for (int i = 0; i < 5; i++) {
+        memcpy(pd_batch_add_row(batch, 0), images + 12 * i, 12 * sizeof *images);
+        assert_int_equal(pd_batch_add_id(batch, 1, labels[i]), PD_OK);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    if (pd_forward(net, batch, PD_CHECK, &cost, 1) != PD_OK || !(out = pd_output(cost, NULL, NULL)))
+        fail_msg("%s", pd_error(net));
+    memcpy(costs, out, 5 * sizeof *out);
+    pd_info(net, info, size);
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+/* Without host memory and with it: a layer that is refused runs on the CPU, and gives the same. */
+static void test_refuses_a_shape(void **state) {
+    pd_net *host = pd_net_new(NULL);
+    blas self = { NULL, 0 };
+    pd_device near = { .api_version = PD_API_VERSION, .name = "near", .self = &self, .host_memory = true };
+    far_device far = make_far(cpu_of(host), ~(uint64_t)0);
+    pd_real want[5], costs[5];
+    char info[300];
+    (void)state;
+    far.device.self = &far;
+    near.gemm = wrapped_gemm;
+    near.alloc = far.cpu->alloc; /* its own, beside the CPU's */
+    near.free = far.cpu->free;
+    some_costs(NULL, want, info, sizeof info);
+    assert_null(strstr(info, "of which"));
+    for (int k = 0; k < 2; k++) {
+        pd_device *device = k ? &near : &far.device;
+        device->accepts = no_wide_inputs;
+        some_costs(device, costs, info, sizeof info);
+        for (int i = 0; i < 5; i++)
+            if (!(fabs((double)costs[i] - (double)want[i]) < 1e-6)) fail_msg("%g, %g", costs[i], want[i]);
+        check_contains(info, ", of which the CPU runs wide (fc), cost (cross_entropy)");
+        assert_null(strstr(info, "narrow"));
+    }
+    assert_int_equal(self.calls, 1);
+    pd_net_free(host);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_training),     cmocka_unit_test(test_checkpoint), cmocka_unit_test(test_gradient_check),
-        cmocka_unit_test(test_steady_state), cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_training),
+        cmocka_unit_test(test_checkpoint),
+        cmocka_unit_test(test_gradient_check),
+        cmocka_unit_test(test_steady_state),
+        cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_wrapped_blas),
+        cmocka_unit_test(test_lacks_a_basic_operation),
+        cmocka_unit_test(test_refuses_a_shape),
     };
     make_data();
     return run_group(tests, NULL, NULL);

@@ -418,7 +418,7 @@ static void test_threads(void **state) {
 }
 
 static void test_far_device(void **state) {
-    static const unsigned kinds[] = { ~0u, 0, PD_OP_SPARSE };
+    static const uint64_t kinds[] = { ~(uint64_t)0, 0, PD_OP(sparse_product) };
     pd_net *host = pd_net_new(NULL);
     model cpu = build(true, 40, pd_momentum(0.1, 0.9), NULL, NULL);
     (void)state;
