@@ -1101,6 +1101,7 @@ PD_API int pd_optimizer_states(const pd_optimizer *optimizer);
 typedef struct pd_conv_shape {
     int64_t rows, in_c, in_h, in_w, out_c, out_h, out_w; /* of the convolution, not of its transpose */
     int64_t filter_h, filter_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+    bool one_answer; /* the order of sums, and so how it is computed, must not depend on `rows`; see ONE ANSWER */
 } pd_conv_shape;
 
 typedef struct pd_pool_shape {
@@ -2862,15 +2863,16 @@ static void pd__conv_parts(pd_device *d, pd__conv_job *j, int64_t units, int64_t
 
 /* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
    and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
-   are about what that costs, in multiplications, as measured. */
+   are about what that costs, in multiplications, as measured. They round differently, so when predicting it is always
+   judged as for one row. */
 static bool pd__winograd_fits(const pd_conv_shape *s) {
     const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
-    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4);
-    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, s->rows * tiles));
+    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4), rows = s->one_answer ? 1 : s->rows;
+    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, rows * tiles));
     return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
            s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
-           s->rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
-               s->rows * outputs * products * 10;
+           rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
+               rows * outputs * products * 10;
 }
 
 /* Numbers in one of the 36 planes, with a gap: else the planes would often take each other's places in the cache. */
@@ -5744,6 +5746,7 @@ static pd_status pd__conv_forward(pd_layer *l) {
     pd_conv_shape *s = (pd_conv_shape *)l->state;
     pd_epilogue after;
     s->rows = l->out.rows;
+    s->one_answer = pd_layer_mode(l) == PD_PREDICT;
     if (pd_layer_epilogue(l, l->param_count > 1 ? l->params[1]->value : NULL, &after) != PD_OK)
         return pd_error_status(l->net);
     l->device->conv(l->device, s, pd__in(l, 0)->data, l->params[0]->value, 0, l->out.data, &after);
@@ -5787,6 +5790,7 @@ static pd_status pd__conv_transpose_setup(pd_layer *l) {
 static pd_status pd__conv_transpose_forward(pd_layer *l) {
     pd_conv_shape *s = (pd_conv_shape *)l->state;
     s->rows = l->out.rows;
+    s->one_answer = pd_layer_mode(l) == PD_PREDICT;
     pd__channel_bias(l);
     l->device->conv_backward_data(l->device, s, l->params[0]->value, pd__in(l, 0)->data, l->out.data);
     return PD_OK;
@@ -15028,6 +15032,15 @@ static void PD__K(pd__scatter)(const pd__block_job *k, const pd_real *tile, int6
     }
 }
 
+/* c = alpha sums + beta c (beta 0: c is not read), rounded as pd__tile_of does it; sums: whole vectors. */
+static PD__INLINE void PD__K(pd__put_row)(pd_real alpha, const pd_real *sums, pd_real beta, int64_t width, pd_real *c) {
+    for (int64_t i = 0; i < width; i += PD__LANES) {
+        PD__V v = PD__K(pd__all)(alpha) * PD__LOAD(sums + i);
+        if (beta != 0) v = PD__FMA(PD__K(pd__all)(beta), PD__K(pd__load)(c + i, width - i), v);
+        PD__K(pd__store)(c + i, v, width - i);
+    }
+}
+
 /* The tile at row i and column j. */
 static void PD__K(pd__multiply_tile)(const pd__block_job *k, int64_t ahead, int64_t i, int64_t j) {
     const int64_t rows = pd__min(k->h, k->m - i), width = pd__min(PD__NR, k->n - j), wide = PD__K(pd__panel)(width);
@@ -15039,8 +15052,7 @@ static void PD__K(pd__multiply_tile)(const pd__block_job *k, int64_t ahead, int6
     else PD__K(pd__tile)((int)rows, nv, k->k, k->alpha, a, ahead, b, wide, 0, tile, wide);
     if (k->row_at) PD__K(pd__scatter)(k, tile, wide, i, rows, j, width);
     for (int64_t r = 0; !direct && !k->row_at && r < rows; r++)
-        for (int64_t s = 0; s < width; s++)
-            c[r * k->ldc + s] = tile[r * wide + s] + (k->beta != 0 ? k->beta * c[r * k->ldc + s] : 0);
+        PD__K(pd__put_row)(1, tile + r * wide, k->beta, width, c + r * k->ldc);
 }
 
 static void PD__K(pd__multiply)(const pd__block_job *k) {
@@ -15058,37 +15070,45 @@ static void PD__K(pd__multiply)(const pd__block_job *k) {
     }
 }
 
-/* A share of one row times a matrix, which is read once, as it lies: some rows at a time, in the order of k. */
+/* sums = rows `first` .. `end` - 1 of B from column j on, weighed by the numbers of the one row: some rows at a time, in the
+   order of k. */
+static PD__INLINE void PD__K(pd__row_sums)(const pd__gemm_job *g, int64_t first, int64_t end, int64_t j, int64_t width,
+                                           pd_real *sums) {
+    enum { TOGETHER = 4 };
+    const int64_t step = g->ta ? g->lda : 1;
+    memset(sums, 0, (size_t)(pd__ceil_div(width, PD__LANES) * PD__LANES) * sizeof *sums);
+    for (int64_t p = first; p < end; p += TOGETHER) {
+        const int64_t rows = pd__min(TOGETHER, end - p);
+        const pd_real *b = g->b + p * g->ldb + j, *a = g->a + p * step;
+        int64_t i = 0;
+        if (rows == TOGETHER) {
+            const PD__V a0 = PD__K(pd__all)(a[0]), a1 = PD__K(pd__all)(a[step]);
+            const PD__V a2 = PD__K(pd__all)(a[2 * step]), a3 = PD__K(pd__all)(a[3 * step]);
+            for (; i + PD__LANES <= width; i += PD__LANES) {
+                PD__V v = PD__FMA(a0, PD__LOAD(b + i), PD__LOAD(sums + i));
+                v = PD__FMA(a1, PD__LOAD(b + g->ldb + i), v);
+                v = PD__FMA(a2, PD__LOAD(b + 2 * g->ldb + i), v);
+                PD__STORE(sums + i, PD__FMA(a3, PD__LOAD(b + 3 * g->ldb + i), v));
+            }
+        }
+        for (; i < width; i += PD__LANES)
+            for (int64_t r = 0; r < rows; r++)
+                PD__STORE(sums + i, PD__FMA(PD__K(pd__all)(a[r * step]), PD__K(pd__load)(b + r * g->ldb + i, width - i),
+                                            PD__LOAD(sums + i)));
+    }
+}
+
+/* A share of one row times a matrix, which is read once, as it lies. Each block of depth has its own sums, which are added
+   to C as those of packed blocks are: a row has the same bits alone as among others. */
 static void PD__K(pd__gemm_row)(const pd__gemm_job *g, int64_t share) {
-    enum { STRIP = 64 * PD__LANES, TOGETHER = 4 };
-    const int64_t step = g->ta ? g->lda : 1, end = pd__min(g->n, (share + 1) * g->columns);
+    enum { STRIP = 64 * PD__LANES };
+    const int64_t depth = pd__depth(g->kernels, g->k), end = pd__min(g->n, (share + 1) * g->columns);
     for (int64_t j = share * g->columns; j < end; j += STRIP) {
         const int64_t width = pd__min(STRIP, end - j);
         pd_real sums[STRIP];
-        memset(sums, 0, sizeof sums);
-        for (int64_t p = 0; p < g->k; p += TOGETHER) {
-            const int64_t rows = pd__min(TOGETHER, g->k - p);
-            const pd_real *b = g->b + p * g->ldb + j, *a = g->a + p * step;
-            int64_t i = 0;
-            if (rows == TOGETHER) {
-                const PD__V a0 = PD__K(pd__all)(a[0]), a1 = PD__K(pd__all)(a[step]);
-                const PD__V a2 = PD__K(pd__all)(a[2 * step]), a3 = PD__K(pd__all)(a[3 * step]);
-                for (; i + PD__LANES <= width; i += PD__LANES) {
-                    PD__V v = PD__FMA(a0, PD__LOAD(b + i), PD__LOAD(sums + i));
-                    v = PD__FMA(a1, PD__LOAD(b + g->ldb + i), v);
-                    v = PD__FMA(a2, PD__LOAD(b + 2 * g->ldb + i), v);
-                    PD__STORE(sums + i, PD__FMA(a3, PD__LOAD(b + 3 * g->ldb + i), v));
-                }
-            }
-            for (; i < width; i += PD__LANES)
-                for (int64_t r = 0; r < rows; r++)
-                    PD__STORE(sums + i, PD__FMA(PD__K(pd__all)(a[r * step]),
-                                                PD__K(pd__load)(b + r * g->ldb + i, width - i), PD__LOAD(sums + i)));
-        }
-        for (int64_t i = 0; i < width; i += PD__LANES) {
-            PD__V v = PD__K(pd__all)(g->alpha) * PD__LOAD(sums + i);
-            if (g->beta != 0) v = PD__FMA(PD__K(pd__all)(g->beta), PD__K(pd__load)(g->c + j + i, width - i), v);
-            PD__K(pd__store)(g->c + j + i, v, width - i);
+        for (int64_t p = 0; p < g->k || p == 0; p += depth) {
+            PD__K(pd__row_sums)(g, p, pd__min(g->k, p + depth), j, width, sums);
+            PD__K(pd__put_row)(g->alpha, sums, p ? 1 : g->beta, width, g->c + j);
         }
         if (g->after) PD__K(pd__finish)(g->after, false, j, 1, width, g->c + j, g->ldc);
     }

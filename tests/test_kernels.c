@@ -455,6 +455,7 @@ static pd_conv_shape random_conv(int kind) {
         pd_conv_shape s;
         int64_t channels = whole(1, 6), filters = chance(0.3) ? whole(1, 40) : whole(1, 9), side = whole(1, 14);
         s.rows = whole(0, 5);
+        s.one_answer = chance(0.2);
         s.groups = chance(0.5) ? 1 : whole(2, 4);
         s.filter_h = whole(1, 5), s.filter_w = whole(1, 5);
         s.stride_h = whole(1, 3), s.stride_w = whole(1, 3);
@@ -529,7 +530,7 @@ static void test_conv_teams(void **state) {
     for (int i = 0; i < COUNT(shapes); i++) {
         const int64_t *n = shapes[i];
         if (!chosen()) continue;
-        pd_conv_shape s = { n[0], n[1], n[2], n[3], n[4], 0, 0, n[5], n[6], n[7], n[7], n[8], n[8], n[9], n[9], n[10] };
+        pd_conv_shape s = { n[0], n[1], n[2], n[3], n[4], 0, 0, n[5], n[6], n[7], n[7], n[8], n[8], n[9], n[9], n[10], false };
         set_outputs(&s);
         begin((uint64_t)(4000 + i));
         check_conv(&s, true);
