@@ -604,6 +604,53 @@ static void test_every_layer(void **state) {
                 if (asked_for(cases[i].type) && chosen()) check(&cases[i], k, (pd_simd)level);
 }
 
+/* ---- products, with more than layers ask of them ---- */
+
+static pd_real *any_numbers(int64_t count) {
+    pd_real *x = (pd_real *)malloc((size_t)(count + 1) * sizeof *x);
+    const kind k = below(4) ? USUAL : (kind)below(NOT_FINITE);
+    for (int64_t i = 0; i < count; i++) x[i] = (pd_real)any_number(k, ANY);
+    return x;
+}
+
+/* A product of m rows, and each of them as a product of its own. */
+static void check_product(pd_device *d) {
+    const int64_t m = 1 + below(15), n = below(2) ? any_width(&(problem){ 0 }) : 1 + below(400);
+    const int64_t k = below(8) ? any_depth(&(problem){ 0 }) : 0;
+    const bool ta = below(2), tb = below(2);
+    const pd_real alpha = below(2) ? 1 : (pd_real)uniform(-2, 2),
+                  beta = (pd_real)(below(3) ? below(2) : uniform(-2, 2));
+    pd_real *a = any_numbers(m * k), *b = any_numbers(k * n), *c = any_numbers(m * n), *bias = any_numbers(n);
+    pd_real *scale = any_numbers(n), *alone = any_numbers(m * n);
+    const pd_epilogue after = { below(2) ? scale : NULL, NULL, bias, below(2) ? PD_LINEAR : PD_TANH, 0 };
+    const pd_epilogue *end = below(3) ? NULL : &after;
+    memcpy(alone, c, (size_t)(m * n) * sizeof *c);
+    d->gemm(d, ta, tb, m, n, k, alpha, a, ta ? m : k, b, tb ? k : n, beta, c, n, end);
+    for (int64_t i = 0; i < m; i++)
+        d->gemm(d, ta, tb, 1, n, k, alpha, a + i * (ta ? 1 : k), ta ? m : k, b, tb ? k : n, beta, alone + i * n, n,
+                end);
+    for (int64_t i = 0; i < m * n; i++)
+        if (!same_bits(c + i, alone + i, 1))
+            fail_msg("%s: product %lldx%lldx%lld%s%s: number %lld is %.17g, of its row alone %.17g", where,
+                     (long long)m, (long long)n, (long long)k, ta ? ", A transposed" : "", tb ? ", B transposed" : "",
+                     (long long)i, (double)c[i], (double)alone[i]);
+    free(a), free(b), free(c), free(bias), free(scale), free(alone);
+}
+
+static void test_products(void **state) {
+    (void)state;
+    for (int level = PD_SIMD_SCALAR; level < PD_SIMD_COUNT; level++)
+        for (int i = 0; i < rounds(100); i++) {
+            pd_net *net;
+            if (!chosen()) continue;
+            net = pd_net_new(&(pd_net_opts){ .simd = (pd_simd)level, .threads = 1 + i % 3 });
+            snprintf(where, sizeof where, "seed %d, level %d", i, level);
+            random_seed((uint64_t)i);
+            if (pd_error_status(net) == PD_OK) check_product(inside_device(net));
+            pd_net_free(net);
+        }
+}
+
 /* ---- nothing is forgotten ---- */
 
 static char *read_text(const char *path) {
@@ -692,6 +739,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_no_type_is_forgotten),
         cmocka_unit_test(test_no_builder_is_forgotten),
+        cmocka_unit_test(test_products),
         cmocka_unit_test(test_every_layer),
     };
     return run_group(tests, NULL, NULL);
