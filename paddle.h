@@ -54,6 +54,10 @@
    What a call needs are parameters; what it can do without are fields of an options struct, in which zero is the
    default and NULL stands for all defaults. In C++ declare the struct, set its fields and pass its address.
 
+   Where a number's default is another than 0, and 0 would be of use, the field's comment names PD_ZERO, which stands for
+   that 0: `.threshold = PD_ZERO`. Other fields refuse it: in them 0 is the default, or of no use. The parameters of calls
+   mean what they say, so pd_momentum(0.1, 0) has a momentum of 0.
+
    ERRORS
 
    The library never exits, aborts or prints unasked (`progress` is asking). A builder (anything that adds to a net)
@@ -105,7 +109,7 @@
 
    ```c
    pd_fc(net, input, 100, &(pd_fc_opts){ .name = "fc", .weight = { .init = pd_xavier(), .rate = 2, .l2 = 1e-4 },
-                                         .bias.no_decay = true });
+                                         .bias.l2 = PD_ZERO });
    ```
 
    GRADIENTS AND OPTIMIZERS
@@ -369,6 +373,9 @@ typedef double pd_real;
 typedef float pd_real;
 #endif
 
+/* 0 where zero is a default of another value: for the fields whose comments name it. Fits every number's type. */
+#define PD_ZERO (-2147483647 - 1)
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -506,10 +513,9 @@ typedef struct pd_param_opts {
                             other options must then be zero or the same */
     pd_init init;     /* default: the layer's */
     double rate;      /* learning-rate factor, > 0; default 1 */
-    double l1, l2;    /* >= 0; default: the trainer's */
-    bool no_decay;    /* neither the trainer's l1 nor its l2 */
+    double l1, l2;    /* default: the trainer's; PD_ZERO: none, whatever the trainer's */
     bool is_static;   /* never updated, no gradient is computed */
-    double clip;      /* bound on each element of the gradient, > 0; default: the trainer's clip_value */
+    double clip;      /* bound on each element of the gradient; default: the trainer's clip_value; PD_ZERO: none */
     double prune;     /* 0 <= prune < 1: this share of the smallest magnitudes, rounded to a whole number, but not
                             all, is set to zero when training starts and held there (a pruning mask); default 0 */
     bool sparse;      /* for tables read by ids (pd_embedding) or sparse inputs (pd_fc): a step costs little more
@@ -678,7 +684,7 @@ typedef struct pd_conv_opts {
     bool no_bias;
     int64_t filter_h;             /* default: the `filter` argument, which is the width */
     int64_t stride, stride_h;     /* default 1; stride_h default: stride */
-    int64_t pad, pad_h;           /* zeros on each side; pad_h default: pad. -1 as pad_h: none */
+    int64_t pad, pad_h;           /* zeros on each side; pad_h default: pad. PD_ZERO as pad_h: none */
     int64_t dilation, dilation_h; /* default 1; dilation_h default: dilation */
     int64_t groups;               /* default 1 */
     pd_param_opts weight;         /* filters x in/groups x filter_h x filter (OIHW) */
@@ -705,7 +711,7 @@ typedef struct pd_pool_opts {
     pd_pool_method method;    /* default PD_MAX */
     int64_t size_h;           /* default: the `size` argument, which is the width */
     int64_t stride, stride_h; /* default: size and size_h; stride_h default: stride if given */
-    int64_t pad, pad_h;       /* < size; pad_h default: pad. -1 as pad_h: none */
+    int64_t pad, pad_h;       /* < size; pad_h default: pad. PD_ZERO as pad_h: none */
     bool ceil;                /* round the output size up instead of down: windows may stick out at the end */
 } pd_pool_opts;
 PD_API pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_pool_opts *opts);
@@ -713,10 +719,11 @@ PD_API pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_po
 typedef struct pd_batch_norm_opts {
     const char *name;
     pd_act act;
-    double epsilon;       /* default 1e-5 */
-    double keep;          /* running = keep * running + (1 - keep) * batch; default 0.9, at most 1 */
-    bool use_running;     /* normalise with the running statistics in training too */
-    bool no_affine;       /* neither scale nor shift */
+    double epsilon;   /* > 0; default 1e-5 */
+    double keep;      /* running = keep * running + (1 - keep) * batch; default 0.9, at most 1; PD_ZERO: those of the
+                             last batch */
+    bool use_running; /* normalise with the running statistics in training too */
+    bool no_affine;   /* neither scale nor shift */
     pd_param_opts weight; /* channels, starts at 1 */
     pd_param_opts bias;   /* channels, starts at 0 */
 } pd_batch_norm_opts;
@@ -728,7 +735,7 @@ PD_API pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm
 typedef struct pd_layer_norm_opts {
     const char *name;
     pd_act act;
-    double epsilon; /* default 1e-5 */
+    double epsilon; /* > 0; default 1e-5 */
     bool no_affine;
     pd_param_opts weight, bias; /* width of the row; start at 1 and 0 */
 } pd_layer_norm_opts;
@@ -739,8 +746,8 @@ typedef struct pd_response_norm_opts {
     const char *name;
     pd_act act;
     int64_t size; /* channels in the window; default 5 */
-    double alpha; /* default 1e-4, divided by size inside */
-    double beta;  /* default 0.75 */
+    double alpha; /* >= 0; default 1e-4, divided by size inside; PD_ZERO: 0 */
+    double beta;  /* default 0.75; PD_ZERO: 0 */
     double k;     /* > 0; default 1 */
 } pd_response_norm_opts;
 /* Across feature maps: y_c = x_c (k + alpha/size sum x_j^2)^-beta, j from c - size/2; Krizhevsky et al. 2012. */
@@ -782,7 +789,7 @@ typedef struct pd_block_expand_opts {
     const char *name;
     pd_act act;
     int64_t stride, stride_h; /* default: the block's sides; stride_h default: stride if given */
-    int64_t pad, pad_h;       /* pad_h default: pad. -1 as pad_h: none */
+    int64_t pad, pad_h;       /* pad_h default: pad. PD_ZERO as pad_h: none */
 } pd_block_expand_opts;
 /* Each image becomes a sequence of its blocks, left to right, then down; one row of channels*height*width per block. */
 PD_API pd_layer *pd_block_expand(pd_net *net, pd_layer *input, int64_t height, int64_t width,
@@ -793,7 +800,8 @@ PD_API pd_layer *pd_cosine(pd_net *net, pd_layer *a, pd_layer *b, double scale, 
 PD_API pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts);
 /* Bilinear: y_k = a W_k b^T + bias_k; weight size x |a| x |b|. */
 PD_API pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts);
-/* An activation standing alone. alpha: leaky_relu's slope (default 0.01), brelu's bound (default 24). */
+/* An activation standing alone. alpha: leaky_relu's slope, >= 0 (default 0.01; PD_ZERO: 0, which is relu), or brelu's
+   bound, > 0 (default 24). */
 typedef struct pd_activation_opts {
     const char *name;
     double alpha;
@@ -844,7 +852,8 @@ typedef struct pd_cost_opts {
     bool probabilities;          /* cross_entropy: the input holds probabilities although it isn't a softmax layer; of
                                     those below the least normal number the cost, 87 (in double 708), and the slope
                                     are that number's */
-    double delta;                /* huber, smooth_l1: where the square ends, > 0; default 1 */
+    double delta;                /* huber, smooth_l1: where the square ends, > 0; default 1. smooth_l1 with PD_ZERO: the
+                                    sum of |d| */
     int64_t top;                 /* lambda_rank: NDCG truncation; default 5 */
 } pd_cost_opts;
 /* -sum_c w_c t_c log p_c. `label` is a label, or a layer of soft labels t as wide as the input that does not learn. If
@@ -976,7 +985,7 @@ typedef struct pd_evaluator_opts {
     const char *name; /* default: its kind and a number */
     pd_layer *weight; /* sample weights, width 1, >= 0; default all 1 */
     int64_t top_k;    /* error: a label among the top_k largest counts as right; default 1 */
-    double threshold; /* error, precision_recall on one output: positive if above; default 0.5 */
+    double threshold; /* error, precision_recall on one output: positive if above; default 0.5; PD_ZERO: 0 */
     pd_layer *query;  /* pnpair: ids; only pairs with equal ids count; default: sequences, else the whole batch */
 } pd_evaluator_opts;
 
@@ -1111,8 +1120,8 @@ typedef struct pd_pool_shape {
 } pd_pool_shape;
 
 /* What a product or a convolution makes of its sums as it writes them: y = f(scale[c] (sum - center[c]) + bias[c]), c the
-   column of the product, the channel of the convolution. NULL: 1, 0 and 0. act: any but PD_SOFTMAX; alpha: see
-   pd_activation_opts. */
+   column of the product, the channel of the convolution. NULL: 1, 0 and 0. act: any but PD_SOFTMAX; alpha: as for
+   pd_device.activate. */
 typedef struct pd_epilogue {
     const pd_real *scale, *center, *bias;
     pd_act act;
@@ -1142,7 +1151,7 @@ typedef void pd_op_update(pd_device *d, const pd_update *u, int64_t n, pd_real *
 typedef void pd_op_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
                                const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
                                pd_real *state);
-/* y = f(x) for rows x width numbers; x may be y. alpha: see pd_activation_opts. */
+/* y = f(x) for rows x width numbers; x may be y. alpha: leaky_relu's slope or brelu's bound, both > 0. */
 typedef void pd_op_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
                             pd_real *y);
 /* grad *= f'(x), in place; y is the output, x the input where the activation needs it. */
@@ -1319,7 +1328,7 @@ struct pd_layer {
     void *state;
     pd_shape shape;   /* of one row of the output; set by setup */
     pd_act act;       /* applied by the net after forward; set by setup */
-    double act_alpha; /* set by setup; 0 = the activation's default */
+    double act_alpha; /* set by setup, as in pd_activation_opts; then the number itself */
     bool is_ids;      /* the output is ids, not numbers */
     bool is_sparse;   /* the output is sparse rows, not numbers; is_ids too is set then */
     bool is_sequence; /* rows come in sequences; default: if the inputs' do. Setup may change it. */
@@ -1452,7 +1461,8 @@ typedef struct pd_reader_opts {
     char delimiter;       /* CSV: default ',' */
     int64_t skip_lines;   /* CSV: lines at the top of each file to leave out */
     double scale, shift;  /* numbers of every dense input become x * scale + shift; scale default 1 */
-    int64_t first, count; /* only samples first .. first + count - 1 of the pass; count 0: to the end */
+    int64_t first, count; /* only samples first .. first + count - 1 of the pass; count default: to the end; PD_ZERO:
+                             none */
     int fold, folds; /* cross-validation: only samples with i % folds == fold; folds 0: all. Lines of the others are
                              counted, but not read: what is wrong in them is seen by who reads those folds */
     bool not_fold;   /* .. or those not in the fold */
@@ -1505,7 +1515,7 @@ PD_API pd_status pd_reader_fail(pd_reader *reader, pd_status status, const char 
 /* >>trainer                                                                                                */
 
 typedef struct pd_trainer_opts {
-    double l1, l2;         /* of every parameter without its own and without no_decay; biases included */
+    double l1, l2;         /* of every parameter without its own; biases included */
     pd_schedule schedule;  /* of the learning rate; default constant */
     double clip_value;     /* bound on each element of the mean gradient; default none */
     double clip_norm;      /* bound on the norm of the whole mean gradient; default none */
@@ -1606,7 +1616,7 @@ PD_API pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path);
 
 typedef struct pd_gradcheck_opts {
     double step;      /* of the central difference; default 1e-5 in double, 1e-2 in float */
-    int64_t elements; /* checked one by one per parameter, chosen at random; default 20 */
+    int64_t elements; /* checked one by one per parameter, chosen at random; default 20; PD_ZERO: none */
     uint64_t seed;
 } pd_gradcheck_opts;
 typedef struct pd_gradcheck {
@@ -1741,6 +1751,14 @@ static inline int64_t pd__min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t pd__max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t pd__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline bool pd__finite(double x) { return x - x == 0; }
+
+/* What an option means: 0 is the default, PD_ZERO 0. */
+static inline double pd__or(double value, double otherwise) {
+    return value == PD_ZERO ? 0 : value != 0 ? value : otherwise;
+}
+static inline int64_t pd__or_count(int64_t value, int64_t otherwise) {
+    return value == PD_ZERO ? 0 : value ? value : otherwise;
+}
 
 /* ======================================================================================================== */
 /* >>core: the net's own data, memory, failures, text, random numbers, time, threads                        */
@@ -3204,15 +3222,10 @@ static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count,
 
 static const double pd__stanh_a = 1.7159, pd__stanh_b = 2.0 / 3.0;
 
-static pd_real pd__act_alpha(pd_act act, pd_real alpha) {
-    return alpha != 0 ? alpha : act == PD_BRELU ? 24 : (pd_real)0.01;
-}
-
 static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
                              pd_real *y) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     int64_t n = rows * width;
-    alpha = pd__act_alpha(act, alpha);
     if (act == PD_SOFTMAX) {
         PD__TEAM(d, n * 8, r, rows, kernels->softmax_row(width, x + r * width, y + r * width));
         return;
@@ -3225,7 +3238,6 @@ static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, i
                                       const pd_real *x, const pd_real *y, pd_real *grad) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     int64_t n = rows * width;
-    alpha = pd__act_alpha(act, alpha);
     if (act == PD_SOFTMAX) {
         PD__TEAM(d, n * 2, r, rows, kernels->softmax_backward_row(width, y + r * width, grad + r * width));
         return;
@@ -4068,6 +4080,26 @@ static bool pd__row_size(pd_shape s, int64_t *size) {
     return pd__multiply_sizes(s.channels, s.height, size) && pd__multiply_sizes(*size, s.width, size);
 }
 
+static const char *const pd__act_names[PD_ACT_COUNT] = {
+#define PD__TEXT(name, text, needs) text,
+    PD_ACTIVATIONS(PD__TEXT)
+#undef PD__TEXT
+};
+
+/* Makes the number of what setup has left as the activation's alpha. */
+static pd_status pd__settle_alpha(pd_layer *l) {
+    bool slope = l->act == PD_LEAKY_RELU, bound = l->act == PD_BRELU;
+    double alpha = pd__or(l->act_alpha, slope ? 0.01 : bound ? 24 : 0);
+    if (!slope && !bound && l->act_alpha != 0)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, but %s has none", alpha, pd__act_names[l->act]);
+    if (!(alpha >= 0 && pd__finite((double)(pd_real)alpha)) || (bound && alpha == 0)) /* a slope < 0: see below */
+        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, expected a finite number %s 0", alpha,
+                             bound ? "above" : "of at least");
+    if (slope && (pd_real)alpha == 0) l->act = PD_RELU; /* the derivative is told from the output's sign */
+    l->act_alpha = alpha;
+    return PD_OK;
+}
+
 /* What setup must have left behind. */
 static pd_status pd__check_setup(pd_layer *l) {
     int64_t width;
@@ -4078,7 +4110,7 @@ static pd_status pd__check_setup(pd_layer *l) {
     if ((unsigned)l->act >= PD_ACT_COUNT) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown activation %d", (int)l->act);
     if (l->act != PD_LINEAR && l->is_ids) return pd_layer_fail(l, PD_E_ARGUMENT, "ids take no activation");
     l->out.width = width;
-    return PD_OK;
+    return pd__settle_alpha(l);
 }
 
 /* pd_layer_add; `origin` is the layer's twin if the net is becoming a shared one, else NULL. */
@@ -4314,14 +4346,23 @@ static void pd__init_param(pd_param *p, const pd_init *init) {
 }
 
 static pd_status pd__check_param_opts(pd_layer *l, const char *name, const pd_param_opts *o) {
-    if (!(o->rate >= 0 && o->l1 >= 0 && o->l2 >= 0 && o->clip >= 0) || !pd__finite(o->rate + o->l1 + o->l2 + o->clip))
-        return pd_layer_fail(l, PD_E_ARGUMENT,
-                             "parameter \"%.100s\": rate, l1, l2 and clip must be finite and not negative", name);
+    const double numbers[] = { pd__or(o->l1, 0), pd__or(o->l2, 0), pd__or(o->clip, 0) };
+    static const char *const names[] = { "l1", "l2", "clip" };
+    for (int i = 0; i < PD__COUNT(numbers); i++)
+        if (!(numbers[i] >= 0 && numbers[i] <= DBL_MAX))
+            return pd_layer_fail(l, PD_E_ARGUMENT,
+                                 "parameter \"%.100s\": %s is %g, expected a finite number, not below 0", name,
+                                 names[i], numbers[i]);
+    if (!(pd__or(o->rate, 1) > 0 && o->rate <= DBL_MAX))
+        return pd_layer_fail(
+            l, PD_E_ARGUMENT,
+            "parameter \"%.100s\": rate is %g, expected a positive number; is_static makes one stay as it is", name,
+            pd__or(o->rate, 1));
     if (!(o->prune >= 0 && o->prune < 1))
         return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": prune is %g, expected 0 <= prune < 1", name,
                              o->prune);
     if ((unsigned)o->init.kind > PD_INIT_HE || !pd__finite((double)(pd_real)o->init.a) ||
-        !pd__finite((double)(pd_real)o->init.b))
+        !pd__finite((double)(pd_real)o->init.b) || o->init.a == PD_ZERO || o->init.b == PD_ZERO)
         return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": wrong initialiser", name);
     if (!pd__name_ok(name))
         return pd_layer_fail(l, PD_E_ARGUMENT,
@@ -4452,12 +4493,12 @@ static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, con
 
 /* A layer that shares a parameter either says nothing more about it, or the same as the one that created it. */
 static bool pd__may_share(const pd_param_opts *o, const pd_param_opts *created) {
-    bool silent = o->init.kind == PD_INIT_DEFAULT && o->rate == 0 && o->l1 == 0 && o->l2 == 0 && !o->no_decay &&
-                  !o->is_static && o->clip == 0 && o->prune == 0 && !o->sparse;
+    bool silent = o->init.kind == PD_INIT_DEFAULT && o->rate == 0 && o->l1 == 0 && o->l2 == 0 && !o->is_static &&
+                  o->clip == 0 && o->prune == 0 && !o->sparse;
     return silent || (o->init.kind == created->init.kind && o->init.a == created->init.a &&
                       o->init.b == created->init.b && o->rate == created->rate && o->l1 == created->l1 &&
-                      o->l2 == created->l2 && o->no_decay == created->no_decay && o->is_static == created->is_static &&
-                      o->clip == created->clip && o->prune == created->prune && o->sparse == created->sparse);
+                      o->l2 == created->l2 && o->is_static == created->is_static && o->clip == created->clip &&
+                      o->prune == created->prune && o->sparse == created->sparse);
 }
 
 PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_count, const int64_t *dims, int64_t fan_in,
@@ -4731,11 +4772,6 @@ static const bool pd__act_needs_x[PD_ACT_COUNT] = {
 #define PD__NEEDS(name, text, needs) needs,
     PD_ACTIVATIONS(PD__NEEDS)
 #undef PD__NEEDS
-};
-static const char *const pd__act_names[PD_ACT_COUNT] = {
-#define PD__TEXT(name, text, needs) text,
-    PD_ACTIVATIONS(PD__TEXT)
-#undef PD__TEXT
 };
 
 enum { PD__OUT, PD__BEFORE }; /* a layer's two tensors: its output, after and before its activation */
@@ -5653,9 +5689,6 @@ typedef struct pd__conv_spec {
     int64_t filters, filter;
 } pd__conv_spec;
 
-/* The padding above and below, of options in which 0 means that to the left and right, and -1 none. */
-static int64_t pd__pad_h(int64_t pad, int64_t pad_h) { return pad_h == -1 ? 0 : pad_h ? pad_h : pad; }
-
 /* Defaults of the options, and what both kinds must satisfy. */
 static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
     const pd__conv_spec *spec = (const pd__conv_spec *)l->opts;
@@ -5666,7 +5699,7 @@ static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
     s->stride_w = o->stride ? o->stride : 1;
     s->stride_h = o->stride_h ? o->stride_h : s->stride_w;
     s->pad_w = o->pad;
-    s->pad_h = pd__pad_h(o->pad, o->pad_h);
+    s->pad_h = pd__or_count(o->pad_h, o->pad);
     s->dilation_w = o->dilation ? o->dilation : 1;
     s->dilation_h = o->dilation_h ? o->dilation_h : s->dilation_w;
     s->groups = o->groups ? o->groups : 1;
@@ -5849,7 +5882,7 @@ static pd_status pd__pool_setup(pd_layer *l) {
     s->stride_w = o->stride ? o->stride : s->size_w;
     s->stride_h = o->stride_h ? o->stride_h : o->stride ? o->stride : s->size_h;
     s->pad_w = o->pad;
-    s->pad_h = pd__pad_h(o->pad, o->pad_h);
+    s->pad_h = pd__or_count(o->pad_h, o->pad);
     s->method = o->method;
     s->channels = in.channels, s->in_h = in.height, s->in_w = in.width;
     if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "size", s->size_h, s->size_w, 1) != PD_OK ||
@@ -5919,15 +5952,18 @@ static pd_status pd__scale_and_shift(pd_layer *l, int64_t size, bool wanted, con
     return PD_OK;
 }
 
-static double pd__or(double value, double otherwise) { return value != 0 ? value : otherwise; }
+static pd_status pd__want_epsilon(pd_layer *l, double epsilon) {
+    if (epsilon >= 0 && epsilon <= DBL_MAX) return PD_OK; /* 0: the default */
+    return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon is %g, expected a positive number", pd__or(epsilon, 1));
+}
 
 static pd_status pd__batch_norm_setup(pd_layer *l) {
     const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
     int64_t channels = l->inputs[0]->shape.channels;
     if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
-    if (!(o->epsilon >= 0) || !(o->keep >= 0 && o->keep <= 1))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon %g must not be negative, keep %g must lie in 0 .. 1",
-                             o->epsilon, o->keep);
+    if (pd__want_epsilon(l, o->epsilon) != PD_OK) return PD_E_ARGUMENT;
+    if (!(pd__or(o->keep, 0.9) >= 0 && o->keep <= 1))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "keep is %g, expected 0 (PD_ZERO) .. 1", o->keep);
     l->shape = l->inputs[0]->shape;
     l->act = o->act;
     if (pd__scale_and_shift(l, channels, !o->no_affine, &o->weight, &o->bias) != PD_OK ||
@@ -6045,7 +6081,7 @@ PD_DEF pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm
 static pd_status pd__layer_norm_setup(pd_layer *l) {
     const pd_layer_norm_opts *o = (const pd_layer_norm_opts *)l->opts;
     if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
-    if (!(o->epsilon >= 0)) return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon %g must not be negative", o->epsilon);
+    if (pd__want_epsilon(l, o->epsilon) != PD_OK) return PD_E_ARGUMENT;
     l->shape = l->inputs[0]->shape;
     l->act = o->act;
     return pd__scale_and_shift(l, l->inputs[0]->out.width, !o->no_affine, &o->weight, &o->bias);
@@ -6086,8 +6122,9 @@ static pd_status pd__response_norm_setup(pd_layer *l) {
         pd__want_finite(l, "alpha", o->alpha) != PD_OK || pd__want_finite(l, "beta", o->beta) != PD_OK ||
         pd__want_finite(l, "k", o->k) != PD_OK)
         return pd_error_status(l->net);
-    if (!(o->k >= 0 && o->alpha >= 0))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "k %g and alpha %g must not be negative", o->k, o->alpha);
+    if (!(pd__or(o->k, 1) > 0 && pd__or(o->alpha, 1e-4) >= 0))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "k is %g, expected above 0, and alpha %g, expected at least 0",
+                             pd__or(o->k, 1), pd__or(o->alpha, 1e-4));
     l->shape = l->inputs[0]->shape;
     l->act = o->act;
     return PD_OK;
@@ -6651,7 +6688,7 @@ static pd_status pd__block_expand_setup(pd_layer *l) {
     s->stride_w = spec->o.stride ? spec->o.stride : spec->width;
     s->stride_h = spec->o.stride_h ? spec->o.stride_h : spec->o.stride ? spec->o.stride : spec->height;
     s->pad_w = spec->o.pad;
-    s->pad_h = pd__pad_h(spec->o.pad, spec->o.pad_h);
+    s->pad_h = pd__or_count(spec->o.pad_h, spec->o.pad);
     s->dilation_h = s->dilation_w = s->groups = 1;
     s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
     if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "block", s->filter_h, s->filter_w, 1) != PD_OK ||
@@ -6930,10 +6967,7 @@ PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size
 
 /* The output starts as a copy of the input; the net applies the activation, as after any layer. */
 static pd_status pd__activation_setup(pd_layer *l) {
-    double alpha = pd__spec_of(l)->a; /* below 0, leaky_relu's derivative could not be told from its output */
-    if (!(alpha >= 0 && pd__finite(alpha)))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, expected a finite number of at least 0", alpha);
-    l->act_alpha = alpha;
+    l->act_alpha = pd__spec_of(l)->a;
     return pd__like_input(l, 0);
 }
 
@@ -7338,7 +7372,13 @@ PD_DEF pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method m
    where the weights come in. What has no weight counts for nothing, even if it is infinite. */
 
 enum { PD__COST_PROBABILITIES = 0, PD__COST_CLASS_WEIGHTS = 1, PD__COST_SCALES = 2 }; /* slots of pd_layer_memory */
-enum { PD__HAS_CLASS_WEIGHTS = 1, PD__HAS_PROBABILITIES = 2, PD__HAS_DELTA = 4, PD__HAS_TOP = 8 };
+enum {
+    PD__HAS_CLASS_WEIGHTS = 1,
+    PD__HAS_PROBABILITIES = 2,
+    PD__HAS_DELTA = 4,
+    PD__HAS_ZERO_DELTA = 8, /* 0 will do */
+    PD__HAS_TOP = 16
+};
 
 /* A builder's one line: min_inputs of a, b, c and the sample weights if given. */
 static pd_layer *pd__add_cost(pd_net *net, const pd_layer_type *type, pd_layer *a, pd_layer *b, pd_layer *c,
@@ -7382,15 +7422,15 @@ static pd_status pd__cost_setup(pd_layer *layer, unsigned has) {
                         : o->delta != 0 && !(has & PD__HAS_DELTA)            ? "delta"
                         : o->top != 0 && !(has & PD__HAS_TOP)                ? "top"
                                                                              : NULL;
+    double delta = pd__or(o->delta, 1);
     pd_status status = pd__cost_input(layer, 0, false, pd_shape_size(layer->inputs[0]->shape));
     layer->shape.channels = layer->shape.height = layer->shape.width = 1;
     if (!status && pd__cost_weight(layer)) status = pd__cost_input(layer, layer->type->min_inputs, false, 1);
     if (status) return status;
     if (stray) return pd_layer_fail(layer, PD_E_ARGUMENT, "%s has no option %s", layer->type->name, stray);
-    if (!(o->delta >= 0 && o->delta <= DBL_MAX))
-        return pd_layer_fail(layer, PD_E_ARGUMENT, "expected delta > 0, got %g", o->delta);
+    if (!(has & PD__HAS_ZERO_DELTA ? delta >= 0 : delta > 0) || delta > DBL_MAX)
+        return pd_layer_fail(layer, PD_E_ARGUMENT, "expected delta > 0, got %g", delta);
     if (o->top < 0) return pd_layer_fail(layer, PD_E_ARGUMENT, "expected top > 0, got %lld", (long long)o->top);
-    if (o->delta == 0 && (has & PD__HAS_DELTA)) o->delta = 1;
     if (o->top == 0 && (has & PD__HAS_TOP)) o->top = 5;
     return PD_OK;
 }
@@ -7550,7 +7590,7 @@ typedef struct pd__element_state {
 static void pd__element_rows(pd_layer *layer, const pd_real *scales) {
     const pd__element_cost cost = ((pd__element_state *)layer->state)->cost;
     const pd_tensor *in = &layer->inputs[0]->out, *t = layer->type->min_inputs > 1 ? &layer->inputs[1]->out : NULL;
-    double delta = ((const pd_cost_opts *)layer->opts)->delta;
+    double delta = pd__or(((const pd_cost_opts *)layer->opts)->delta, 1);
     pd_real *grad;
     const pd_real *x = pd__read_before(layer, &grad);
     for (int64_t r = 0; r < in->rows; r++) {
@@ -7645,16 +7685,17 @@ PD_DEF pd_layer *pd_huber(pd_net *net, pd_layer *input, pd_layer *target, const 
     return pd__add_cost(net, &pd__huber_type, input, target, NULL, opts);
 }
 
-/* Huber's cost divided by delta; Girshick 2015. */
+/* Huber's cost divided by delta, which may be 0; Girshick 2015. */
 static double pd__smooth_l1_cost(double x, double t, double delta, double slopes[2]) {
-    double cost = pd__huber_cost(x, t, delta, slopes) / delta;
-    slopes[0] /= delta;
-    slopes[1] /= delta;
-    return cost;
+    double d = x - t;
+    bool square = fabs(d) < delta;
+    slopes[0] = square ? d / delta : (d > 0) - (d < 0);
+    slopes[1] = -slopes[0];
+    return square ? d * d / (2 * delta) : fabs(d) - delta / 2;
 }
 
 static pd_status pd__smooth_l1_setup(pd_layer *layer) {
-    return pd__element_setup(layer, PD__HAS_DELTA, pd__smooth_l1_cost);
+    return pd__element_setup(layer, PD__HAS_DELTA | PD__HAS_ZERO_DELTA, pd__smooth_l1_cost);
 }
 
 static const pd_layer_type pd__smooth_l1_type =
@@ -8386,7 +8427,7 @@ static pd_evaluator *pd__new_evaluator(pd_net *net, const pd_evaluator_type *typ
     e->type = type;
     if (opts) e->opts = *opts;
     if (e->opts.top_k == 0) e->opts.top_k = 1;
-    if (e->opts.threshold == 0) e->opts.threshold = 0.5;
+    e->opts.threshold = pd__or(e->opts.threshold, 0.5);
     e->inputs[0] = output;
     e->inputs[1] = label;
     e->inputs[2] = e->opts.weight;
@@ -8660,6 +8701,7 @@ static const char *pd__schedule_fault(const pd_schedule *s) {
     if (!curve && (s->a != 0 || s->b != 0)) return "schedule: this kind has no a and b";
     if (!table && (s->samples || s->factors || s->count)) return "schedule: this kind has no table";
     if (!pd__finite(s->a) || !pd__finite(s->b)) return "schedule: a and b must be finite";
+    if (s->a == PD_ZERO || s->b == PD_ZERO) return "schedule: a and b take no PD_ZERO, since 0 is 0 there";
     if ((s->kind == PD_SCHEDULE_POLY || s->kind == PD_SCHEDULE_LINEAR) && s->a < 0)
         return "schedule: a must not be negative";
     if ((s->kind == PD_SCHEDULE_EXP || s->kind == PD_SCHEDULE_STEP) && !(s->a > 0 && s->b > 0))
@@ -8717,8 +8759,8 @@ static pd_update pd__update_of(const pd_trainer *t, const pd__trained *tr, doubl
     u.rate = pd__rate(t) * pd__or(o->rate, 1);
     u.scale = scale;
     u.clip = pd__or(o->clip, t->opts.clip_value);
-    u.l1 = o->l1 > 0 ? o->l1 : o->no_decay ? 0 : t->opts.l1;
-    u.l2 = o->l2 > 0 ? o->l2 : o->no_decay ? 0 : t->opts.l2;
+    u.l1 = pd__or(o->l1, t->opts.l1);
+    u.l2 = pd__or(o->l2, t->opts.l2);
     u.step = tr->step;
     return u;
 }
@@ -9468,7 +9510,7 @@ static pd_status pd__source_find(pd__source *s) {
     for (;;) {
         bool chosen = pd__source_chosen(s);
         pd_status status = PD_OK;
-        if (s->opts.count && s->at >= s->opts.first && s->at - s->opts.first >= s->opts.count) s->ended = true;
+        if (s->at >= s->opts.first && s->at - s->opts.first >= s->opts.count) s->ended = true;
         if (s->total >= 0 && s->at >= s->total) s->ended = true;
         if (s->ended) return PD_END;
         if (chosen && s->chosen % s->ranks == s->rank) return PD_OK;
@@ -9545,7 +9587,7 @@ static int64_t pd__source_size(pd_reader *r) {
     int64_t first = s->opts.first, end = s->total, n;
     if (s->total < 0) return -1;
     if (first > end) first = end;
-    if (s->opts.count && s->opts.count < end - first) end = first + s->opts.count;
+    if (s->opts.count < end - first) end = first + s->opts.count;
     n = pd__fold_size(&s->opts, end) - pd__fold_size(&s->opts, first);
     return n / s->ranks + (n % s->ranks > s->rank);
 }
@@ -9572,6 +9614,7 @@ static pd__source *pd__source_new(pd_net *net, const char *name, size_t size, co
     s->total = -1;
     s->ranks = 1;
     if (opts) s->opts = *opts;
+    s->opts.count = pd__or_count(s->opts.count, INT64_MAX);
     if (s->opts.scale == 0) s->opts.scale = 1;
     s->reader.api_version = PD_API_VERSION;
     s->reader.name = name;
@@ -9601,6 +9644,8 @@ static pd_status pd__check_reader_opts(pd__source *s, bool csv) {
         return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: fold %d of %d does not exist", r->name, o->fold, o->folds);
     if (!(fabs(o->scale) <= DBL_MAX) || !(fabs(o->shift) <= DBL_MAX))
         return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: scale and shift must be finite", r->name);
+    if (o->scale == PD_ZERO || o->shift == PD_ZERO)
+        return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: scale and shift take no PD_ZERO", r->name);
     return PD_OK;
 }
 
@@ -11773,6 +11818,7 @@ static const char *pd__trainer_fault(const pd_trainer_opts *o) {
     if (!(o->l1 >= 0 && o->l2 >= 0)) return "l1 and l2 must not be negative";
     if (!pd__finite(o->l1) || !pd__finite(o->l2)) return "l1 and l2 must be finite";
     if (!(o->clip_value >= 0 && o->clip_norm >= 0)) return "clip_value and clip_norm must not be negative";
+    if (!pd__finite(o->clip_value) || !pd__finite(o->clip_norm)) return "clip_value and clip_norm must be finite";
     if (!(o->average_window >= 0 && o->average_window <= 1)) return "average_window must lie in 0 .. 1";
     if (o->average_max < 0) return "average_max must not be negative";
     if (o->average_max > 0 && o->average_window == 0) return "average_max needs an average_window";
@@ -14666,7 +14712,11 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
     c.layer = layer;
     c.result = result;
     c.step = pd__or(opts ? opts->step : 0, sizeof(pd_real) == 8 ? 1e-5 : 1e-2);
-    c.elements = opts && opts->elements ? opts->elements : 20;
+    c.elements = pd__or_count(opts ? opts->elements : 0, 20);
+    if (!(c.step > 0 && c.step <= DBL_MAX) || c.elements < 0)
+        return pd__fail(net, PD_E_ARGUMENT,
+                        "pd_check_gradients: step is %g, expected above 0, and elements %lld, expected at least 0",
+                        c.step, (long long)c.elements);
     c.key = pd__subkey(opts ? opts->seed : 0, 0x636865636b);
     c.batch = pd_batch_new(net);
     if (!c.batch) return PD_E_MEMORY;
@@ -15891,7 +15941,7 @@ static PD__INLINE pd_real PD__K(pd__gelu_slope)(pd_real x) {
            v * PD__M(exp)(-v * v / 2) * (pd_real)0.39894228040143268;
 }
 
-/* y[i] for one kind over a piece; alpha as the caller gave it or the default. */
+/* y[i] for one kind over a piece. */
 static void PD__K(pd__activate_piece)(pd_act act, pd_real alpha_, int64_t n, const pd_real *x, pd_real *y) {
     const PD__V zero = PD__K(pd__all)(0), one = PD__K(pd__all)(1), alpha = PD__K(pd__all)(alpha_);
     const PD__V a = PD__K(pd__all)((pd_real)pd__stanh_a), b = PD__K(pd__all)((pd_real)pd__stanh_b);
@@ -15956,7 +16006,7 @@ static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t cha
             PD__K(pd__store)(c + i, PD__SELECT(v < least, least, v), columns - i);
         }
         if (after->act != PD_LINEAR && after->act != PD_RELU)
-            PD__K(pd__activate_piece)(after->act, pd__act_alpha(after->act, after->alpha), columns, c, c);
+            PD__K(pd__activate_piece)(after->act, after->alpha, columns, c, c);
     }
 }
 

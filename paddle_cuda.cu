@@ -849,10 +849,6 @@ static __global__ void pd__cuda_softmax_backward_kernel(int64_t rows, int64_t wi
     }
 }
 
-static pd_real pd__cuda_act_alpha(pd_act act, pd_real alpha) {
-    return alpha != 0 ? alpha : act == PD_BRELU ? 24 : (pd_real)0.01;
-}
-
 static void pd__cuda_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
                               pd_real *y) {
     pd__cuda *c = pd__cuda_of(d);
@@ -861,9 +857,7 @@ static void pd__cuda_activate(pd_device *d, pd_act act, pd_real alpha, int64_t r
     if (act == PD_SOFTMAX)
         PD__CUDA_RUN(c, pd__cuda_softmax_kernel, pd__cuda_blocks(c, rows), pd__cuda_row_block(width), rows, width, x,
                      y);
-    else
-        PD__CUDA_RUN(c, pd__cuda_activate_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, act,
-                     pd__cuda_act_alpha(act, alpha), n, x, y);
+    else PD__CUDA_RUN(c, pd__cuda_activate_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, act, alpha, n, x, y);
 }
 
 static __global__ void pd__cuda_finish_kernel(pd_epilogue after, int64_t rows, int64_t width, int64_t ld, int64_t area,
@@ -879,13 +873,10 @@ static __global__ void pd__cuda_finish_kernel(pd_epilogue after, int64_t rows, i
 
 static void pd__cuda_finish(pd__cuda *c, const pd_epilogue *after, int64_t rows, int64_t width, int64_t ld,
                             int64_t area, pd_real *y) {
-    pd_epilogue e;
     if (!after || rows == 0 || width == 0) return;
     if (!after->scale && !after->center && !after->bias && after->act == PD_LINEAR) return;
-    e = *after;
-    e.alpha = pd__cuda_act_alpha(e.act, e.alpha);
-    PD__CUDA_RUN(c, pd__cuda_finish_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, e, rows, width, ld, area,
-                 y);
+    PD__CUDA_RUN(c, pd__cuda_finish_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, *after, rows, width, ld,
+                 area, y);
 }
 
 static void pd__cuda_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
@@ -897,8 +888,8 @@ static void pd__cuda_activate_backward(pd_device *d, pd_act act, pd_real alpha, 
         PD__CUDA_RUN(c, pd__cuda_softmax_backward_kernel, pd__cuda_blocks(c, rows), pd__cuda_row_block(width), rows,
                      width, y, grad);
     else
-        PD__CUDA_RUN(c, pd__cuda_activate_backward_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, act,
-                     pd__cuda_act_alpha(act, alpha), n, x, y, grad);
+        PD__CUDA_RUN(c, pd__cuda_activate_backward_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, act, alpha, n, x, y,
+                     grad);
 }
 
 /* ======================================================================================================== */

@@ -1126,12 +1126,12 @@ static size_t pd__mpi_describe(const pd__mpi *m, char *text, size_t size) {
         pd__append(text, size, &length, "parameter \"%.100s\"", p->name);
         for (int i = 0; i < p->dim_count; i++)
             pd__append(text, size, &length, "%s%lld", i ? "x" : " ", (long long)p->dims[i]);
-        pd__append(text, size, &length, "%s%s%s%s, rate %.17g, l1 %.17g, l2 %.17g, clip %.17g, prune %.17g\n",
+        pd__append(text, size, &length, "%s%s%s, rate %.17g, l1 %.17g, l2 %.17g, clip %.17g, prune %.17g\n",
                    p->is_buffer                 ? " buffer"
                    : pd__mpi_slot_of(m, p) >= 0 ? " trained"
                                                 : " fixed",
-                   p->touched ? " sparse" : "", po->no_decay ? " no_decay" : "", p->mask ? " pruned" : "", po->rate,
-                   po->l1, po->l2, po->clip, po->prune);
+                   p->touched ? " sparse" : "", p->mask ? " pruned" : "", po->rate, po->l1, po->l2, po->clip,
+                   po->prune);
     }
     return length;
 }

@@ -20,6 +20,12 @@ static inline double uniform(double low, double high) {
 }
 static inline int64_t below(int64_t n) { return (int64_t)(pd_random(random_key, random_count++) % (uint64_t)n); }
 
+/* ---- options: 0 is the default, PD_ZERO 0 ---- */
+
+static inline double meant(double option, double otherwise) {
+    return option == 0 ? otherwise : option == PD_ZERO ? 0 : option;
+}
+
 /* ---- comparison ---- */
 
 #define REAL_TOLERANCE (sizeof(pd_real) == 8 ? 1e-11 : 2e-5)

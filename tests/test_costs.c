@@ -47,7 +47,7 @@ static double smooth_l1_row(const double *x, const double *t, int64_t n, const p
     double sum = 0;
     for (int64_t j = 0; j < n; j++) {
         double d = fabs(x[j] - t[j]);
-        sum += d < o->delta ? d * d / (2 * o->delta) : d - o->delta / 2;
+        sum += d < o->delta ? d * d / (2 * o->delta) : d - meant(o->delta, 1) / 2;
     }
     return sum;
 }
@@ -95,7 +95,8 @@ typedef struct cost_case {
     target_kind target;
     int64_t width; /* 0: random */
     pd_act act;    /* of the layer that the cost reads */
-    bool class_weights, probabilities, delta;
+    bool class_weights, probabilities;
+    double delta; /* 1: random */
     pd_layer *(*build)(pd_net *net, pd_layer *x, pd_layer *t, const pd_cost_opts *opts);
     double (*row)(const double *x, const double *t, int64_t n, const pd_cost_opts *o);
 } cost_case;
@@ -122,7 +123,8 @@ static const cost_case cases[] = {
     { "cross_entropy of probabilities, soft", SHARES, 0, PD_LINEAR, false, true, false, pd_cross_entropy, entropy_row },
     { "huber_two_class", CLASSES, 1, PD_LINEAR, false, false, false, pd_huber_two_class, two_class_row },
     { "hinge, two classes", CLASSES, 1, PD_LINEAR, false, false, false, pd_hinge, hinge_row },
-    { "hinge", CLASSES, 0, PD_LINEAR, false, false, false, pd_hinge, hinge_row }
+    { "hinge", CLASSES, 0, PD_LINEAR, false, false, false, pd_hinge, hinge_row },
+    { "smooth_l1, delta of 0", NUMBERS, 0, PD_LINEAR, false, false, PD_ZERO, pd_smooth_l1, smooth_l1_row }
 };
 
 /* ---- one random net and batch per case and seed ---- */
@@ -164,7 +166,7 @@ static void make_numbers(problem *p, const cost_case *c) {
     for (int64_t j = 0; j < p->width; j++) p->class_weights[j] = real(0.5, 2);
     if (c->class_weights) p->opts.class_weights = p->class_weights;
     p->opts.probabilities = c->probabilities;
-    p->opts.delta = c->delta ? real(0.3, 2.5) : 0;
+    p->opts.delta = c->delta == 1 ? real(0.3, 2.5) : c->delta;
 }
 
 /* total = sum over rows of outer * cost. Not fused: a second layer reads what the cost reads. */
@@ -665,6 +667,10 @@ static void test_misuse(void **state) {
     REFUSED(PD_E_SHAPE, "input 2: expected numbers of shape 1, got \"l2\" with ids below 2",
             (o.weight = l2, pd_squared_error(net, x3, x3, &o)));
     REFUSED(PD_E_ARGUMENT, "cost: expected delta > 0, got -1", (o.delta = -1, pd_huber(net, x3, x3, &o)));
+    REFUSED(PD_E_ARGUMENT, "cost: expected delta > 0, got 0", (o.delta = PD_ZERO, pd_huber(net, x3, x3, &o)));
+    REFUSED(PD_E_ARGUMENT, "cost: expected delta > 0, got inf", (o.delta = INFINITY, pd_huber(net, x3, x3, &o)));
+    REFUSED(PD_E_ARGUMENT, "cost: expected delta > 0, got -1", (o.delta = -1, pd_smooth_l1(net, x3, x3, &o)));
+    REFUSED(PD_E_ARGUMENT, "squared_error has no option delta", (o.delta = PD_ZERO, pd_squared_error(net, x3, x3, &o)));
     REFUSED(PD_E_ARGUMENT, "cost: expected delta > 0, got nan", (o.delta = NAN, pd_smooth_l1(net, x3, x3, &o)));
     REFUSED(PD_E_ARGUMENT, "cost: expected top > 0, got -5", (o.top = -5, pd_lambda_rank(net, x1, l3, &o)));
     REFUSED(PD_E_ARGUMENT, "expected class_weights > 0, got 0 for class 1",

@@ -224,7 +224,7 @@ static void test_muladd_in_place(void **state) {
 static pd_epilogue any_epilogue(const pd_real *scale, const pd_real *center, const pd_real *bias, int round) {
     const pd_act acts[] = { PD_LINEAR, PD_RELU, PD_TANH, PD_BRELU };
     pd_epilogue after = { round & 1 ? scale : NULL, round % 3 ? NULL : center, round & 2 ? bias : NULL,
-                          acts[round / 4 % 4], 0 };
+                          acts[round / 4 % 4], (pd_real)0.5 };
     return after;
 }
 
@@ -393,7 +393,7 @@ static void test_activations(void **state) {
             bool positive = act == PD_LOG || act == PD_SQRT || act == PD_RECIPROCAL, in_place = below(2) != 0;
             bool needs_x = act == PD_GELU || act == PD_LOG || act == PD_ABS || act == PD_SQUARE;
             int64_t rows = some(20), width = at_least_one(round < 6 ? 70 : 1000), n = rows * width;
-            pd_real alpha = (pd_real)(below(2) ? 0.3 : 0);
+            pd_real alpha = (pd_real)(below(2) ? 0.3 : act == PD_BRELU ? 24 : 0.01);
             numbers x = between(n, positive ? 0.1 : -4, 4), y = any(n), grad = any(n);
             BOTH {
                 pd_real *to = in_place ? x.at[i] : y.at[i];
@@ -413,18 +413,19 @@ static void test_not_finite(void **state) {
     const pd_real values[] = { 1, (pd_real)NAN, -2, (pd_real)INFINITY, (pd_real)-INFINITY, 0, (pd_real)-0.0, 3 };
     (void)state;
     const pd_real zeros[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, ones[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
+    const pd_real alpha = (pd_real)0.5;
     begin("not finite");
     for (int act = 0; act < PD_ACT_COUNT; act++) {
         numbers x = given(8, values);
         int64_t rows = act == PD_SOFTMAX ? 4 : 1;
-        BOTH device[i]->activate(device[i], (pd_act)act, 0, rows, 8 / rows, x.at[i], x.at[i]);
+        BOTH device[i]->activate(device[i], (pd_act)act, alpha, rows, 8 / rows, x.at[i], x.at[i]);
         compare(x, "activate of what is not finite");
         if (act == PD_SOFTMAX) continue;
         numbers at = given(8, values), y = given(8, values), none = given(8, zeros), some_grad = given(8, ones);
         BOTH {
-            device[i]->activate(device[i], (pd_act)act, 0, 1, 8, at.at[i], y.at[i]);
-            device[i]->activate_backward(device[i], (pd_act)act, 0, 1, 8, at.at[i], y.at[i], none.at[i]);
-            device[i]->activate_backward(device[i], (pd_act)act, 0, 1, 8, at.at[i], y.at[i], some_grad.at[i]);
+            device[i]->activate(device[i], (pd_act)act, alpha, 1, 8, at.at[i], y.at[i]);
+            device[i]->activate_backward(device[i], (pd_act)act, alpha, 1, 8, at.at[i], y.at[i], none.at[i]);
+            device[i]->activate_backward(device[i], (pd_act)act, alpha, 1, 8, at.at[i], y.at[i], some_grad.at[i]);
         }
         compare(none, "activate_backward of 0 where a slope may be infinite");
         compare(some_grad, "activate_backward where a slope may be infinite");

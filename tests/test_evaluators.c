@@ -195,6 +195,7 @@ typedef struct expectation {
 
 /* Creates evaluators on `b` and fills in what they should find in `r`. Their number is returned. */
 static int expect(const bench *b, const rows *r, expectation *x) {
+    static const double thresholds[] = { 0, 0.25, PD_ZERO, -0.25, 0.75 };
     int n = 0;
     for (int weighted = 0; weighted < 2; weighted++) {
         pd_evaluator_opts o;
@@ -213,12 +214,12 @@ static int expect(const bench *b, const rows *r, expectation *x) {
             x[n].e = pd_eval_pnpair(b->net, b->out, b->label, &o);
             naive_pnpair(r, weighted, true, x[n++].values);
             o.query = NULL;
-            o.threshold = weighted ? 0.25 : 0;
+            o.threshold = thresholds[(r->count + weighted) % COUNT(thresholds)];
         }
         x[n].e = pd_eval_precision_recall(b->net, b->out, b->label, &o);
-        naive_precision_recall(r, weighted, o.threshold > 0 ? o.threshold : 0.5, x[n++].values);
+        naive_precision_recall(r, weighted, meant(o.threshold, 0.5), x[n++].values);
         x[n].e = pd_eval_error(b->net, b->out, b->label, &o);
-        naive_error(r, weighted, 1, o.threshold > 0 ? o.threshold : 0.5, x[n++].values);
+        naive_error(r, weighted, 1, meant(o.threshold, 0.5), x[n++].values);
         if (r->width > 1) {
             o.top_k = 2;
             x[n].e = pd_eval_error(b->net, b->out, b->label, &o);
@@ -500,6 +501,31 @@ static void test_auc_merged(void **state) {
         pd_net_free(other);                                                                                            \
     } while (0)
 
+/* Scores about 0, as a hinge leaves them. */
+static void test_threshold_of_zero(void **state) {
+    static const struct {
+        double threshold, error, recall;
+    } cases[] = { { 0, 0.4, 0 }, { PD_ZERO, 0, 1 }, { -0.3, 0.4, 1 }, { 0.25, 0.2, 0.5 } };
+    static const double scores[] = { 0.3, -0.25, 0.2, -2, 0 };
+    (void)state;
+    for (int i = 0; i < COUNT(cases); i++) {
+        rows r;
+        bench b;
+        pd_evaluator *error, *recall;
+        memset(&r, 0, sizeof r);
+        r.count = COUNT(scores), r.width = 1, r.classes = 2;
+        for (int k = 0; k < COUNT(scores); k++) r.out[k][0] = scores[k], r.label[k] = scores[k] > 0;
+        b = make_net(&r);
+        error = pd_eval_error(b.net, b.out, b.label, &(pd_evaluator_opts){ .threshold = cases[i].threshold });
+        recall =
+            pd_eval_precision_recall(b.net, b.out, b.label, &(pd_evaluator_opts){ .threshold = cases[i].threshold });
+        add_batch(&b, &r, 0, r.count);
+        check_near(pd_evaluator_value(error, 0), cases[i].error, 1e-12, "error");
+        check_near(pd_evaluator_value(recall, 1), cases[i].recall, 1e-12, "recall");
+        pd_net_free(b.net);
+    }
+}
+
 static void test_misuse(void **state) {
     (void)state;
     assert_null(pd_eval_error(NULL, NULL, NULL, NULL));
@@ -533,6 +559,9 @@ static void test_misuse(void **state) {
             (o.threshold = NAN, pd_eval_error(net, x1, l2, &o)));
     REFUSED(PD_E_ARGUMENT, "it: error on an output of width 3 has no option threshold",
             (o.threshold = 0.25, pd_eval_error(net, x3, l3, &o)));
+    REFUSED(PD_E_ARGUMENT, "it: error on an output of width 3 has no option threshold",
+            (o.threshold = PD_ZERO, pd_eval_error(net, x3, l3, &o)));
+    REFUSED(PD_E_ARGUMENT, "it: expected top_k > 0", (o.top_k = PD_ZERO, pd_eval_error(net, x3, l3, &o)));
     REFUSED(PD_E_ARGUMENT, "it: auc on an output of width 1 has no option top_k",
             (o.top_k = 2, pd_eval_auc(net, x1, l2, &o)));
     REFUSED(PD_E_ARGUMENT, "the name is already used by another evaluator",
@@ -715,16 +744,13 @@ static void test_lack_of_memory(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = { cmocka_unit_test(test_references),
-                                        cmocka_unit_test(test_list_and_names),
-                                        cmocka_unit_test(test_one_class_only),
-                                        cmocka_unit_test(test_wrong_numbers),
-                                        cmocka_unit_test(test_misuse),
-                                        cmocka_unit_test(test_auc_of_any_scores),
-                                        cmocka_unit_test(test_auc_of_many_scores),
-                                        cmocka_unit_test(test_auc_merged),
-                                        cmocka_unit_test(test_own_evaluator),
-                                        cmocka_unit_test(test_through_pd_test),
-                                        cmocka_unit_test(test_lack_of_memory) };
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_references),        cmocka_unit_test(test_list_and_names),
+        cmocka_unit_test(test_one_class_only),    cmocka_unit_test(test_wrong_numbers),
+        cmocka_unit_test(test_threshold_of_zero), cmocka_unit_test(test_misuse),
+        cmocka_unit_test(test_auc_of_any_scores), cmocka_unit_test(test_auc_of_many_scores),
+        cmocka_unit_test(test_auc_merged),        cmocka_unit_test(test_own_evaluator),
+        cmocka_unit_test(test_through_pd_test),   cmocka_unit_test(test_lack_of_memory)
+    };
     return run_group(tests, NULL, NULL);
 }

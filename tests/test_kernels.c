@@ -229,14 +229,15 @@ static const pd_epilogue *any_epilogue(int64_t channels) {
     e->center = chance(0.3) ? numbers(channels, -2, 2) : NULL;
     e->bias = chance(0.6) ? numbers(channels, -2, 2) : NULL;
     e->act = acts[below(COUNT(acts))];
-    e->alpha = chance(0.5) ? (pd_real)uniform(0.1, 1) : 0;
+    e->alpha = (pd_real)(chance(0.5) ? uniform(0.1, 1) : e->act == PD_BRELU ? 24 : 0.01);
     return e;
 }
 
 /* What an epilogue makes of a sum that may be missed by *slack. */
 static double finished(const pd_epilogue *e, int64_t channel, double sum, double *slack) {
-    double alpha = e && e->alpha != 0 ? (double)e->alpha : e && e->act == PD_BRELU ? 24 : (double)(pd_real)0.01;
+    double alpha;
     if (!e) return sum;
+    alpha = (double)e->alpha;
     if (e->center)
         sum -= (double)e->center[channel], *slack += 2 * EPSILON * (fabs(sum) + fabs((double)e->center[channel]));
     if (e->scale) sum *= (double)e->scale[channel], *slack *= fabs((double)e->scale[channel]);
@@ -816,8 +817,8 @@ static void check_activation(pd_act act, int64_t rows, int64_t width, bool all_t
     int64_t n = rows * width;
     pd_real *x, *y;
     double alpha;
-    a.alpha = chance(0.5) ? 0 : (pd_real)uniform(0.05, 5);
-    alpha = a.alpha != 0 ? (double)a.alpha : act == PD_BRELU ? 24 : 0.01;
+    a.alpha = (pd_real)(chance(0.5) ? uniform(0.05, 5) : act == PD_BRELU ? 24 : 0.01);
+    alpha = (double)a.alpha;
     describe(&j, "activate", a.n, 3);
     output(&j, 0, n, -1, 1);
     x = numbers(n, -1, 1);

@@ -77,7 +77,9 @@ static int64_t size(const problem *p, int64_t most, int64_t large) {
 /* An option for a value: 0 half the time when that means the same. */
 static int64_t option(int64_t value, int64_t otherwise) { return value == otherwise && below(2) ? 0 : value; }
 
-static int64_t pad_option(int64_t pad_h, int64_t pad) { return pad_h == pad && below(2) ? 0 : pad_h == 0 ? -1 : pad_h; }
+static int64_t pad_option(int64_t pad_h, int64_t pad) {
+    return pad_h == pad && below(2) ? 0 : pad_h == 0 ? PD_ZERO : pad_h;
+}
 
 static pd_layer *image(problem *p, pd_shape s) {
     pd_layer *x = pd_image(p->net, NULL, s.channels, s.height, s.width);
@@ -263,9 +265,9 @@ static void train(problem *p) {
 static double act_of(pd_act act, double alpha, double x) {
     switch (act) {
     case PD_RELU: return x > 0 ? x : 0;
-    case PD_BRELU: return fmin(fmax(x, 0), alpha != 0 ? alpha : 24);
+    case PD_BRELU: return fmin(fmax(x, 0), meant(alpha, 24));
     case PD_SOFTRELU: return x > 30 ? x : log(1 + exp(x));
-    case PD_LEAKY_RELU: return x < 0 ? (alpha != 0 ? alpha : 0.01) * x : x;
+    case PD_LEAKY_RELU: return x < 0 ? meant(alpha, 0.01) * x : x;
     case PD_GELU: return x * (1 + erf(x / sqrt(2))) / 2;
     case PD_SIGMOID: return 1 / (1 + exp(-x));
     case PD_TANH: return tanh(x);
@@ -296,7 +298,8 @@ static void twin_act(const problem *p, double *y) {
 
 static pd_layer *build_activation(problem *p) {
     pd_layer *x = any_image(p);
-    p->alpha = below(2) ? 0.7 : 0;
+    if (p->act == PD_LEAKY_RELU || p->act == PD_BRELU) p->alpha = below(2) ? 0.7 : 0;
+    if (p->act == PD_LEAKY_RELU && below(3) == 0) p->alpha = PD_ZERO;
     p->shape = x->shape;
     return pd_activation(p->net, x, p->act, p->alpha != 0 ? &(pd_activation_opts){ .alpha = p->alpha } : NULL);
 }
@@ -618,12 +621,12 @@ static void twin_layer_norm(const problem *p, double *y) {
 static pd_layer *build_response_norm(problem *p) {
     pd_layer *x = image(p, any_shape(p, shape(7, 3, 3), shape(9, 14, 14)));
     pd_response_norm_opts o = { .act = p->act, .size = below(7) };
-    if (below(2)) o.alpha = 0.9;
-    if (below(2)) o.beta = 1.3;
+    if (below(2)) o.alpha = below(3) ? 0.9 : PD_ZERO;
+    if (below(2)) o.beta = below(3) ? 1.3 : PD_ZERO;
     if (below(2)) o.k = 2.5;
     p->n[0] = o.size ? o.size : 5;
-    p->a = o.alpha != 0 ? o.alpha : 1e-4;
-    p->b = o.beta != 0 ? o.beta : 0.75;
+    p->a = meant(o.alpha, 1e-4);
+    p->b = meant(o.beta, 0.75);
     p->k = o.k != 0 ? o.k : 1;
     p->shape = x->shape;
     return pd_response_norm(p->net, x, &o);
@@ -1530,6 +1533,12 @@ static void test_checker_has_something_to_check(void **state) {
     assert_int_equal(pd_batch_end_sample(batch), PD_OK);
     assert_int_equal(pd_check_gradients(y, batch, NULL, &r), PD_OK);
     assert_int_equal(r.checked, 5);
+    assert_int_equal(pd_check_gradients(y, batch, &(pd_gradcheck_opts){ .elements = PD_ZERO }, &r), PD_OK);
+    assert_true(r.checked == 0 && r.directional > 0 && r.directional == r.error);
+    assert_int_equal(pd_check_gradients(y, batch, &(pd_gradcheck_opts){ .elements = -1 }, &r), PD_E_ARGUMENT);
+    check_contains(pd_error(net), "elements -1, expected at least 0");
+    assert_int_equal(pd_check_gradients(y, batch, &(pd_gradcheck_opts){ .step = PD_ZERO }, &r), PD_E_ARGUMENT);
+    check_contains(pd_error(net), "step is 0, expected above 0");
     pd_batch_free(batch);
     pd_net_free(net);
 }
@@ -1909,6 +1918,23 @@ static void test_batch_norm_statistics(void **state) {
     pd_net_free(net);
 }
 
+/* With a keep of 0 the statistics are those of the last batch, whatever there was before. */
+static void test_batch_norm_of_the_last_batch(void **state) {
+    static const pd_real numbers[] = { 1, 2, 4, 9 };
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_vector(net, "x", 1);
+    pd_layer *y = pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = "bn", .keep = PD_ZERO });
+    pd_batch *first = batch_of(net, 2, (const pd_real[]){ 100, 300 }), *last = batch_of(net, 4, numbers);
+    (void)state;
+    assert_int_equal(pd_forward(net, first, PD_TRAIN, &y, 1), PD_OK);
+    check_statistics(net, 200, 20000);
+    assert_int_equal(pd_forward(net, last, PD_TRAIN, &y, 1), PD_OK);
+    check_statistics(net, 4, 38. / 3);
+    pd_batch_free(first);
+    pd_batch_free(last);
+    pd_net_free(net);
+}
+
 /* use_running, and keep = 1, leave the statistics as they are; only the first uses them. */
 static void test_batch_norm_frozen(void **state) {
     (void)state;
@@ -1959,7 +1985,7 @@ static void test_shapes(void **state) {
     }
     for (int i = 0; i < COUNT(convs); i++) {
         pd_layer *x = pd_image(net, NULL, 1, 30, convs[i].in), *y;
-        pd_conv_opts o = { .filter_h = 1, .stride_h = 1, .pad_h = -1, .dilation_h = 1 };
+        pd_conv_opts o = { .filter_h = 1, .stride_h = 1, .pad_h = PD_ZERO, .dilation_h = 1 };
         o.stride = convs[i].stride;
         o.pad = convs[i].pad;
         o.dilation = convs[i].dilation;
@@ -2229,6 +2255,7 @@ static void test_windows_refuse(void **state) {
     REFUSED("conv1: stride is -7", conv(1, 1, (pd_conv_opts){ .stride_h = -7 }));
     REFUSED("conv1: pad is -1", conv(1, 1, (pd_conv_opts){ .pad = -1 }));
     REFUSED("conv1: pad is -2", conv(1, 1, (pd_conv_opts){ .pad_h = -2 }));
+    REFUSED("conv1: pad is -1", conv(1, 1, (pd_conv_opts){ .pad_h = -1 }));
     REFUSED("conv1: dilation is -1", conv(1, 1, (pd_conv_opts){ .dilation = -1 }));
     REFUSED("conv1: dilation is -1", conv(1, 1, (pd_conv_opts){ .dilation_h = -1 }));
     REFUSED("conv1: groups is -2", conv(2, 1, (pd_conv_opts){ .groups = -2 }));
@@ -2237,7 +2264,7 @@ static void test_windows_refuse(void **state) {
     REFUSED("conv1: 3 groups do not divide", conv(3, 1, (pd_conv_opts){ .groups = 3 }));
     REFUSED("conv1: filter 6x1 does not fit the padded input 5x4", conv(1, 1, (pd_conv_opts){ .filter_h = 6 }));
     REFUSED("conv1: filter 1x7 does not fit the padded input 5x6",
-            conv(1, 7, (pd_conv_opts){ .filter_h = 1, .pad = 1, .pad_h = -1 }));
+            conv(1, 7, (pd_conv_opts){ .filter_h = 1, .pad = 1, .pad_h = PD_ZERO }));
     REFUSED_EXACTLY("conv_transpose1: padding 3x3 leaves nothing of the output 1x0x-1",
                     conv_transpose(1, 2, (pd_conv_opts){ .pad = 3 }));
     REFUSED("conv_transpose1: filter is 0", conv_transpose(1, 0, (pd_conv_opts){ 0 }));
@@ -2286,13 +2313,14 @@ static void test_parameters_refuse(void **state) {
     REFUSED("fc: input 0 is NULL", pd_fc_sum(the.net, NULL, 2, 3, NULL));
     REFUSED("fc: input 1 is NULL", pd_fc_sum(the.net, (pd_layer *[]){ the.vec, NULL }, 2, 3, NULL));
     REFUSED("fc1: input \"ids\" holds ids", pd_fc_sum(the.net, (pd_layer *[]){ the.vec, the.ids }, 2, 3, NULL));
-    REFUSED_EXACTLY("fc1: parameter \"fc1.weight\": rate, l1, l2 and clip must be finite and not negative",
-                    fc_with((pd_param_opts){ .rate = -1 }));
+    REFUSED_EXACTLY(
+        "fc1: parameter \"fc1.weight\": rate is -1, expected a positive number; is_static makes one stay as it is",
+        fc_with((pd_param_opts){ .rate = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .rate = nan_value }));
-    REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l1 = -1 }));
-    REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l2 = -1 }));
-    REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .clip = -1 }));
-    REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .l2 = (double)INFINITY }));
+    REFUSED("fc1: parameter \"fc1.weight\": l1 is -1", fc_with((pd_param_opts){ .l1 = -1 }));
+    REFUSED("fc1: parameter \"fc1.weight\": l2 is -1", fc_with((pd_param_opts){ .l2 = -1 }));
+    REFUSED("fc1: parameter \"fc1.weight\": clip is -1", fc_with((pd_param_opts){ .clip = -1 }));
+    REFUSED("fc1: parameter \"fc1.weight\": l2 is inf", fc_with((pd_param_opts){ .l2 = (double)INFINITY }));
     REFUSED("fc2: parameter \"w\" is shared, but was created with other options",
             (fc_with((pd_param_opts){ .name = "w" }), fc_with((pd_param_opts){ .name = "w", .rate = 2 })));
     REFUSED("batch_norm1: \"batch_norm1.running_var\", its own statistics, is a parameter of another layer",
@@ -2320,7 +2348,7 @@ static void test_parameters_refuse(void **state) {
     REFUSED_EXACTLY("conv1: parameter \"w\" is 6x3, but 1x2x1x1 is needed here", fc_then(conv_instead));
     REFUSED_EXACTLY("prelu1: parameter \"w\" is 6x3, but 6 is needed here", fc_then(prelu_instead));
     REFUSED("conv1: parameter \"conv1.bias\": prune", conv(1, 1, (pd_conv_opts){ .bias = { .prune = 2 } }));
-    REFUSED("prelu1: parameter \"prelu1.weight\": rate",
+    REFUSED("prelu1: parameter \"prelu1.weight\": l2",
             pd_prelu(the.net, the.vec, &(pd_prelu_opts){ .weight = { .l2 = -1 } }));
     REFUSED("bilinear1: size is 0", pd_bilinear(the.net, the.vec, the.one, 0, NULL));
     REFUSED("bilinear: input 1 is NULL", pd_bilinear(the.net, the.vec, NULL, 3, NULL));
@@ -2334,21 +2362,24 @@ static pd_layer *response_norm(pd_response_norm_opts o) { return pd_response_nor
 static void test_norms_refuse(void **state) {
     const double nan_value = (double)NAN;
     (void)state;
-    REFUSED_EXACTLY("batch_norm1: epsilon -1 must not be negative, keep 0 must lie in 0 .. 1",
+    REFUSED_EXACTLY("batch_norm1: epsilon is -1, expected a positive number",
                     batch_norm((pd_batch_norm_opts){ .epsilon = -1 }));
     REFUSED("batch_norm1: epsilon", batch_norm((pd_batch_norm_opts){ .epsilon = nan_value }));
-    REFUSED("batch_norm1: epsilon 0 must not be negative, keep 1.1", batch_norm((pd_batch_norm_opts){ .keep = 1.1 }));
-    REFUSED("batch_norm1: epsilon", batch_norm((pd_batch_norm_opts){ .keep = -0.1 }));
-    REFUSED("batch_norm1: epsilon", batch_norm((pd_batch_norm_opts){ .keep = nan_value }));
-    REFUSED("batch_norm1: parameter \"batch_norm1.weight\": rate",
+    REFUSED("batch_norm1: epsilon is 0", batch_norm((pd_batch_norm_opts){ .epsilon = PD_ZERO }));
+    REFUSED_EXACTLY("batch_norm1: keep is 1.1, expected 0 (PD_ZERO) .. 1",
+                    batch_norm((pd_batch_norm_opts){ .keep = 1.1 }));
+    REFUSED("batch_norm1: keep is -0.1", batch_norm((pd_batch_norm_opts){ .keep = -0.1 }));
+    REFUSED("batch_norm1: keep is", batch_norm((pd_batch_norm_opts){ .keep = nan_value }));
+    REFUSED("batch_norm1: parameter \"batch_norm1.weight\": l1",
             batch_norm((pd_batch_norm_opts){ .weight = { .l1 = -1 } }));
-    REFUSED("layer_norm1: epsilon -1 must not be negative",
-            pd_layer_norm(the.net, the.image, &(pd_layer_norm_opts){ .epsilon = -1 }));
-    REFUSED("layer_norm1: parameter \"layer_norm1.bias\": rate",
+    REFUSED("layer_norm1: epsilon is -1", pd_layer_norm(the.net, the.image, &(pd_layer_norm_opts){ .epsilon = -1 }));
+    REFUSED("layer_norm1: parameter \"layer_norm1.bias\": l1",
             pd_layer_norm(the.net, the.image, &(pd_layer_norm_opts){ .bias = { .l1 = -1 } }));
     REFUSED("response_norm1: size is -5", response_norm((pd_response_norm_opts){ .size = -5 }));
     REFUSED("response_norm1: k", response_norm((pd_response_norm_opts){ .k = -1 }));
-    REFUSED("response_norm1: k", response_norm((pd_response_norm_opts){ .alpha = -1 }));
+    REFUSED("response_norm1: k is 0", response_norm((pd_response_norm_opts){ .k = PD_ZERO }));
+    REFUSED("response_norm1: k is 1, expected above 0, and alpha -1",
+            response_norm((pd_response_norm_opts){ .alpha = -1 }));
     REFUSED("response_norm1: beta is", response_norm((pd_response_norm_opts){ .beta = nan_value }));
     REFUSED("response_norm1: k is inf", response_norm((pd_response_norm_opts){ .k = HUGE_VAL }));
 }
@@ -2403,6 +2434,10 @@ static void test_others_refuse(void **state) {
     REFUSED("outer: input 1 is NULL", pd_outer(the.net, the.vec, NULL, NULL));
     REFUSED("activation1: alpha is -1",
             pd_activation(the.net, the.vec, PD_LEAKY_RELU, &(pd_activation_opts){ .alpha = -1 }));
+    REFUSED_EXACTLY("activation1: alpha is 0, expected a finite number above 0",
+                    pd_activation(the.net, the.vec, PD_BRELU, &(pd_activation_opts){ .alpha = PD_ZERO }));
+    REFUSED_EXACTLY("activation1: alpha is 0.5, but tanh has none",
+                    pd_activation(the.net, the.vec, PD_TANH, &(pd_activation_opts){ .alpha = 0.5 }));
     REFUSED("activation1: alpha is ",
             pd_activation(the.net, the.vec, PD_BRELU, &(pd_activation_opts){ .alpha = nan_value }));
 }
@@ -2559,6 +2594,7 @@ int main(void) {
         cmocka_unit_test(test_share_misused),
         cmocka_unit_test(test_dropout),
         cmocka_unit_test(test_batch_norm_statistics),
+        cmocka_unit_test(test_batch_norm_of_the_last_batch),
         cmocka_unit_test(test_batch_norm_frozen),
         cmocka_unit_test(test_shapes),
         cmocka_unit_test(test_all_builders_refuse),

@@ -149,8 +149,6 @@ static void formula(const pd_optimizer *o, double r, double l2, double t, double
 
 static double clamp(double x, double bound) { return bound > 0 ? fmax(-bound, fmin(bound, x)) : x; }
 
-static double first_of(double own, double general) { return own > 0 ? own : general; }
-
 /* What holds for every method: scale, clip by norm, clip by value, l2, the method, l1, pruning. */
 static void reference_step(number n[PARAMS][MOST], double gradients[PARAMS][MOST], int64_t samples, int64_t seen, int t,
                            const pd_optimizer *o, const pd_trainer_opts *opts, const pd_param_opts *own) {
@@ -161,10 +159,10 @@ static void reference_step(number n[PARAMS][MOST], double gradients[PARAMS][MOST
     if (opts->clip_norm > 0 && sqrt(squares) > opts->clip_norm) scale *= opts->clip_norm / sqrt(squares);
     for (int i = own->is_static; i < PARAMS; i++) {
         const pd_param_opts *p = i == 0 ? own : &none;
-        double r = o->rate * first_of(p->rate, 1) * pd_schedule_factor(&opts->schedule, (double)seen);
-        double l1 = first_of(p->l1, p->no_decay ? 0 : opts->l1), l2 = first_of(p->l2, p->no_decay ? 0 : opts->l2);
+        double r = o->rate * meant(p->rate, 1) * pd_schedule_factor(&opts->schedule, (double)seen);
+        double l1 = meant(p->l1, opts->l1), l2 = meant(p->l2, opts->l2);
         for (int64_t j = 0; j < sizes[i]; j++) {
-            double g = clamp(scale * gradients[i][j], first_of(p->clip, opts->clip_value));
+            double g = clamp(scale * gradients[i][j], meant(p->clip, opts->clip_value));
             if (o->kind != PD_OPT_ADAMW) g += l2 * n[i][j].w;
             formula(o, r, l2, t, g, &n[i][j]);
             n[i][j].w = copysign(fmax(fabs(n[i][j].w) - r * l1, 0), n[i][j].w);
@@ -259,12 +257,17 @@ static void test_methods_and_options(void **state) {
         { "l1", { .l1 = 0.1 }, { .rate = 0 } },
         { "l2", { .l2 = 0.2 }, { .rate = 0 } },
         { "l1 and l2", { .l1 = 0.02, .l2 = 0.1 }, { .rate = 0 } },
-        { "no_decay", { .l1 = 0.05, .l2 = 0.1 }, { .no_decay = true } },
+        { "neither l1 nor l2", { .l1 = 0.05, .l2 = 0.1 }, { .l1 = PD_ZERO, .l2 = PD_ZERO } },
+        { "no l1", { .l1 = 0.05, .l2 = 0.1 }, { .l1 = PD_ZERO } },
         { "own l1 and l2", { .l1 = 0.02, .l2 = 0.1 }, { .l1 = 0.1, .l2 = 0.01 } },
-        { "own l2 and no_decay", { .l1 = 0.02, .l2 = 0.1 }, { .l2 = 0.3, .no_decay = true } },
+        { "own l2 and no l1", { .l1 = 0.02, .l2 = 0.1 }, { .l1 = PD_ZERO, .l2 = 0.3 } },
         { "rate factor", { .l1 = 0.02, .l2 = 0.1 }, { .rate = 2.5 } },
         { "clip_value", { .clip_value = 0.25 }, { .rate = 0 } },
         { "own clip", { .clip_value = 0.25 }, { .clip = 0.5 } },
+        { "no clip", { .clip_value = 0.25 }, { .clip = PD_ZERO } },
+        { "no clip, l1 and l2 where the trainer has none",
+          { .l1 = 0 },
+          { .l1 = PD_ZERO, .l2 = PD_ZERO, .clip = PD_ZERO } },
         { "clip_norm", { .clip_norm = 0.75, .l2 = 0.1 }, { .rate = 0 } },
         { "clip_norm and clip_value", { .clip_norm = 1, .clip_value = 0.125 }, { .rate = 0 } },
         { "sum_gradients", { .sum_gradients = true }, { .rate = 0 } },
@@ -424,6 +427,10 @@ static void test_wrong_options_are_refused(void **state) {
     REFUSED(pd_sgd(1), t.clip_value = nan, "clip_value");
     REFUSED(pd_sgd(1), t.clip_norm = -1, "clip_norm");
     REFUSED(pd_sgd(1), t.clip_norm = nan, "clip_norm");
+    REFUSED(pd_sgd(1), t.clip_value = inf, "clip_value and clip_norm must be finite");
+    REFUSED(pd_sgd(1), t.clip_norm = inf, "clip_value and clip_norm must be finite");
+    REFUSED(pd_sgd(1), t.l2 = PD_ZERO, "l1 and l2");
+    REFUSED(pd_sgd(1), t.clip_norm = PD_ZERO, "clip_norm");
     REFUSED(pd_sgd(1), t.average_window = -0.1, "average_window");
     REFUSED(pd_sgd(1), t.average_window = 1.1, "average_window");
     REFUSED(pd_sgd(1), t.average_window = nan, "average_window");
@@ -440,6 +447,7 @@ static void test_wrong_options_are_refused(void **state) {
     REFUSED(pd_sgd(1), s->warm_up = nan, "warm_up");
     REFUSED(pd_sgd(1), s->warm_up = inf, "warm_up");
     REFUSED(pd_sgd(1), (s->kind = PD_SCHEDULE_POLY, s->a = -1, s->b = 1), "schedule");
+    REFUSED(pd_sgd(1), (s->kind = PD_SCHEDULE_POLY, s->a = 1, s->b = PD_ZERO), "a and b take no PD_ZERO");
     REFUSED(pd_sgd(1), (s->kind = PD_SCHEDULE_POLY, s->a = 1, s->b = nan), "schedule");
     REFUSED(pd_sgd(1), (s->kind = PD_SCHEDULE_LINEAR, s->a = -1), "schedule");
     REFUSED(pd_sgd(1), (s->kind = PD_SCHEDULE_LINEAR, s->a = 1, s->b = -1), "schedule");
@@ -466,9 +474,19 @@ static void test_wrong_parameter_options_are_refused(void **state) {
     static const struct {
         pd_param_opts opts;
         const char *text;
-    } cases[] = { { { .rate = -1 }, "rate" },     { { .rate = NAN }, "rate" },  { { .l1 = -1 }, "l1" },
-                  { { .l2 = NAN }, "l2" },        { { .clip = -1 }, "clip" },   { { .prune = 1 }, "prune" },
-                  { { .prune = -0.1 }, "prune" }, { { .prune = NAN }, "prune" } };
+    } cases[] = { { { .rate = -1 }, "rate is -1" },
+                  { { .rate = NAN }, "rate is nan" },
+                  { { .rate = PD_ZERO }, "rate is 0, expected a positive number; is_static" },
+                  { { .rate = INFINITY }, "rate is inf" },
+                  { { .prune = PD_ZERO }, "prune" },
+                  { { .init = { PD_INIT_NORMAL, PD_ZERO, 1 } }, "wrong initialiser" },
+                  { { .l1 = -1 }, "l1" },
+                  { { .l2 = NAN }, "l2 is nan" },
+                  { { .clip = -1 }, "clip is -1" },
+                  { { .clip = INFINITY }, "clip is inf" },
+                  { { .prune = 1 }, "prune" },
+                  { { .prune = -0.1 }, "prune" },
+                  { { .prune = NAN }, "prune" } };
     (void)state;
     for (int i = 0; i < COUNT(cases); i++) {
         known k = known_net(&cases[i].opts);

@@ -508,6 +508,17 @@ static void test_csv_refused(void **state) {
     o.first = -1;
     expect_csv_refused(&o, PD_E_ARGUMENT, "first, count");
     o = no_opts();
+    o.count = -1;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "first, count");
+    o = no_opts();
+    o.first = PD_ZERO;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "first, count");
+    o = no_opts();
+    o.shift = PD_ZERO;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "scale and shift take no PD_ZERO");
+    o.shift = 0, o.scale = PD_ZERO;
+    expect_csv_refused(&o, PD_E_ARGUMENT, "scale and shift take no PD_ZERO");
+    o = no_opts();
     o.fold = 2, o.folds = 2;
     expect_csv_refused(&o, PD_E_ARGUMENT, "fold 2 of 2 does not exist");
     o = no_opts();
@@ -697,7 +708,7 @@ static const char *expected_samples(const pd_reader_opts *o, int rank, int ranks
     t.s[0] = 0;
     *count = 0;
     for (int i = 0; i < MANY; i++) {
-        bool in = i >= o->first && (!o->count || i - o->first < o->count);
+        bool in = i >= o->first && (!o->count || i - o->first < (o->count == PD_ZERO ? 0 : o->count));
         if (o->folds && (i % o->folds == o->fold) == o->not_fold) in = false;
         if (!in || chosen++ % ranks != rank) continue;
         say(&t, "%d %d %d|%d\n", i, i, i, i % 4);
@@ -730,7 +741,7 @@ static void test_choices(void **state) {
         for (int i = 0; sources[source].options && i < 60; i++) {
             random_seed((uint64_t)i);
             o.first = below(3) ? below(MANY + 5) : 0;
-            o.count = below(3) ? below(MANY + 5) : below(2) ? INT64_MAX : 0;
+            o.count = below(3) ? below(MANY + 5) : below(2) ? INT64_MAX : below(2) ? PD_ZERO : 0;
             o.folds = below(3) ? (int)below(7) : 0;
             o.fold = o.folds ? (int)below(o.folds) : 0;
             o.not_fold = o.folds && below(2);
