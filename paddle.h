@@ -1301,7 +1301,7 @@ struct pd_layer_type {
     /* Fills layer->out.data from the inputs' out.data. */
     pd_status (*forward)(pd_layer *layer);
     /* (optional: then no gradient passes) Adds to the inputs' out.grad and the parameters' grad, where not NULL,
-       from layer->out.grad, which has already been taken through the activation. */
+       from layer->out.grad, which has already been taken through the activation. The rows are those of the tensors. */
     pd_status (*backward)(pd_layer *layer);
     /* (optional) Frees what setup took other than through pd_layer_ functions. */
     void (*teardown)(pd_layer *layer);
@@ -1351,11 +1351,33 @@ PD_API pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
                                 int64_t fan_out, pd_init init, const pd_param_opts *opts);
 /* For setup: statistics that are saved with the parameters but not learned. */
 PD_API pd_param *pd_layer_buffer(pd_layer *layer, const char *suffix, int64_t size, double value);
-/* Device memory of the layer's own that lasts until the net is freed, grown to `count` numbers; slot 0 .. 7; not for
-   setup. NULL (message set) when out of memory. Contents are lost when it grows. */
+/* Device memory of the layer's own that lasts until the net is freed, but not for setup: `per_row` numbers for each of
+   out.rows rows, those of row r from r * per_row on. What forward leaves there, backward finds by asking for the same
+   again; between calls keep neither the pointer nor the number of rows, and read rows from tensors, since a call may be
+   about some of the rows that forward saw. slot 0 .. 7, each for one use and one per_row. NULL (message set) when out of
+   memory. Contents are lost when it grows. This divides each row by its length:
+
+   ```c
+   static pd_status length_forward(pd_layer *l) {
+       const pd_real *x = l->inputs[0]->out.data;
+       pd_real *y = l->out.data, *length = pd_layer_row_memory(l, 0, 1);
+       if (!length) return PD_E_MEMORY;
+       for (int64_t r = 0; r < l->out.rows; r++, x += l->out.width, y += l->out.width) {
+           double sum = 0;
+           for (int64_t i = 0; i < l->out.width; i++) sum += (double)x[i] * (double)x[i];
+           length[r] = (pd_real)sqrt(sum);
+           for (int64_t i = 0; i < l->out.width; i++) y[i] = x[i] / length[r];
+       }
+       return PD_OK;
+   }
+   ``` */
+PD_API pd_real *pd_layer_row_memory(pd_layer *layer, int slot, int64_t per_row);
+/* The same for what does not go by rows: `count` numbers, from the same slots. */
 PD_API pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count);
 /* The same in host memory, for offsets: `count` int64_t; slot 0 .. 3. */
 PD_API int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count);
+/* The same in host memory, for sums of layers on the host: `count` doubles; slot 0 .. 3. */
+PD_API double *pd_layer_doubles(pd_layer *layer, int slot, int64_t count);
 /* The same in host memory, for the values of a pd_csr. */
 PD_API pd_real *pd_layer_values(pd_layer *layer, int64_t count);
 /* For prefetch: the batch needs these rows (host memory; repeats are fine) of a sparse parameter. Of others: nothing
@@ -1767,9 +1789,18 @@ static inline int64_t pd__or_count(int64_t value, int64_t otherwise) {
 typedef struct pd__store {
     pd_real *data, *grad, *host_data, *host_grad;
     int64_t data_capacity, grad_capacity, host_data_capacity, host_grad_capacity; /* numbers */
-    bool host_current; /* host_data is that of the run in progress, or last run */
-    bool at_host;      /* the tensor has the copies for now: a layer on the host is at work */
+    const pd_real *host_of;    /* what host_data is a copy of; NULL: of nothing that is current */
+    int64_t host_numbers;      /* .. and how many of it */
+    bool at_host;              /* the tensor has the copies for now: a layer on the host is at work .. */
+    pd_real *away, *away_grad; /* .. and this is what it gets back */
 } pd__store;
+
+/* Working memory of a layer, on its device. */
+typedef struct pd__memory {
+    pd_real *data;
+    int64_t capacity; /* numbers */
+    int64_t per_row;  /* numbers per row of the output; 0: it does not go by rows */
+} pd__memory;
 
 /* What a net keeps about a layer beside what layer types see. */
 struct pd__layer {
@@ -1791,12 +1822,13 @@ struct pd__layer {
     pd_tensor before;      /* the output before its activation: data if it is kept, grad if some users add to that */
     pd__store store[2];    /* of out and before */
     struct pd__shadow *shadows; /* of the parameters of a layer on the host; NULL before its first run */
-    pd_real *memory[8];
-    int64_t memory_capacity[8];
+    pd__memory memory[8];
     pd_real *folded; /* scale, center and shift of the layer above */
     int64_t folded_capacity;
     int64_t *integers[4];
     int64_t integer_capacity[4];
+    double *doubles[4];
+    int64_t double_capacity[4];
     pd_real *values; /* of pd_layer_values */
     int64_t value_capacity;
     int64_t param_capacity;
@@ -3889,10 +3921,11 @@ static void pd__layer_free(pd_layer *l) {
             pd__free(a, own->store[i].host_grad);
         }
         for (int i = 0; i < PD__COUNT(own->memory); i++)
-            if (own->memory[i]) l->device->free(l->device, own->memory[i]);
+            if (own->memory[i].data) l->device->free(l->device, own->memory[i].data);
         if (own->folded) l->device->free(l->device, own->folded);
         pd__shadows_free(l);
         for (int i = 0; i < PD__COUNT(own->integers); i++) pd__free(a, own->integers[i]);
+        for (int i = 0; i < PD__COUNT(own->doubles); i++) pd__free(a, own->doubles[i]);
         pd__free(a, own->values);
         for (c = own->copies; c; c = next) {
             next = c->next;
@@ -4194,35 +4227,69 @@ static bool pd__device_grow(pd_net *net, pd_real **memory, int64_t *capacity, in
     return pd__grow_on(net->device, memory, capacity, count);
 }
 
-PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
-    struct pd__layer *own = layer->own;
-    if (slot < 0 || slot >= PD__COUNT(own->memory) || !layer->device) return NULL;
-    if (!pd__grow_on(layer->device, &own->memory[slot], &own->memory_capacity[slot], count)) {
+/* A layer type's mistake else. */
+static bool pd__slot_exists(pd_layer *layer, int slot, int slots) {
+    if (slot >= 0 && slot < slots) return true;
+    pd_layer_fail(layer, PD_E_ARGUMENT, "memory slot %d is not one of 0 .. %d", slot, slots - 1);
+    return false;
+}
+
+/* `count` numbers in a slot: `per_row` for each row, or, if that is 0, for something else. */
+static pd_real *pd__slot_memory(pd_layer *layer, int slot, int64_t count, int64_t per_row) {
+    pd__memory *m = layer->own->memory;
+    if (!layer->device || !pd__slot_exists(layer, slot, PD__COUNT(layer->own->memory))) return NULL;
+    m += slot;
+    if (m->data && m->per_row != per_row) {
+        pd_layer_fail(layer, PD_E_ARGUMENT, "memory slot %d is in use for %lld numbers per row", slot,
+                      (long long)m->per_row);
+        return NULL;
+    }
+    if (!pd__grow_on(layer->device, &m->data, &m->capacity, count)) {
         pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
         return NULL;
     }
-    return own->memory[slot];
+    m->per_row = per_row;
+    return m->data;
+}
+
+PD_DEF pd_real *pd_layer_row_memory(pd_layer *layer, int slot, int64_t per_row) {
+    int64_t count;
+    if (per_row < 1) pd_layer_fail(layer, PD_E_ARGUMENT, "memory for %lld numbers per row", (long long)per_row);
+    else if (!pd__multiply_sizes(layer->out.rows, per_row, &count))
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)layer->out.rows,
+                      (long long)per_row);
+    else return pd__slot_memory(layer, slot, count, per_row);
+    return NULL;
+}
+
+PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
+    return pd__slot_memory(layer, slot, count, 0);
+}
+
+/* The same in host memory, of `count` things of `size` bytes. */
+static void *pd__host_memory(pd_layer *layer, void **memory, int64_t *capacity, int64_t count, size_t size) {
+    if (pd__grow(&layer->net->allocator, memory, capacity, pd__max(count, 1), size)) return *memory;
+    pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
+    return NULL;
 }
 
 PD_DEF int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count) {
     struct pd__layer *own = layer->own;
-    if (slot < 0 || slot >= PD__COUNT(own->integers)) return NULL;
-    if (!pd__grow(&layer->net->allocator, (void **)&own->integers[slot], &own->integer_capacity[slot],
-                  pd__max(count, 1), sizeof(int64_t))) {
-        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld offsets", (long long)count);
-        return NULL;
-    }
-    return own->integers[slot];
+    if (!pd__slot_exists(layer, slot, PD__COUNT(own->integers))) return NULL;
+    return (int64_t *)pd__host_memory(layer, (void **)&own->integers[slot], &own->integer_capacity[slot], count,
+                                      sizeof(int64_t));
+}
+
+PD_DEF double *pd_layer_doubles(pd_layer *layer, int slot, int64_t count) {
+    struct pd__layer *own = layer->own;
+    if (!pd__slot_exists(layer, slot, PD__COUNT(own->doubles))) return NULL;
+    return (double *)pd__host_memory(layer, (void **)&own->doubles[slot], &own->double_capacity[slot], count,
+                                     sizeof(double));
 }
 
 PD_DEF pd_real *pd_layer_values(pd_layer *layer, int64_t count) {
     struct pd__layer *own = layer->own;
-    if (!pd__grow(&layer->net->allocator, (void **)&own->values, &own->value_capacity, pd__max(count, 1),
-                  sizeof(pd_real))) {
-        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
-        return NULL;
-    }
-    return own->values;
+    return (pd_real *)pd__host_memory(layer, (void **)&own->values, &own->value_capacity, count, sizeof(pd_real));
 }
 
 PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
@@ -4848,7 +4915,7 @@ static void pd__take_over(pd_layer *l, pd_layer *below) {
     store->data = from->data, store->data_capacity = from->data_capacity, l->own->lent = below->own->lent;
     from->data = data, from->data_capacity = capacity, below->own->lent = lent;
     l->out.data = store->data;
-    store->host_current = from->host_current = false;
+    store->host_of = from->host_of = NULL;
 }
 
 /* For forward: takes input 0, which has as many numbers, over as the output. False if it is needed as it is. */
@@ -4945,7 +5012,7 @@ static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     l->out.values = s->values;
     l->out.sequences = s->sequence ? batch->samples : 0;
     l->out.starts = s->sequence ? s->starts : NULL;
-    l->own->store[PD__OUT].host_current = false;
+    l->own->store[PD__OUT].host_of = NULL;
     if (!l->is_ids && (!l->out.data || !d->host_memory)) { /* without rows layers may rely on an address to add 0 to */
         pd__store *store = &l->own->store[PD__OUT];
         if (!pd__device_grow(l->net, &store->data, &store->data_capacity, rows * l->out.width))
@@ -5010,7 +5077,7 @@ static pd_status pd__ready_output(pd_layer *l) {
             return pd__no_rows(l);
         before->data = store[PD__BEFORE].data;
     }
-    store[PD__OUT].host_current = store[PD__BEFORE].host_current = false;
+    store[PD__OUT].host_of = store[PD__BEFORE].host_of = NULL;
     return PD_OK;
 }
 
@@ -5075,19 +5142,22 @@ static pd_real *pd__host_numbers(pd_layer *l, int which) {
     pd_real *data = pd__tensor_of(l, which)->data;
     int64_t n = l->out.rows * l->out.width;
     if (l->net->device->host_memory || store->at_host) return data;
-    if (store->host_current) return store->host_data;
+    if (store->host_of == data && store->host_numbers == n) return store->host_data;
     if (!pd__grow(&l->net->allocator, (void **)&store->host_data, &store->host_data_capacity, pd__max(n, 1),
                   sizeof(pd_real))) {
         pd__host_memory_fail(l->net);
         return NULL;
     }
-    store->host_current = pd__download(l->net, store->host_data, data, n) == PD_OK;
-    return store->host_current ? store->host_data : NULL;
+    store->host_of = NULL;
+    if (pd__download(l->net, store->host_data, data, n) != PD_OK) return NULL;
+    store->host_of = data;
+    store->host_numbers = n;
+    return store->host_data;
 }
 
 static pd_real *pd__host_data(pd_layer *l) { return pd__host_numbers(l, PD__OUT); }
 
-/* Puts the copies in the place of a layer's numbers and, if `grad`, their gradient. */
+/* Puts the copies in the place of a layer's numbers and, if `grad`, their gradient, until pd__tensor_to_device. */
 static pd_status pd__tensor_to_host(pd_layer *l, int which, bool grad) {
     pd_device *d = l->net->device;
     pd__store *store = &l->own->store[which];
@@ -5101,6 +5171,8 @@ static pd_status pd__tensor_to_host(pd_layer *l, int which, bool grad) {
                   sizeof(pd_real)))
         return pd__host_memory_fail(l->net);
     if (grad && n > 0) d->download(d, store->host_grad, t->grad, (size_t)n * sizeof(pd_real));
+    store->away = t->data;
+    store->away_grad = t->grad;
     t->data = store->host_data;
     if (grad) t->grad = store->host_grad;
     store->at_host = true;
@@ -5115,10 +5187,10 @@ static void pd__tensor_to_device(pd_layer *l, int which, bool data, bool grad) {
     if (!store->at_host) return;
     bytes = (size_t)(l->out.rows * l->out.width) * sizeof(pd_real);
     store->at_host = false;
-    if (data && bytes) d->upload(d, store->data, store->host_data, bytes);
-    if (grad && t->grad && bytes) d->upload(d, store->grad, store->host_grad, bytes);
-    t->data = store->data;
-    if (t->grad) t->grad = store->grad;
+    t->data = store->away;
+    t->grad = store->away_grad;
+    if (data && bytes) d->upload(d, t->data, store->host_data, bytes);
+    if (grad && t->grad && bytes) d->upload(d, t->grad, store->host_grad, bytes);
 }
 
 /* Both of a layer's tensors. */
@@ -5175,7 +5247,8 @@ static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
         if (!pd__grow(a, (void **)&store->host_data, &store->host_data_capacity,
                       pd__tensor_of(l, i)->data ? pd__max(l->out.rows * l->out.width, 1) : 0, sizeof(pd_real)))
             return pd__host_memory_fail(l->net);
-        store->host_current = true;
+        store->host_of = pd__tensor_of(l, i)->data;
+        store->host_numbers = l->out.rows * l->out.width;
     }
     for (int k = 0; status == PD_OK && k < l->input_count; k++) status = pd__layer_to_host(l->inputs[k], backward);
     if (status == PD_OK) status = pd__layer_to_host(l, backward);
@@ -5196,8 +5269,7 @@ static pd_status pd__on_host(pd_layer *l, bool backward, pd_status (*work)(pd_la
     while (moved > 0) pd__param_to_device(l, --moved, backward);
     pd__layer_to_device(l, !backward, false);
     for (int k = 0; k < l->input_count; k++) pd__layer_to_device(l->inputs[k], false, backward);
-    if (status != PD_OK && !backward)
-        l->own->store[PD__OUT].host_current = l->own->store[PD__BEFORE].host_current = false;
+    if (status != PD_OK && !backward) l->own->store[PD__OUT].host_of = l->own->store[PD__BEFORE].host_of = NULL;
     return status;
 }
 
@@ -5735,6 +5807,14 @@ static pd_status pd__conv_params(pd_layer *l, const pd_conv_shape *s) {
     return PD_OK;
 }
 
+/* The state, for the rows at hand. */
+static pd_conv_shape pd__conv_of(const pd_layer *l) {
+    pd_conv_shape s = *(const pd_conv_shape *)l->state;
+    s.rows = l->out.rows;
+    s.one_answer = pd_layer_mode(l) == PD_PREDICT;
+    return s;
+}
+
 static pd_status pd__conv_setup(pd_layer *l) {
     pd_conv_shape *s = (pd_conv_shape *)l->state;
     pd_shape in = l->inputs[0]->shape;
@@ -5776,22 +5856,20 @@ static void pd__channel_bias_grad(pd_layer *l) {
 }
 
 static pd_status pd__conv_forward(pd_layer *l) {
-    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_conv_shape s = pd__conv_of(l);
     pd_epilogue after;
-    s->rows = l->out.rows;
-    s->one_answer = pd_layer_mode(l) == PD_PREDICT;
     if (pd_layer_epilogue(l, l->param_count > 1 ? l->params[1]->value : NULL, &after) != PD_OK)
         return pd_error_status(l->net);
-    l->device->conv(l->device, s, pd__in(l, 0)->data, l->params[0]->value, 0, l->out.data, &after);
+    l->device->conv(l->device, &s, pd__in(l, 0)->data, l->params[0]->value, 0, l->out.data, &after);
     return PD_OK;
 }
 
 static pd_status pd__conv_backward(pd_layer *l) {
-    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_conv_shape s = pd__conv_of(l);
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
-    if (l->params[0]->grad) d->conv_backward_filter(d, s, x->data, l->out.grad, l->params[0]->grad);
-    if (x->grad) d->conv_backward_data(d, s, l->params[0]->value, l->out.grad, x->grad);
+    if (l->params[0]->grad) d->conv_backward_filter(d, &s, x->data, l->out.grad, l->params[0]->grad);
+    if (x->grad) d->conv_backward_data(d, &s, l->params[0]->value, l->out.grad, x->grad);
     pd__channel_bias_grad(l);
     return PD_OK;
 }
@@ -5821,20 +5899,18 @@ static pd_status pd__conv_transpose_setup(pd_layer *l) {
 }
 
 static pd_status pd__conv_transpose_forward(pd_layer *l) {
-    pd_conv_shape *s = (pd_conv_shape *)l->state;
-    s->rows = l->out.rows;
-    s->one_answer = pd_layer_mode(l) == PD_PREDICT;
+    pd_conv_shape s = pd__conv_of(l);
     pd__channel_bias(l);
-    l->device->conv_backward_data(l->device, s, l->params[0]->value, pd__in(l, 0)->data, l->out.data);
+    l->device->conv_backward_data(l->device, &s, l->params[0]->value, pd__in(l, 0)->data, l->out.data);
     return PD_OK;
 }
 
 static pd_status pd__conv_transpose_backward(pd_layer *l) {
-    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_conv_shape s = pd__conv_of(l);
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
-    if (l->params[0]->grad) d->conv_backward_filter(d, s, l->out.grad, x->data, l->params[0]->grad);
-    if (x->grad) d->conv(d, s, l->out.grad, l->params[0]->value, 1, x->grad, NULL);
+    if (l->params[0]->grad) d->conv_backward_filter(d, &s, l->out.grad, x->data, l->params[0]->grad);
+    if (x->grad) d->conv(d, &s, l->out.grad, l->params[0]->value, 1, x->grad, NULL);
     pd__channel_bias_grad(l);
     return PD_OK;
 }
@@ -5907,28 +5983,34 @@ static pd_status pd__pool_setup(pd_layer *l) {
     return PD_OK;
 }
 
+/* The state, for the rows at hand. */
+static pd_pool_shape pd__pool_of(const pd_layer *l) {
+    pd_pool_shape s = *(const pd_pool_shape *)l->state;
+    s.rows = l->out.rows;
+    return s;
+}
+
 static pd_status pd__pool_forward(pd_layer *l) {
-    pd_pool_shape *s = (pd_pool_shape *)l->state;
-    s->rows = l->out.rows;
-    l->device->pool(l->device, s, pd__in(l, 0)->data, l->out.data);
+    pd_pool_shape s = pd__pool_of(l);
+    l->device->pool(l->device, &s, pd__in(l, 0)->data, l->out.data);
     return PD_OK;
 }
 
 /* A maximum is found again by comparing with the output; after an activation that is no longer the maximum itself, so
    the outputs are pooled anew. */
 static pd_status pd__pool_backward(pd_layer *l) {
-    pd_pool_shape *s = (pd_pool_shape *)l->state;
+    pd_pool_shape s = pd__pool_of(l);
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
     const pd_real *y = l->out.data;
     if (!x->grad) return PD_OK;
-    if (l->act != PD_LINEAR && s->method == PD_MAX) {
-        pd_real *again = pd_layer_memory(l, 0, pd__numbers(l));
+    if (l->act != PD_LINEAR && s.method == PD_MAX) {
+        pd_real *again = pd_layer_row_memory(l, 0, l->out.width);
         if (!again) return PD_E_MEMORY;
-        d->pool(d, s, x->data, again);
+        d->pool(d, &s, x->data, again);
         y = again;
     }
-    d->pool_backward(d, s, x->data, y, l->out.grad, x->grad);
+    d->pool_backward(d, &s, x->data, y, l->out.grad, x->grad);
     return PD_OK;
 }
 
@@ -6090,7 +6172,7 @@ static pd_status pd__layer_norm_setup(pd_layer *l) {
 static pd_status pd__layer_norm_forward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
-    pd_real *moments = pd_layer_memory(l, 0, 3 * x->rows);
+    pd_real *moments = pd_layer_row_memory(l, 0, 3);
     if (!moments) return PD_E_MEMORY;
     d->layer_norm(d, x->rows, x->width, x->data, pd__or(((const pd_layer_norm_opts *)l->opts)->epsilon, 1e-5),
                   l->param_count ? l->params[0]->value : NULL, l->param_count ? l->params[1]->value : NULL, moments,
@@ -6101,7 +6183,7 @@ static pd_status pd__layer_norm_forward(pd_layer *l) {
 static pd_status pd__layer_norm_backward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *x = pd__in(l, 0);
-    d->layer_norm_backward(d, x->rows, x->width, x->data, pd_layer_memory(l, 0, 3 * x->rows),
+    d->layer_norm_backward(d, x->rows, x->width, x->data, pd_layer_row_memory(l, 0, 3),
                            l->param_count ? l->params[0]->value : NULL, l->out.grad, x->grad,
                            l->param_count ? l->params[0]->grad : NULL, l->param_count ? l->params[1]->grad : NULL);
     return PD_OK;
@@ -6132,7 +6214,7 @@ static pd_status pd__response_norm_setup(pd_layer *l) {
 
 static pd_status pd__response_norm_forward(pd_layer *l) {
     const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
-    pd_real *scales = pd_layer_memory(l, 0, pd__numbers(l));
+    pd_real *scales = pd_layer_row_memory(l, 0, l->out.width);
     if (!scales) return PD_E_MEMORY;
     l->device->response_norm(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
                              o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), pd__or(o->k, 1),
@@ -6146,7 +6228,7 @@ static pd_status pd__response_norm_backward(pd_layer *l) {
     if (x->grad)
         l->device->response_norm_backward(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
                                           o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), x->data,
-                                          pd_layer_memory(l, 0, pd__numbers(l)), l->out.grad, x->grad);
+                                          pd_layer_row_memory(l, 0, l->out.width), l->out.grad, x->grad);
     return PD_OK;
 }
 
@@ -6317,7 +6399,7 @@ PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, cons
 /* ---- slice, reshape, transpose, pad: a box of the input moves to a box of the output ---- */
 
 typedef struct pd__box {
-    int64_t size[4];        /* rows, then three axes; size[0] is set by forward */
+    int64_t size[4];        /* of three axes; the first stays 0 */
     int64_t x[4], y[4];     /* strides in input and output */
     int64_t x_from, y_from; /* where the box begins in a row */
 } pd__box;
@@ -6339,22 +6421,26 @@ static void pd__plain_box(pd_layer *l, pd_shape box) {
     l->act = pd__spec_of(l)->o.act;
 }
 
-static pd_status pd__box_forward(pd_layer *l) {
-    pd__box *b = (pd__box *)l->state;
+/* y += x for the box of every row, from the input's side to the output's, or, if `back`, from there. */
+static void pd__move_box(pd_layer *l, const pd_real *from, pd_real *to, bool back) {
+    const pd__box *b = (const pd__box *)l->state;
     static const int64_t none[4] = { 0, 0, 0, 0 };
-    b->size[0] = l->out.rows;
+    int64_t size[4];
+    memcpy(size, b->size, sizeof size);
+    size[0] = l->out.rows;
+    from += back ? b->y_from : b->x_from;
+    to += back ? b->x_from : b->y_from;
+    l->device->muladd(l->device, size, 1, from, back ? b->y : b->x, NULL, none, to, back ? b->x : b->y);
+}
+
+static pd_status pd__box_forward(pd_layer *l) {
     pd__clear_output(l);
-    l->device->muladd(l->device, b->size, 1, pd__in(l, 0)->data + b->x_from, b->x, NULL, none, l->out.data + b->y_from,
-                      b->y);
+    pd__move_box(l, pd__in(l, 0)->data, l->out.data, false);
     return PD_OK;
 }
 
 static pd_status pd__box_backward(pd_layer *l) {
-    pd__box *b = (pd__box *)l->state;
-    static const int64_t none[4] = { 0, 0, 0, 0 };
-    if (pd__in(l, 0)->grad)
-        l->device->muladd(l->device, b->size, 1, l->out.grad + b->y_from, b->y, NULL, none,
-                          pd__in(l, 0)->grad + b->x_from, b->x);
+    if (pd__in(l, 0)->grad) pd__move_box(l, l->out.grad, pd__in(l, 0)->grad, true);
     return PD_OK;
 }
 
@@ -6484,7 +6570,7 @@ static pd_status pd__interpolate_setup(pd_layer *l) {
 
 /* 1 - w of each row: b + w (a - b), or w a + b - w b, would round to the larger of the two. */
 static pd_real *pd__interpolate_rest(pd_layer *l) {
-    pd_real *rest = pd_layer_memory(l, 0, l->out.rows);
+    pd_real *rest = pd_layer_row_memory(l, 0, 1);
     if (!rest) return NULL;
     l->device->fill(l->device, l->out.rows, 1, rest);
     pd__muladd1(l, l->out.rows, -1, pd__in(l, 0)->data, NULL, rest);
@@ -6507,7 +6593,7 @@ static pd_status pd__interpolate_backward(pd_layer *l) {
     const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
     if (!rest) return PD_E_MEMORY;
     if (w->grad) { /* of a - b, not of each */
-        pd_real *difference = pd_layer_memory(l, 1, rows * n);
+        pd_real *difference = pd_layer_row_memory(l, 1, n);
         if (!difference) return PD_E_MEMORY;
         l->device->fill(l->device, rows * n, 0, difference);
         pd__muladd1(l, rows * n, 1, a->data, NULL, difference);
@@ -6915,7 +7001,7 @@ static pd_status pd__bilinear_forward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
     int64_t rows = l->out.rows, m = a->width, n = b->width, size = l->out.width;
-    pd_real *t = pd_layer_memory(l, 0, rows * pd__max(m, n));
+    pd_real *t = pd_layer_row_memory(l, 0, pd__max(m, n));
     if (!t) return PD_E_MEMORY;
     pd__clear_output(l);
     for (int64_t k = 0; k < size; k++) {
@@ -6937,7 +7023,7 @@ static pd_status pd__bilinear_backward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
     int64_t rows = l->out.rows, m = a->width, n = b->width;
-    pd_real *t = pd_layer_memory(l, 0, rows * pd__max(m, n));
+    pd_real *t = pd_layer_row_memory(l, 0, pd__max(m, n));
     for (int64_t k = 0; k < l->out.width; k++) {
         const pd_real *w = l->params[0]->value + k * m * n;
         pd__bilinear_weigh(l, k, a, t);
@@ -7172,10 +7258,10 @@ typedef struct pd__gru_memory {
 } pd__gru_memory;
 
 static bool pd__gru_remember(pd_layer *l, pd__gru_memory *m) {
-    m->x = pd_layer_memory(l, 0, l->out.rows * pd__in(l, 0)->width);
-    m->gates = pd_layer_memory(l, 1, pd__numbers(l) * 3);
-    m->recurrent = pd_layer_memory(l, 2, pd__numbers(l) * 3);
-    m->h = pd_layer_memory(l, 3, pd__numbers(l));
+    m->x = pd_layer_row_memory(l, 0, pd__in(l, 0)->width);
+    m->gates = pd_layer_row_memory(l, 1, 3 * l->out.width);
+    m->recurrent = pd_layer_row_memory(l, 2, 3 * l->out.width);
+    m->h = pd_layer_row_memory(l, 3, l->out.width);
     return m->x && m->gates && m->recurrent && m->h;
 }
 
@@ -7226,7 +7312,7 @@ static pd_status pd__gru_backward(pd_layer *l) {
     const pd__gru *g = (const pd__gru *)l->state;
     pd_device *d = l->device;
     int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width, later = g->steps > 1 ? g->begins[1] : rows;
-    pd_real *dh = pd_layer_memory(l, 4, rows * n);
+    pd_real *dh = pd_layer_row_memory(l, 4, n);
     pd_param *const *p = l->params;
     pd__gru_memory m;
     if (!dh || !pd__gru_remember(l, &m)) return PD_E_MEMORY;
@@ -7454,7 +7540,7 @@ static pd_status pd__cost_scales(pd_layer *layer, pd_real **scales) {
     const pd_layer *weight = pd__cost_weight(layer);
     int64_t size[4] = { 1, 1, 1, 0 };
     const int64_t steps[4] = { 0, 0, 0, 1 };
-    *scales = pd_layer_memory(layer, PD__COST_SCALES, layer->out.rows);
+    *scales = pd_layer_row_memory(layer, PD__COST_SCALES, 1);
     if (!*scales) return PD_E_MEMORY;
     size[3] = layer->out.rows;
     layer->device->fill(layer->device, layer->out.rows, 0, *scales);
@@ -7520,7 +7606,7 @@ static pd_status pd__cross_entropy_see(pd_layer *layer, bool forward, const pd_r
     *p = t->data;
     if (given) *x = NULL;
     if (given || softmax) return PD_OK;
-    *p = own = pd_layer_memory(layer, PD__COST_PROBABILITIES, t->rows * t->width);
+    *p = own = pd_layer_row_memory(layer, PD__COST_PROBABILITIES, t->width);
     if (!own) return PD_E_MEMORY;
     if (forward) layer->device->activate(layer->device, PD_SOFTMAX, 0, t->rows, t->width, *x, own);
     return PD_OK;
@@ -7959,11 +8045,12 @@ static pd_status pd__lambda_rank_forward(pd_layer *layer) {
 static pd_status pd__lambda_rank_backward(pd_layer *layer) {
     const pd_tensor *score = &layer->inputs[0]->out, *relevance = &layer->inputs[1]->out;
     int64_t top = ((const pd_cost_opts *)layer->opts)->top, first;
+    double *sums = pd_layer_doubles(layer, 0, score->rows); /* each of up to as many lambdas as a query has rows */
     pd_real *scales;
-    pd_status status;
     if (!score->grad || score->rows == 0) return PD_OK;
-    status = pd__cost_scales(layer, &scales);
-    for (int64_t q = 0; !status && q < pd__query_count(score); q++) {
+    if (!sums || pd__cost_scales(layer, &scales) != PD_OK) return PD_E_MEMORY;
+    memset(sums, 0, (size_t)score->rows * sizeof *sums);
+    for (int64_t q = 0; q < pd__query_count(score); q++) {
         int64_t n = pd__query(score, q, &first);
         double best = pd__dcg(layer, relevance, first, n);
         const int64_t *order = pd_layer_integers(layer, 0, score->rows);
@@ -7974,11 +8061,12 @@ static pd_status pd__lambda_rank_backward(pd_layer *layer) {
                 int64_t i = order[gain > 0 ? a : b], j = order[gain > 0 ? b : a];
                 double change = fabs(gain) * (pd__discount(a, top) - pd__discount(b, top)) / best;
                 double lambda = change / (1 + exp((double)score->data[i] - (double)score->data[j]));
-                score->grad[i] -= (pd_real)((double)scales[i] * lambda);
-                score->grad[j] += (pd_real)((double)scales[j] * lambda);
+                sums[i] -= lambda;
+                sums[j] += lambda;
             }
     }
-    return status;
+    for (int64_t r = 0; r < score->rows; r++) score->grad[r] += (pd_real)((double)scales[r] * sums[r]);
+    return PD_OK;
 }
 
 static const pd_layer_type pd__lambda_rank_type = { PD_API_VERSION,
@@ -12710,11 +12798,12 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
 
 /* Bytes that a layer's outputs, gradients and working memory take. */
 static double pd__layer_bytes(const pd_layer *l) {
-    double numbers = 0;
+    double numbers = 0, doubles = 0;
     for (int i = 0; i < PD__COUNT(l->own->store); i++)
         numbers += (double)(l->own->store[i].data_capacity + l->own->store[i].grad_capacity);
-    for (int i = 0; i < PD__COUNT(l->own->memory); i++) numbers += (double)l->own->memory_capacity[i];
-    return (numbers + (double)l->own->folded_capacity) * sizeof(pd_real);
+    for (int i = 0; i < PD__COUNT(l->own->memory); i++) numbers += (double)l->own->memory[i].capacity;
+    for (int i = 0; i < PD__COUNT(l->own->doubles); i++) doubles += (double)l->own->double_capacity[i];
+    return (numbers + (double)l->own->folded_capacity) * sizeof(pd_real) + doubles * sizeof(double);
 }
 
 PD_DEF size_t pd_memory(const pd_net *net) {

@@ -9,6 +9,18 @@ bool inside_is_folded(const pd_layer *layer) { return layer->own->above_done; }
 pd_real **inside_best(pd_trainer *trainer) { return trainer->has_best ? trainer->best : NULL; }
 pd_updater *inside_local(pd_trainer *trainer) { return &trainer->local; }
 
+pd_status inside_forward(pd_layer *layer) { return pd__on_host(layer, false, pd__forward_layer); }
+pd_status inside_backward(pd_layer *layer) { return pd__on_host(layer, true, pd__differentiate); }
+void inside_move_memory(pd_layer *layer, int64_t rows) {
+    pd_tensor *before = &layer->own->before;
+    for (int i = 0; i < PD__COUNT(layer->own->memory); i++) {
+        pd__memory *m = &layer->own->memory[i];
+        if (m->data) m->data += rows * m->per_row, m->capacity -= rows * m->per_row;
+    }
+    if (before->data) before->data += rows * layer->out.width;
+    if (before->grad) before->grad += rows * layer->out.width;
+}
+
 /* ---- how many threads a device goes on with ---- */
 
 static pd__pace *inside_pace_of(pd_device *cpu) { return &((pd__cpu *)cpu->self)->pace; }

@@ -13,6 +13,12 @@ bool inside_is_folded(const pd_layer *layer); /* into the layer below, by the la
 pd_real **inside_best(pd_trainer *trainer);
 pd_updater *inside_local(pd_trainer *trainer);
 
+/* ---- a layer by itself, after pd_forward: tests move its tensors to windows of larger arrays before that ---- */
+
+pd_status inside_forward(pd_layer *layer); /* with its activation, and on the host if it must */
+pd_status inside_backward(pd_layer *layer);
+void inside_move_memory(pd_layer *layer, int64_t rows); /* what it keeps per row begins so many rows further on */
+
 /* ---- how many threads a device goes on with ---- */
 
 int inside_team(pd_device *cpu);

@@ -415,6 +415,29 @@ static void test_lambda_rank(void **state) {
     }
 }
 
+/* The lambdas of a row are added up before they are rounded: of many of one size nothing is lost. */
+static void test_lambda_rank_of_many(void **state) {
+    enum { ROWS = 1500 };
+    double expected = 0;
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *score = pd_vector(net, "score", 1), *relevance = pd_label(net, "relevance", 2);
+    pd_layer *cost = pd_lambda_rank(net, score, relevance, &(pd_cost_opts){ .top = ROWS });
+    pd_batch *batch = pd_batch_new(net);
+    (void)state;
+    pd_want_gradient(score);
+    for (int r = 0; r < ROWS; r++) {
+        expected -= (1 - 1 / log2(2 + r)) / 2;
+        *pd_batch_add_row(batch, 0) = 0;
+        pd_batch_add_id(batch, 1, r == 0);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    assert_int_equal(pd_forward(net, batch, PD_CHECK, &cost, 1), PD_OK);
+    assert_int_equal(pd_backward(net, cost), PD_OK);
+    check_near((double)score->out.grad[0], expected, sizeof(pd_real) == 8 ? 1e-13 : 6.1e-8, "lambda");
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
 /* ---- exact however sure the net is, and whoever else reads its probabilities ---- */
 
 enum {
@@ -758,16 +781,19 @@ static void test_lack_of_memory(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_formulas),
+    const struct CMUnitTest tests[] = { cmocka_unit_test(test_formulas),
 #ifdef PADDLE_DOUBLE
-        cmocka_unit_test(test_gradient_checker),
+                                        cmocka_unit_test(test_gradient_checker),
 #endif
-        cmocka_unit_test(test_rank_cost),        cmocka_unit_test(test_lambda_rank),
-        cmocka_unit_test(test_exact_costs),      cmocka_unit_test(test_given_probabilities),
-        cmocka_unit_test(test_no_weight),        cmocka_unit_test(test_class_weights_are_copied),
-        cmocka_unit_test(test_misuse),           cmocka_unit_test(test_wrong_batches),
-        cmocka_unit_test(test_lack_of_memory)
-    };
+                                        cmocka_unit_test(test_rank_cost),
+                                        cmocka_unit_test(test_lambda_rank),
+                                        cmocka_unit_test(test_lambda_rank_of_many),
+                                        cmocka_unit_test(test_exact_costs),
+                                        cmocka_unit_test(test_given_probabilities),
+                                        cmocka_unit_test(test_no_weight),
+                                        cmocka_unit_test(test_class_weights_are_copied),
+                                        cmocka_unit_test(test_misuse),
+                                        cmocka_unit_test(test_wrong_batches),
+                                        cmocka_unit_test(test_lack_of_memory) };
     return run_group(tests, NULL, NULL);
 }

@@ -13,6 +13,7 @@
 #include <cmocka.h>
 
 #include "far_device.h"
+#include "inside.h"
 #include "support.h"
 
 enum { SAMPLES = 37, SIDE = 6, CLASSES = 3 };
@@ -416,6 +417,68 @@ static void test_refuses_a_shape(void **state) {
     pd_net_free(host);
 }
 
+/* A layer on the host whose tensors are windows of larger arrays finds its numbers there, wherever they are moved between
+   two calls, leaves what is around them, and has its pointers back afterwards. */
+static void test_windows(void **state) {
+    enum { ROWS = 2, WIDTH = 4, ALL = 6 * WIDTH };
+    enum { X, DX, Y, DY, ARRAYS };
+    static const int64_t firsts[] = { 3, 1, 0, 4 };
+    pd_net *host = pd_net_new(NULL), *net;
+    far_device far = make_far(cpu_of(host), 0);
+    pd_real *far_arrays[ARRAYS], start[ARRAYS][ALL], now[ARRAYS][ALL], *kept[ARRAYS], db[WIDTH];
+    pd_layer *x, *y;
+    pd_batch *batch;
+    double sums[WIDTH] = { 0 };
+    (void)state;
+    random_seed(9);
+    far.device.self = &far;
+    net = pd_net_new(&(pd_net_opts){ .device = &far.device });
+    x = pd_vector(net, "x", WIDTH);
+    y = pd_layer_add(net, &scale_type, NULL, &x, 1, NULL);
+    assert_int_equal(pd_want_gradient(x), PD_OK);
+    assert_int_equal(pd_zero_grads(net), PD_OK);
+    batch = pd_batch_new(net);
+    for (int r = 0; r < ROWS; r++) {
+        memcpy(pd_batch_add_row(batch, 0), images + r, WIDTH * sizeof *images);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    assert_int_equal(pd_forward(net, batch, PD_CHECK, &y, 1), PD_OK);
+    kept[X] = x->out.data, kept[DX] = x->out.grad, kept[Y] = y->out.data, kept[DY] = y->out.grad;
+    for (int k = 0; k < ARRAYS; k++) {
+        far_arrays[k] = (pd_real *)far_alloc(&far.device, sizeof start[k]);
+        for (int i = 0; i < ALL; i++) start[k][i] = (pd_real)uniform(-1, 1);
+    }
+    for (int w = 0; w < COUNT(firsts); w++) {
+        const int64_t at = firsts[w] * WIDTH;
+        pd_real *moved[ARRAYS];
+        for (int k = 0; k < ARRAYS; k++) {
+            far_upload(&far.device, far_arrays[k], start[k], sizeof start[k]);
+            moved[k] = far_arrays[k] + at;
+        }
+        x->out.data = moved[X], x->out.grad = moved[DX], y->out.data = moved[Y], y->out.grad = moved[DY];
+        assert_int_equal(inside_forward(y), PD_OK);
+        assert_int_equal(inside_backward(y), PD_OK);
+        assert_true(x->out.data == moved[X] && x->out.grad == moved[DX] && y->out.data == moved[Y] &&
+                    y->out.grad == moved[DY]);
+        for (int k = 0; k < ARRAYS; k++) far_download(&far.device, now[k], far_arrays[k], sizeof now[k]);
+        for (int i = 0; i < ALL; i++) {
+            bool in = i >= at && i < at + ROWS * WIDTH;
+            pd_real b = (pd_real)1.5;
+            assert_true(now[X][i] == start[X][i] && now[DY][i] == start[DY][i]);
+            assert_true(now[Y][i] == (in ? b * start[X][i] : start[Y][i]));
+            check_near((double)now[DX][i], (double)(start[DX][i] + (in ? b * start[DY][i] : 0)), REAL_TOLERANCE, "dx");
+            if (in) sums[i % WIDTH] += (double)start[DY][i] * (double)start[X][i];
+        }
+    }
+    assert_int_equal(pd_param_get_grad(pd_param_first(net), db, WIDTH), PD_OK);
+    for (int i = 0; i < WIDTH; i++) check_near((double)db[i], sums[i], REAL_TOLERANCE, "db");
+    x->out.data = kept[X], x->out.grad = kept[DX], y->out.data = kept[Y], y->out.grad = kept[DY];
+    for (int k = 0; k < ARRAYS; k++) far_free(&far.device, far_arrays[k]);
+    pd_batch_free(batch);
+    pd_net_free(net);
+    pd_net_free(host);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_training),
@@ -426,6 +489,7 @@ int main(void) {
         cmocka_unit_test(test_wrapped_blas),
         cmocka_unit_test(test_lacks_a_basic_operation),
         cmocka_unit_test(test_refuses_a_shape),
+        cmocka_unit_test(test_windows),
     };
     make_data();
     return run_group(tests, NULL, NULL);

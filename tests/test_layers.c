@@ -1056,6 +1056,82 @@ static void check_gradients(const problem *p, pd_layer *layer) {
         if (q->opts.is_static && q->grad) FAIL_AT(p, "static \"%s\" has a gradient", q->name);
 }
 
+/* ---- backward by windows of rows: what a call works on stands in the tensors and in memory per row ---- */
+
+static void move_tensor(pd_tensor *t, int64_t rows) {
+    if (t->data) t->data += rows * t->width;
+    if (t->grad) t->grad += rows * t->width;
+}
+
+/* All of the layer begins so many rows further on. */
+static void move_layer(problem *p, int64_t rows) {
+    move_tensor(&p->layer->out, rows);
+    for (int k = 0; k < p->input_count; k++) move_tensor(&p->inputs[k]->out, rows);
+    inside_move_memory(p->layer, rows);
+}
+
+static void set_rows(problem *p, int64_t rows) {
+    p->layer->out.rows = rows;
+    for (int k = 0; k < p->input_count; k++) p->inputs[k]->out.rows = rows;
+}
+
+/* Adds up gradients in windows of 0 to 2 rows, from the last one down. */
+static void backward_by_windows(problem *p) {
+    int64_t all = p->layer->out.rows;
+    for (int64_t end = all; end > 0;) {
+        int64_t rows = smaller(below(3), end), first = end - rows;
+        move_layer(p, first);
+        set_rows(p, rows);
+        assert_int_equal(inside_backward(p->layer), PD_OK);
+        set_rows(p, all);
+        move_layer(p, -first);
+        end = first;
+    }
+}
+
+/* The gradients of all parameters and inputs, one after the other; to be freed. */
+static double *all_gradients(const problem *p, int64_t *count) {
+    double *all;
+    *count = 0;
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next) *count += q->grad ? q->size : 0;
+    for (int k = 0; k < p->input_count; k++)
+        *count += p->inputs[k]->out.grad ? p->inputs[k]->out.rows * p->inputs[k]->out.width : 0;
+    all = (double *)calloc((size_t)(*count + 1), sizeof *all);
+    *count = 0;
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next)
+        for (int64_t i = 0; q->grad && i < q->size; i++) all[(*count)++] = (double)q->grad[i];
+    for (int k = 0; k < p->input_count; k++)
+        for (int64_t i = 0; p->inputs[k]->out.grad && i < p->inputs[k]->out.rows * p->inputs[k]->out.width; i++)
+            all[(*count)++] = (double)p->inputs[k]->out.grad[i];
+    return all;
+}
+
+static void test_backward_by_windows(void **state) {
+    (void)state;
+    FOR_CASES(c, seed, 40) {
+        /* Not by rows: the statistics of a batch; rows that are a picture's blocks; numbers drawn by their place. */
+        if (c->build == build_batch_norm || c->build == build_block_expand || c->build == build_dropout) continue;
+        problem p = make_problem(c, seed);
+        double *whole, *windows;
+        int64_t count, again;
+        for (int by_windows = 0; by_windows < 2; by_windows++) {
+            assert_int_equal(pd_zero_grads(p.net), PD_OK);
+            forward(&p, PD_CHECK);
+            for (int64_t i = 0; i < p.layer->out.rows * p.layer->out.width; i++) p.layer->out.grad[i] = weight_of(i);
+            if (by_windows) backward_by_windows(&p);
+            else assert_int_equal(inside_backward(p.layer), PD_OK);
+            *(by_windows ? &windows : &whole) = all_gradients(&p, by_windows ? &again : &count);
+        }
+        assert_int_equal(count, again);
+        for (int64_t i = 0; i < count; i++)
+            if (!(fabs(whole[i] - windows[i]) <= 30 * REAL_TOLERANCE * (1 + fabs(whole[i]))))
+                FAIL_AT(&p, "gradient %lld: %.9g, but %.9g by windows", (long long)i, whole[i], windows[i]);
+        free(whole);
+        free(windows);
+        free_problem(&p);
+    }
+}
+
 static void test_gradients(void **state) {
     (void)state;
     FOR_CASES(c, seed, 60) {
@@ -1194,6 +1270,72 @@ static void test_softmax_far_out(void **state) {
 /* ---- where a formula cancels ---- */
 
 /* At w = 1 and 0 the ends themselves, however far apart; and the slope by w of what lies close together. */
+/* Memory of a layer's own: per row, for doubles and integers, and what is wrong with asking. */
+
+typedef struct asking {
+    int what;
+} asking;
+
+static pd_status asking_setup(pd_layer *l) {
+    l->shape = l->inputs[0]->shape;
+    return PD_OK;
+}
+
+static pd_status asking_forward(pd_layer *l) {
+    pd_real *a, *b;
+    double *sums;
+    int64_t rows = l->out.rows;
+    switch (((const asking *)l->opts)->what) {
+    case 0:
+        a = pd_layer_row_memory(l, 0, 3), b = pd_layer_memory(l, 7, 5), sums = pd_layer_doubles(l, 3, 2 * rows);
+        if (!a || !b || !sums) return PD_E_MEMORY;
+        for (int64_t i = 0; i < 3 * rows; i++) a[i] = (pd_real)i;
+        for (int64_t i = 0; i < 5; i++) b[i] = -1;
+        for (int64_t i = 0; i < 2 * rows; i++) sums[i] = 1 + 1e-15;
+        assert_true(sums != pd_layer_doubles(l, 0, 1));
+        assert_true(a == pd_layer_row_memory(l, 0, 3) && sums == pd_layer_doubles(l, 3, 1) && sums[0] > 1);
+        return PD_OK;
+    case 1: return pd_layer_row_memory(l, 0, 3) && pd_layer_row_memory(l, 0, 2) ? PD_OK : PD_E_ARGUMENT;
+    case 2: return pd_layer_row_memory(l, 0, 3) && pd_layer_memory(l, 0, 3) ? PD_OK : PD_E_ARGUMENT;
+    case 3: return pd_layer_memory(l, 8, 3) ? PD_OK : PD_E_ARGUMENT;
+    case 4: return pd_layer_row_memory(l, 0, INT64_MAX / 2) ? PD_OK : PD_E_MEMORY;
+    case 5: return pd_layer_row_memory(l, 0, 0) ? PD_OK : PD_E_ARGUMENT;
+    default: return pd_layer_doubles(l, 4, 1) ? PD_OK : PD_E_ARGUMENT;
+    }
+}
+
+static void test_memory_of_a_layer(void **state) {
+    static const pd_layer_type type = {
+        PD_API_VERSION, "asking", 1, 1, sizeof(asking), 0, 0, asking_setup, NULL, asking_forward, NULL, NULL, NULL, NULL
+    };
+    static const char *const texts[] = { "",
+                                         "asking1: memory slot 0 is in use for 3 numbers per row",
+                                         "asking1: memory slot 0 is in use for 3 numbers per row",
+                                         "asking1: memory slot 8 is not one of 0 .. 7",
+                                         "asking1: out of memory for 4 rows of 4611686018427387903 numbers",
+                                         "asking1: memory for 0 numbers per row",
+                                         "asking1: memory slot 4 is not one of 0 .. 3" };
+    static const pd_real numbers[4] = { 1, 2, 3, 4 };
+    (void)state;
+    for (int k = 0; k < COUNT(texts); k++) {
+        pd_net *net = pd_net_new(NULL);
+        pd_layer *x = pd_vector(net, "x", 1), *y = pd_layer_add(net, &type, NULL, &x, 1, &(asking){ k });
+        pd_batch *batch = batch_of(net, 4, numbers), *more = batch_of(net, 4, numbers);
+        pd_status status = pd_forward(net, batch, PD_TRAIN, &y, 1);
+        assert_true((status == PD_OK) == (k == 0));
+        check_contains(pd_error(net), texts[k]);
+        if (k == 0) {
+            size_t bytes = pd_memory(net);
+            for (int i = 0; i < 4; i++) assert_int_equal(pd_batch_copy_sample(more, batch, i), PD_OK);
+            assert_int_equal(pd_forward(net, more, PD_TRAIN, &y, 1), PD_OK);
+            assert_int_equal(pd_memory(net) - bytes, 4 * (3 + 1) * sizeof(pd_real) + 4 * 2 * sizeof(double));
+        }
+        pd_batch_free(batch);
+        pd_batch_free(more);
+        pd_net_free(net);
+    }
+}
+
 static void test_interpolated_ends(void **state) {
     const double far = sizeof(pd_real) == 8 ? 3e16 : 3e7, largest = sizeof(pd_real) == 8 ? 1.7e308 : 3.4e38;
     const double cases[][3] = { { 1, 1, far },      { 1, 0.1, 1000 },   { 1, 1, largest },
@@ -2574,6 +2716,8 @@ int main(void) {
         cmocka_unit_test(test_activations),
         cmocka_unit_test(test_activations_far_out),
         cmocka_unit_test(test_softmax_far_out),
+        cmocka_unit_test(test_backward_by_windows),
+        cmocka_unit_test(test_memory_of_a_layer),
         cmocka_unit_test(test_interpolated_ends),
         cmocka_unit_test(test_norms_far_from_0),
         cmocka_unit_test(test_fold_far_from_0),
