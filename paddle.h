@@ -1151,6 +1151,12 @@ typedef void pd_op_update(pd_device *d, const pd_update *u, int64_t n, pd_real *
 typedef void pd_op_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
                                const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
                                pd_real *state);
+/* Copies rows of a table as update_rows would leave them without g, to the bit, and changes neither table nor state:
+   row i of y (count x width) = c0 w + c1 state, of row rows[i] of w and row state_rows[i] of the state (NULL: 0).
+   carry NULL: row rows[i] as it is. Rows may come twice. Host memory: rows, state_rows, carry. */
+typedef void pd_op_gather_rows(pd_device *d, int64_t count, int64_t width, const int64_t *rows,
+                               const int64_t *state_rows, const double *carry, const pd_real *w, const pd_real *state,
+                               pd_real *y);
 /* y = f(x) for rows x width numbers; x may be y. alpha: leaky_relu's slope or brelu's bound, both > 0. */
 typedef void pd_op_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
                             pd_real *y);
@@ -1229,7 +1235,7 @@ typedef void pd_op_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_re
    them; of the others a device may lack any. */
 /* clang-format off */
 #define PD_BASIC_OPERATIONS(X) \
-    X(fill) X(muladd) X(norm) X(update) X(update_rows) X(activate) X(activate_backward)
+    X(fill) X(muladd) X(norm) X(update) X(update_rows) X(gather_rows) X(activate) X(activate_backward)
 #define PD_OPERATIONS(X) PD_BASIC_OPERATIONS(X) \
     X(gemm) X(conv) X(conv_backward_data) X(conv_backward_filter) X(pool) X(pool_backward) \
     X(cross_entropy) X(cross_entropy_backward) X(dropout) X(channel_moments) X(batch_norm) X(batch_norm_backward) \
@@ -2201,8 +2207,8 @@ typedef void pd__kernel_winograd_put(const pd__winograd *j, int64_t group, int64
                                      const pd_real *m, int64_t plane, pd_real *space);
 typedef void pd__kernel_winograd_filter_unit(const pd__winograd *j, int64_t filter);
 typedef void pd__kernel_update_piece(const pd__update_job *j, int64_t start, int64_t end);
-typedef void pd__kernel_update_row(const pd_update *u, int64_t width, const double *c, pd_real *w, const pd_real *g,
-                                   pd_real *state);
+typedef void pd__kernel_update_row(const pd_update *u, int64_t width, const double *c, const pd_real *w,
+                                   const pd_real *g, const pd_real *state, pd_real *new_w, pd_real *new_state);
 typedef void pd__kernel_activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y);
 typedef void pd__kernel_activate_backward_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x,
                                                 const pd_real *y, pd_real *grad);
@@ -3247,7 +3253,18 @@ static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count,
     const pd__kernels *kernels = pd__cpu_kernels(d);
     PD__TEAM(d, count * width * 4, i, count,
              kernels->update_row(u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, g ? g + i * width : NULL,
+                                 state ? state + state_rows[i] * width : NULL, w + rows[i] * width,
                                  state ? state + state_rows[i] * width : NULL));
+}
+
+static void pd__cpu_gather_rows(pd_device *d, int64_t count, int64_t width, const int64_t *rows,
+                                const int64_t *state_rows, const double *carry, const pd_real *w, const pd_real *state,
+                                pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    if (!carry) state = NULL;
+    PD__TEAM(d, count * width * 2, i, count,
+             kernels->update_row(NULL, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, NULL,
+                                 state ? state + state_rows[i] * width : NULL, y + i * width, NULL));
 }
 
 /* ---- activations ---- */
@@ -15996,9 +16013,11 @@ static void PD__K(pd__update_piece)(const pd__update_job *j, int64_t start, int6
         if (!j->mask[i]) j->w[i] = 0;
 }
 
-/* One row; SGD and momentum only, which have no bias correction and one state at most. */
-static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const double *c, pd_real *w, const pd_real *g,
-                                  pd_real *state) {
+/* One row; SGD and momentum only, which have no bias correction and one state at most. new_w may be w, and new_state
+   state; new_state NULL: w alone is wanted. One function for rows that step and copies of them, so that these are the
+   same to the bit. */
+static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const double *c, const pd_real *w,
+                                  const pd_real *g, const pd_real *state, pd_real *new_w, pd_real *new_state) {
     for (int64_t i = 0; i < width; i += PD__WIDE_LANES) {
         const int64_t left = width - i;
         PD__W v = PD__K(pd__load_wide)(w + i, left), s[PD_MAX_STATES];
@@ -16013,8 +16032,8 @@ static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const doubl
         if (g)
             v = PD__K(pd__update_plainly)(
                 u, v, PD__K(pd__update_gradient)(u, u->l2, v, PD__K(pd__load_wide)(g + i, left)), s);
-        PD__K(pd__store_wide)(w + i, v, left);
-        if (state) PD__K(pd__store_wide)(state + i, s[0], left);
+        PD__K(pd__store_wide)(new_w + i, v, left);
+        if (new_state) PD__K(pd__store_wide)(new_state + i, s[0], left);
     }
 }
 

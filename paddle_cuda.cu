@@ -714,6 +714,14 @@ static void pd__cuda_update(pd_device *d, const pd_update *u, int64_t n, pd_real
                  states[0], states[1], states[2]);
 }
 
+/* The steps that a number has missed: of carry[4 r] on. One function for rows that step and copies of them, so that these
+   are the same to the bit. */
+static __device__ void pd__cuda_carry(const double *c, pd_real *value, pd_real *own) {
+    const double before = (double)*value, moved = (double)*own;
+    *value = (pd_real)(c[0] * before + c[1] * moved);
+    *own = (pd_real)(c[2] * before + c[3] * moved);
+}
+
 static __global__ void pd__cuda_update_rows_kernel(pd__cuda_step s, int64_t count, int64_t width, const int64_t *rows,
                                                    const int64_t *state_rows, const double *carry, pd_real *w,
                                                    const pd_real *g, pd_real *state) {
@@ -721,11 +729,7 @@ static __global__ void pd__cuda_update_rows_kernel(pd__cuda_step s, int64_t coun
         const int64_t r = i / width, k = i - r * width;
         pd_real unused = 0, *value = w + rows[r] * width + k,
                 *own = state ? state + state_rows[r] * width + k : &unused;
-        if (carry) {
-            const double *c = carry + 4 * r, before = (double)*value, moved = (double)*own;
-            *value = (pd_real)(c[0] * before + c[1] * moved);
-            *own = (pd_real)(c[2] * before + c[3] * moved);
-        }
+        if (carry) pd__cuda_carry(carry + 4 * r, value, own);
         if (g)
             *value =
                 (pd_real)pd__cuda_update_one(s, (double)*value, pd__cuda_gradient(s, *value, g[i]), own, NULL, NULL);
@@ -745,6 +749,32 @@ static void pd__cuda_update_rows(pd_device *d, const pd_update *u, int64_t count
     carry = pd__cuda_argument(c, &at, carry, 4 * count);
     PD__CUDA_RUN(c, pd__cuda_update_rows_kernel, pd__cuda_grid(c, count * width), PD__CUDA_BLOCK, pd__cuda_step_of(u),
                  count, width, rows, state_rows, carry, w, g, state);
+}
+
+static __global__ void pd__cuda_gather_rows_kernel(int64_t count, int64_t width, const int64_t *rows,
+                                                   const int64_t *state_rows, const double *carry, const pd_real *w,
+                                                   const pd_real *state, pd_real *y) {
+    PD__CUDA_EACH(i, count * width) {
+        const int64_t r = i / width, k = i - r * width;
+        pd_real value = w[rows[r] * width + k], own = carry && state ? state[state_rows[r] * width + k] : 0;
+        if (carry) pd__cuda_carry(carry + 4 * r, &value, &own);
+        y[i] = value;
+    }
+}
+
+static void pd__cuda_gather_rows(pd_device *d, int64_t count, int64_t width, const int64_t *rows,
+                                 const int64_t *state_rows, const double *carry, const pd_real *w, const pd_real *state,
+                                 pd_real *y) {
+    pd__cuda *c = pd__cuda_of(d);
+    char *at;
+    if (!c || count * width == 0) return;
+    if (!state) state_rows = NULL;
+    at = pd__cuda_arguments(c, 3, count * (int64_t)(2 * sizeof *rows + 4 * sizeof *carry));
+    rows = pd__cuda_argument(c, &at, rows, count);
+    state_rows = pd__cuda_argument(c, &at, state_rows, count);
+    carry = pd__cuda_argument(c, &at, carry, 4 * count);
+    PD__CUDA_RUN(c, pd__cuda_gather_rows_kernel, pd__cuda_grid(c, count * width), PD__CUDA_BLOCK, count, width, rows,
+                 state_rows, carry, w, state, y);
 }
 
 /* ======================================================================================================== */

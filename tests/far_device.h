@@ -67,6 +67,10 @@ static void far_update_rows(pd_device *d, const pd_update *u, int64_t count, int
                             pd_real *state) {
     far_cpu(d)->update_rows(far_cpu(d), u, count, width, rows, state_rows, carry, near(w), near(g), near(state));
 }
+static void far_gather_rows(pd_device *d, int64_t count, int64_t width, const int64_t *rows, const int64_t *state_rows,
+                            const double *carry, const pd_real *w, const pd_real *state, pd_real *y) {
+    far_cpu(d)->gather_rows(far_cpu(d), count, width, rows, state_rows, carry, near(w), near(state), near(y));
+}
 static void far_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
                          pd_real *y) {
     far_cpu(d)->activate(far_cpu(d), act, alpha, rows, width, near(x), near(y));

@@ -382,6 +382,33 @@ static void test_update_rows(void **state) {
     }
 }
 
+static void test_gather_rows(void **state) {
+    enum { TABLE = 50, MOST = 40 };
+    (void)state;
+    begin("gather_rows");
+    for (int round = 0; round < rounds(40); round++) {
+        int64_t count = some(MOST), width = at_least_one(70), rows[2][MOST], state_rows[2][MOST];
+        double carry[2][4 * MOST];
+        bool momentum = below(2) != 0, carried = below(2) != 0;
+        numbers w = any(TABLE * width), s = momentum ? any(TABLE * width) : nothing, y = any(count * width);
+        for (int64_t k = 0; k < MOST; k++) rows[0][k] = below(TABLE), state_rows[0][k] = below(TABLE);
+        for (int64_t k = 0; k < 4 * MOST; k++) carry[0][k] = uniform(0, 1);
+        BOTH {
+            memcpy(rows[1], rows[0], sizeof rows[0]);
+            memcpy(state_rows[1], state_rows[0], sizeof state_rows[0]);
+            memcpy(carry[1], carry[0], sizeof carry[0]);
+            device[i]->gather_rows(device[i], count, width, rows[1], momentum ? state_rows[1] : NULL,
+                                   carried ? carry[1] : NULL, w.at[i], s.at[i], y.at[i]);
+            memset(rows[1], -1, sizeof rows[1]);
+            memset(state_rows[1], -1, sizeof state_rows[1]);
+            memset(carry[1], -1, sizeof carry[1]);
+        }
+        compare(w, "gather_rows' table");
+        compare(s, "gather_rows' state");
+        compare(y, "gather_rows");
+    }
+}
+
 /* ======================================================================================================== */
 /* Activations, convolution, pooling                                                                        */
 
@@ -1103,6 +1130,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_norm),
         cmocka_unit_test(test_update),
         cmocka_unit_test(test_update_rows),
+        cmocka_unit_test(test_gather_rows),
         cmocka_unit_test(test_activations),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_convolution),

@@ -1162,6 +1162,65 @@ static void test_update_rows(void **state) {
     }
 }
 
+static void run_gather_rows(pd_device *d, const job *j) {
+    const update_args *a = (const update_args *)j->args;
+    d->gather_rows(d, a->count, a->n, a->rows, a->state_rows, a->carry, j->in[0], j->in[1], j->out[0]);
+}
+
+/* Rows twice too; and those that come once are, to the bit, what update_rows makes of them in place. */
+static void test_gather_rows(void **state) {
+    (void)state;
+    for (int i = 0; i < rounds(90); i++) {
+        bool big = i >= 87;
+        begin((uint64_t)(15500 + i));
+        int64_t count = big ? 300 : whole(0, 9), width = big ? 67 : whole(1, 70), table = count + whole(1, 9);
+        int64_t shape[3] = { count, width, i % 3 };
+        int64_t *rows = (int64_t *)keep(count, sizeof *rows), *state_rows = (int64_t *)keep(count, sizeof *rows);
+        double *carry = (double *)keep(4 * count, sizeof *carry);
+        update_args a;
+        job j = { .run = run_gather_rows, .args = &a };
+        memset(&a, 0, sizeof a);
+        a.n = width, a.count = count, a.rows = rows, a.state_rows = state_rows;
+        a.carry = i % 3 ? carry : NULL;
+        describe(&j, "gather_rows", shape, 3);
+        j.in[0] = numbers(table * width, -1, 1);
+        if (i % 3 != 1) j.in[1] = numbers(table * width, -1, 1);
+        output(&j, 0, count * width, -1, 1);
+        for (int64_t k = 0; k < 4 * count; k++) carry[k] = uniform(-1, 1);
+        for (int64_t k = 0; k < count; k++) {
+            rows[k] = i % 2 ? table - 1 - k : below(table);
+            state_rows[k] = i % 2 ? (k + 1) % count : below(table);
+            for (int64_t c = 0; c < width; c++) {
+                double w = (double)j.in[0][rows[k] * width + c];
+                double s = j.in[1] ? (double)j.in[1][state_rows[k] * width + c] : 0;
+                j.want[0][k * width + c] = a.carry ? carry[4 * k] * w + carry[4 * k + 1] * s : w;
+                j.slack[0][k * width + c] = a.carry ? 16 * EPSILON : 0;
+            }
+        }
+        check(&j, big, false);
+    }
+}
+
+static void test_gathered_as_updated(void **state) {
+    enum { ROWS = 7, WIDTH = 45 };
+    pd_update u = random_update(1);
+    int64_t rows[ROWS], state_rows[ROWS];
+    double carry[4 * ROWS];
+    (void)state;
+    begin(15600);
+    for (int k = 0; k < ROWS; k++) rows[k] = (k + 3) % ROWS, state_rows[k] = k;
+    for (int k = 0; k < 4 * ROWS; k++) carry[k] = uniform(-1, 1);
+    for (int level = 0; level < PD_SIMD_COUNT; level++) {
+        pd_device *d = nets[level][0] ? inside_device(nets[level][0]) : NULL;
+        pd_real *w = numbers(ROWS * WIDTH, -1, 1), *s = numbers(ROWS * WIDTH, -1, 1), y[ROWS * WIDTH];
+        if (!d) continue;
+        d->gather_rows(d, ROWS, WIDTH, rows, state_rows, carry, w, s, y);
+        d->update_rows(d, &u, ROWS, WIDTH, rows, state_rows, carry, w, NULL, s);
+        for (int k = 0; k < ROWS; k++)
+            assert_memory_equal(y + k * WIDTH, w + rows[k] * WIDTH, WIDTH * sizeof *y);
+    }
+}
+
 /* ---- dropout ---- */
 
 static void run_dropout(pd_device *d, const job *j) {
@@ -1891,6 +1950,8 @@ int main(void) {
         cmocka_unit_test(test_softmax),
         cmocka_unit_test(test_update),
         cmocka_unit_test(test_update_rows),
+        cmocka_unit_test(test_gather_rows),
+        cmocka_unit_test(test_gathered_as_updated),
         cmocka_unit_test(test_dropout),
         cmocka_unit_test(test_pool),
         cmocka_unit_test(test_pool_pairs),
