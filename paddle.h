@@ -97,9 +97,13 @@
    Recurrent layers run the sequences of a batch side by side, the longest first, and go on with fewer when the short
    ones have ended. Vectors of which few numbers are not zero (pd_sparse) hold pairs of column and number, and go to
    pd_fc. A parameter marked `sparse` has a gradient for the rows that the batch named, and a step costs what these
-   rows cost, not what the table does. What the others would have moved, by momentum and l2, is made up for when they
-   are next read (and, a 1024th of the table in each step, before too much of that is due): the result is that of dense
-   training, up to rounding. Optimizers that would have to touch every row are refused.
+   rows cost, not what the table does. What the others would have moved, by momentum and l2, is made up for in copies
+   when they are read, and in the table when they next have a gradient (and for a few rows of the table in each step, in
+   turn, so that none falls too far behind): the result is that of dense training, up to rounding. Reading leaves no
+   trace: saving, testing and predicting between steps change no bit of what is learned. Optimizers that would have to
+   touch every row are refused.
+
+   Layers see these rows by their place in the batch, not in the table: see pd_param_touch and row_values.
 
    PARAMETERS
 
@@ -301,7 +305,8 @@
    MEMORY
 
    Shapes are settled when layers are built, memory is taken with the first batch, and after batches of the largest size
-   have been seen a training step allocates nothing. Everything comes from the allocator in pd_net_opts.
+   have been seen a training step allocates nothing (but for sparse parameters of more than 4,096 rows, with momentum or
+   l2, now and then: what is kept of the last steps doubles until it has 16 MB). Everything comes from the allocator in pd_net_opts.
 
    When predicting, layers lend each other memory: where the last reader of an output has run, a later layer writes its
    own, and only the targets' outputs are there in the end. pd_memory says what a net holds. A program that only
@@ -525,7 +530,7 @@ typedef struct pd_param_opts {
 
 #define PD_MAX_DIMS 4
 
-/* The rows of a sparse parameter that have a gradient. Host memory. */
+/* Rows of a sparse parameter. Host memory. A row's place here is its place in all that is kept for these rows. */
 typedef struct pd_rows {
     int64_t count;
     const int64_t *ids; /* each once, in the order in which they were first named */
@@ -536,11 +541,14 @@ struct pd_param {
     const char *name;
     int dim_count;
     int64_t dims[PD_MAX_DIMS];
-    int64_t size; /* product of dims */
-    pd_real *value;
-    pd_real *grad; /* SUM over the samples of the batch; NULL when static or not training. Backward adds. Of a sparse
-                      parameter: rows.count x dims[1], row i being that of row rows.ids[i] of the table */
-    pd_rows rows;  /* of a sparse parameter: those touched since its gradient was last zeroed */
+    int64_t size;   /* product of dims */
+    pd_real *value; /* of a sparse parameter what is stored, which layers don't read: its rows may have steps to make
+                       up for. pd_param_get has all of them as they would be */
+    pd_real *grad;  /* SUM over the samples of the batch; NULL when static or not training. Backward adds. Of a sparse
+                       parameter: rows.count x dims[1], row i being that of row rows.ids[i] of the table */
+    pd_rows rows;   /* of a sparse parameter: those that the batch names, and those named since its gradient was last
+                       zeroed */
+    pd_real *row_values; /* of a sparse parameter: rows.count x dims[1], these rows as they are now; what layers read */
     pd_param_opts opts;
     bool is_buffer;      /* statistics kept by a layer, such as a running mean: saved, never given a gradient */
     unsigned char *mask; /* size bytes, 0 = held at zero; NULL = no pruning. Host memory. */
@@ -591,7 +599,7 @@ PD_API void pd_net_free(pd_net *net);
 
 /* A second net with the same layers that reads the same parameters, for predicting in another thread at the same
    time. It can't be trained, must be freed before `net`, and `net` must not be trained while it is in use. (Where
-   `net` is trained between two uses by pd_train_batch, call pd_sync. On a device given in pd_net_opts both nets use that
+   `net` is trained between two uses, with workers in other processes, call pd_sync. On a device given in pd_net_opts both nets use that
    one, so in turn.)
    NULL, with the message in `net`, when it can't be made. */
 PD_API pd_net *pd_net_share(pd_net *net);
@@ -1311,9 +1319,10 @@ struct pd_layer_type {
     pd_status (*backward)(pd_layer *layer);
     /* (optional) Frees what setup took other than through pd_layer_ functions. */
     void (*teardown)(pd_layer *layer);
-    /* (optional) Before the batch's first forward: names the rows of the layer's sparse parameters that it will read or
-       give gradients to, with pd_param_touch. Only inputs of the net have been filled by then. A type without prefetch
-       has no sparse parameters. */
+    /* (optional) Before the batch's first forward, in every mode: names the rows of the layer's sparse parameters that it
+       will read or give gradients to, with pd_param_touch, and keeps their places: forward reads row_values by place,
+       backward adds to grad by place. Only inputs of the net have been filled by then. A type without prefetch has no
+       sparse parameters. */
     pd_status (*prefetch)(pd_layer *layer);
     /* (optional) When predicting, this layer with its one input is y = scale[c] (x - center[c]) + shift[c] of every
        channel, which the layer below may do as it writes its output. Fills all three (device memory). */
@@ -1386,10 +1395,10 @@ PD_API int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count);
 PD_API double *pd_layer_doubles(pd_layer *layer, int slot, int64_t count);
 /* The same in host memory, for the values of a pd_csr. */
 PD_API pd_real *pd_layer_values(pd_layer *layer, int64_t count);
-/* For prefetch: the batch needs these rows (host memory; repeats are fine) of a sparse parameter. Of others: nothing
-   happens. */
-PD_API pd_status pd_param_touch(pd_param *param, const int64_t *rows, int64_t count);
-/* The place of a row that was touched in param->rows, and so in param->grad; -1 if it was not. */
+/* For prefetch: the batch needs these rows (host memory; repeats are fine) of a sparse parameter. places (may be NULL)
+   gets the place of each in param->rows, and so in param->row_values and param->grad. Of other parameters: the rows. */
+PD_API pd_status pd_param_touch(pd_param *param, const int64_t *rows, int64_t count, int64_t *places);
+/* The place of a row that was touched; -1 if it was not. */
 PD_API int64_t pd_param_place(const pd_param *param, int64_t row);
 /* A copy of `size` bytes that is freed with the layer; for options that point to arrays. */
 PD_API void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size);
@@ -1415,16 +1424,19 @@ struct pd_updater {
     void *self;
     /* All parameters have their first values. */
     pd_status (*start)(pd_updater *u, pd_trainer *trainer);
-    /* The rows that the batch needs of each sparse parameter are in its `rows`. samples may be 0: see end_batch. */
+    /* The rows that the batch needs of each sparse parameter are in its `rows`; of those that are trained the updater
+       puts what they are now, after all steps so far, into row_values. samples may be 0: see end_batch. */
     pd_status (*begin_batch)(pd_updater *u, int64_t samples);
-    pd_status (*param_needed)(pd_updater *u, pd_param *param); /* (optional) value (of its rows) must be current then */
+    pd_status (*param_needed)(pd_updater *u, pd_param *param); /* (optional) value (row_values) must be there then */
     pd_status (*grad_final)(pd_updater *u, pd_param *param);
     pd_status (*poll)(pd_updater *u); /* (optional) */
     /* This worker's steps have all been made when it returns; values may come later, until param_needed. *samples,
        those of this worker's batch, becomes those of all workers' batches. A worker whose reader has ended
        goes on with empty batches until that sum is 0, when the pass is over for all; nothing is learned from that. */
     pd_status (*end_batch)(pd_updater *u, int64_t *samples);
-    pd_status (*sync)(pd_updater *u); /* (optional) every value current here; all workers call it */
+    /* (optional) Every value current here, but for rows of this share, which are read by pd_trainer_read_rows; all
+       workers call it. */
+    pd_status (*sync)(pd_updater *u);
     /* (optional) Adds up `count` numbers over all workers; all call it. NULL: there is only one worker. */
     pd_status (*reduce)(pd_updater *u, double *sums, int64_t count);
     void (*stop)(pd_updater *u); /* (optional) */
@@ -1443,10 +1455,10 @@ PD_API pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t 
    also without rows: it is what tells the other rows that a step has passed. */
 PD_API pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
                                        const pd_real *grad, int64_t samples, double clip_scale);
-/* For updaters: brings rows of a sparse parameter (of the share) up to date; to be called before they are read. */
-PD_API pd_status pd_trainer_refresh(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows);
-/* For updaters, in sync: the same for all rows of the share of all sparse parameters. */
-PD_API pd_status pd_trainer_refresh_all(pd_trainer *trainer);
+/* For updaters: rows of a sparse parameter (host memory; repeats are fine), as they are after all steps so far, to `to`
+   (count x dims[1], device memory). What is stored does not change. Of the share; others come as they are stored here. */
+PD_API pd_status pd_trainer_read_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
+                                      pd_real *to);
 /* For updaters: the trained parameters, in order of creation; NULL past the end. */
 PD_API pd_param *pd_trainer_param(const pd_trainer *trainer, int index);
 /* For updaters: the factor of global-norm clipping from the squared norm of the whole summed gradient. */
@@ -1598,7 +1610,7 @@ PD_API pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_s
 /* Swaps averaged values in (true) and out (false); what pd_test and pd_checkpoint do by themselves. Does nothing when
    there are none: before the first step, and where pd_train has gone back to the best values. */
 PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
-/* Every parameter's value becomes current, where an updater or sparse rows leave some for later. pd_train does it at
+/* Every parameter's value becomes current, where an updater leaves some for later. pd_train does it at
    its end, unless it fails; pd_test, saving, loading and predicting do it by themselves. With workers in several
    processes all call it. */
 PD_API pd_status pd_sync(pd_trainer *trainer);
@@ -1634,8 +1646,10 @@ typedef struct pd_load_opts {
 PD_API pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts);
 
 /* All of a training's state: parameters, optimizer, averages, random numbers, position in the data. Continuing from it
-   gives the same bits as not having stopped. The file is a .safetensors file too. Numbers that are not finite are
-   refused, as by pd_save and pd_load. */
+   gives the same bits as not having stopped. The file is a .safetensors file too, in which parameters have their names
+   and current values, so that it can be loaded as a model. Numbers that are not finite are refused, as by pd_save and
+   pd_load. Where rows of a sparse parameter have steps to make up for, it also holds what is stored ("stored/NAME") and
+   what is due; only a trainer of which the parameter is `sparse` too can go on from that. */
 PD_API pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path);
 PD_API pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path);
 
@@ -1873,7 +1887,8 @@ struct pd_net {
     int param_count;
     pd_evaluator *evaluators;
     pd_mode mode;
-    pd_updater *updater; /* during a trainer's step */
+    pd_updater *updater;  /* during a trainer's step .. */
+    pd_trainer *stepping; /* .. that trainer */
     pd_trainer *trainers;
     pd_layer *ran;   /* last target of the last forward with gradients */
     bool given;      /* values have come by pd_load or pd_param_set */
@@ -3839,6 +3854,7 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_sim
 
 static void pd__evaluators_free(pd_net *net);
 static void pd__touched_free(pd_net *net, struct pd__touched *touched);
+static bool pd__is_view(const pd_param *p);
 
 /* The net that owns the parameters: the origin of a shared one. */
 static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
@@ -3846,8 +3862,14 @@ static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; 
 /* Says that values are about to be changed, by training or, if `given`, by others: those in the net are then what trainers
    go on from. Defined with >>trainer. */
 static void pd__begin_anew(pd_net *net, bool given);
-/* Makes every value current that trainers, but for `besides`, have left for later. Defined with >>trainer. */
+/* Makes every value current that updaters of trainers, but of `besides`, have left for later. Defined with >>trainer. */
 static pd_status pd__settle(pd_net *net, const pd_trainer *besides);
+/* Rows of a sparse parameter as they are now: with the steps that a trainer has left for later. Defined with
+   >>optimizers. */
+static void pd__read_current(pd_net *net, const pd_param *p, int64_t count, const int64_t *rows, pd_real *to);
+/* All of them, to host memory. */
+static pd_status pd__download_table(pd_net *net, const pd_param *p, pd_real *values);
+static bool pd__updater_fills(const pd_net *net, const pd_param *p);
 
 static bool pd__check_net(pd_net *net) { return net && !net->broken; }
 
@@ -3909,17 +3931,19 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     return net;
 }
 
-/* A parameter as a layer on the host sees it: the same, but with its numbers in host memory. */
+/* A parameter as a layer on the host sees it: the same, but with its numbers, of a sparse one those of the rows named, in
+   host memory. */
 typedef struct pd__shadow {
     pd_param param, *real;
+    pd_real *values, *grads;
     int64_t value_capacity, grad_capacity;
 } pd__shadow;
 
 static void pd__shadows_free(pd_layer *l) {
     const pd_allocator *a = &l->net->allocator;
     for (int k = 0; l->own->shadows && k < l->param_count; k++) {
-        pd__free(a, l->own->shadows[k].param.value);
-        pd__free(a, l->own->shadows[k].param.grad);
+        pd__free(a, l->own->shadows[k].values);
+        pd__free(a, l->own->shadows[k].grads);
     }
     pd__free(a, l->own->shadows);
 }
@@ -3960,9 +3984,12 @@ static void pd__layer_free(pd_layer *l) {
 
 static void pd__param_free(pd_net *net, pd_param *p) {
     pd_device *d = net->device;
-    if (net->frozen && d->keep) d->keep(d, p->value, false);
-    if (p->value) d->free(d, p->value);
+    if (!pd__is_view(p)) {
+        if (net->frozen && d->keep) d->keep(d, p->value, false);
+        if (p->value) d->free(d, p->value);
+    }
     if (p->grad) d->free(d, p->grad);
+    if (p->row_values) d->free(d, p->row_values);
     pd__touched_free(net, p->touched);
     pd__free(&net->allocator, p->mask);
     pd__free(&net->allocator, (void *)p->name);
@@ -4494,47 +4521,106 @@ static bool pd__layer_takes(pd_layer *l, pd_param *p) {
 
 /* ---- rows of sparse parameters ---- */
 
-/* A set of rows that is emptied by setting its count to 0 (Briggs and Torczon 1993): row r is in it at place where[r],
-   if that is below the count and ids[where[r]] is r. Gradient memory behind the last row is always zero. */
+/* A set of rows, as a hash table with linear probing. A slot is in use if the place in it is below the count and that
+   place has the slot (as in Briggs and Torczon 1993), so that the set is emptied by setting the count to 0, and cut to
+   the first few rows by setting it to their number: no row was put where it is because of a later one. Gradient memory
+   behind the last row is always zero. */
 struct pd__touched {
-    int64_t *ids;
-    int64_t capacity;      /* of ids */
-    int64_t *where;        /* one per row of the table */
-    int64_t grad_capacity; /* rows of param->grad */
+    pd_param *of;                    /* in a shared net: the parameter that has the values; else NULL */
+    bool plain;                      /* what is stored is not to be made up for: see >>gradient check */
+    int64_t *ids;                    /* by place */
+    int64_t *slots;                  /* by place: where it stands .. */
+    int64_t *places;                 /* .. by slot */
+    int64_t slot_count;              /* a power of two; 0 at first */
+    int64_t capacity, slot_capacity; /* of ids and slots */
+    int64_t graded;                  /* the first so many rows may have a gradient, the others are a prediction's */
+    int64_t grad_capacity, value_capacity; /* rows of param->grad and param->row_values */
 };
 
 static void pd__touched_free(pd_net *net, struct pd__touched *touched) {
     if (!touched) return;
     pd__free(&net->allocator, touched->ids);
-    pd__free(&net->allocator, touched->where);
+    pd__free(&net->allocator, touched->slots);
+    pd__free(&net->allocator, touched->places);
     pd__free(&net->allocator, touched);
 }
 
 static bool pd__touched_new(pd_param *p) {
-    const pd_allocator *a = &p->net->allocator;
-    p->touched = (struct pd__touched *)pd__alloc(a, 1, sizeof *p->touched);
-    if (!p->touched) return false;
-    p->touched->where = (int64_t *)pd__alloc(a, p->dims[0], sizeof *p->touched->where);
-    return p->touched->where != NULL;
+    p->touched = (struct pd__touched *)pd__alloc(&p->net->allocator, 1, sizeof *p->touched);
+    return p->touched != NULL;
+}
+
+static bool pd__is_view(const pd_param *p) { return p->touched && p->touched->of; }
+
+/* The parameter that has the values, and that trainers know. */
+static const pd_param *pd__origin_of(const pd_param *p) { return pd__is_view(p) ? p->touched->of : p; }
+
+/* The slot of a row in the set, or, if it isn't there, the free one that it would get. */
+static int64_t pd__slot_of(const pd_param *p, int64_t row) {
+    const struct pd__touched *t = p->touched;
+    uint64_t hash = (uint64_t)row * 0x9e3779b97f4a7c15u, mask = (uint64_t)t->slot_count - 1;
+    for (hash ^= hash >> 32;; hash++) {
+        int64_t slot = (int64_t)(hash & mask), place = t->places[slot];
+        if (place >= p->rows.count || t->slots[place] != slot || t->ids[place] == row) return slot;
+    }
 }
 
 PD_DEF int64_t pd_param_place(const pd_param *param, int64_t row) {
-    int64_t place = param->touched && row >= 0 && row < param->dims[0] ? param->touched->where[row] : -1;
-    return place >= 0 && place < param->rows.count && param->rows.ids[place] == row ? place : -1;
+    const struct pd__touched *t = param->touched;
+    int64_t slot, place;
+    if (!t || t->slot_count == 0) return -1;
+    slot = pd__slot_of(param, row);
+    place = t->places[slot];
+    return place < param->rows.count && t->slots[place] == slot ? place : -1;
 }
 
-PD_DEF pd_status pd_param_touch(pd_param *param, const int64_t *rows, int64_t count) {
-    struct pd__touched *t = param->touched;
-    for (int64_t i = 0; t && i < count; i++) {
+/* Room for one more row, with at most half of the slots in use. */
+static bool pd__grow_touched(pd_param *p) {
+    const pd_allocator *a = &p->net->allocator;
+    struct pd__touched *t = p->touched;
+    int64_t count = p->rows.count, wanted = pd__max(64, 2 * t->slot_count), *places;
+    if (!pd__grow(a, (void **)&t->ids, &t->capacity, count + 1, sizeof *t->ids)) return false;
+    p->rows.ids = t->ids;
+    if (!pd__grow(a, (void **)&t->slots, &t->slot_capacity, count + 1, sizeof *t->slots)) return false;
+    if (2 * (count + 1) <= t->slot_count) return true;
+    places = (int64_t *)pd__alloc(a, wanted, sizeof *places);
+    if (!places) return false;
+    pd__free(a, t->places);
+    t->places = places;
+    t->slot_count = wanted;
+    for (p->rows.count = 0; p->rows.count < count; p->rows.count++) { /* in the order in which they came */
+        int64_t slot = pd__slot_of(p, t->ids[p->rows.count]);
+        t->places[slot] = p->rows.count;
+        t->slots[p->rows.count] = slot;
+    }
+    return true;
+}
+
+/* The place of a row, which it gets if it has none; -1 when out of memory. */
+static int64_t pd__touch_row(pd_param *p, int64_t row) {
+    struct pd__touched *t = p->touched;
+    int64_t place = pd_param_place(p, row), slot;
+    if (place >= 0) return place;
+    if (!pd__grow_touched(p)) return -1;
+    slot = pd__slot_of(p, row);
+    place = p->rows.count;
+    t->places[slot] = place;
+    t->slots[place] = slot;
+    t->ids[place] = row;
+    p->rows.count++;
+    return place;
+}
+
+PD_DEF pd_status pd_param_touch(pd_param *param, const int64_t *rows, int64_t count, int64_t *places) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t place = rows[i];
         if (rows[i] < 0 || rows[i] >= param->dims[0])
             return pd__fail(param->net, PD_E_FORMAT, "parameter \"%.100s\": row %lld, expected 0 to %lld", param->name,
                             (long long)rows[i], (long long)param->dims[0] - 1);
-        if (pd_param_place(param, rows[i]) >= 0) continue;
-        if (!pd__grow(&param->net->allocator, (void **)&t->ids, &t->capacity, param->rows.count + 1, sizeof *t->ids))
+        if (param->touched) place = pd__touch_row(param, rows[i]);
+        if (place < 0)
             return pd__fail(param->net, PD_E_MEMORY, "out of memory for the rows of \"%.100s\"", param->name);
-        param->rows.ids = t->ids;
-        t->where[rows[i]] = param->rows.count;
-        t->ids[param->rows.count++] = rows[i];
+        if (places) places[i] = place;
     }
     return PD_OK;
 }
@@ -4548,6 +4634,76 @@ static int64_t pd__grad_size(const pd_param *p) { return p->touched ? pd__grad_r
 static void pd__zero_grad(pd_param *p) {
     if (p->grad) p->net->device->fill(p->net->device, pd__grad_size(p), 0, p->grad);
     p->rows.count = 0;
+    if (p->touched) p->touched->graded = 0;
+}
+
+/* The numbers that layers read of a parameter in the run in progress, *count of them. */
+static const pd_real *pd__read_numbers(const pd_param *p, int64_t *count) {
+    *count = p->touched ? p->rows.count * p->dims[1] : p->size;
+    return p->touched ? p->row_values : p->value;
+}
+
+/* Memory for the values of the rows named; what was there is lost. */
+static bool pd__grow_row_values(pd_param *p) {
+    struct pd__touched *t = p->touched;
+    int64_t rows = pd__max(p->rows.count, pd__min(p->dims[0], 1 + t->value_capacity + t->value_capacity / 2)), had = 0;
+    if (p->row_values && p->rows.count <= t->value_capacity) return true;
+    if (p->row_values) p->net->device->free(p->net->device, p->row_values);
+    p->row_values = NULL;
+    t->value_capacity = 0;
+    if (!pd__grow_on(p->net->device, &p->row_values, &had, rows * p->dims[1]))
+        return false; /* no more than the table */
+    t->value_capacity = rows;
+    return true;
+}
+
+/* Rows that were named in a prediction are forgotten. */
+static void pd__forget_rows(pd_net *net) {
+    for (pd_param *p = net->first_param; p; p = p->next)
+        if (p->touched) p->rows.count = p->touched->graded;
+}
+
+/* What follows when all layers have named theirs: they have gradients if this is no prediction, and values, which come
+   from the updater or, if that has not been asked for them, from here. */
+static pd_status pd__ready_rows(pd_net *net) {
+    for (pd_param *p = net->first_param; p; p = p->next) {
+        if (!p->touched) continue;
+        if (net->mode != PD_PREDICT && p->grad) p->touched->graded = p->rows.count;
+        if (!pd__grow_row_values(p))
+            return pd__fail(net, PD_E_MEMORY, "out of memory for the rows of \"%.100s\"", p->name);
+        if (!pd__updater_fills(net, p)) pd__read_current(net, p, p->rows.count, p->rows.ids, p->row_values);
+    }
+    return PD_OK;
+}
+
+/* A shared net's own view of a sparse parameter: other rows are named in it, by other threads at the same time. The value
+   is that of `of`. */
+static pd_param *pd__view_of(pd_layer *l, pd_param *of) {
+    pd_net *net = l->net;
+    pd_param *p = net->first_param;
+    while (p && p->touched->of != of) p = p->next;
+    if (p) return p;
+    p = (pd_param *)pd__alloc(&net->allocator, 1, sizeof *p);
+    if (p) {
+        p->net = net;
+        p->name = pd__copy_text(&net->allocator, of->name);
+        p->dim_count = of->dim_count;
+        memcpy(p->dims, of->dims, sizeof p->dims);
+        p->size = of->size;
+        p->opts = of->opts;
+        p->opts.name = p->name;
+        p->fan_in = of->fan_in;
+        p->fan_out = of->fan_out;
+        if (p->name && pd__touched_new(p)) {
+            p->touched->of = of;
+            p->value = of->value;
+            p->next = net->first_param;
+            return net->first_param = p;
+        }
+        pd__param_free(net, p);
+    }
+    pd_layer_fail(l, PD_E_MEMORY, "out of memory for the rows of parameter \"%.100s\"", of->name);
+    return NULL;
 }
 
 /* A parameter with memory for its value, at the end of the net's list; NULL (message set) when out of memory. */
@@ -4596,7 +4752,8 @@ PD_DEF pd_param *pd_layer_param(pd_layer *layer, const char *suffix, int dim_cou
     pd_param *p;
     if (layer->own->origin) { /* a shared net's layer takes its twin's */
         p = layer->own->origin->params[layer->param_count];
-        return pd__layer_takes(layer, p) ? p : NULL;
+        if (p->touched) p = pd__view_of(layer, p);
+        return p && pd__layer_takes(layer, p) ? p : NULL;
     }
     snprintf(own_name, sizeof own_name, "%s.%s", layer->name, suffix);
     if (pd__check_param_opts(layer, name, o) != PD_OK) return NULL;
@@ -4678,6 +4835,7 @@ static pd_status pd__download(pd_net *net, void *to_host, const pd_real *from, i
 
 PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_set");
+    if (status == PD_OK && pd__is_view(param)) param = param->touched->of;
     if (status == PD_OK) status = pd__want_thawed(param->net, "pd_param_set");
     for (int64_t i = 0; status == PD_OK && i < count; i++)
         if (!pd__finite((double)values[i]))
@@ -4693,6 +4851,7 @@ PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t co
 PD_DEF pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_get");
     if (status == PD_OK) status = pd__settle(param->net, NULL);
+    if (status == PD_OK && param->touched) return pd__download_table(param->net, param, values);
     return status == PD_OK ? pd__download(param->net, values, param->value, count) : status;
 }
 
@@ -4753,6 +4912,7 @@ PD_DEF pd_status pd_zero_grads(pd_net *net) {
         pd_status status;
         pd__zero_grad(p);
         if (net->ran) p->rows.count = rows; /* a backward is still to come */
+        if (net->ran && p->touched) p->touched->graded = rows;
         status = pd__need_grad(p);
         if (status != PD_OK) return status;
     }
@@ -5226,16 +5386,17 @@ static pd_status pd__param_to_host(pd_layer *l, int k) {
     const pd_allocator *a = &l->net->allocator;
     pd__shadow *s = &l->own->shadows[k];
     pd_param *p = s->real = l->params[k];
-    pd_real *value = s->param.value, *grad = s->param.grad;
-    int64_t grads = p->grad ? pd__grad_size(p) : 0;
-    bool ok = pd__grow(a, (void **)&value, &s->value_capacity, p->size, sizeof *value) &&
-              pd__grow(a, (void **)&grad, &s->grad_capacity, pd__max(grads, p->grad != NULL), sizeof *grad);
-    if (ok) s->param = *p;
-    s->param.value = value;
-    s->param.grad = grad; /* without one it stays NULL: nothing was taken */
-    if (!ok) return pd__host_memory_fail(l->net);
-    d->download(d, value, p->value, (size_t)p->size * sizeof *value);
-    if (grads > 0) d->download(d, grad, p->grad, (size_t)grads * sizeof *grad);
+    int64_t values, grads = p->grad ? pd__grad_size(p) : 0;
+    const pd_real *from = pd__read_numbers(p, &values);
+    if (!pd__grow(a, (void **)&s->values, &s->value_capacity, pd__max(values, 1), sizeof *s->values) ||
+        !pd__grow(a, (void **)&s->grads, &s->grad_capacity, pd__max(grads, p->grad != NULL), sizeof *s->grads))
+        return pd__host_memory_fail(l->net);
+    s->param = *p;
+    s->param.value = p->touched ? NULL : s->values;
+    s->param.row_values = p->touched ? s->values : NULL;
+    s->param.grad = s->grads; /* without one it stays NULL: nothing was taken */
+    if (values > 0) d->download(d, s->values, from, (size_t)values * sizeof *from);
+    if (grads > 0) d->download(d, s->grads, p->grad, (size_t)grads * sizeof *from);
     l->params[k] = &s->param;
     for (int i = 0; i < k; i++) /* one that stands there twice has one shadow */
         if (l->own->shadows[i].real == p) l->params[k] = &l->own->shadows[i].param;
@@ -5307,21 +5468,22 @@ static pd_status pd__need_params(pd_layer *l) {
     return PD_OK;
 }
 
-/* What comes before the layers: the rows at the inputs, and the rows of sparse parameters that the batch names. */
+/* What comes before the layers: the rows at the inputs, and those of sparse parameters that the batch names. */
 static pd_status pd__bind(pd_net *net, const pd_batch *batch) {
     pd_status status = PD_OK;
     for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
         if (net->layers[i]->own->active && net->layers[i]->own->slot >= 0)
             status = pd__bind_input(net->layers[i], batch);
-    for (int64_t i = 0; status == PD_OK && net->mode != PD_PREDICT && i < net->layer_count; i++) {
+    pd__forget_rows(net);
+    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++) {
         pd_layer *l = net->layers[i];
         if (!l->own->active || !l->type->prefetch) continue;
         status = l->type->prefetch(l);
         if (status != PD_OK && net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
         for (int k = 0; status == PD_OK && k < l->param_count; k++)
-            if (l->params[k]->touched && l->wants_grad) status = pd__need_grad(l->params[k]);
+            if (l->params[k]->touched && l->wants_grad && net->mode != PD_PREDICT) status = pd__need_grad(l->params[k]);
     }
-    return status;
+    return status == PD_OK ? pd__ready_rows(net) : status;
 }
 
 /* A layer that has folded into the one below is there already, but perhaps for its activation. */
@@ -5630,43 +5792,60 @@ static pd_status pd__want_picked(pd_layer *l, int k, const pd_param *table) {
                          table->name, l->inputs[k]->name);
 }
 
+/* Where the rows that input k picks of the parameter k stand, by entry. */
+static const int64_t *pd__places(const pd_layer *l, int k) {
+    const int64_t *places = l->own->integers[3];
+    if (!l->params[k]->opts.sparse) return pd__in(l, k)->ids;
+    for (int i = 0; i < k; i++)
+        if (l->params[i]->opts.sparse) places += pd__entries(pd__in(l, i));
+    return places;
+}
+
 /* For prefetch: input k reads the table in the parameter k. */
 static pd_status pd__touch_tables(pd_layer *l) {
+    int64_t entries = 0, *places;
     pd_status status = PD_OK;
+    for (int k = 0; k < l->input_count; k++)
+        if (l->params[k]->opts.sparse) entries += pd__entries(pd__in(l, k));
+    places = pd_layer_integers(l, 3, entries);
+    if (!places) return PD_E_MEMORY;
     for (int k = 0; status == PD_OK && k < l->input_count; k++)
         if (l->params[k]->opts.sparse) {
-            const pd_tensor *x = &l->inputs[k]->out;
-            status = pd_param_touch(l->params[k], x->ids, pd__entries(x));
+            const pd_tensor *x = pd__in(l, k);
+            status = pd_param_touch(l->params[k], x->ids, pd__entries(x), places);
+            places += pd__entries(x);
         }
     return status;
 }
 
-/* y += S W */
-static void pd__add_picked(pd_layer *l, const pd_tensor *x, const pd_param *table) {
-    pd_csr s = pd__picked(x);
-    l->device->sparse_product(l->device, &s, l->out.width, table->value, l->out.data);
+/* y += S W for input k and the parameter k */
+static void pd__add_picked(pd_layer *l, int k) {
+    const pd_param *table = l->params[k];
+    pd_csr s = pd__picked(pd__in(l, k));
+    s.columns = pd__places(l, k);
+    l->device->sparse_product(l->device, &s, l->out.width, table->opts.sparse ? table->row_values : table->value,
+                              l->out.data);
 }
 
 /* dW += S^T dy, S transposed by counting: starts[r + 1] is where the next entry of the gradient's row r goes, at first
    the start of row r, at last that of row r + 1. */
-static pd_status pd__add_picked_grad(pd_layer *l, const pd_tensor *x, pd_param *table) {
+static pd_status pd__add_picked_grad(pd_layer *l, int k) {
+    const pd_tensor *x = pd__in(l, k);
+    const pd_param *table = l->params[k];
+    const int64_t *places = pd__places(l, k);
     int64_t entries = pd__entries(x), rows = table->opts.sparse ? table->rows.count : table->dims[0];
     int64_t *starts = pd_layer_integers(l, 0, rows + 2), *columns = pd_layer_integers(l, 1, entries);
-    int64_t *places = pd_layer_integers(l, 2, entries);
     pd_real *values = x->values ? pd_layer_values(l, entries) : NULL;
     pd_csr t;
-    if (!starts || !columns || !places || (x->values && !values)) return PD_E_MEMORY;
+    if (!starts || !columns || (x->values && !values)) return PD_E_MEMORY;
     memset(starts, 0, (size_t)(rows + 2) * sizeof *starts);
-    for (int64_t k = 0; k < entries; k++) {
-        places[k] = table->opts.sparse ? pd_param_place(table, x->ids[k]) : x->ids[k];
-        starts[places[k] + 2]++;
-    }
+    for (int64_t e = 0; e < entries; e++) starts[places[e] + 2]++;
     for (int64_t r = 0; r < rows; r++) starts[r + 2] += starts[r + 1];
-    for (int64_t r = 0, k = 0; r < x->rows; r++)
-        for (int64_t end = x->row_starts ? x->row_starts[r + 1] : r + 1; k < end; k++) {
-            int64_t to = starts[places[k] + 1]++;
+    for (int64_t r = 0, e = 0; r < x->rows; r++)
+        for (int64_t end = x->row_starts ? x->row_starts[r + 1] : r + 1; e < end; e++) {
+            int64_t to = starts[places[e] + 1]++;
             columns[to] = r;
-            if (values) values[to] = x->values[k];
+            if (values) values[to] = x->values[e];
         }
     t.rows = rows;
     t.starts = starts;
@@ -5720,7 +5899,7 @@ static pd_status pd__fc_forward(pd_layer *l) {
         const pd_tensor *x = pd__in(l, k);
         if (l->inputs[k]->is_sparse) {
             if (k == 0) pd__clear_output(l);
-            pd__add_picked(l, x, l->params[k]);
+            pd__add_picked(l, k);
         } else {
             d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
                     l->out.width, k > 0, l->out.data, l->out.width, k == last ? &after : NULL);
@@ -5738,7 +5917,7 @@ static pd_status pd__fc_backward(pd_layer *l) {
         const pd_tensor *x = pd__in(l, k);
         pd_param *w = l->params[k];
         if (l->inputs[k]->is_sparse) {
-            if (w->grad && pd__add_picked_grad(l, x, w) != PD_OK) return PD_E_MEMORY;
+            if (w->grad && pd__add_picked_grad(l, k) != PD_OK) return PD_E_MEMORY;
             continue;
         }
         if (w->grad)
@@ -7156,13 +7335,11 @@ static pd_status pd__embedding_forward(pd_layer *l) {
     pd_status status = pd__check_ids(l, 0);
     if (status != PD_OK) return status;
     pd__clear_output(l);
-    pd__add_picked(l, pd__in(l, 0), l->params[0]);
+    pd__add_picked(l, 0);
     return PD_OK;
 }
 
-static pd_status pd__embedding_backward(pd_layer *l) {
-    return l->params[0]->grad ? pd__add_picked_grad(l, pd__in(l, 0), l->params[0]) : PD_OK;
-}
+static pd_status pd__embedding_backward(pd_layer *l) { return l->params[0]->grad ? pd__add_picked_grad(l, 0) : PD_OK; }
 
 PD__TABLE_TYPE(pd__embedding_type, "embedding", 1, 1, pd__embedding_spec, 0, PD_OP(fill) | PD_OP(sparse_product),
                pd__embedding_setup, NULL, pd__embedding_forward, pd__embedding_backward, pd__touch_tables);
@@ -8700,12 +8877,11 @@ struct pd_trainer {
     pd_batch *batch;                   /* reused by pd_train and pd_test */
     pd_layer **targets;                /* reused by pd_test */
     int64_t target_capacity;
-    int rank, ranks;         /* the share of every parameter that is stepped on here; 0, 1: all of it */
-    int64_t attempt;         /* steps begun, failed ones too */
-    bool started;            /* the updater's start is over */
-    bool unsettled;          /* values have been left for later since the last sync */
-    struct pd__chunk *chunk; /* with sparse parameters */
-    pd_trainer *next;        /* of the same net */
+    int rank, ranks;  /* the share of every parameter that is stepped on here; 0, 1: all of it */
+    int64_t attempt;  /* steps begun, failed ones too */
+    bool started;     /* the updater's start is over */
+    bool unsettled;   /* values have been left for later since the last sync */
+    pd_trainer *next; /* of the same net */
 };
 
 static pd_optimizer pd__optimizer(pd_optimizer_kind kind, double rate, double epsilon) {
@@ -8840,7 +9016,7 @@ PD_DEF double pd_schedule_factor(const pd_schedule *schedule, double samples_see
 /* ---- one step on one parameter ---- */
 
 /* NULL when it isn't trained here. With several trainers of one net p->trained is the place in the newest one. */
-static pd__trained *pd__trained_of(pd_trainer *t, const pd_param *p) {
+static pd__trained *pd__trained_of(const pd_trainer *t, const pd_param *p) {
     if (p->trained > 0 && p->trained <= t->trained_count && t->trained[p->trained - 1].param == p)
         return &t->trained[p->trained - 1];
     for (int i = 0; i < t->trained_count; i++)
@@ -8943,131 +9119,277 @@ PD_DEF pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t 
 
 /* ---- sparse parameters ----
    A row that no gradient reaches still moves, by its momentum and its l2. Such a step is the same linear map for every
-   number, (w, state) -> M (w, state) with M of 2 x 2, and so are several in turn. So rows are left behind, and when one
-   is read or gets a gradient, it is multiplied with the product of the matrices that it missed. The products of the
-   last 1, 2, .. PD__WINDOW steps are kept; each step brings the next few rows of the table up to date, in turn, so that
-   none falls further behind. This is the dense method to the last rounding, with any schedule. (The sparse momentum of
-   the 2016 platform did it with three running scalars, which had to be restarted before they overflowed.) */
+   number, (w, state) -> M (w, state) with M of 2 x 2, and so are several in turn. So rows are left behind: whoever reads
+   one gets a copy, multiplied with the product of the matrices that the row has missed, and what is stored is made up for
+   when the row gets a gradient. Reading changes nothing; so however often it is done, the bits are the same. This is the
+   dense method to the last rounding, with any schedule. (The sparse momentum of the 2016 platform did it with three
+   running scalars, which had to be restarted before they overflowed.)
 
-enum { PD__WINDOW = 1024, PD__CHUNK_ROWS = 1024 };
+   The last steps' matrices are the leaves of a binary tree, in a ring: a node has the product of its block of 2^k steps,
+   which begins at a multiple of 2^k. A row that has missed n steps costs at most 2 log2(n) products of 2 x 2, and a step
+   two (on average) to keep the tree. Which blocks make up the steps from one to another follows from these two alone, and
+   so do the bits. No row is ever further behind than the tree reaches: each step brings the next few rows of the table up
+   to date, in turn, whoever reads them. The tree reaches as many steps as a quarter of the table has rows, but
+   PD__STEPS_LEAST at least and PD__STEPS_MOST at most, which is 16 MB. So that is 4 rows in a step up to a table of a
+   million rows, and 381 at 100 million. A tree grows to its size as steps come. */
+
+#ifndef PD__STEPS_MOST
+#define PD__STEPS_MOST 262144 /* powers of two */
+#define PD__STEPS_LEAST 1024
+#endif
+enum { PD__CHUNK_ROWS = 512 };
 
 typedef struct pd__lazy {
-    double window[PD__WINDOW + 1][4]; /* [k]: the product of the last k steps; [0] the identity */
-    int64_t *times;                   /* for each row of the share: the step that it is current for */
-    int64_t count;                    /* rows of the share */
+    uint32_t *times;       /* for each row of the share: the step that it is stored as of, modulo 2^32 */
+    int64_t count;         /* rows of the share */
+    int64_t settled;       /* the step that all rows are stored as of, if it is the last one */
+    int64_t window;        /* steps that a row may miss, a power of two */
+    int64_t room;          /* .. that the tree has room for now, likewise */
+    double (*products)[4]; /* 2 room: node 1 is the root, 2 i and 2 i + 1 are the earlier and the later half of i */
 } pd__lazy;
 
-/* Arguments of the device's update_rows. */
+/* Arguments of the device's update_rows and gather_rows. */
 typedef struct pd__chunk {
     int64_t rows[PD__CHUNK_ROWS], state_rows[PD__CHUNK_ROWS];
     double carry[PD__CHUNK_ROWS][4];
 } pd__chunk;
 
+/* to = later earlier; `to` may be one of them. */
+static void pd__multiply_steps(const double *later, const double *earlier, double *to) {
+    double a = earlier[0], b = earlier[1], c = earlier[2], d = earlier[3], l0 = later[0], l1 = later[1], l2 = later[2],
+           l3 = later[3];
+    to[0] = l0 * a + l1 * c;
+    to[1] = l0 * b + l1 * d;
+    to[2] = l2 * a + l3 * c;
+    to[3] = l2 * b + l3 * d;
+}
+
+/* Puts the matrix of a step, counted from 1, into the tree, and the products of the blocks that end with it. */
+static void pd__put_step(pd__lazy *lazy, int64_t step, const double *matrix) {
+    int64_t at = lazy->room + (step - 1) % lazy->room;
+    memcpy(lazy->products[at], matrix, sizeof lazy->products[at]);
+    for (int64_t end = step; end % 2 == 0 && at > 1; end /= 2) {
+        at /= 2;
+        pd__multiply_steps(lazy->products[2 * at + 1], lazy->products[2 * at], lazy->products[at]);
+    }
+}
+
+/* The product of the steps after `from`, up to `to`, which are at most as many as there is room for. */
+static void pd__steps_between(const pd__lazy *lazy, int64_t from, int64_t to, double *product) {
+    product[0] = product[3] = 1;
+    product[1] = product[2] = 0;
+    while (from < to) {
+        int64_t size = 1, at = lazy->room + from % lazy->room;
+        for (; from % (2 * size) == 0 && from + 2 * size <= to; size *= 2) at /= 2;
+        pd__multiply_steps(lazy->products[at], product, product);
+        from += size;
+    }
+}
+
+/* Makes room for all that may be needed after so many steps; false when out of memory. */
+static bool pd__ready_steps(const pd_allocator *a, pd__lazy *lazy, int64_t steps) {
+    pd__lazy bigger = *lazy;
+    while (bigger.room < bigger.window && bigger.room < steps) bigger.room *= 2;
+    if (lazy->products && bigger.room == lazy->room) return true;
+    bigger.products = (double(*)[4])pd__alloc(a, 2 * bigger.room, sizeof *bigger.products);
+    if (!bigger.products) return false;
+    for (int64_t step = pd__max(steps - 1 - lazy->room, 0) + 1; lazy->products && step < steps; step++)
+        pd__put_step(&bigger, step, lazy->products[lazy->room + (step - 1) % lazy->room]);
+    pd__free(a, lazy->products);
+    *lazy = bigger;
+    return true;
+}
+
 static pd_status pd__lazy_new(pd_trainer *t, pd__trained *tr) {
     const pd_allocator *a = &t->net->allocator;
     const pd_update u = pd__update_of(t, tr, 1);
-    if (!t->chunk) t->chunk = (pd__chunk *)pd__alloc(a, 1, sizeof *t->chunk);
-    if (!t->chunk) return pd__no_memory(t->net, "sparse parameters");
+    pd__lazy *lazy;
     if (t->optimizer.kind == PD_OPT_SGD && u.l2 == 0) return PD_OK; /* a row without a gradient stays as it is */
-    tr->lazy = (pd__lazy *)pd__alloc(a, 1, sizeof *tr->lazy);
-    if (tr->lazy) {
-        tr->lazy->count = pd__share_rows(t, tr->param);
-        tr->lazy->window[0][0] = tr->lazy->window[0][3] = 1;
-        tr->lazy->times = (int64_t *)pd__alloc(a, tr->lazy->count, sizeof *tr->lazy->times);
+    tr->lazy = lazy = (pd__lazy *)pd__alloc(a, 1, sizeof *lazy);
+    if (lazy) {
+        lazy->count = pd__share_rows(t, tr->param);
+        lazy->room = lazy->window = PD__STEPS_LEAST;
+        while (lazy->window < PD__STEPS_MOST && 4 * lazy->window < lazy->count) lazy->window *= 2;
+        lazy->times = (uint32_t *)pd__alloc(a, lazy->count, sizeof *lazy->times);
     }
-    if (!tr->lazy || !tr->lazy->times) return pd__no_memory(t->net, "sparse parameters");
+    if (!lazy || !lazy->times || !pd__ready_steps(a, lazy, 1)) return pd__no_memory(t->net, "sparse parameters");
     return PD_OK;
 }
 
 static void pd__lazy_free(const pd_allocator *a, pd__lazy *lazy) {
-    if (lazy) pd__free(a, lazy->times);
+    if (!lazy) return;
+    pd__free(a, lazy->times);
+    pd__free(a, lazy->products);
     pd__free(a, lazy);
 }
 
-/* Takes the step just counted into all products. */
-static void pd__lazy_step(pd__lazy *lazy, const pd_update *u) {
+/* What a step does to numbers without a gradient. */
+static void pd__step_matrix(const pd_update *u, double *matrix) {
     double m = u->optimizer.kind == PD_OPT_MOMENTUM ? u->optimizer.momentum : 0, decay = u->rate * u->l2;
     double next =
         u->optimizer.nesterov ? m : 1; /* w += next (m state - decay w), minus decay w once more if nesterov */
-    double w_w = 1 - next * decay - (u->optimizer.nesterov ? decay : 0), w_s = next * m, s_w = -decay, s_s = m;
-    for (int k = PD__WINDOW; k > 0; k--) {
-        double *to = lazy->window[k];
-        const double *from = lazy->window[k - 1];
-        double a = from[0], b = from[1], c = from[2], d = from[3];
-        to[0] = w_w * a + w_s * c;
-        to[1] = w_w * b + w_s * d;
-        to[2] = s_w * a + s_s * c;
-        to[3] = s_w * b + s_s * d;
+    matrix[0] = 1 - next * decay - (u->optimizer.nesterov ? decay : 0);
+    matrix[1] = next * m;
+    matrix[2] = -decay;
+    matrix[3] = m;
+}
+
+/* Steps that a row of the share has missed, of the first `step`. None, if it has had a later one. */
+static int64_t pd__behind(const pd__lazy *lazy, int64_t step, int64_t local) {
+    uint32_t behind = (uint32_t)step - lazy->times[local];
+    return behind <= lazy->window ? behind : 0;
+}
+
+/* For entry i of a chunk, of which the row is known: the state's row, and what the row has missed. */
+static void pd__miss(const pd_trainer *t, const pd__lazy *lazy, int64_t step, pd__chunk *c, int64_t i) {
+    int64_t local = c->rows[i] / t->ranks, behind = 0;
+    if (c->rows[i] % t->ranks != t->rank) local = 0; /* another's: as it is */
+    else if (lazy) behind = pd__behind(lazy, step, local);
+    c->state_rows[i] = local;
+    if (lazy) pd__steps_between(lazy, step - behind, step, c->carry[i]);
+}
+
+/* The same for n entries; `net` has the threads. */
+static void pd__miss_all(const pd_net *net, const pd_trainer *t, const pd__lazy *lazy, int64_t step, pd__chunk *c,
+                         int64_t n) {
+    if (net->cpu) {
+        PD__TEAM(net->cpu, lazy ? n * 256 : 0, i, n, pd__miss(t, lazy, step, c, i));
+    } else {
+        for (int64_t i = 0; i < n; i++) pd__miss(t, lazy, step, c, i);
     }
 }
 
-/* Brings `count` rows up to date: those listed, or, if `rows` is NULL, the rows first, first + 1, .. of the share. */
-static void pd__catch_up(pd_trainer *t, pd__trained *tr, int64_t first, int64_t count, const int64_t *rows) {
+/* Brings rows first, first + 1, .. of the share up to date in `table`, and their state. */
+static void pd__catch_up(pd_trainer *t, pd__trained *tr, pd_real *table, int64_t first, int64_t count) {
     pd_device *d = t->net->device;
-    pd_param *p = tr->param;
     pd__lazy *lazy = tr->lazy;
-    pd__chunk *c = t->chunk;
     const pd_update u = pd__update_of(t, tr, 1);
     int64_t n = 0;
-    for (int64_t i = 0; lazy && i < count; i++) {
-        int64_t local = rows ? rows[i] / t->ranks : first + i, behind = tr->step - lazy->times[local];
-        if (behind > 0) {
-            c->rows[n] = local * t->ranks + t->rank;
-            c->state_rows[n] = local;
-            memcpy(c->carry[n++], lazy->window[behind], sizeof c->carry[0]);
-            lazy->times[local] = tr->step;
-        }
-        if (n > 0 && (n == PD__CHUNK_ROWS || i + 1 == count)) {
-            d->update_rows(d, &u, n, p->dims[1], c->rows, c->state_rows, c->carry[0], p->value, NULL, tr->states[0]);
-            n = 0;
-        }
+    pd__chunk c;
+    for (int64_t local = first; local < first + count; local++) {
+        if (pd__behind(lazy, tr->step, local) > 0) c.rows[n++] = local * t->ranks + t->rank;
+        if (n < PD__CHUNK_ROWS && (n == 0 || local + 1 < first + count)) continue;
+        pd__miss_all(t->net, t, lazy, tr->step, &c, n);
+        for (int64_t i = 0; i < n; i++) lazy->times[c.state_rows[i]] = (uint32_t)tr->step;
+        d->update_rows(d, &u, n, tr->param->dims[1], c.rows, c.state_rows, c.carry[0], table, NULL, tr->states[0]);
+        n = 0;
     }
 }
 
-PD_DEF pd_status pd_trainer_refresh(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows) {
-    pd__trained *tr = pd__trained_of(trainer, param);
-    if (tr && param->touched) pd__catch_up(trainer, tr, 0, count, rows);
+/* Has it left steps for later? */
+static bool pd__lags(const pd__trained *tr) { return tr->lazy && tr->lazy->settled != tr->step; }
+
+/* Where the last values of a parameter are: in the net, unless that has gone back to the best. */
+static pd_real *pd__last_values(const pd_trainer *t, const pd_param *p) {
+    int i = 0;
+    for (const pd_param *q = t->net->first_param; t->went_back && q && q != p; q = q->next) i++;
+    return t->went_back && i < t->best_count ? t->best[i] : p->value;
+}
+
+/* Makes all steps that were left for later: other values are to come, or another trainer. */
+static void pd__catch_up_all(pd_trainer *t) {
+    for (int i = 0; i < t->trained_count; i++) {
+        pd__trained *tr = &t->trained[i];
+        if (!pd__lags(tr)) continue;
+        pd__catch_up(t, tr, pd__last_values(t, tr->param), 0, tr->lazy->count);
+        tr->lazy->settled = tr->step;
+    }
+}
+
+/* Copies rows of `table` to `to`, on the device of `net`, with the steps that trainer t has left for later; t may be NULL.
+   Those listed, or, if `rows` is NULL, first, first + 1, .. */
+static void pd__read_rows(const pd_net *net, const pd_trainer *t, const pd_param *p, const pd_real *table,
+                          int64_t first, int64_t count, const int64_t *rows, pd_real *to) {
+    pd_device *d = net->device;
+    const pd__trained *tr = t ? pd__trained_of(t, p) : NULL;
+    const pd__lazy *lazy = tr && pd__lags(tr) && tr->lazy->count > 0 ? tr->lazy : NULL;
+    pd__chunk c;
+    for (int64_t at = 0; at < count; at += PD__CHUNK_ROWS) {
+        int64_t n = pd__min(PD__CHUNK_ROWS, count - at);
+        for (int64_t i = 0; i < n; i++) c.rows[i] = rows ? rows[at + i] : first + at + i;
+        if (lazy) pd__miss_all(net, t, lazy, tr->step, &c, n);
+        d->gather_rows(d, n, p->dims[1], c.rows, c.state_rows, lazy ? c.carry[0] : NULL, table,
+                       lazy ? tr->states[0] : NULL, to + at * p->dims[1]);
+    }
+}
+
+/* The trainer that has left steps on the net's values of p for later, or NULL: no two have at a time. */
+static const pd_trainer *pd__lagging(const pd_param *p) {
+    p = pd__origin_of(p);
+    for (pd_trainer *t = p->net->trainers; t && !p->touched->plain; t = t->next) {
+        const pd__trained *tr = pd__trained_of(t, p);
+        if (tr && !t->went_back && pd__lags(tr)) return t;
+    }
+    return NULL;
+}
+
+static void pd__read_current(pd_net *net, const pd_param *p, int64_t count, const int64_t *rows, pd_real *to) {
+    pd__read_rows(net, pd__lagging(p), pd__origin_of(p), p->value, 0, count, rows, to);
+}
+
+PD_DEF pd_status pd_trainer_read_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
+                                      pd_real *to) {
+    pd__read_rows(trainer->net, trainer, param, param->value, 0, count, rows, to);
     return PD_OK;
 }
 
-PD_DEF pd_status pd_trainer_refresh_all(pd_trainer *trainer) {
-    for (int i = 0; i < trainer->trained_count; i++)
-        if (trainer->trained[i].lazy)
-            pd__catch_up(trainer, &trainer->trained[i], 0, trainer->trained[i].lazy->count, NULL);
-    return PD_OK;
+/* Rows that are copied at a time when all are wanted. */
+static int64_t pd__rows_at_once(const pd_param *p) {
+    return pd__max(1, pd__min(p->dims[0], PD__CHUNK_ROWS * 128 / p->dims[1]));
+}
+
+static pd_status pd__download_table(pd_net *net, const pd_param *p, pd_real *values) {
+    const pd_trainer *t = pd__lagging(p);
+    pd_device *d = net->device;
+    int64_t width = p->dims[1], each = pd__rows_at_once(p), capacity = 0;
+    pd_real *rows = NULL;
+    pd_status status = PD_OK;
+    if (!t) return pd__download(net, values, p->value, p->size);
+    if (!pd__device_grow(net, &rows, &capacity, each * width)) return pd__no_memory(net, "a table's rows");
+    for (int64_t first = 0; status == PD_OK && first < p->dims[0]; first += each) {
+        int64_t n = pd__min(each, p->dims[0] - first);
+        pd__read_rows(net, t, p, p->value, first, n, NULL, rows);
+        status = pd__download(net, values + first * width, rows, n * width);
+    }
+    d->free(d, rows);
+    return status;
+}
+
+static bool pd__updater_fills(const pd_net *net, const pd_param *p) {
+    return net->stepping && pd__trained_of(net->stepping, p);
 }
 
 PD_DEF pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
                                        const pd_real *grad, int64_t samples, double clip_scale) {
     pd_device *d = trainer->net->device;
     pd__trained *tr = pd__trained_of(trainer, param);
-    pd__chunk *c = trainer->chunk;
+    pd__lazy *lazy = tr ? tr->lazy : NULL;
     pd_update u;
+    pd__chunk c;
     int64_t width = param->dims[1];
+    double matrix[4];
     bool first_step;
     pd_status status;
     if (!tr || !param->touched) return PD_OK;
     status = pd__check_finite(trainer, param, count * width, grad);
+    if (status == PD_OK && lazy && !pd__ready_steps(&trainer->net->allocator, lazy, tr->step + 1))
+        status = pd__no_memory(trainer->net, "sparse parameters");
     if (status != PD_OK) return status;
-    pd__catch_up(trainer, tr, 0, count, rows);
     first_step = pd__count_update(trainer, tr);
     u = pd__update_of(trainer, tr, pd__gradient_scale(trainer, samples) * clip_scale);
     for (int64_t first = 0; first < count; first += PD__CHUNK_ROWS) {
         int64_t n = pd__min(PD__CHUNK_ROWS, count - first);
-        for (int64_t i = 0; i < n; i++) {
-            c->rows[i] = rows[first + i];
-            c->state_rows[i] = rows[first + i] / trainer->ranks;
-            if (tr->lazy) tr->lazy->times[c->state_rows[i]] = tr->step;
-        }
-        d->update_rows(d, &u, n, width, c->rows, c->state_rows, NULL, param->value, grad + first * width,
-                       tr->states[0]);
+        memcpy(c.rows, rows + first, (size_t)n * sizeof *rows);
+        pd__miss_all(trainer->net, trainer, lazy, tr->step - 1, &c, n);
+        for (int64_t i = 0; lazy && i < n; i++) lazy->times[c.state_rows[i]] = (uint32_t)tr->step;
+        d->update_rows(d, &u, n, width, c.rows, c.state_rows, lazy ? c.carry[0] : NULL, param->value,
+                       grad + first * width, tr->states[0]);
     }
-    if (tr->lazy && first_step) { /* the rows whose turn it is */
-        int64_t each = pd__ceil_div(tr->lazy->count, PD__WINDOW),
-                turns = each ? pd__ceil_div(tr->lazy->count, each) : 1;
-        int64_t from = tr->step % turns * each;
-        pd__lazy_step(tr->lazy, &u);
-        pd__catch_up(trainer, tr, from, pd__min(each, tr->lazy->count - from), NULL);
+    if (lazy && first_step) { /* the rows whose turn it is */
+        int64_t turn = tr->step % lazy->window, from = turn * lazy->count / lazy->window;
+        pd__step_matrix(&u, matrix);
+        pd__put_step(lazy, tr->step, matrix);
+        pd__catch_up(trainer, tr, param->value, from, (turn + 1) * lazy->count / lazy->window - from);
     }
     return PD_OK;
 }
@@ -9092,7 +9414,7 @@ static pd_status pd__local_begin(pd_updater *u, int64_t samples) {
     t->batch_samples = samples;
     for (int i = 0; status == PD_OK && i < t->trained_count; i++) {
         pd_param *p = t->trained[i].param;
-        if (p->touched) status = pd_trainer_refresh(t, p, p->rows.count, p->rows.ids);
+        if (p->touched) status = pd_trainer_read_rows(t, p, p->rows.count, p->rows.ids, p->row_values);
     }
     return status;
 }
@@ -9101,8 +9423,6 @@ static pd_status pd__local_grad_final(pd_updater *u, pd_param *param) {
     pd_trainer *t = (pd_trainer *)u->self;
     return pd_trainer_clips_norm(t) ? PD_OK : pd_trainer_apply(t, param, t->batch_samples, 1);
 }
-
-static pd_status pd__local_sync(pd_updater *u) { return pd_trainer_refresh_all((pd_trainer *)u->self); }
 
 static pd_status pd__local_end(pd_updater *u, int64_t *samples) {
     pd_trainer *t = (pd_trainer *)u->self;
@@ -9125,7 +9445,7 @@ static pd_status pd__local_end(pd_updater *u, int64_t *samples) {
 
 static const pd_updater pd__local_updater = {
     PD_API_VERSION, "local", NULL, pd__local_start, pd__local_begin, NULL, pd__local_grad_final, NULL, pd__local_end,
-    pd__local_sync, NULL,    NULL
+    NULL,           NULL,    NULL
 };
 
 /* ---- model averaging ----
@@ -12115,7 +12435,7 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
     if (!trainer || pd__check_idle(trainer, "pd_trainer_free") != PD_OK) return;
     d = trainer->net->device;
     a = &trainer->net->allocator;
-    if (trainer->updater == &trainer->local && trainer->unsettled) pd_sync(trainer); /* others can't be waited for */
+    if (!trainer->went_back) pd__catch_up_all(trainer); /* nobody else can */
     if (trainer->updater->stop) trainer->updater->stop(trainer->updater);
     pd_use_average(trainer, false);
     for (pd_trainer **at = &trainer->net->trainers; *at; at = *at == trainer ? at : &(*at)->next)
@@ -12136,7 +12456,6 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
         if (av->saved) d->free(d, av->saved);
     }
     pd__free(a, trainer->averages);
-    pd__free(a, trainer->chunk);
     pd__free_best(trainer->net, trainer->best, trainer->best_count);
     if (trainer->spare) d->free(d, trainer->spare);
     pd__free(a, trainer->trained);
@@ -12178,10 +12497,13 @@ static pd_status pd__blame(pd_trainer *t, const char *where) {
     for (int64_t i = 0; i < net->layer_count; i++) {
         pd_layer *l = net->layers[i];
         if (!l->own->active) continue;
-        for (int k = 0; k < l->param_count; k++)
-            if (!pd__finite(d->norm(d, l->params[k]->size, l->params[k]->value)))
+        for (int k = 0; k < l->param_count; k++) {
+            int64_t count;
+            const pd_real *numbers = pd__read_numbers(l->params[k], &count);
+            if (!pd__finite(d->norm(d, count, numbers)))
                 return pd__fail(net, PD_E_NUMERIC, "%.100s: parameter \"%.100s\" is not finite before %s", l->name,
                                 l->params[k]->name, where);
+        }
         if (l->out.data && !pd__finite(d->norm(d, l->out.rows * l->out.width, l->out.data)))
             return pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in row %lld of %s", l->name,
                             l->own->slot >= 0 ? "input" : "output", (long long)pd__bad_row(l), where);
@@ -12232,11 +12554,15 @@ static pd_status pd__train_step(pd_trainer *t, const pd_batch *batch, double *su
     pd__begin_anew(net, false);
     status = pd__settle(net, t);
     if (status != PD_OK) return status;
+    for (pd_trainer *other = net->trainers; other; other = other->next)
+        if (other != t) pd__catch_up_all(other);
     net->updater = t->updater;
+    net->stepping = t;
     t->attempt++;
-    t->unsettled = t->updater != &t->local || t->chunk;
+    t->unsettled = t->updater != &t->local;
     status = pd__step(t, batch, sum, samples);
     net->updater = NULL;
+    net->stepping = NULL;
     t->step_seconds += pd_seconds() - start;
     pd__updater_returned(t, status);
     if (status != PD_OK) { /* leave no half-summed gradients behind */
@@ -12442,8 +12768,10 @@ static pd_status pd__copy_best(pd_trainer *t) {
     pd_status status = pd__ready_spare(t);
     if (status == PD_OK && t->best_count != t->net->param_count) pd__set_best(t, pd__new_best(t->net));
     if (status != PD_OK || !t->best) return PD_E_MEMORY;
-    for (pd_param *p = t->net->first_param; p; p = p->next)
-        pd__replace(t->net->device, p->size, p->value, t->best[i++]);
+    for (pd_param *p = t->net->first_param; p; p = p->next, i++) {
+        if (p->touched) pd__read_rows(t->net, pd__lagging(p), p, p->value, 0, p->dims[0], NULL, t->best[i]);
+        else pd__replace(t->net->device, p->size, p->value, t->best[i]);
+    }
     t->has_best = true;
     return PD_OK;
 }
@@ -12505,14 +12833,13 @@ static bool pd__has_tables(const pd_trainer *t) {
 static void pd__begin_anew(pd_net *net, bool given) {
     net->given = net->given || given;
     for (pd_trainer *t = net->trainers; t; t = t->next) {
-        if (t->went_back || given) t->has_best = t->resumed = false;
+        if (t->went_back || given) {
+            pd__catch_up_all(t); /* what was left for later belongs to the values that there were */
+            t->has_best = t->resumed = false;
+        }
         if (!t->went_back) continue;
         t->went_back = false;
         pd__forget_averages(t);
-        for (int i = 0; i < t->trained_count; i++) { /* what was left for later belongs to other values */
-            pd__trained *tr = &t->trained[i];
-            for (int64_t k = 0; tr->lazy && k < tr->lazy->count; k++) tr->lazy->times[k] = tr->step;
-        }
     }
 }
 
@@ -12899,14 +13226,14 @@ PD_DEF pd_status pd_graphviz(pd_net *net, const char *path) {
 #define PD__NESTING_MAX 32
 #define PD__FILE_CHUNK 65536 /* bytes read or written at a time; a multiple of every element's size */
 
-typedef enum pd__element { PD__F64, PD__F32, PD__F16, PD__BF16, PD__U8, PD__OTHER } pd__element;
+typedef enum pd__element { PD__F64, PD__F32, PD__F16, PD__BF16, PD__U8, PD__I32, PD__OTHER } pd__element;
 
 /* The first ones in the order of pd__element; the rest are known for their size alone. */
 static const struct {
     const char *name;
     int bits;
 } pd__dtypes[] = { { "F64", 64 },    { "F32", 32 },    { "F16", 16 },    { "BF16", 16 },   { "U8", 8 },
-                   { "I8", 8 },      { "BOOL", 8 },    { "I16", 16 },    { "U16", 16 },    { "I32", 32 },
+                   { "I32", 32 },    { "I8", 8 },      { "BOOL", 8 },    { "I16", 16 },    { "U16", 16 },
                    { "U32", 32 },    { "I64", 64 },    { "U64", 64 },    { "C64", 64 },    { "F8_E4M3", 8 },
                    { "F8_E5M2", 8 }, { "F8_E8M0", 8 }, { "F6_E2M3", 6 }, { "F6_E3M2", 6 }, { "F4", 4 } };
 
@@ -13020,6 +13347,7 @@ static inline double pd__load_real(pd__element element, const unsigned char *fro
     case PD__F16: return pd__half_from_bits((uint32_t)pd__load_le(from, 2));
     case PD__BF16: return pd__float_from_bits((uint32_t)pd__load_le(from, 2) << 16); /* the upper half of a float */
     case PD__U8:
+    case PD__I32:
     case PD__OTHER: break;
     }
     return 0;
@@ -13037,6 +13365,7 @@ static void pd__load_reals(pd__element element, const unsigned char *from, int64
         PD__LOAD(PD__F16, 2)
         PD__LOAD(PD__BF16, 2)
     case PD__U8:
+    case PD__I32:
     case PD__OTHER: break;
     }
 #undef PD__LOAD
@@ -13596,16 +13925,23 @@ static const char *pd__tensors_text(const pd__tensors *t, const char *prefix, co
 
 /* ---- items: what of a net or trainer is in a file ---- */
 
-/* One array to be written or read: a parameter's value, or something else of its size. */
+/* One array to be written or read: a parameter's value, or something that belongs to it. */
 typedef struct pd__item {
     pd_param *param;
-    char prefix[16];  /* it is called prefix and the parameter's name */
-    pd_real *numbers; /* device memory; NULL: the parameter's mask is meant */
-    pd__sum sum;      /* writing: of what has been written */
-    bool magnitudes;  /* never negative; infinite where a square was too large, and then steps are 0 */
-    pd__tensor *from; /* reading: where it comes from; NULL: it stays as it is */
-    bool transpose;   /* reading: `from` is the other way round */
-    void *staged;     /* reading: the new contents, host memory */
+    char prefix[16]; /* it is called prefix and the parameter's name */
+    int dim_count;
+    int64_t dims[PD_MAX_DIMS], size;
+    pd__element element; /* U8 and no numbers: the parameter's mask; I32, and F64 without numbers: see pd__add_lag */
+    pd_real *numbers;    /* device memory */
+    const pd_trainer
+        *lagging;          /* writing: it has left steps for later on these rows, which are written as they are now */
+    struct pd__lazy *lazy; /* of "steps/" and "behind/" */
+    int64_t step;          /* .. the step that they are of */
+    pd__sum sum;           /* writing: of what has been written */
+    bool magnitudes;       /* never negative; infinite where a square was too large, and then steps are 0 */
+    pd__tensor *from;      /* reading: where it comes from; NULL: it stays as it is */
+    bool transpose;        /* reading: `from` is the other way round */
+    void *staged;          /* reading: the new contents, host memory */
 } pd__item;
 
 typedef struct pd__items {
@@ -13630,6 +13966,10 @@ static pd_status pd__items_add(pd__items *items, pd_param *param, const char *ki
     item = &items->list[items->count++];
     memset(item, 0, sizeof *item);
     item->param = param;
+    item->dim_count = param->dim_count;
+    memcpy(item->dims, param->dims, sizeof item->dims);
+    item->size = param->size;
+    item->element = numbers ? pd__real_element : PD__U8;
     item->numbers = numbers;
     if (number >= 0) snprintf(item->prefix, sizeof item->prefix, "%s/%d/", kind, number);
     else snprintf(item->prefix, sizeof item->prefix, "%s", kind);
@@ -13648,8 +13988,10 @@ static pd_status pd__items_of_net(pd__items *items, pd_net *net) {
     pd_status status = PD_OK;
     items->net = net;
     items->device = pd__owner(net)->device;
-    for (pd_param *p = pd_param_first(net); p && status == PD_OK; p = p->next)
+    for (pd_param *p = pd_param_first(net); p && status == PD_OK; p = p->next) {
         status = pd__items_add(items, p, "", -1, p->value);
+        if (status == PD_OK && p->touched) items->list[items->count - 1].lagging = pd__lagging(p);
+    }
     return status;
 }
 
@@ -13659,16 +14001,16 @@ static pd_status pd__items_of_net(pd__items *items, pd_net *net) {
 static pd_status pd__check_item(const pd__items *items, const pd__item *item, const pd__tensors *t, unsigned elements) {
     const pd__tensor *from = item->from;
     const pd_param *p = item->param;
-    bool fits = from->dim_count == p->dim_count, turned = p->dim_count == 2 && from->dim_count == 2;
+    bool fits = from->dim_count == item->dim_count, turned = item->dim_count == 2 && from->dim_count == 2;
     int kept = from->dim_count < PD__FILE_DIMS ? from->dim_count : PD__FILE_DIMS;
     if (!((elements >> from->element) & 1u))
         return pd__fail(items->net, PD_E_UNSUPPORTED, "%.300s: tensor \"%s\" holds %s, which can't be loaded here",
                         t->path, pd__show(items->net, from->name), pd__show(items->net, from->dtype));
-    turned = turned && from->dims[0] == p->dims[1] && from->dims[1] == p->dims[0];
-    for (int i = 0; i < p->dim_count && fits; i++) fits = from->dims[i] == p->dims[i];
+    turned = turned && from->dims[0] == item->dims[1] && from->dims[1] == item->dims[0];
+    for (int i = 0; i < item->dim_count && fits; i++) fits = from->dims[i] == item->dims[i];
     if (item->transpose ? turned : fits) return PD_OK;
     return pd__fail(items->net, PD_E_SHAPE, "%.300s: tensor \"%s\": expected %s%s for parameter \"%.100s\", found %s%s",
-                    t->path, pd__show(items->net, from->name), pd__dims_text(items->net, p->dim_count, p->dims),
+                    t->path, pd__show(items->net, from->name), pd__dims_text(items->net, item->dim_count, item->dims),
                     item->transpose ? " transposed" : "", p->name,
                     from->dim_count ? pd__dims_text(items->net, kept, from->dims) : "a single number",
                     turned ? " (pd_load_map has a `transpose` for this)" : "");
@@ -13717,21 +14059,38 @@ static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigne
     return pd__check_sum(t, from, sum);
 }
 
-static pd_status pd__stage_mask(pd__item *item, const pd__tensors *t) {
+/* Integers of 4 bytes and doubles from a file's bytes, in place. */
+static void pd__load_in_place(pd__element element, void *numbers, int64_t n) {
+    unsigned char *bytes = (unsigned char *)numbers;
+    for (int64_t i = 0; element == PD__I32 && i < n; i++, bytes += 4) {
+        uint32_t bits = pd__load_le32(bytes);
+        memcpy(bytes, &bits, sizeof bits);
+    }
+    for (int64_t i = 0; element == PD__F64 && i < n; i++, bytes += 8) {
+        double number = pd__load_real(PD__F64, bytes);
+        memcpy(bytes, &number, sizeof number);
+    }
+}
+
+/* What is not pd_real as it is. */
+static pd_status pd__stage_others(pd__item *item, const pd__tensors *t) {
+    int64_t bytes = item->size * (pd__dtypes[item->element].bits / 8);
     pd__sum sum = pd__sum_of_tensor(item->from);
-    pd_status status = pd__read_bytes(t, item->staged, item->param->size);
+    pd_status status = pd__read_bytes(t, item->staged, bytes);
     if (status != PD_OK) return status;
-    pd__sum_bytes(&sum, item->staged, item->param->size);
+    pd__sum_bytes(&sum, item->staged, bytes);
+    pd__load_in_place(item->element, item->staged, item->size);
     return pd__check_sum(t, item->from, sum);
 }
 
 static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned char *chunk, pd_real *converted) {
+    size_t bytes = item->numbers ? sizeof(pd_real) : (size_t)pd__dtypes[item->element].bits / 8;
     errno = 0;
     if (!pd__seek(t->file, t->data_start + item->from->begin)) return pd__read_failed(t, errno);
-    item->staged = pd__alloc(&t->net->allocator, item->param->size, item->numbers ? sizeof(pd_real) : 1);
+    item->staged = pd__alloc(&t->net->allocator, item->size, bytes);
     if (!item->staged) return pd__no_memory(t->net, "a file's numbers");
     if (item->numbers) return pd__stage_numbers(item, t, chunk, converted);
-    return pd__stage_mask(item, t);
+    return pd__stage_others(item, t);
 }
 
 /* Reads everything that has a `from`; changes nothing but the items. */
@@ -13753,11 +14112,10 @@ static pd_status pd__items_commit(pd__items *items) {
     pd__begin_anew(items->net, true);
     for (int64_t i = 0; i < items->count; i++) {
         pd__item *item = &items->list[i];
-        size_t n = (size_t)item->param->size;
         if (!item->staged) continue;
         if (item->numbers) {
-            d->upload(d, item->numbers, item->staged, n * sizeof(pd_real));
-        } else {
+            d->upload(d, item->numbers, item->staged, (size_t)item->size * sizeof(pd_real));
+        } else if (!item->lazy) {
             pd__free(&items->net->allocator, item->param->mask);
             item->param->mask = (unsigned char *)item->staged;
             item->staged = NULL;
@@ -13963,9 +14321,7 @@ static void pd__put_progress(pd__writer *w, const pd_trainer *trainer) {
                       (unsigned long long)trainer->trained[i].step);
 }
 
-static const char *pd__item_dtype(const pd__item *item) {
-    return pd__dtypes[item->numbers ? pd__real_element : PD__U8].name;
-}
+static const char *pd__item_dtype(const pd__item *item) { return pd__dtypes[item->element].name; }
 
 /* Progress (of a `trainer`, or NULL), checksums of the tensors and, of a checkpoint, of the entries themselves. */
 static void pd__put_metadata(pd__writer *w, const pd__items *items, const pd_trainer *trainer) {
@@ -13992,11 +14348,10 @@ static void pd__put_header(pd__writer *w, const pd__items *items, const pd_train
     pd__put_metadata(w, items, trainer);
     for (int64_t i = 0; i < items->count; i++) {
         const pd__item *item = &items->list[i];
-        int64_t end = begin + item->param->size * (item->numbers ? (int64_t)sizeof(pd_real) : 1);
+        int64_t end = begin + item->size * (pd__dtypes[item->element].bits / 8);
         pd__put_name(w, item->prefix, item->param->name);
         pd__put_text(w, "{\"dtype\":\"%s\",\"shape\":[", pd__item_dtype(item));
-        for (int k = 0; k < item->param->dim_count; k++)
-            pd__put_text(w, k ? ",%lld" : "%lld", (long long)item->param->dims[k]);
+        for (int k = 0; k < item->dim_count; k++) pd__put_text(w, k ? ",%lld" : "%lld", (long long)item->dims[k]);
         pd__put_text(w, "],\"data_offsets\":[%lld,%lld]}", (long long)begin, (long long)end);
         begin = end;
     }
@@ -14021,18 +14376,66 @@ static void pd__put_data(pd__writer *w, pd__item *item, const void *bytes, int64
     pd__put(w, bytes, (size_t)n);
 }
 
-/* One item's data, by way of `chunk`, PD__FILE_CHUNK bytes of host memory. */
-static void pd__put_item(pd__writer *w, pd__item *item, pd_net *net, unsigned char *chunk) {
+/* Numbers of an item, from `at` on, by way of `chunk`, PD__FILE_CHUNK bytes of host memory. */
+static void pd__put_numbers(pd__writer *w, pd__item *item, pd_net *net, const pd_real *numbers, int64_t at,
+                            int64_t count, unsigned char *chunk) {
     int64_t per_chunk = PD__FILE_CHUNK / (int64_t)sizeof(pd_real);
-    item->sum = pd__sum_of_shape(pd__item_dtype(item), item->param->dim_count, item->param->dims);
-    if (!item->numbers) pd__put_data(w, item, item->param->mask, item->param->size);
-    for (int64_t at = 0; item->numbers && at < item->param->size && !w->error; at += per_chunk) {
-        int64_t n = pd__min(per_chunk, item->param->size - at);
-        if (pd__download(net, chunk, item->numbers + at, n) != PD_OK) w->error = PD__NOT_READ;
-        else pd__check_saved(w, item, (const pd_real *)(const void *)chunk, at, n);
+    for (int64_t first = 0; first < count && !w->error; first += per_chunk) {
+        int64_t n = pd__min(per_chunk, count - first);
+        if (pd__download(net, chunk, numbers + first, n) != PD_OK) w->error = PD__NOT_READ;
+        else pd__check_saved(w, item, (const pd_real *)(const void *)chunk, at + first, n);
         pd__store_reals(chunk, n);
         pd__put_data(w, item, chunk, n * (int64_t)sizeof(pd_real));
     }
+}
+
+/* A table of which rows lag, as they are now, some at a time. */
+static void pd__put_table(pd__writer *w, pd__item *item, pd_net *net, unsigned char *chunk) {
+    const pd_param *p = item->param;
+    pd_device *d = pd__owner(net)->device;
+    int64_t width = p->dims[1], each = pd__rows_at_once(p), capacity = 0;
+    pd_real *rows = NULL;
+    if (!pd__grow_on(d, &rows, &capacity, each * width)) w->error = ENOMEM;
+    for (int64_t first = 0; first < p->dims[0] && !w->error; first += each) {
+        int64_t n = pd__min(each, p->dims[0] - first);
+        pd__read_rows(p->net, item->lagging, p, item->numbers, first, n, NULL, rows);
+        pd__put_numbers(w, item, net, rows, first * width, n * width, chunk);
+    }
+    if (rows) d->free(d, rows);
+}
+
+/* The matrices of the last steps. */
+static void pd__put_steps(pd__writer *w, pd__item *item) {
+    for (int64_t step = item->step - item->dims[0] + 1; step <= item->step && !w->error; step++) {
+        const double *matrix = item->lazy->products[item->lazy->room + (step - 1) % item->lazy->room];
+        unsigned char bytes[4 * 8];
+        for (int k = 0; k < 4; k++) {
+            uint64_t bits;
+            memcpy(&bits, matrix + k, sizeof bits);
+            pd__store_le(bytes + 8 * k, bits, 8);
+        }
+        pd__put_data(w, item, bytes, sizeof bytes);
+    }
+}
+
+static void pd__put_behind(pd__writer *w, pd__item *item) {
+    for (int64_t first = 0; first < item->size && !w->error; first += PD__CHUNK_ROWS) {
+        unsigned char bytes[4 * PD__CHUNK_ROWS];
+        int64_t n = pd__min(PD__CHUNK_ROWS, item->size - first);
+        for (int64_t i = 0; i < n; i++)
+            pd__store_le32(bytes + 4 * i, (uint32_t)pd__behind(item->lazy, item->step, first + i));
+        pd__put_data(w, item, bytes, 4 * n);
+    }
+}
+
+/* One item's data. */
+static void pd__put_item(pd__writer *w, pd__item *item, pd_net *net, unsigned char *chunk) {
+    item->sum = pd__sum_of_shape(pd__item_dtype(item), item->dim_count, item->dims);
+    if (item->lagging) pd__put_table(w, item, net, chunk);
+    else if (item->numbers) pd__put_numbers(w, item, net, item->numbers, 0, item->size, chunk);
+    else if (item->element == PD__F64) pd__put_steps(w, item);
+    else if (item->element == PD__I32) pd__put_behind(w, item);
+    else pd__put_data(w, item, item->param->mask, item->size);
 }
 
 /* Writes a whole file. Returns 0, an errno or PD__NOT_READ. */
@@ -14293,7 +14696,9 @@ static int pd__write_and_replace(const char *target, char *temporary, size_t siz
 
 /* What names from the net may not be in a file. */
 static pd_status pd__check_names(const pd__items *items, bool checkpoint) {
-    static const char *const prefixes[] = { "optimizer/", "averages/", "best/", "mask/" };
+    static const char *const prefixes[] = {
+        "optimizer/", "averages/", "best/", "mask/", "stored/", "steps/", "behind/"
+    };
     for (int64_t i = 0; i < items->count; i++) {
         const char *name = items->list[i].param->name;
         bool bad = strcmp(name, "__metadata__") == 0 || pd__utf8_prefix(name, strlen(name)) < strlen(name);
@@ -14366,64 +14771,6 @@ static bool pd__holds_magnitudes(pd_optimizer_kind kind, int k) {
     return k == 1 && (kind == PD_OPT_ADADELTA || kind >= PD_OPT_ADAM);
 }
 
-/* The best values, if there are some, of every parameter. */
-static pd_real *const *pd__best_of(const pd_trainer *t) {
-    return t->has_best && t->best_count == t->net->param_count ? t->best : NULL;
-}
-
-/* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "averages/K/NAME", "best/NAME", and
-   "mask/NAME", which, being bytes, come last. The same list serves for writing and reading. `best`: one array per
-   parameter of the net, or NULL. While averaged values are swapped in, the true ones are written, and while the best
-   are, the last. */
-static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_real *const *best, bool writing) {
-    pd_status status = pd__items_of_net(items, trainer->net);
-    int64_t params = items->count;
-    for (int64_t i = 0, k = 0; writing && trainer->averaged && i < params && k < trainer->averages_count; i++)
-        if (items->list[i].param == trainer->averages[k].param) items->list[i].numbers = trainer->averages[k++].saved;
-    for (int64_t i = 0; best && writing && trainer->went_back && i < params; i++) items->list[i].numbers = best[i];
-    for (int i = 0; i < trainer->trained_count; i++) {
-        const pd__trained *t = &trainer->trained[i];
-        for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++) {
-            if (!t->states[k]) continue;
-            status = pd__items_add(items, t->param, "optimizer", k, t->states[k]);
-            if (status == PD_OK)
-                items->list[items->count - 1].magnitudes = pd__holds_magnitudes(trainer->optimizer.kind, k);
-        }
-    }
-    for (int i = 0; i < trainer->averages_count; i++) {
-        const pd__averaged *av = &trainer->averages[i];
-        for (int k = 0; k < PD__COUNT(av->sums) && status == PD_OK; k++)
-            status = pd__items_add(items, av->param, "averages", k, av->sums[k]);
-    }
-    for (int64_t i = 0; best && i < params && status == PD_OK; i++)
-        status = pd__items_add(items, items->list[i].param, "best/", -1,
-                               writing && trainer->went_back ? items->list[i].param->value : best[i]);
-    for (int i = 0; i < trainer->trained_count && status == PD_OK; i++)
-        if (trainer->trained[i].param->mask)
-            status = pd__items_add(items, trainer->trained[i].param, "mask/", -1, NULL);
-    return status;
-}
-
-PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
-    pd__items items = PD__ZERO;
-    pd_status status = PD_OK;
-    if (!trainer) return PD_E_ARGUMENT;
-    if (!pd__check_learned(trainer->net)) return pd_error_status(trainer->net);
-    if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_save: no path");
-    if (trainer->ranks > 1)
-        return pd__fail(
-            trainer->net, PD_E_UNSUPPORTED,
-            "%.300s: no checkpoints yet with %d workers, each of which has a share of the optimizer's state", path,
-            trainer->ranks);
-    status = pd__settle(trainer->net, trainer);
-    if (status == PD_OK) status = pd_sync(trainer);
-    if (status != PD_OK) return status;
-    status = pd__items_of_trainer(&items, trainer, pd__best_of(trainer), true);
-    if (status == PD_OK) status = pd__save_items(&items, path, trainer);
-    pd__items_free(&items);
-    return status;
-}
-
 /* A metadata entry, or a message. */
 static pd_status pd__need_text(const pd__tensors *t, const char *prefix, const char *name, const char **text) {
     *text = pd__tensors_text(t, prefix, name);
@@ -14454,6 +14801,174 @@ static pd_status pd__read_double(const pd__tensors *t, const char *name, double 
     if (end != text && !*end && fabs(*value) <= greatest) return PD_OK;
     return pd__fail(t->net, PD_E_FORMAT, "%.300s: metadata \"%s\": expected a number, found \"%s\"", t->path, name,
                     pd__show(t->net, text));
+}
+
+/* ---- rows that lag, in checkpoints ----
+   A sparse parameter of which rows have missed steps has beside its current values "stored/NAME", what is stored, with
+   the optimizer's state; "behind/NAME", by how many steps each row lags (I32); and the matrices of the last steps, as
+   many as the row furthest behind needs (steps x 4, F64). A checkpoint without them is one of which no row lags. */
+
+/* The last step at which a row of this group was brought up to date, if not since. */
+static int64_t pd__last_turn(const pd__lazy *lazy, int64_t step, int64_t group) {
+    return pd__max(0, step - (step % lazy->window - group + lazy->window) % lazy->window);
+}
+
+/* Steps missed by the row furthest behind. */
+static int64_t pd__most_behind(const pd__trained *tr) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < tr->lazy->count; i++) most = pd__max(most, pd__behind(tr->lazy, tr->step, i));
+    return most;
+}
+
+/* The three of one parameter; `steps` of its steps are in the file. */
+static pd_status pd__add_lag(pd__items *items, pd__trained *tr, pd_real *stored, int64_t steps) {
+    pd_status status = pd__items_add(items, tr->param, "stored/", -1, stored);
+    for (int k = 0; k < 2 && status == PD_OK; k++) {
+        pd__item *item;
+        status = pd__items_add(items, tr->param, k ? "behind/" : "steps/", -1, NULL);
+        if (status != PD_OK) break;
+        item = &items->list[items->count - 1];
+        item->element = k ? PD__I32 : PD__F64;
+        item->lazy = tr->lazy;
+        item->step = tr->step;
+        item->dim_count = k ? 1 : 2;
+        item->dims[0] = k ? tr->param->dims[0] : steps;
+        item->dims[1] = 4;
+        item->size = item->dims[0] * (k ? 1 : 4);
+    }
+    return status;
+}
+
+/* Those of all parameters that lag or, from a file, of which it has something. */
+static pd_status pd__items_of_lag(pd__items *items, const pd_trainer *trainer, const pd__tensors *from) {
+    pd_status status = PD_OK;
+    for (int i = 0; i < trainer->trained_count && status == PD_OK; i++) {
+        pd__trained *tr = &trainer->trained[i];
+        const char *name = tr->param->name;
+        const pd__tensor *steps = from ? pd__tensors_find(from, "steps/", name) : NULL;
+        if (!from && pd__lags(tr))
+            status = pd__add_lag(items, tr, pd__last_values(trainer, tr->param), pd__most_behind(tr));
+        else if (from && tr->lazy && (steps || pd__tensors_find(from, "stored/", name)))
+            status = pd__add_lag(items, tr, tr->param->value,
+                                 steps && steps->dim_count == 2 && steps->dims[1] == 4 ? steps->dims[0] : 0);
+    }
+    return status;
+}
+
+/* Can the rows of a file have missed so many steps, and are these there? Makes room for them. */
+static pd_status pd__check_behind(const pd__item *behind, const pd__item *steps, const pd__tensors *t, int64_t step) {
+    pd__lazy *lazy = behind->lazy;
+    const int32_t *counts = (const int32_t *)behind->staged;
+    const double *matrices = (const double *)steps->staged;
+    for (int64_t i = 0; i < steps->size; i++)
+        if (!pd__finite(matrices[i]))
+            return pd__fail(t->net, PD_E_NUMERIC, "%.300s: tensor \"steps/%.100s\": number %lld is %g", t->path,
+                            steps->param->name, (long long)i, matrices[i]);
+    for (int64_t group = 0; group < lazy->window; group++) {
+        int64_t row = group * lazy->count / lazy->window, end = (group + 1) * lazy->count / lazy->window;
+        int64_t most = pd__min(steps->dims[0], step - pd__last_turn(lazy, step, group));
+        for (; row < end; row++)
+            if (counts[row] < 0 || counts[row] > most)
+                return pd__fail(t->net, PD_E_FORMAT,
+                                "%.300s: tensor \"behind/%.100s\": row %lld is %d steps behind, expected 0 to %lld",
+                                t->path, behind->param->name, (long long)row, (int)counts[row], (long long)most);
+    }
+    if (steps->dims[0] > pd__min(step, lazy->window))
+        return pd__fail(t->net, PD_E_FORMAT, "%.300s: tensor \"steps/%.100s\": %lld steps, expected at most %lld",
+                        t->path, steps->param->name, (long long)steps->dims[0], (long long)pd__min(step, lazy->window));
+    return pd__ready_steps(&t->net->allocator, lazy, step) ? PD_OK : pd__no_memory(t->net, "sparse parameters");
+}
+
+static pd_status pd__check_lag(const pd__items *items, const pd__tensors *t) {
+    for (int64_t i = 1; i < items->count; i++) {
+        uint64_t step;
+        pd_status status;
+        if (!items->list[i].lazy || items->list[i].element != PD__I32) continue;
+        status = pd__read_count(t, "updates/", items->list[i].param->name, PD__COUNT_MAX, &step);
+        if (status == PD_OK) status = pd__check_behind(&items->list[i], &items->list[i - 1], t, (int64_t)step);
+        if (status != PD_OK) return status;
+    }
+    return PD_OK;
+}
+
+/* Takes over what was staged, when the parameters' steps are set. */
+static void pd__set_lag(const pd_trainer *trainer, const pd__items *items) {
+    for (int64_t i = 0; i < items->count; i++) {
+        const pd__item *item = &items->list[i];
+        const pd__trained *tr = item->lazy ? pd__trained_of(trainer, item->param) : NULL;
+        if (!tr) continue;
+        for (int64_t k = 0; item->element == PD__F64 && k < item->dims[0]; k++)
+            pd__put_step(item->lazy, tr->step - item->dims[0] + 1 + k, (const double *)item->staged + 4 * k);
+        for (int64_t k = 0; item->element == PD__I32 && k < item->size; k++)
+            item->lazy->times[k] = (uint32_t)(tr->step - ((const int32_t *)item->staged)[k]);
+        item->lazy->settled = -1;
+    }
+}
+
+/* The best values, if there are some, of every parameter. */
+static pd_real *const *pd__best_of(const pd_trainer *t) {
+    return t->has_best && t->best_count == t->net->param_count ? t->best : NULL;
+}
+
+/* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "averages/K/NAME", "best/NAME", and
+   "mask/NAME", which, being bytes, come last. The same list serves for writing (`from` NULL) and reading. `best`: one array
+   per parameter of the net, or NULL. While averaged values are swapped in, the true ones are written, and while the best
+   are, the last. Of sparse parameters the current values are written, for whoever reads them, and what is stored is
+   beside them: see pd__add_lag. */
+static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_real *const *best,
+                                      const pd__tensors *from) {
+    const bool writing = !from;
+    pd_status status = pd__items_of_net(items, trainer->net);
+    int64_t params = items->count;
+    for (int64_t i = 0, k = 0; writing && trainer->averaged && i < params && k < trainer->averages_count; i++)
+        if (items->list[i].param == trainer->averages[k].param) items->list[i].numbers = trainer->averages[k++].saved;
+    for (int64_t i = 0; best && writing && trainer->went_back && i < params; i++) {
+        const pd__trained *t = pd__trained_of(trainer, items->list[i].param);
+        items->list[i].numbers = best[i];
+        items->list[i].lagging = t && pd__lags(t) ? trainer : NULL;
+    }
+    for (int i = 0; i < trainer->trained_count; i++) {
+        const pd__trained *t = &trainer->trained[i];
+        for (int k = 0; k < PD__COUNT(t->states) && status == PD_OK; k++) {
+            if (!t->states[k]) continue;
+            status = pd__items_add(items, t->param, "optimizer", k, t->states[k]);
+            if (status == PD_OK)
+                items->list[items->count - 1].magnitudes = pd__holds_magnitudes(trainer->optimizer.kind, k);
+        }
+    }
+    for (int i = 0; i < trainer->averages_count; i++) {
+        const pd__averaged *av = &trainer->averages[i];
+        for (int k = 0; k < PD__COUNT(av->sums) && status == PD_OK; k++)
+            status = pd__items_add(items, av->param, "averages", k, av->sums[k]);
+    }
+    for (int64_t i = 0; best && i < params && status == PD_OK; i++)
+        status = pd__items_add(items, items->list[i].param, "best/", -1,
+                               writing && trainer->went_back ? items->list[i].param->value : best[i]);
+    if (status == PD_OK) status = pd__items_of_lag(items, trainer, from);
+    for (int i = 0; i < trainer->trained_count && status == PD_OK; i++)
+        if (trainer->trained[i].param->mask)
+            status = pd__items_add(items, trainer->trained[i].param, "mask/", -1, NULL);
+    return status;
+}
+
+PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
+    pd__items items = PD__ZERO;
+    pd_status status = PD_OK;
+    if (!trainer) return PD_E_ARGUMENT;
+    if (!pd__check_learned(trainer->net)) return pd_error_status(trainer->net);
+    if (!path) return pd__fail(trainer->net, PD_E_ARGUMENT, "pd_checkpoint_save: no path");
+    if (trainer->ranks > 1)
+        return pd__fail(
+            trainer->net, PD_E_UNSUPPORTED,
+            "%.300s: no checkpoints yet with %d workers, each of which has a share of the optimizer's state", path,
+            trainer->ranks);
+    status = pd__settle(trainer->net, trainer);
+    if (status == PD_OK) status = pd_sync(trainer);
+    if (status != PD_OK) return status;
+    status = pd__items_of_trainer(&items, trainer, pd__best_of(trainer), NULL);
+    if (status == PD_OK) status = pd__save_items(&items, path, trainer);
+    pd__items_free(&items);
+    return status;
 }
 
 /* Is it a checkpoint, and of this optimizer? */
@@ -14509,7 +15024,9 @@ static pd_status pd__read_updates(const pd__tensors *t, pd_trainer *trainer, boo
         status = pd__read_count(t, "updates/", trained->param->name, PD__COUNT_MAX, &count);
         if (status != PD_OK || !set) continue;
         trained->step = (int64_t)count;
-        for (int64_t k = 0; trained->lazy && k < trained->lazy->count; k++) trained->lazy->times[k] = trained->step;
+        if (trained->lazy) trained->lazy->settled = trained->step;
+        for (int64_t k = 0; trained->lazy && k < trained->lazy->count; k++)
+            trained->lazy->times[k] = (uint32_t)trained->step;
     }
     return status;
 }
@@ -14523,7 +15040,7 @@ static pd_status pd__match_checkpoint(pd__items *items, const pd__tensors *t) {
         if (!item->from)
             return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%s%.100s\", which this trainer needs",
                             t->path, item->prefix, item->param->name);
-        status = pd__check_item(items, item, t, 1u << (item->numbers ? pd__real_element : PD__U8));
+        status = pd__check_item(items, item, t, 1u << item->element);
         if (status != PD_OK) return status;
         item->from->used = true;
     }
@@ -14549,6 +15066,7 @@ static pd_status pd__resume(pd_trainer *trainer, pd__items *items, const pd__ten
     trainer->net->seed = p->seed;
     trainer->net->step = p->step;
     pd__read_updates(t, trainer, true);
+    pd__set_lag(trainer, items);
     pd__set_best(trainer, best);
     trainer->has_best = best != NULL;
     return status;
@@ -14570,12 +15088,13 @@ static pd_status pd__checkpoint_load_file(pd_trainer *trainer, FILE *file, const
         if (status == PD_OK) best = pd__new_best(net);
         if (!best) status = PD_E_MEMORY;
     }
-    if (status == PD_OK) status = pd__items_of_trainer(&items, trainer, best, false);
+    if (status == PD_OK) status = pd__items_of_trainer(&items, trainer, best, &t);
     if (status == PD_OK) status = pd__match_checkpoint(&items, &t);
     if (status == PD_OK) status = pd__read_progress(&t, &progress);
     if (status == PD_OK) status = pd__read_updates(&t, trainer, false);
     if (status == PD_OK) status = pd__check_texts(&t);
     if (status == PD_OK) status = pd__items_stage(&items, &t);
+    if (status == PD_OK) status = pd__check_lag(&items, &t);
     if (status == PD_OK) status = pd__resume(trainer, &items, &t, &progress, best);
     else pd__free_best(net, best, net->param_count);
     pd__items_free(&items);
@@ -14625,7 +15144,7 @@ typedef struct pd__subject {
     pd_param *param; /* or */
     pd_slot *slot;
     int64_t size;
-    pd_real *value, *gradient, *direction; /* host copies, one allocation */
+    pd_real *value, *gradient, *direction, *stored; /* host copies, one allocation */
 } pd__subject;
 
 static pd_status pd__check_forward(pd__check *c) { return pd_forward(c->net, c->batch, PD_CHECK, &c->layer, 1); }
@@ -14739,6 +15258,16 @@ static pd_status pd__check_accumulation(pd__check *c, pd__subject *s) {
     return PD_OK;
 }
 
+/* Of a sparse parameter: while it is under check, current values take the place of what is stored. */
+static pd_status pd__check_settle(pd__subject *s) {
+    pd_device *d = s->param->net->device;
+    pd_status status = pd__download(s->param->net, s->stored, s->param->value, s->size);
+    if (status != PD_OK) return status;
+    d->upload(d, s->param->value, s->value, (size_t)s->size * sizeof *s->value);
+    s->param->touched->plain = true;
+    return PD_OK;
+}
+
 /* Checks one tensor: takes its value and gradient, then the second run's, then the differences. */
 static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_layer *input) {
     const pd_allocator *a = &c->net->allocator;
@@ -14751,14 +15280,16 @@ static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_l
     s.size = p ? p->size : slot->rows * slot->width;
     if (s.size == 0) return PD_OK;
     c->tensors++;
-    s.value = (pd_real *)pd__alloc(a, s.size, 3 * sizeof *s.value);
+    s.value = (pd_real *)pd__alloc(a, s.size, (p && p->touched ? 4 : 3) * sizeof *s.value);
     if (!s.value) return pd__no_memory(c->net, "the gradient check");
     s.gradient = s.value + s.size;
     s.direction = s.gradient + s.size;
+    s.stored = s.direction + s.size;
     status = pd__check_backward(c, false);
     if (status == PD_OK && p) {
         status = pd_param_get(p, s.value, s.size);
         if (status == PD_OK) status = pd_param_get_grad(p, s.gradient, s.size);
+        if (status == PD_OK && p->touched) status = pd__check_settle(&s);
     } else if (status == PD_OK) {
         memcpy(s.value, slot->data, (size_t)s.size * sizeof *s.value);
         status = pd__download(c->net, s.gradient, input->out.grad, s.size);
@@ -14766,6 +15297,10 @@ static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_l
     if (status == PD_OK) status = pd__check_backward(c, true);
     if (status == PD_OK) status = pd__check_accumulation(c, &s);
     if (status == PD_OK) status = pd__check_subject(c, &s);
+    if (p && p->touched && p->touched->plain) {
+        c->net->device->upload(c->net->device, p->value, s.stored, (size_t)s.size * sizeof *s.stored);
+        p->touched->plain = false;
+    }
     pd__free(a, s.value);
     return status;
 }

@@ -159,7 +159,7 @@ typedef enum pd__mpi_kind {
     PD__MPI_HEAR,      /* a control message: act on it and listen for the next */
     PD__MPI_IDS_IN,    /* ids that a rank wants: answer */
     PD__MPI_ROWS_OUT,  /* the answer: expect their gradients */
-    PD__MPI_ROWS_IN,   /* the rows wanted: put them into the table */
+    PD__MPI_ROWS_IN,   /* the rows wanted: put them in their places */
     PD__MPI_VALUES_IN, /* new values of a dense parameter */
     PD__MPI_GRADS_IN   /* gradients of rows */
 } pd__mpi_kind;
@@ -211,8 +211,9 @@ typedef struct pd__mpi_table {
     int64_t *where;           /* .. and for each row of the share its place there, if there it stands */
     pd_real *sums;            /* their gradients .. */
     pd_real *device_sums;     /* .. and where the device reads them, if it can't there */
+    pd_real *device_rows;     /* rows on their way from there, likewise */
     int64_t wanted_capacity, places_capacity, asked_capacity, mine_capacity, theirs_capacity, rows_capacity,
-        sums_capacity, device_capacity;
+        sums_capacity, device_capacity, device_rows_capacity;
 } pd__mpi_table;
 
 /* What is kept about a trained parameter. */
@@ -799,10 +800,25 @@ static pd_status pd__mpi_advance(pd__mpi *m) {
 
 /* ---- rows ---- */
 
+/* Rows of the share as they are now, to host memory. */
+static pd_status pd__mpi_read_rows(pd__mpi *m, const pd__mpi_slot *s, int64_t count, const int64_t *rows, pd_real *to) {
+    pd__mpi_table *t = s->table;
+    pd_device *d = m->device;
+    pd_real *rows_there = to;
+    pd_status status;
+    if (!d->host_memory) {
+        if (!pd__grow_on(d, &t->device_rows, &t->device_rows_capacity, count * t->width)) return pd__mpi_no_memory(m);
+        rows_there = t->device_rows;
+    }
+    status = pd__mpi_trainer_failed(m, pd_trainer_read_rows(m->trainer, s->param, count, rows, rows_there));
+    if (status == PD_OK && rows_there != to && count > 0)
+        d->download(d, to, rows_there, (size_t)pd__mpi_reals(count * t->width));
+    return status;
+}
+
 /* Sends the rows that a rank has asked for. All steps before this batch have been made. */
 static pd_status pd__mpi_answer(pd__mpi *m, int slot, int peer) {
-    pd_device *d = m->device;
-    pd_param *p = m->slots[slot].param;
+    const pd_param *p = m->slots[slot].param;
     pd__mpi_table *t = m->slots[slot].table;
     int64_t first = t->in[peer], n = t->in[peer + 1] - first;
     pd_status status;
@@ -810,9 +826,7 @@ static pd_status pd__mpi_answer(pd__mpi *m, int slot, int peer) {
         if (t->asked[k] < 0 || t->asked[k] >= p->dims[0] || t->asked[k] % m->ranks != m->rank)
             return pd__mpi_fail(m, PD_E_STATE, "rank %d asks rank %d for row %lld of \"%.100s\"", peer, m->rank,
                                 (long long)t->asked[k], p->name);
-    status = pd__mpi_trainer_failed(m, pd_trainer_refresh(m->trainer, p, n, t->asked + first));
-    for (int64_t k = first; k < first + n; k++)
-        d->download(d, t->theirs + k * t->width, p->value + t->asked[k] * t->width, (size_t)pd__mpi_reals(t->width));
+    status = pd__mpi_read_rows(m, &m->slots[slot], n, t->asked + first, t->theirs + first * t->width);
     if (status != PD_OK) return status;
     return pd__mpi_post(m, PD__MPI_ROWS_OUT, slot, peer, pd__mpi_tag(slot, PD__MPI_VALUES),
                         t->theirs + first * t->width, pd__mpi_reals(n * t->width), &t->busy[peer]);
@@ -824,7 +838,7 @@ static void pd__mpi_take_rows(pd__mpi *m, const pd__mpi_slot *s) {
     const pd__mpi_table *t = s->table;
     for (int64_t k = 0; k < t->out[m->ranks]; k++)
         if (k < t->out[m->rank] || k >= t->out[m->rank + 1])
-            d->upload(d, s->param->value + t->wanted[k] * t->width, t->mine + k * t->width,
+            d->upload(d, s->param->row_values + t->places[k] * t->width, t->mine + k * t->width,
                       (size_t)pd__mpi_reals(t->width));
 }
 
@@ -923,7 +937,7 @@ static pd_status pd__mpi_want_rows(pd__mpi *m, int slot) {
     }
     for (int r = m->ranks; r > 0; r--) t->out[r] = t->out[r - 1]; /* .. and has become where rank r + 1 begins */
     t->out[0] = 0;
-    status = pd_trainer_refresh(m->trainer, p, t->out[m->rank + 1] - t->out[m->rank], t->wanted + t->out[m->rank]);
+    status = pd_trainer_read_rows(m->trainer, p, n, p->rows.ids, p->row_values); /* the others' come over these */
     if (status != PD_OK) return pd__mpi_trainer_failed(m, status);
     for (int r = 0; r < m->ranks; r++) m->out[r * (1 + m->table_count) + t->place] = t->out[r + 1] - t->out[r];
     for (int r = 0; status == PD_OK && r < m->ranks; r++) {
@@ -1021,24 +1035,28 @@ static pd_status pd__mpi_end_batch(pd_updater *u, int64_t *samples) {
 
 /* ---- sync ---- */
 
-/* The rows of every rank's share go to all, a box at a time. */
+/* The rows of every rank's share, as they are now, go to all others, a box at a time. */
 static pd_status pd__mpi_gather(pd__mpi *m, const pd__mpi_slot *s) {
     pd_device *d = m->device;
     pd_param *p = s->param;
     const int64_t width = p->dims[1], each = pd__max(1, PD__MPI_BOX / pd__max(width, 1)),
                   size = pd__mpi_reals(each * width);
     const size_t bytes = (size_t)pd__mpi_reals(width);
+    int64_t *ids;
     if (!pd__mpi_need_box(m, size)) return pd__mpi_no_memory(m);
+    if (!pd__grow(&m->net->allocator, (void **)&s->table->wanted, &s->table->wanted_capacity, each, sizeof *ids))
+        return pd__mpi_no_memory(m);
+    ids = s->table->wanted; /* free between batches */
     for (int64_t first = 0; first * m->ranks < p->dims[0]; first += each) {
         pd_status status;
         for (int r = 0; r < m->ranks; r++) {
             int64_t rows = (p->dims[0] - r + m->ranks - 1) / m->ranks; /* of its share; may be 0 */
             m->sizes[r] = pd__mpi_reals(pd__max(0, pd__min(each, rows - first)) * width);
         }
-        for (int64_t i = 0; i < m->sizes[m->rank] / (int64_t)bytes; i++)
-            d->download(d, m->box + m->rank * size + i * (int64_t)bytes,
-                        p->value + ((first + i) * m->ranks + m->rank) * width, bytes);
-        status = pd__mpi_exchange(m, PD__MPI_BULK, size);
+        for (int64_t i = 0; i < each; i++) ids[i] = (first + i) * m->ranks + m->rank;
+        status = pd__mpi_read_rows(m, s, m->sizes[m->rank] / (int64_t)bytes, ids,
+                                   (pd_real *)(void *)(m->box + m->rank * size));
+        if (status == PD_OK) status = pd__mpi_exchange(m, PD__MPI_BULK, size);
         if (status != PD_OK) return status;
         for (int r = 0; r < m->ranks; r++)
             for (int64_t i = 0; r != m->rank && i < m->sizes[r] / (int64_t)bytes; i++)
@@ -1080,7 +1098,6 @@ static pd_status pd__mpi_sync(pd_updater *u) {
     pd__mpi *m = pd__mpi_of(u);
     pd_status status = pd__mpi_enter(m, PD__MPI_SYNC);
     if (status == PD_OK) status = pd__mpi_finish_values(m);
-    if (status == PD_OK) status = pd__mpi_trainer_failed(m, pd_trainer_refresh_all(m->trainer));
     for (int i = 0; status == PD_OK && i < m->slot_count; i++)
         if (m->slots[i].table && m->ranks > 1) status = pd__mpi_gather(m, &m->slots[i]);
     for (pd_param *p = pd_param_first(m->net); status == PD_OK && p; p = p->next)
@@ -1246,6 +1263,7 @@ static void pd__mpi_free_table(const pd__mpi *m, pd__mpi_table *t) {
     pd__free(a, t->where);
     pd__free(a, t->sums);
     if (t->device_sums) m->device->free(m->device, t->device_sums);
+    if (t->device_rows) m->device->free(m->device, t->device_rows);
     pd__free(a, t);
 }
 

@@ -1,6 +1,6 @@
 /* Sparse inputs and sparse parameters. The oracle is the same net with dense gradients: what lags behind and is caught up
    later must end where stepping on every row in every batch ends. */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE /* memmem */
 #include "../paddle.h"
 
 #include <setjmp.h>
@@ -379,6 +379,7 @@ static void test_shared_on_a_far_device(void **state) {
     pd_net_free(host);
 }
 
+/* A dense trainer's checkpoint is one of a sparse one of which no row lags; the other way round only as a model. */
 static void test_checkpoint(void **state) {
     char path[] = "/tmp/paddle-sparse-XXXXXX";
     pd_trainer_opts opts = { .l2 = 0.01 };
@@ -389,16 +390,359 @@ static void test_checkpoint(void **state) {
     (void)state;
     assert_true(file >= 0);
     close(file);
-    for (uint64_t i = 0; i < 25; i++) step(&a, 60, i);
+    for (uint64_t i = 0; i < 25; i++) step(&a, 60, i), step(&dense, 60, i);
     assert_int_equal(pd_checkpoint_save(a.trainer, path), PD_OK);
+    assert_int_equal(pd_checkpoint_load(dense.trainer, path), PD_E_FORMAT);
+    check_contains(pd_error(dense.net), "this trainer has no place for tensor \"");
     assert_int_equal(pd_checkpoint_load(b.trainer, path), PD_OK);
-    assert_int_equal(pd_checkpoint_load(dense.trainer, path), PD_OK); /* the same state, so the same file */
     for (uint64_t i = 25; i < 50; i++) step(&a, 60, i), step(&b, 60, i), step(&dense, 60, i);
     check_values(&a, &b, 0, "resumed"); /* to the bit */
-    check_values(&a, &dense, CLOSE, "resumed densely");
+    check_values(&a, &dense, CLOSE, "trained densely");
+    assert_int_equal(pd_checkpoint_save(dense.trainer, path), PD_OK);
+    assert_int_equal(pd_checkpoint_load(b.trainer, path), PD_OK);
+    for (uint64_t i = 50; i < 60; i++) step(&dense, 60, i), step(&b, 60, i);
+    check_values(&b, &dense, CLOSE, "resumed sparsely");
     free_model(&a);
     free_model(&b);
     free_model(&dense);
+    remove(path);
+}
+
+/* ---- reading changes nothing: stopping, saving, testing and predicting give the same bits as not doing so ---- */
+
+enum { READ_HEIGHT = 60, READ_STEPS = 45 };
+
+static void check_bits(model *a, model *b, const char *what) {
+    for (pd_param *p = pd_param_first(a->net), *q = pd_param_first(b->net); p; p = p->next, q = q->next) {
+        size_t bytes = (size_t)p->size * sizeof(pd_real);
+        pd_real *x = (pd_real *)malloc(2 * bytes), *y = x + p->size;
+        assert_int_equal(pd_param_get(p, x, p->size), PD_OK);
+        assert_int_equal(pd_param_get(q, y, q->size), PD_OK);
+        if (memcmp(x, y, bytes) != 0) fail_msg("%s: %s has other bits", what, p->name);
+        free(x);
+    }
+}
+
+/* A reader of `count` samples that follow from their number. Its arrays last as long as the program. */
+static pd_reader *made_reader(pd_net *net, int64_t count) {
+    static int64_t words[400], word_starts[101], columns[400], column_starts[101], labels[100];
+    pd_array arrays[3] = { { .ids = words, .starts = word_starts },
+                           { .ids = columns, .row_starts = column_starts },
+                           { .ids = labels } };
+    assert_true(count <= 100);
+    random_seed(5);
+    for (int64_t i = 0; i < 100; i++) {
+        word_starts[i + 1] = word_starts[i] + below(4);
+        for (int64_t k = word_starts[i]; k < word_starts[i + 1]; k++) words[k] = below(1 + below(READ_HEIGHT));
+        column_starts[i + 1] = column_starts[i] + 2;
+        columns[2 * i] = below(30);
+        columns[2 * i + 1] = 30 + below(30);
+        labels[i] = (words[word_starts[i]] + columns[2 * i]) % 3;
+    }
+    return pd_array_reader(net, count, arrays, 3);
+}
+
+/* Whatever reads parameters, one after the other by `number`. */
+static void look(model *m, int number, const char *path) {
+    pd_gradcheck check;
+    double cost;
+    pd_layer *twin;
+    pd_net *shared;
+    pd_reader *reader;
+    pd_param *p = pd_param_find(m->net, "table");
+    pd_real *values;
+    switch (number) {
+    case 0: assert_int_equal(pd_save(m->net, path), PD_OK); break;
+    case 1:
+        values = (pd_real *)malloc((size_t)p->size * sizeof *values);
+        assert_int_equal(pd_param_get(p, values, p->size), PD_OK);
+        free(values);
+        break;
+    case 2:
+        reader = made_reader(m->net, 20);
+        assert_int_equal(pd_test(m->trainer, reader, 6, &cost), PD_OK);
+        pd_reader_free(reader);
+        break;
+    case 3: assert_int_equal(pd_checkpoint_save(m->trainer, path), PD_OK); break;
+    case 4:
+        fill(m->batch, READ_HEIGHT, 99);
+        assert_int_equal(pd_forward(m->net, m->batch, PD_PREDICT, &m->output, 1), PD_OK);
+        break;
+    case 5:
+        shared = pd_net_share(m->net);
+        twin = pd_layer_find(shared, m->output->name);
+        fill(m->batch, READ_HEIGHT, 98);
+        assert_int_equal(pd_forward(shared, m->batch, PD_PREDICT, &twin, 1), PD_OK);
+        pd_net_free(shared);
+        break;
+    case 6:
+        fill(m->batch, READ_HEIGHT, 97);
+        assert_int_equal(pd_forward(m->net, m->batch, PD_TRAIN, &m->cost, 1), PD_OK);
+        assert_int_equal(pd_backward(m->net, m->cost), PD_OK);
+        break;
+    case 7:
+        fill(m->batch, READ_HEIGHT, 96);
+        assert_int_equal(pd_check_gradients(m->cost, m->batch, &(pd_gradcheck_opts){ .elements = 2 }, &check), PD_OK);
+        break;
+    case 8: assert_int_equal(pd_sync(m->trainer), PD_OK); break;
+    }
+}
+enum { LOOKS = 9 };
+
+static void test_reading_changes_nothing(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX", what[100];
+    method methods[16];
+    int count = method_list(methods), file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (int k = 0; k < count; k++) {
+        pd_net_opts threads = { .threads = 1 + k % 2 };
+        model straight = build(true, READ_HEIGHT, methods[k].optimizer, &methods[k].opts, &threads);
+        for (uint64_t i = 0; i < READ_STEPS; i++) step(&straight, READ_HEIGHT, i);
+        for (int number = 0; number < LOOKS + 1; number++) { /* the last time all of them */
+            model m = build(true, READ_HEIGHT, methods[k].optimizer, &methods[k].opts, &threads);
+            snprintf(what, sizeof what, "%s, look %d", methods[k].name, number);
+            for (uint64_t i = 0; i < READ_STEPS; i++) {
+                step(&m, READ_HEIGHT, i);
+                for (int n = 0; n < LOOKS; n++)
+                    if (n == number || number == LOOKS) look(&m, n, path);
+            }
+            check_bits(&m, &straight, what);
+            free_model(&m);
+        }
+        free_model(&straight);
+    }
+    remove(path);
+}
+
+/* At any point, from a checkpoint; and once more from one of the continued training. */
+static void test_resume_at_any_point(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX", what[100];
+    method methods[16];
+    int count = method_list(methods), file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (int k = 0; k < count; k++) {
+        model straight = build(true, READ_HEIGHT, methods[k].optimizer, &methods[k].opts, NULL);
+        for (uint64_t i = 0; i < READ_STEPS; i++) step(&straight, READ_HEIGHT, i);
+        for (uint64_t stop = 0; stop < READ_STEPS; stop += 1 + stop / 3) {
+            model m = build(true, READ_HEIGHT, methods[k].optimizer, &methods[k].opts, NULL);
+            snprintf(what, sizeof what, "%s, stopped after %d", methods[k].name, (int)stop);
+            for (uint64_t i = 0; i < READ_STEPS; i++) {
+                if (i == stop || i == stop + 7) {
+                    assert_int_equal(pd_checkpoint_save(m.trainer, path), PD_OK);
+                    free_model(&m);
+                    m = build(true, READ_HEIGHT, methods[k].optimizer, &methods[k].opts, NULL);
+                    if (pd_checkpoint_load(m.trainer, path) != PD_OK) fail_msg("%s: %s", what, pd_error(m.net));
+                }
+                step(&m, READ_HEIGHT, i);
+            }
+            check_bits(&m, &straight, what);
+            free_model(&m);
+        }
+        free_model(&straight);
+    }
+    remove(path);
+}
+
+/* A checkpoint is a model with current values, for any reader. */
+static void test_checkpoint_as_model(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    pd_trainer_opts opts = { .l2 = 0.01 };
+    model m = build(true, READ_HEIGHT, pd_momentum(0.1, 0.9), &opts, NULL);
+    model reader = build(false, READ_HEIGHT, pd_momentum(0.1, 0.9), &opts, NULL);
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (uint64_t i = 0; i < 20; i++) step(&m, READ_HEIGHT, i);
+    assert_int_equal(pd_checkpoint_save(m.trainer, path), PD_OK);
+    assert_int_equal(pd_load(reader.net, path, NULL), PD_OK);
+    check_bits(&reader, &m, "loaded as a model");
+    free_model(&m);
+    free_model(&reader);
+    remove(path);
+}
+
+/* ---- pd_train: checkpoints in any interval, patience, going back to the best values ---- */
+
+typedef struct watcher {
+    model *m;
+    const char *path;
+    int seen, every, stop; /* looks after so many batches; stops after so many */
+} watcher;
+
+static int watch(void *user, const pd_event *event) {
+    watcher *w = (watcher *)user;
+    if (event->kind != PD_END_BATCH) return 0;
+    w->seen++;
+    if (w->every && w->seen % w->every == 0)
+        for (int n = 0; n < 6; n++) look(w->m, n, w->path);
+    return w->stop && w->seen == w->stop;
+}
+
+static pd_status train_model(model *m, int64_t passes, int patience, const char *checkpoint, int64_t every,
+                             watcher *w) {
+    pd_reader *reader = pd_shuffle(m->net, made_reader(m->net, 100), 100, 3), *test = made_reader(m->net, 30);
+    pd_train_opts opts = { .batch_size = 8, .on_event = watch, .user = w };
+    pd_status status;
+    w->m = m;
+    if (patience) opts.test = test, opts.patience = patience;
+    if (checkpoint) opts.checkpoint = checkpoint, opts.checkpoint_every = every;
+    status = pd_train(m->trainer, reader, passes, &opts);
+    pd_reader_free(reader);
+    pd_reader_free(test);
+    return status;
+}
+
+static void test_train_in_pieces(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX", other[] = "/tmp/paddle-sparse-XXXXXX";
+    const pd_schedule fall = { .kind = PD_SCHEDULE_EXP, .a = 0.7, .b = 100 };
+    pd_trainer_opts opts = { .l2 = 0.003, .schedule = fall, .clip_norm = 1 };
+    int files[2] = { mkstemp(path), mkstemp(other) };
+    (void)state;
+    assert_true(files[0] >= 0 && files[1] >= 0);
+    close(files[0]);
+    close(files[1]);
+    for (int kind = 0; kind < 3; kind++) {
+        pd_optimizer o = kind == 0 ? pd_sgd(0.3) : kind == 1 ? pd_momentum(0.1, 0.9) : pd_nesterov(0.1, 0.9);
+        model straight = build(true, READ_HEIGHT, o, &opts, NULL), m;
+        watcher w = { .path = other };
+        assert_int_equal(train_model(&straight, 5, 0, NULL, 0, &w), PD_OK);
+        for (int64_t every = 1; every <= 5; every += 2) {
+            watcher looks = { .path = other, .every = 2 };
+            m = build(true, READ_HEIGHT, o, &opts, NULL);
+            assert_int_equal(train_model(&m, 5, 0, path, every, &looks), PD_OK);
+            check_bits(&m, &straight, "checkpoints in between");
+            free_model(&m);
+        }
+        for (int patience = 0; patience < 2; patience++) /* tests and best values too */
+            for (int stop = 1; stop < 60; stop += 17) {
+                watcher stops = { .path = other, .every = 5, .stop = stop }, goes_on = { .path = other };
+                m = build(true, READ_HEIGHT, o, &opts, NULL);
+                assert_int_equal(train_model(&m, 5, 9 * patience, NULL, 0, &stops), PD_STOPPED);
+                assert_int_equal(pd_checkpoint_save(m.trainer, path), PD_OK); /* the last values, if it went back */
+                free_model(&m);
+                m = build(true, READ_HEIGHT, o, &opts, NULL);
+                if (pd_checkpoint_load(m.trainer, path) != PD_OK) fail_msg("%s", pd_error(m.net));
+                assert_int_equal(train_model(&m, 5, 0, NULL, 0, &goes_on), PD_OK);
+                check_bits(&m, &straight, patience ? "stopped, with patience" : "stopped");
+                free_model(&m);
+            }
+        free_model(&straight);
+    }
+    remove(path);
+    remove(other);
+}
+
+/* Gone back to the best values, and trained on from them, is where the dense net is. */
+static void test_best_values(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    pd_trainer_opts opts = { .l2 = 0.003 };
+    model sparse = build(true, READ_HEIGHT, pd_momentum(0.3, 0.9), &opts, NULL);
+    model dense = build(false, READ_HEIGHT, pd_momentum(0.3, 0.9), &opts, NULL);
+    model resumed = build(true, READ_HEIGHT, pd_momentum(0.3, 0.9), &opts, NULL);
+    watcher w = { .path = path };
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    assert_int_equal(train_model(&sparse, 7, 2, NULL, 0, &w), PD_OK);
+    assert_int_equal(train_model(&dense, 7, 2, NULL, 0, &w), PD_OK);
+    assert_true(pd_trainer_samples(sparse.trainer) == pd_trainer_samples(dense.trainer));
+    check_values(&sparse, &dense, 100 * CLOSE, "the best values");
+    assert_int_equal(pd_checkpoint_save(sparse.trainer, path), PD_OK);
+    check_values(&sparse, &dense, 100 * CLOSE, "the best values, after saving the last");
+    for (uint64_t i = 0; i < 5; i++) step(&sparse, READ_HEIGHT, i), step(&dense, READ_HEIGHT, i);
+    check_values(&sparse, &dense, 1000 * CLOSE, "trained on from the best values");
+    /* and from the checkpoint with the best values in it, as without stopping */
+    if (pd_checkpoint_load(resumed.trainer, path) != PD_OK) fail_msg("%s", pd_error(resumed.net));
+    if (pd_checkpoint_load(sparse.trainer, path) != PD_OK) fail_msg("%s", pd_error(sparse.net));
+    assert_int_equal(train_model(&resumed, 12, 2, NULL, 0, &w), PD_OK);
+    assert_int_equal(train_model(&sparse, 12, 2, NULL, 0, &w), PD_OK);
+    check_bits(&sparse, &resumed, "resumed with best values");
+    free_model(&sparse);
+    free_model(&dense);
+    free_model(&resumed);
+    remove(path);
+}
+
+/* ---- checkpoints that lie ---- */
+
+/* The bytes of tensor `name`, in a checkpoint whose checksums nobody looks at any more. */
+static unsigned char *tensor_of(unsigned char *file, size_t size, const char *name) {
+    unsigned char *at;
+    uint64_t header = 0;
+    char quoted[100];
+    long long begin;
+    for (int i = 7; i >= 0; i--) header = header << 8 | file[i];
+    while ((at = (unsigned char *)memmem(file, (size_t)header, "\"checksum", 9)) != NULL) at[1] = 'C';
+    snprintf(quoted, sizeof quoted, "\"%s\":{", name);
+    at = (unsigned char *)memmem(file, size, quoted, strlen(quoted));
+    assert_non_null(at);
+    at = (unsigned char *)memmem(at, 200, "data_offsets\":[", 15);
+    assert_int_equal(sscanf((const char *)at + 15, "%lld", &begin), 1);
+    return file + 8 + header + begin;
+}
+
+static void test_lying_checkpoints(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    pd_trainer_opts opts = { .l2 = 0.01 };
+    model m = build(true, READ_HEIGHT, pd_momentum(0.1, 0.9), &opts, NULL);
+    model other = build(true, READ_HEIGHT, pd_momentum(0.1, 0.9), &opts, NULL);
+    model before = build(true, READ_HEIGHT, pd_momentum(0.1, 0.9), &opts, NULL);
+    static unsigned char bytes[100000], bad[100000];
+    static const struct {
+        const char *tensor;
+        int at, size;
+        unsigned char with[9];
+        pd_status status;
+        const char *text;
+    } lies[] = {
+        { "behind/table", 4 * 7, 4, "\xff\xff\xff\xff", PD_E_FORMAT, "\"behind/table\": row 7 is -1 steps behind" },
+        { "behind/table", 4 * 59, 4, "\x15\0\0\0", PD_E_FORMAT, "row 59 is 21 steps behind, expected 0 to" },
+        { "behind/table", 0, 4, "\xff\xff\xff\x7f", PD_E_FORMAT, "row 0 is 2147483647 steps behind, expected 0 to" },
+        { "steps/wide.weight", 8 * 5, 8, "\0\0\0\0\0\0\xf0\x7f", PD_E_NUMERIC,
+          "\"steps/wide.weight\": number 5 is inf" },
+        { "stored/table", 0, 8, "\xff\xff\xff\xff\xff\xff\xff\xff", PD_E_NUMERIC, "\"stored/table\": number 0, " },
+    };
+    FILE *f;
+    size_t n;
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (uint64_t i = 0; i < 20; i++) step(&m, READ_HEIGHT, i);
+    assert_int_equal(pd_checkpoint_save(m.trainer, path), PD_OK);
+    f = fopen(path, "rb");
+    n = fread(bytes, 1, sizeof bytes, f);
+    fclose(f);
+    assert_true(n > 1000 && n < sizeof bytes);
+    for (int i = 0; i <= COUNT(lies) + 1; i++) {
+        memcpy(bad, bytes, n);
+        if (i < COUNT(lies)) {
+            memcpy(tensor_of(bad, n, lies[i].tensor) + lies[i].at, lies[i].with, (size_t)lies[i].size);
+        } else if (i == COUNT(lies)) { /* it has made fewer steps than rows have missed */
+            unsigned char *at = (unsigned char *)memmem(bad, n, "\"updates/table\":\"20\"", 20);
+            tensor_of(bad, n, "table");
+            memcpy(at + 17, "03", 2);
+        }
+        f = fopen(path, "wb");
+        assert_int_equal(fwrite(bad, 1, n, f), n);
+        fclose(f);
+        if (i > COUNT(lies)) break;
+        assert_int_equal(pd_checkpoint_load(other.trainer, path), i < COUNT(lies) ? lies[i].status : PD_E_FORMAT);
+        check_contains(pd_error(other.net), i < COUNT(lies) ? lies[i].text : "steps behind, expected 0 to 3");
+        check_bits(&other, &before, "after a refusal");
+    }
+    assert_int_equal(pd_checkpoint_load(other.trainer, path), PD_OK); /* as it was written */
+    for (uint64_t i = 20; i < 30; i++) step(&m, READ_HEIGHT, i), step(&other, READ_HEIGHT, i);
+    check_bits(&other, &m, "the true one");
+    free_model(&m);
+    free_model(&other);
+    free_model(&before);
     remove(path);
 }
 
@@ -667,6 +1011,12 @@ int main(void) {
         cmocka_unit_test(test_values_are_current),
         cmocka_unit_test(test_two_trainers),
         cmocka_unit_test(test_checkpoint),
+        cmocka_unit_test(test_reading_changes_nothing),
+        cmocka_unit_test(test_resume_at_any_point),
+        cmocka_unit_test(test_checkpoint_as_model),
+        cmocka_unit_test(test_train_in_pieces),
+        cmocka_unit_test(test_best_values),
+        cmocka_unit_test(test_lying_checkpoints),
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_far_device),
         cmocka_unit_test(test_steady_state),

@@ -60,27 +60,19 @@ static pd_status worker_start(pd_updater *u, pd_trainer *t) {
 
 static pd_param *param_of(int rank, int index) { return pd_trainer_param(workers[rank].trainer, index); }
 
-/* Every owner brings up to date what the others will read, then they copy it. */
+/* Every owner gives all that ask what they will read. */
 static pd_status worker_begin(pd_updater *u, int64_t samples) {
     worker *w = (worker *)u->self;
     w->samples = samples;
     meet();
     for (int i = 0; param_of(0, i); i++)
-        for (int other = 0; other < WORKERS && param_of(other, i)->opts.sparse; other++)
-            for (int64_t k = 0; k < param_of(other, i)->rows.count; k++) {
-                const int64_t *row = &param_of(other, i)->rows.ids[k];
-                if (*row % WORKERS == w->rank) pd_trainer_refresh(w->trainer, param_of(w->rank, i), 1, row);
-            }
-    meet();
-    for (int i = 0; param_of(0, i); i++) {
-        pd_param *p = param_of(w->rank, i);
-        for (int64_t k = 0; p->opts.sparse && k < p->rows.count; k++) {
-            int64_t row = p->rows.ids[k], owner = row % WORKERS;
-            if (owner != w->rank)
-                memcpy(p->value + row * p->dims[1], param_of((int)owner, i)->value + row * p->dims[1],
-                       (size_t)p->dims[1] * sizeof(pd_real));
+        for (int other = 0; other < WORKERS && param_of(other, i)->opts.sparse; other++) {
+            const pd_param *p = param_of(other, i);
+            for (int64_t k = 0; k < p->rows.count; k++)
+                if (p->rows.ids[k] % WORKERS == w->rank)
+                    pd_trainer_read_rows(w->trainer, param_of(w->rank, i), 1, &p->rows.ids[k],
+                                         p->row_values + k * p->dims[1]);
         }
-    }
     meet();
     return PD_OK;
 }
@@ -139,12 +131,11 @@ static pd_status worker_end(pd_updater *u, int64_t *samples) {
 
 static pd_status worker_sync(pd_updater *u) {
     worker *w = (worker *)u->self;
-    pd_trainer_refresh_all(w->trainer);
     meet();
     for (int i = 0; param_of(0, i); i++) {
         pd_param *p = param_of(w->rank, i), *q = param_of(1 - w->rank, i);
-        for (int64_t row = 1 - w->rank; p->opts.sparse && row < p->dims[0]; row += WORKERS)
-            memcpy(p->value + row * p->dims[1], q->value + row * p->dims[1], (size_t)p->dims[1] * sizeof(pd_real));
+        for (int64_t row = w->rank; p->opts.sparse && row < p->dims[0]; row += WORKERS)
+            pd_trainer_read_rows(w->trainer, p, 1, &row, q->value + row * p->dims[1]);
     }
     meet();
     return PD_OK;
@@ -275,9 +266,14 @@ static void check_against_one(int kind, int64_t short_by) {
         assert_true(pd_evaluator_value(pd_evaluator_first(workers[k].net), 0) == pd_evaluator_value(error, 0));
         check_near(auc_of(&workers[k]), pd_evaluator_value(auc, 0), 1e-3, "auc"); /* scores differ by rounding */
         assert_true(auc_of(&workers[k]) == auc_of(&workers[0]));
-        for (pd_param *p = pd_param_first(workers[k].net), *q = pd_param_first(net); p; p = p->next, q = q->next)
+        for (pd_param *p = pd_param_first(workers[k].net), *q = pd_param_first(net); p; p = p->next, q = q->next) {
+            pd_real *x = (pd_real *)calloc((size_t)p->size, 2 * sizeof *x), *y = x + p->size;
+            assert_int_equal(pd_param_get(p, x, p->size), PD_OK);
+            assert_int_equal(pd_param_get(q, y, q->size), PD_OK);
             for (int64_t i = 0; i < p->size; i++)
-                check_near((double)p->value[i], (double)q->value[i], sizeof(pd_real) == 8 ? 1e-11 : 2e-4, p->name);
+                check_near((double)x[i], (double)y[i], sizeof(pd_real) == 8 ? 1e-11 : 2e-4, p->name);
+            free(x);
+        }
     }
     pd_batch_free(all);
     pd_batch_free(part);
