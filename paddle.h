@@ -780,7 +780,8 @@ PD_API pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t c
 PD_API pd_layer *pd_reshape(pd_net *net, pd_layer *input, pd_shape shape, const pd_layer_opts *opts);
 /* Permutes the axes of each row: axis i of the output is axis order[i] of the input (0 channels, 1 height, 2 width). */
 PD_API pd_layer *pd_transpose(pd_net *net, pd_layer *input, const int order[3], const pd_layer_opts *opts);
-/* y = w a + (1 - w) b, with one number w per row. */
+/* y = w a + (1 - w) b, with one number w per row, or w of the same shape as a and b: one for each number. Where w is 0 or
+   1, y is exactly b or a, if both are finite. */
 PD_API pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts);
 /* y = w x, with one number w per row. */
 PD_API pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts);
@@ -6729,7 +6730,7 @@ PD_DEF pd_layer *pd_pad(pd_net *net, pd_layer *input, const int64_t pad[6], cons
     return pd_layer_add(net, &pd__pad_type, s.o.name, &input, 1, &s);
 }
 
-/* ---- scale, interpolate: one number w per row; its "column stride" is 0 ---- */
+/* ---- scale, interpolate: where w is one number per row, its "column stride" is 0 ---- */
 
 static pd_status pd__scale_setup(pd_layer *l) {
     if (pd__want_shape(l, 0, pd__shape(1, 1, 1)) != PD_OK) return PD_E_SHAPE;
@@ -6759,34 +6760,39 @@ PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_
 }
 
 static pd_status pd__interpolate_setup(pd_layer *l) {
-    if (pd__want_shape(l, 0, pd__shape(1, 1, 1)) != PD_OK || pd__want_shape(l, 2, l->inputs[1]->shape) != PD_OK)
-        return PD_E_SHAPE;
+    pd_shape w = l->inputs[0]->shape, shape = l->inputs[1]->shape;
+    if (!pd__same_shape(w, pd__shape(1, 1, 1)) && !pd__same_shape(w, shape))
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, expected 1 or %s", l->inputs[0]->name,
+                             pd_shape_text(l, w), pd_shape_text(l, shape));
+    if (pd__want_shape(l, 2, shape) != PD_OK) return PD_E_SHAPE;
     return pd__like_input(l, 1);
 }
 
-/* 1 - w of each row: b + w (a - b), or w a + b - w b, would round to the larger of the two. */
+/* 1 - w: b + w (a - b), or w a + b - w b, would round to the larger of the two. */
 static pd_real *pd__interpolate_rest(pd_layer *l) {
-    pd_real *rest = pd_layer_row_memory(l, 0, 1);
+    const pd_tensor *w = pd__in(l, 0);
+    pd_real *rest = pd_layer_row_memory(l, 0, w->width);
     if (!rest) return NULL;
-    l->device->fill(l->device, l->out.rows, 1, rest);
-    pd__muladd1(l, l->out.rows, -1, pd__in(l, 0)->data, NULL, rest);
+    l->device->fill(l->device, w->rows * w->width, 1, rest);
+    pd__muladd1(l, w->rows * w->width, -1, w->data, NULL, rest);
     return rest;
 }
 
 static pd_status pd__interpolate_forward(pd_layer *l) {
-    int64_t n = l->out.width, rows = l->out.rows;
-    const pd_real *w = pd__in(l, 0)->data, *rest = pd__interpolate_rest(l);
+    const pd_tensor *w = pd__in(l, 0);
+    int64_t n = l->out.width, rows = l->out.rows, wr = w->width, wc = w->width > 1;
+    const pd_real *rest = pd__interpolate_rest(l);
     if (!rest) return PD_E_MEMORY;
     pd__clear_output(l);
-    pd__muladd2(l, rows, n, 1, pd__in(l, 1)->data, n, 1, w, 1, 0, l->out.data, n, 1);
-    pd__muladd2(l, rows, n, 1, pd__in(l, 2)->data, n, 1, rest, 1, 0, l->out.data, n, 1);
+    pd__muladd2(l, rows, n, 1, pd__in(l, 1)->data, n, 1, w->data, wr, wc, l->out.data, n, 1);
+    pd__muladd2(l, rows, n, 1, pd__in(l, 2)->data, n, 1, rest, wr, wc, l->out.data, n, 1);
     return PD_OK;
 }
 
 static pd_status pd__interpolate_backward(pd_layer *l) {
-    int64_t n = l->out.width, rows = l->out.rows;
-    const pd_real *dy = l->out.grad, *rest = pd__interpolate_rest(l);
     const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
+    int64_t n = l->out.width, rows = l->out.rows, wr = w->width, wc = w->width > 1;
+    const pd_real *dy = l->out.grad, *rest = pd__interpolate_rest(l);
     if (!rest) return PD_E_MEMORY;
     if (w->grad) { /* of a - b, not of each */
         pd_real *difference = pd_layer_row_memory(l, 1, n);
@@ -6794,10 +6800,10 @@ static pd_status pd__interpolate_backward(pd_layer *l) {
         l->device->fill(l->device, rows * n, 0, difference);
         pd__muladd1(l, rows * n, 1, a->data, NULL, difference);
         pd__muladd1(l, rows * n, -1, b->data, NULL, difference);
-        pd__muladd2(l, rows, n, 1, dy, n, 1, difference, n, 1, w->grad, 1, 0);
+        pd__muladd2(l, rows, n, 1, dy, n, 1, difference, n, 1, w->grad, wr, wc);
     }
-    if (a->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, w->data, 1, 0, a->grad, n, 1);
-    if (b->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, rest, 1, 0, b->grad, n, 1);
+    if (a->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, w->data, wr, wc, a->grad, n, 1);
+    if (b->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, rest, wr, wc, b->grad, n, 1);
     return PD_OK;
 }
 

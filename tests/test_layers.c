@@ -689,15 +689,15 @@ static void twin_multiply(const problem *p, double *y) {
 }
 
 static pd_layer *build_interpolate(problem *p) {
-    pd_layer *w = vector(p, 1), *a = any_image(p), *b = image(p, a->shape);
-    p->shape = a->shape;
+    pd_shape s = p->shape = any_shape(p, shape(3, 6, 6), shape(4, 23, 24));
+    pd_layer *w = below(2) ? vector(p, 1) : image(p, s), *a = image(p, s), *b = image(p, s);
     return pd_interpolate(p->net, w, a, b, &p->plain);
 }
 
 static void twin_interpolate(const problem *p, double *y) {
-    int64_t n = p->layer->out.width;
+    int64_t n = p->layer->out.width, each = p->inputs[0]->out.width == n ? 1 : n;
     for (int64_t i = 0; i < p->rows * n; i++)
-        y[i] = x_at(p, 0, i / n) * x_at(p, 1, i) + (1 - x_at(p, 0, i / n)) * x_at(p, 2, i);
+        y[i] = x_at(p, 0, i / each) * x_at(p, 1, i) + (1 - x_at(p, 0, i / each)) * x_at(p, 2, i);
 }
 
 static pd_layer *build_scale(problem *p) {
@@ -1343,19 +1343,28 @@ static void test_interpolated_ends(void **state) {
                                 { 0, 0.1, 1000 },   { 0.5, far, far },  { 0.5, largest, largest },
                                 { 0.25, far, far }, { 1, far + 4, far } };
     (void)state;
-    for (int i = 0; i < COUNT(cases); i++) {
+    for (int each = 0; each < 2;
+         each++) { /* all of them as rows, then in one row, each number with a weight of its own */
+        int64_t width = each ? COUNT(cases) : 1;
         pd_net *net = pd_net_new(NULL);
-        pd_layer *w = pd_vector(net, "w", 1), *a = pd_vector(net, "a", 1), *b = pd_vector(net, "b", 1), *y;
-        pd_batch *batch;
+        pd_layer *w = pd_vector(net, "w", width), *a = pd_vector(net, "a", width), *b = pd_vector(net, "b", width), *y;
+        pd_batch *batch = pd_batch_new(net);
         pd_want_gradient(w);
         y = pd_interpolate(net, w, a, b, NULL);
-        batch = pd_batch_new(net);
-        for (int k = 0; k < 3; k++) *pd_batch_add_row(batch, k) = (pd_real)cases[i][k];
-        pd_batch_end_sample(batch);
+        for (int64_t i = 0; i < COUNT(cases); i += width) {
+            for (int k = 0; k < 3; k++) {
+                pd_real *row = pd_batch_add_row(batch, k);
+                for (int64_t j = 0; j < width; j++) row[j] = (pd_real)cases[i + j][k];
+            }
+            assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+        }
         assert_int_equal(pd_forward(net, batch, PD_CHECK, &y, 1), PD_OK);
-        assert_true(y->out.data[0] == (pd_real)(cases[i][0] >= 0.5 ? cases[i][1] : cases[i][2]));
+        assert_int_equal(y->out.rows * y->out.width, COUNT(cases));
         assert_int_equal(pd_backward(net, y), PD_OK);
-        assert_true(w->out.grad[0] == (pd_real)cases[i][1] - (pd_real)cases[i][2]);
+        for (int i = 0; i < COUNT(cases); i++) {
+            assert_true(y->out.data[i] == (pd_real)(cases[i][0] >= 0.5 ? cases[i][1] : cases[i][2]));
+            assert_true(w->out.grad[i] == (pd_real)cases[i][1] - (pd_real)cases[i][2]);
+        }
         pd_batch_free(batch);
         pd_net_free(net);
     }
@@ -2554,7 +2563,13 @@ static void test_others_refuse(void **state) {
     REFUSED("transpose1: order {0, 1, 3}", pd_transpose(the.net, the.image, (const int[3]){ 0, 1, 3 }, NULL));
     REFUSED("transpose1: order {-1, ", pd_transpose(the.net, the.image, (const int[3]){ -1, 1, 2 }, NULL));
     REFUSED("transpose1: order", pd_transpose(the.net, the.image, NULL, NULL));
-    REFUSED("interpolate1: input \"vec\" is 6, expected 1", pd_interpolate(the.net, the.vec, the.vec, the.vec, NULL));
+    REFUSED_EXACTLY("interpolate1: input \"vec\" is 6, expected 1 or 2x5x4",
+                    pd_interpolate(the.net, the.vec, the.image, the.image, NULL));
+    REFUSED_EXACTLY("interpolate1: input \"image\" is 2x5x4, expected 1 or 6",
+                    pd_interpolate(the.net, the.image, the.vec, the.vec, NULL));
+    REFUSED("interpolate1: input \"image\" is 2x5x4, expected 6",
+            pd_interpolate(the.net, the.vec, the.vec, the.image, NULL));
+    REFUSED("interpolate1: input \"ids\" holds ids", pd_interpolate(the.net, the.ids, the.one, the.one, NULL));
     REFUSED("interpolate1: input \"image\" is 2x5x4, expected 6",
             pd_interpolate(the.net, the.one, the.vec, the.image, NULL));
     REFUSED("interpolate: input 2 is NULL", pd_interpolate(the.net, the.one, the.vec, NULL, NULL));
