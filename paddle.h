@@ -12296,17 +12296,17 @@ static pd_status pd__prune(pd_param *p) {
 }
 
 /* What an optimizer or option can't do with a sparse parameter, or NULL. */
-static const char *pd__sparse_fault(const pd_trainer *t) {
+static const char *pd__sparse_fault(const pd_trainer *t, const pd_param *p) {
     if (t->optimizer.kind != PD_OPT_SGD && t->optimizer.kind != PD_OPT_MOMENTUM)
         return "which goes with sgd and momentum; this optimizer would have to change every row in every step";
-    if (t->opts.l1 > 0) return "which does not go with l1";
+    if (pd__or(p->opts.l1, t->opts.l1) > 0) return "which does not go with l1";
     if (t->opts.average_window > 0) return "which does not go with model averaging";
     return NULL;
 }
 
 /* What a parameter needs before the updater starts. */
 static pd_status pd__start_training(pd_trainer *t, pd__trained *tr, pd_param *p) {
-    const char *fault = p->touched ? pd__sparse_fault(t) : NULL;
+    const char *fault = p->touched ? pd__sparse_fault(t, p) : NULL;
     pd_status status;
     if (fault)
         return pd__fail(t->net, PD_E_UNSUPPORTED, "pd_trainer_new: parameter \"%.100s\" is sparse, %s", p->name, fault);

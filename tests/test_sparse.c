@@ -979,6 +979,11 @@ static void test_refused(void **state) {
     assert_null(pd_trainer_new(net, cost, pd_sgd(0.1), &(pd_trainer_opts){ .l1 = 0.1 }));
     check_contains(pd_error(net), "which does not go with l1");
     pd_net_free(net);
+    net = with_table(&cost, &(pd_param_opts){ .sparse = true, .l1 = PD_ZERO }); /* that of the trainer is for others */
+    pd_trainer *trainer = pd_trainer_new(net, cost, pd_sgd(0.1), &(pd_trainer_opts){ .l1 = 0.1 });
+    assert_non_null(trainer);
+    pd_trainer_free(trainer);
+    pd_net_free(net);
     net = with_table(&cost, &(pd_param_opts){ .sparse = true });
     assert_null(pd_trainer_new(net, cost, pd_sgd(0.1), &(pd_trainer_opts){ .average_window = 0.1 }));
     check_contains(pd_error(net), "which does not go with model averaging");
