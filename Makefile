@@ -8,6 +8,7 @@
 # make gpu-check     the GPU's tests on a real one, with a report in bench/results; without one it only says so
 # make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
 # make bench         build and run what bench/ has that needs nothing else
+# make bench-sparse  training steps with tables of up to 100 million rows; takes 7 GB and two minutes
 # make bench-busy    small nets beside busy loops on all processors; takes minutes
 # make bench-peers   installs OpenBLAS, PyTorch and ONNX Runtime (6 GB), and runs the same beside them
 # make bench-report  leaves what they print, and a picture, in bench/results
@@ -64,6 +65,9 @@ setup-bench:
 	@tests/setup libopenblas-openmp-dev python3-venv librsvg2-bin
 	@[ -x build/bench-venv/bin/pip ] || python3 -m venv build/bench-venv
 	@build/bench-venv/bin/pip install --quiet torch onnx onnxruntime
+
+bench-sparse: build/bench/sparse
+	@build/bench/sparse
 
 bench-busy: build/bench/nets
 	@bench/busy.sh
@@ -155,5 +159,5 @@ clean:
 	rm -rf build
 
 always:
-.PHONY: all run bench bench-busy bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
+.PHONY: all run bench bench-sparse bench-busy bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
 .DELETE_ON_ERROR:

@@ -2430,6 +2430,12 @@ static void pd__loop_end(const pd__loop *loop) {
     } while (0)
 #define PD__TEAM(d, work, i, end, call) PD__TEAM_STEPS(d, work, i, end, 1, call)
 
+#if defined(__GNUC__) && !defined(__TINYC__)
+#define PD__PREFETCH(at) __builtin_prefetch(at)
+#else
+#define PD__PREFETCH(at) ((void)0)
+#endif
+
 /* `size` bytes until the next call, or NULL: then synchronize will say so. */
 static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
     pd__cpu *cpu = pd__cpu_of(d);
@@ -3263,24 +3269,57 @@ static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real 
     PD__TEAM_STEPS(d, n * 4, i, n, PD__PIECE, kernels->update_piece(&j, i, pd__min(n, i + PD__PIECE)));
 }
 
+/* Arguments of update_rows and gather_rows. */
+typedef struct pd__rows_job {
+    const pd__kernels *kernels;
+    const pd_update *u;
+    int64_t count, width;
+    const int64_t *rows, *state_rows;
+    const double *carry;
+    const pd_real *w, *g, *state;
+    pd_real *new_w, *new_state; /* the table and its state, or copies of rows in the order of `rows` and NULL */
+    bool copy;
+} pd__rows_job;
+
+/* Rows of a large table come from memory, so the next ones are sent for. */
+static void pd__send_for_row(const pd__rows_job *j, int64_t i) {
+    if (i >= j->count) return;
+    PD__PREFETCH(j->w + j->rows[i] * j->width);
+    PD__PREFETCH(j->w + (j->rows[i] + 1) * j->width - 1);
+    if (!j->state) return;
+    PD__PREFETCH(j->state + j->state_rows[i] * j->width);
+    PD__PREFETCH(j->state + (j->state_rows[i] + 1) * j->width - 1);
+}
+
+static void pd__row(const pd__rows_job *j, int64_t i) {
+    int64_t at = j->rows[i] * j->width, state_at = j->state ? j->state_rows[i] * j->width : 0;
+    pd__send_for_row(j, i + 8);
+    j->kernels->update_row(j->u, j->width, j->carry ? j->carry + 4 * i : NULL, j->w + at,
+                           j->g ? j->g + i * j->width : NULL, j->state ? j->state + state_at : NULL,
+                           j->new_w + (j->copy ? i * j->width : at), j->new_state ? j->new_state + state_at : NULL);
+}
+
 static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
                                 const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
                                 pd_real *state) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    PD__TEAM(d, count * width * 4, i, count,
-             kernels->update_row(u, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, g ? g + i * width : NULL,
-                                 state ? state + state_rows[i] * width : NULL, w + rows[i] * width,
-                                 state ? state + state_rows[i] * width : NULL));
+    pd__rows_job j = PD__ZERO;
+    j.kernels = pd__cpu_kernels(d);
+    j.u = u, j.count = count, j.width = width, j.rows = rows, j.state_rows = state_rows, j.carry = carry, j.g = g;
+    j.w = j.new_w = w;
+    j.state = j.new_state = state;
+    PD__TEAM(d, count * width * 4, i, count, pd__row(&j, i));
 }
 
 static void pd__cpu_gather_rows(pd_device *d, int64_t count, int64_t width, const int64_t *rows,
                                 const int64_t *state_rows, const double *carry, const pd_real *w, const pd_real *state,
                                 pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    if (!carry) state = NULL;
-    PD__TEAM(d, count * width * 2, i, count,
-             kernels->update_row(NULL, width, carry ? carry + 4 * i : NULL, w + rows[i] * width, NULL,
-                                 state ? state + state_rows[i] * width : NULL, y + i * width, NULL));
+    pd__rows_job j = PD__ZERO;
+    j.kernels = pd__cpu_kernels(d);
+    j.count = count, j.width = width, j.rows = rows, j.state_rows = state_rows, j.carry = carry, j.w = w;
+    j.state = carry ? state : NULL;
+    j.new_w = y;
+    j.copy = true;
+    PD__TEAM(d, count * width * 2, i, count, pd__row(&j, i));
 }
 
 /* ---- activations ---- */
@@ -3643,7 +3682,6 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
 #if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 9 && !defined(__TINYC__))
 #define PD__VECTORS 1 /* the compiler has them */
 #define PD__INLINE inline __attribute__((always_inline))
-#define PD__PREFETCH(at) __builtin_prefetch(at)
 #define PD__FORGET(pointer) __asm__("" : "+r"(pointer)) /* nothing is known of it any more */
 #if defined(__clang__)
 #define PD__UNROLL _Pragma("unroll")
@@ -3669,7 +3707,6 @@ typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
 #endif
 #else
 #define PD__INLINE inline
-#define PD__PREFETCH(at) ((void)0)
 #define PD__FORGET(pointer) ((void)0)
 #define PD__UNROLL
 #endif
@@ -9185,8 +9222,8 @@ static void pd__steps_between(const pd__lazy *lazy, int64_t from, int64_t to, do
     product[0] = product[3] = 1;
     product[1] = product[2] = 0;
     while (from < to) {
-        int64_t size = 1, at = lazy->room + from % lazy->room;
-        for (; from % (2 * size) == 0 && from + 2 * size <= to; size *= 2) at /= 2;
+        int64_t size = 1, at = lazy->room + (from & (lazy->room - 1));
+        for (; (from & size) == 0 && from + 2 * size <= to; size *= 2) at >>= 1;
         pd__multiply_steps(lazy->products[at], product, product);
         from += size;
     }
@@ -9246,22 +9283,33 @@ static int64_t pd__behind(const pd__lazy *lazy, int64_t step, int64_t local) {
     return behind <= lazy->window ? behind : 0;
 }
 
-/* For entry i of a chunk, of which the row is known: the state's row, and what the row has missed. */
-static void pd__miss(const pd_trainer *t, const pd__lazy *lazy, int64_t step, pd__chunk *c, int64_t i) {
-    int64_t local = c->rows[i] / t->ranks, behind = 0;
-    if (c->rows[i] % t->ranks != t->rank) local = 0; /* another's: as it is */
-    else if (lazy) behind = pd__behind(lazy, step, local);
-    c->state_rows[i] = local;
-    if (lazy) pd__steps_between(lazy, step - behind, step, c->carry[i]);
+enum { PD__MISS_AT_ONCE = 32 };
+
+/* For some entries of a chunk, of which the rows are known: the state's row, and what the row has missed. Neighbours
+   often have missed the same. */
+static void pd__miss_some(const pd_trainer *t, const pd__lazy *lazy, int64_t step, pd__chunk *c, int64_t i,
+                          int64_t end) {
+    int64_t last = -1;
+    end = pd__min(i + PD__MISS_AT_ONCE, end);
+    for (int64_t k = i; lazy && k < end; k++) PD__PREFETCH(lazy->times + c->rows[k] / t->ranks);
+    for (; i < end; i++) {
+        int64_t local = c->rows[i] / t->ranks, behind = 0;
+        if (c->rows[i] % t->ranks != t->rank) local = 0; /* another's: as it is */
+        else if (lazy) behind = pd__behind(lazy, step, local);
+        c->state_rows[i] = local;
+        if (behind == last) memcpy(c->carry[i], c->carry[i - 1], sizeof c->carry[i]);
+        else if (lazy) pd__steps_between(lazy, step - behind, step, c->carry[i]);
+        last = behind;
+    }
 }
 
 /* The same for n entries; `net` has the threads. */
-static void pd__miss_all(const pd_net *net, const pd_trainer *t, const pd__lazy *lazy, int64_t step, pd__chunk *c,
-                         int64_t n) {
+static void pd__miss(const pd_net *net, const pd_trainer *t, const pd__lazy *lazy, int64_t step, pd__chunk *c,
+                     int64_t n) {
     if (net->cpu) {
-        PD__TEAM(net->cpu, lazy ? n * 256 : 0, i, n, pd__miss(t, lazy, step, c, i));
+        PD__TEAM_STEPS(net->cpu, lazy ? n * 256 : 0, i, n, PD__MISS_AT_ONCE, pd__miss_some(t, lazy, step, c, i, n));
     } else {
-        for (int64_t i = 0; i < n; i++) pd__miss(t, lazy, step, c, i);
+        for (int64_t i = 0; i < n; i += PD__MISS_AT_ONCE) pd__miss_some(t, lazy, step, c, i, n);
     }
 }
 
@@ -9275,7 +9323,7 @@ static void pd__catch_up(pd_trainer *t, pd__trained *tr, pd_real *table, int64_t
     for (int64_t local = first; local < first + count; local++) {
         if (pd__behind(lazy, tr->step, local) > 0) c.rows[n++] = local * t->ranks + t->rank;
         if (n < PD__CHUNK_ROWS && (n == 0 || local + 1 < first + count)) continue;
-        pd__miss_all(t->net, t, lazy, tr->step, &c, n);
+        pd__miss(t->net, t, lazy, tr->step, &c, n);
         for (int64_t i = 0; i < n; i++) lazy->times[c.state_rows[i]] = (uint32_t)tr->step;
         d->update_rows(d, &u, n, tr->param->dims[1], c.rows, c.state_rows, c.carry[0], table, NULL, tr->states[0]);
         n = 0;
@@ -9313,7 +9361,7 @@ static void pd__read_rows(const pd_net *net, const pd_trainer *t, const pd_param
     for (int64_t at = 0; at < count; at += PD__CHUNK_ROWS) {
         int64_t n = pd__min(PD__CHUNK_ROWS, count - at);
         for (int64_t i = 0; i < n; i++) c.rows[i] = rows ? rows[at + i] : first + at + i;
-        if (lazy) pd__miss_all(net, t, lazy, tr->step, &c, n);
+        if (lazy) pd__miss(net, t, lazy, tr->step, &c, n);
         d->gather_rows(d, n, p->dims[1], c.rows, c.state_rows, lazy ? c.carry[0] : NULL, table,
                        lazy ? tr->states[0] : NULL, to + at * p->dims[1]);
     }
@@ -9386,7 +9434,7 @@ PD_DEF pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int
     for (int64_t first = 0; first < count; first += PD__CHUNK_ROWS) {
         int64_t n = pd__min(PD__CHUNK_ROWS, count - first);
         memcpy(c.rows, rows + first, (size_t)n * sizeof *rows);
-        pd__miss_all(trainer->net, trainer, lazy, tr->step - 1, &c, n);
+        pd__miss(trainer->net, trainer, lazy, tr->step - 1, &c, n);
         for (int64_t i = 0; lazy && i < n; i++) lazy->times[c.state_rows[i]] = (uint32_t)tr->step;
         d->update_rows(d, &u, n, width, c.rows, c.state_rows, lazy ? c.carry[0] : NULL, param->value,
                        grad + first * width, tr->states[0]);

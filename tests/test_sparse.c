@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <pthread.h>
 #include <unistd.h>
 #include <cmocka.h>
 
@@ -379,6 +380,35 @@ static void test_shared_on_a_far_device(void **state) {
     pd_net_free(host);
 }
 
+/* Nets that share a table of which rows lag, in threads of their own, each with other rows. */
+static void *predict_often(void *argument) {
+    predictor *p = (predictor *)argument;
+    for (int i = 0; i < 20; i++) predict(p);
+    return NULL;
+}
+
+static void test_shared_in_threads(void **state) {
+    enum { THREADS = 3 };
+    predictor p[THREADS];
+    pthread_t threads[THREADS];
+    pd_batch *batches[THREADS];
+    model m = build(true, 40, pd_momentum(0.1, 0.9), NULL, &(pd_net_opts){ .threads = 1 });
+    (void)state;
+    for (uint64_t i = 0; i < 9; i++) step(&m, 40, i);
+    for (int k = 0; k < THREADS; k++) {
+        p[k].net = pd_net_share(m.net);
+        p[k].output = pd_layer_find(p[k].net, m.output->name);
+        p[k].batch = batches[k] = pd_batch_new(m.net);
+        fill(batches[k], 40, 50 + (uint64_t)k);
+        assert_int_equal(pd_forward(m.net, batches[k], PD_PREDICT, &m.output, 1), PD_OK);
+        memcpy(p[k].expected, pd_output(m.output, NULL, NULL), (size_t)m.output->out.rows * 3 * sizeof(pd_real));
+    }
+    for (int k = 0; k < THREADS; k++) assert_int_equal(pthread_create(&threads[k], NULL, predict_often, &p[k]), 0);
+    for (int k = 0; k < THREADS; k++) pthread_join(threads[k], NULL);
+    for (int k = 0; k < THREADS; k++) pd_batch_free(batches[k]), pd_net_free(p[k].net);
+    free_model(&m);
+}
+
 /* A dense trainer's checkpoint is one of a sparse one of which no row lags; the other way round only as a model. */
 static void test_checkpoint(void **state) {
     char path[] = "/tmp/paddle-sparse-XXXXXX";
@@ -746,6 +776,105 @@ static void test_lying_checkpoints(void **state) {
     remove(path);
 }
 
+/* ---- rows that sleep, for 1 to 10,000 batches ---- */
+
+typedef struct sleeper {
+    pd_net *net;
+    pd_layer *row, *cost;
+    pd_trainer *trainer;
+    pd_batch *batch;
+} sleeper;
+
+static sleeper new_sleeper(bool sparse, int64_t height, pd_optimizer o, const pd_trainer_opts *opts, int threads) {
+    sleeper s;
+    pd_layer *pair[2];
+    s.net = pd_net_new(&(pd_net_opts){ .threads = threads });
+    pair[0] = s.row = pd_embedding(s.net, pd_ids(s.net, "id", height), 3,
+                                   &(pd_embedding_opts){ .weight = { .name = "table", .sparse = sparse } });
+    pair[1] = pd_vector(s.net, "target", 3);
+    s.cost = pd_squared_error(s.net, pair[0], pair[1], NULL);
+    s.trainer = pd_trainer_new(s.net, s.cost, o, opts);
+    if (!s.trainer) fail_msg("%s", pd_error(s.net));
+    s.batch = pd_batch_new(s.net);
+    return s;
+}
+
+static void free_sleeper(sleeper *s) {
+    pd_batch_free(s->batch);
+    pd_trainer_free(s->trainer);
+    pd_net_free(s->net);
+}
+
+/* Two rows: one of the few that are often seen, and at step i the one that was last seen 2 i / 3 steps ago or so. */
+static void wake(sleeper *s, int64_t i, int64_t height) {
+    int64_t ids[2] = { i % 7, 7 + (i % 3 ? i : i / 3) % (height - 7) };
+    pd_batch_clear(s->batch);
+    for (int k = 0; k < 2; k++) {
+        pd_real *target = (pd_batch_add_id(s->batch, 0, ids[k]), pd_batch_add_row(s->batch, 1));
+        for (int c = 0; c < 3; c++) target[c] = (pd_real)(ids[k] % 5 + c);
+        assert_int_equal(pd_batch_end_sample(s->batch), PD_OK);
+    }
+    if (pd_train_batch(s->trainer, s->batch, NULL) != PD_OK) fail_msg("%s", pd_error(s->net));
+}
+
+/* Of what the row has missed all must be there when it is next read, whatever the tree of steps looks like then: of 50
+   rows it reaches 1,024 steps, of 20,000 it grows to 8,192. */
+static void test_sleep(void **state) {
+    const pd_schedule fall = { .kind = PD_SCHEDULE_POLY, .a = 0.0001, .b = 0.5 };
+    const pd_trainer_opts opts = { .l2 = 0.001, .schedule = fall };
+    const int64_t heights[] = { 50, 20000 }, steps = sizeof(pd_real) == 8 ? 10500 : 2500;
+    (void)state;
+    for (int k = 0; k < 3; k++) {
+        pd_optimizer o = k == 0 ? pd_sgd(0.05) : k == 1 ? pd_momentum(0.02, 0.99) : pd_nesterov(0.02, 0.9);
+        int64_t height = heights[k % 2], count = 3 * height;
+        sleeper sparse = new_sleeper(true, height, o, &opts, 1), dense = new_sleeper(false, height, o, &opts, 1);
+        pd_real *x = (pd_real *)malloc(2 * (size_t)count * sizeof *x), *y = x + count;
+        for (int64_t i = 0; i < (height > 50 ? steps / 2 : steps); i++)
+            wake(&sparse, i, height), wake(&dense, i, height);
+        assert_int_equal(pd_param_get(pd_param_first(sparse.net), x, count), PD_OK);
+        assert_int_equal(pd_param_get(pd_param_first(dense.net), y, count), PD_OK);
+        for (int64_t i = 0; i < count; i++)
+            check_near((double)x[i], (double)y[i], sizeof(pd_real) == 8 ? 1e-10 : 1e-3, "a row that slept");
+        free(x);
+        free_sleeper(&sparse);
+        free_sleeper(&dense);
+    }
+}
+
+/* The same bits for any number of threads, and after a stop, where the tree has grown and gone round. */
+static void test_sleep_resumed(void **state) {
+    enum { HEIGHT = 4200, STEPS = 2600, COUNT_ALL = 3 * HEIGHT };
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    const pd_schedule fall = { .kind = PD_SCHEDULE_POLY, .a = 0.0001, .b = 0.5 };
+    const pd_trainer_opts opts = { .l2 = 0.001, .schedule = fall };
+    pd_real *x = (pd_real *)malloc(2 * COUNT_ALL * sizeof *x), *y = x + COUNT_ALL;
+    sleeper straight = new_sleeper(true, HEIGHT, pd_momentum(0.02, 0.99), &opts, 1);
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (int64_t i = 0; i < STEPS; i++) wake(&straight, i, HEIGHT);
+    assert_int_equal(pd_param_get(pd_param_first(straight.net), x, COUNT_ALL), PD_OK);
+    for (int64_t stop = 1000; stop < STEPS; stop += 523) {
+        sleeper s = new_sleeper(true, HEIGHT, pd_momentum(0.02, 0.99), &opts, 2);
+        for (int64_t i = 0; i < STEPS; i++) {
+            if (i == stop) {
+                assert_int_equal(pd_checkpoint_save(s.trainer, path), PD_OK);
+                free_sleeper(&s);
+                s = new_sleeper(true, HEIGHT, pd_momentum(0.02, 0.99), &opts, 2);
+                if (pd_checkpoint_load(s.trainer, path) != PD_OK) fail_msg("%s", pd_error(s.net));
+            }
+            wake(&s, i, HEIGHT);
+        }
+        assert_int_equal(pd_param_get(pd_param_first(s.net), y, COUNT_ALL), PD_OK);
+        assert_memory_equal(x, y, COUNT_ALL * sizeof *x);
+        free_sleeper(&s);
+    }
+    free_sleeper(&straight);
+    free(x);
+    remove(path);
+}
+
 /* ---- the cost is that of the rows; threads; devices ---- */
 
 static void test_threads(void **state) {
@@ -1022,6 +1151,8 @@ int main(void) {
         cmocka_unit_test(test_train_in_pieces),
         cmocka_unit_test(test_best_values),
         cmocka_unit_test(test_lying_checkpoints),
+        cmocka_unit_test(test_sleep),
+        cmocka_unit_test(test_sleep_resumed),
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_far_device),
         cmocka_unit_test(test_steady_state),
@@ -1033,6 +1164,7 @@ int main(void) {
         cmocka_unit_test(test_zeroed_in_between),
         cmocka_unit_test(test_settled_by_others),
         cmocka_unit_test(test_shared_on_a_far_device),
+        cmocka_unit_test(test_shared_in_threads),
         cmocka_unit_test(test_refused_word),
     };
     return run_group(tests, NULL, NULL);
