@@ -125,7 +125,7 @@ static pd_layer *any_conv(problem *p, bool transposed) {
     const int kind = p->number % 4;
     const bool three = kind<2, more = p->number % 8> 4;
     pd_conv_opts o = { .act = any_act(), .no_bias = below(4) == 0 };
-    int64_t least = kind == 0 ? 3 : kind == 1 ? 11 : more ? 9 : 1, most = kind == 0 ? 7 : kind == 1 ? 12 : least + 7;
+    int64_t least = kind == 0 ? 3 : kind == 1 ? 11 : more ? 9 : 1, most = kind == 0 ? 8 : kind == 1 ? 12 : least + 7;
     int64_t h = least + below(most - least + 1), w = least + below(most - least + 1);
     int64_t in = three ? 26 + below(12) : 1 + below(17), out = three ? 26 + below(12) : 1 + below(17);
     int64_t filter = three ? 3 : 1 + below(5);
