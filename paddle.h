@@ -325,7 +325,8 @@
 
    Shapes are settled when layers are built, memory is taken with the first batch, and after batches of the largest size
    have been seen a training step allocates nothing (but for sparse parameters of more than 4,096 rows, with momentum or
-   l2, now and then: what is kept of the last steps doubles until it has 16 MB). Everything comes from the allocator in pd_net_opts.
+   l2, now and then: what is kept of the last steps doubles until it has 16 MB). Everything comes from the allocator in
+   pd_net_opts.
 
    When predicting, layers lend each other memory: where the last reader of an output has run, a later layer writes its
    own, and only the targets' outputs are there in the end. pd_memory says what a net holds. A program that only
@@ -618,8 +619,8 @@ PD_API void pd_net_free(pd_net *net);
 
 /* A second net with the same layers that reads the same parameters, for predicting in another thread at the same
    time. It can't be trained, must be freed before `net`, and `net` must not be trained while it is in use. (Where
-   `net` is trained between two uses, with workers in other processes, call pd_sync. On a device given in pd_net_opts both nets use that
-   one, so in turn.)
+   `net` is trained between two uses, with workers in other processes, call pd_sync. On a device given in pd_net_opts
+   both nets use that one, so in turn.)
    NULL, with the message in `net`, when it can't be made. */
 PD_API pd_net *pd_net_share(pd_net *net);
 
@@ -1471,8 +1472,8 @@ PD_API void pd_param_share(const pd_param *param, int rank, int ranks, int64_t *
    if grad isn't finite. Sparse parameters: on the touched rows (which must all be in the share). */
 PD_API pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t samples, double clip_scale);
 /* The same for a sparse parameter, from other rows than those of this worker's batch: `count` rows of the share, each
-   once, and their summed gradients (count x dims[1], device memory, left as they are). To be called in every batch,
-   also without rows: it is what tells the other rows that a step has passed. */
+   once, and their summed gradients (count x dims[1], device memory, left as they are). To be called once in every
+   batch, also without rows: it is what tells the other rows that a step has passed. */
 PD_API pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
                                        const pd_real *grad, int64_t samples, double clip_scale);
 /* For updaters: rows of a sparse parameter (host memory; repeats are fine), as they are after all steps so far, to `to`
@@ -3919,7 +3920,8 @@ static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; 
 /* Says that values are about to be changed, by training or, if `given`, by others: those in the net are then what trainers
    go on from. Defined with >>trainer. */
 static void pd__begin_anew(pd_net *net, bool given);
-/* Makes every value current that updaters of trainers, but of `besides`, have left for later. Defined with >>trainer. */
+/* Makes every value current that trainers' updaters, but for that of `besides`, have left for later. Defined with
+   >>trainer. */
 static pd_status pd__settle(pd_net *net, const pd_trainer *besides);
 /* Rows of a sparse parameter as they are now: with the steps that a trainer has left for later. Defined with
    >>optimizers. */
@@ -3988,8 +3990,8 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     return net;
 }
 
-/* A parameter as a layer on the host sees it: the same, but with its numbers, of a sparse one those of the rows named, in
-   host memory. */
+/* A parameter as a layer on the host sees it: the same, but with its numbers (of a sparse one: those of the rows named)
+   in host memory. */
 typedef struct pd__shadow {
     pd_param param, *real;
     pd_real *values, *grads;
@@ -4733,8 +4735,8 @@ static pd_status pd__ready_rows(pd_net *net) {
     return PD_OK;
 }
 
-/* A shared net's own view of a sparse parameter: other rows are named in it, by other threads at the same time. The value
-   is that of `of`. */
+/* A shared net's own view of a sparse parameter, since in its thread other rows are named at the same time. The value is
+   that of `of`. */
 static pd_param *pd__view_of(pd_layer *l, pd_param *of) {
     pd_net *net = l->net;
     pd_param *p = net->first_param;
@@ -9182,18 +9184,18 @@ PD_DEF pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t 
 /* ---- sparse parameters ----
    A row that no gradient reaches still moves, by its momentum and its l2. Such a step is the same linear map for every
    number, (w, state) -> M (w, state) with M of 2 x 2, and so are several in turn. So rows are left behind: whoever reads
-   one gets a copy, multiplied with the product of the matrices that the row has missed, and what is stored is made up for
-   when the row gets a gradient. Reading changes nothing; so however often it is done, the bits are the same. This is the
-   dense method to the last rounding, with any schedule. (The sparse momentum of the 2016 platform did it with three
+   one gets a copy, multiplied with the product of the matrices that the row has missed, and what is stored is made up
+   for when the row gets a gradient. Reading changes nothing, so the bits are the same however often it is done. This is
+   the dense method to the last rounding, with any schedule. (The sparse momentum of the 2016 platform did it with three
    running scalars, which had to be restarted before they overflowed.)
 
-   The last steps' matrices are the leaves of a binary tree, in a ring: a node has the product of its block of 2^k steps,
-   which begins at a multiple of 2^k. A row that has missed n steps costs at most 2 log2(n) products of 2 x 2, and a step
-   two (on average) to keep the tree. Which blocks make up the steps from one to another follows from these two alone, and
-   so do the bits. No row is ever further behind than the tree reaches: each step brings the next few rows of the table up
-   to date, in turn, whoever reads them. The tree reaches as many steps as a quarter of the table has rows, but
-   PD__STEPS_LEAST at least and PD__STEPS_MOST at most, which is 16 MB. So that is 4 rows in a step up to a table of a
-   million rows, and 381 at 100 million. A tree grows to its size as steps come. */
+   The last steps' matrices are the leaves of a binary tree, in a ring: a node has the product of its block of 2^k
+   steps, which begins at a multiple of 2^k. A row that has missed n steps costs at most 2 log2(n) products of 2 x 2, of 8
+   multiplications each, and a step one (on average) to keep the tree. Which blocks make up the steps from one to another
+   follows from these two alone, and so do the bits. No row is ever further behind than the tree reaches: each step
+   brings the next few rows of the table up to date, in turn, whoever reads them. The tree reaches as many steps as a
+   quarter of the table has rows, but PD__STEPS_LEAST at least and PD__STEPS_MOST at most, which is 16 MB. So that is 4
+   rows in a step up to a table of a million rows, and 381 at 100 million. A tree grows to its size as steps come. */
 
 #ifndef PD__STEPS_MOST
 #define PD__STEPS_MOST 262144 /* powers of two */
@@ -9216,6 +9218,13 @@ typedef struct pd__chunk {
     double carry[PD__CHUNK_ROWS][4];
 } pd__chunk;
 
+/* One compiled copy of what must have the same bits wherever it is called. */
+#if defined(__GNUC__)
+#define PD__ONE_COPY __attribute__((noinline))
+#else
+#define PD__ONE_COPY
+#endif
+
 /* to = later earlier; `to` may be one of them. */
 static void pd__multiply_steps(const double *later, const double *earlier, double *to) {
     double a = earlier[0], b = earlier[1], c = earlier[2], d = earlier[3], l0 = later[0], l1 = later[1], l2 = later[2],
@@ -9227,7 +9236,7 @@ static void pd__multiply_steps(const double *later, const double *earlier, doubl
 }
 
 /* Puts the matrix of a step, counted from 1, into the tree, and the products of the blocks that end with it. */
-static void pd__put_step(pd__lazy *lazy, int64_t step, const double *matrix) {
+PD__ONE_COPY static void pd__put_step(pd__lazy *lazy, int64_t step, const double *matrix) {
     int64_t at = lazy->room + (step - 1) % lazy->room;
     memcpy(lazy->products[at], matrix, sizeof lazy->products[at]);
     for (int64_t end = step; end % 2 == 0 && at > 1; end /= 2) {
@@ -9237,7 +9246,7 @@ static void pd__put_step(pd__lazy *lazy, int64_t step, const double *matrix) {
 }
 
 /* The product of the steps after `from`, up to `to`, which are at most as many as there is room for. */
-static void pd__steps_between(const pd__lazy *lazy, int64_t from, int64_t to, double *product) {
+PD__ONE_COPY static void pd__steps_between(const pd__lazy *lazy, int64_t from, int64_t to, double *product) {
     product[0] = product[3] = 1;
     product[1] = product[2] = 0;
     while (from < to) {
@@ -9369,7 +9378,13 @@ static void pd__catch_up_all(pd_trainer *t) {
     }
 }
 
-/* Copies rows of `table` to `to`, on the device of `net`, with the steps that trainer t has left for later; t may be NULL.
+/* What other trainers have left for later, when this one changes the values. */
+static void pd__catch_up_others(const pd_trainer *t) {
+    for (pd_trainer *other = t->net->trainers; other; other = other->next)
+        if (other != t) pd__catch_up_all(other);
+}
+
+/* Copies rows of `table` to `to`, on the device of `net`, with the steps that trainer t (may be NULL) has left for later.
    Those listed, or, if `rows` is NULL, first, first + 1, .. */
 static void pd__read_rows(const pd_net *net, const pd_trainer *t, const pd_param *p, const pd_real *table,
                           int64_t first, int64_t count, const int64_t *rows, pd_real *to) {
@@ -12627,8 +12642,7 @@ static pd_status pd__train_step(pd_trainer *t, const pd_batch *batch, double *su
     pd__begin_anew(net, false);
     status = pd__settle(net, t);
     if (status != PD_OK) return status;
-    for (pd_trainer *other = net->trainers; other; other = other->next)
-        if (other != t) pd__catch_up_all(other);
+    pd__catch_up_others(t);
     net->updater = t->updater;
     net->stepping = t;
     t->attempt++;
@@ -12886,6 +12900,7 @@ static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
 static void pd__go_back(pd_trainer *t) {
     pd_device *d = t->net->device;
     int i = 0;
+    pd__catch_up_others(t);
     for (pd_param *p = t->net->first_param; p && i < t->best_count; p = p->next, i++) {
         pd__replace(d, p->size, p->value, t->spare);
         pd__replace(d, p->size, t->best[i], p->value);
@@ -14465,13 +14480,13 @@ static void pd__put_numbers(pd__writer *w, pd__item *item, pd_net *net, const pd
 /* A table of which rows lag, as they are now, some at a time. */
 static void pd__put_table(pd__writer *w, pd__item *item, pd_net *net, unsigned char *chunk) {
     const pd_param *p = item->param;
-    pd_device *d = pd__owner(net)->device;
+    pd_device *d = net->device;
     int64_t width = p->dims[1], each = pd__rows_at_once(p), capacity = 0;
     pd_real *rows = NULL;
     if (!pd__grow_on(d, &rows, &capacity, each * width)) w->error = ENOMEM;
     for (int64_t first = 0; first < p->dims[0] && !w->error; first += each) {
         int64_t n = pd__min(each, p->dims[0] - first);
-        pd__read_rows(p->net, item->lagging, p, item->numbers, first, n, NULL, rows);
+        pd__read_rows(net, item->lagging, p, item->numbers, first, n, NULL, rows);
         pd__put_numbers(w, item, net, rows, first * width, n * width, chunk);
     }
     if (rows) d->free(d, rows);
@@ -14984,10 +14999,10 @@ static pd_real *const *pd__best_of(const pd_trainer *t) {
 }
 
 /* A checkpoint is a file of parameters with more tensors in it: "optimizer/K/NAME", "averages/K/NAME", "best/NAME", and
-   "mask/NAME", which, being bytes, come last. The same list serves for writing (`from` NULL) and reading. `best`: one array
-   per parameter of the net, or NULL. While averaged values are swapped in, the true ones are written, and while the best
-   are, the last. Of sparse parameters the current values are written, for whoever reads them, and what is stored is
-   beside them: see pd__add_lag. */
+   "mask/NAME", which, being bytes, come last. The same list serves for writing (`from` NULL) and reading. `best`: one
+   array per parameter of the net, or NULL. While averaged values are swapped in, the true ones are written, and while
+   the best are, the last. Of sparse parameters the current values are written, for whoever reads them, and what is
+   stored is beside them: see pd__add_lag. */
 static pd_status pd__items_of_trainer(pd__items *items, pd_trainer *trainer, pd_real *const *best,
                                       const pd__tensors *from) {
     const bool writing = !from;

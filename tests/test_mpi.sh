@@ -62,6 +62,8 @@ for n in 1 2 3 4; do
     works $n double bytes words momentum clip
     works $n float bytes rows momentum l2
 done
+works 3 float reads rows momentum l2
+works 2 double reads words momentum clip far
 works 3 double bytes conv far
 works 3 pieces bytes broad
 for words in 'mlp adam' 'rows momentum l2' 'words clip' 'conv far'; do

@@ -249,11 +249,15 @@ static void make_reader(void) {
     reader.reset = read_reset;
 }
 
+static int (*after_batch)(void *user, const pd_event *event);
+
 static pd_status train(job *j, int64_t passes) {
     pd_train_opts o;
     pd_status status;
     memset(&o, 0, sizeof o);
     o.batch_size = BATCH;
+    o.on_event = after_batch;
+    o.user = j;
     make_reader();
     status = pd_train(j->trainer, &reader, passes, &o);
     if (status != PD_OK && fail_at < 0) complain(pd_error(j->net));
@@ -357,6 +361,29 @@ static int bits(void) {
     if (rank == 0) printf("%016llx\n", (unsigned long long)hash_values(&j));
     end(&j);
     return code;
+}
+
+/* All values are read, here and there, after every batch: that must not change a bit. */
+static int read_all(void *user, const pd_event *event) {
+    job *j = (job *)user;
+    if (event->kind != PD_END_BATCH) return 0;
+    if (pd_sync(j->trainer) != PD_OK) return 1;
+    return rank % 2 == 0 && hash_values(j) == 0;
+}
+
+static int reads(void) {
+    uint64_t hash[2];
+    int code = 0;
+    for (int k = 0; k < 2; k++) {
+        job j;
+        after_batch = k ? read_all : NULL;
+        if (!begin(&j, false) || train(&j, 2) != PD_OK) return 1;
+        if (!all_equal(&j)) code = 1;
+        hash[k] = hash_values(&j);
+        end(&j);
+    }
+    if (hash[0] != hash[1]) complain("reading has changed bits");
+    return code || hash[0] != hash[1];
 }
 
 /* Bytes of the payload of one step with this batch: see HOW in paddle_mpi.c. Of sparse parameters all row counts are
@@ -632,6 +659,7 @@ int main(int argc, char **argv) {
     ranks = pd_mpi_ranks(mpi);
     code = strcmp(what, "compare") == 0  ? compare()
            : strcmp(what, "bits") == 0   ? bits()
+           : strcmp(what, "reads") == 0  ? reads()
            : strcmp(what, "bytes") == 0  ? bytes()
            : strcmp(what, "steady") == 0 ? steady()
            : strcmp(what, "reduce") == 0 ? reduce()
