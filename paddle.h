@@ -472,6 +472,14 @@ typedef struct pd_allocator {
     void *user;
 } pd_allocator;
 
+/* Memory from an allocator, for companions, layer types and readers of your own: `count` times `size` bytes, zeroed and
+   aligned to 64; NULL when there are none. To be freed by pd_free with the same allocator; NULL is fine there. */
+PD_API void *pd_alloc(const pd_allocator *allocator, int64_t count, size_t size);
+PD_API void pd_free(const pd_allocator *allocator, void *memory);
+/* Makes *array, of pd_alloc or NULL, hold at least `need` elements of `size` bytes, keeping its contents; grows by half,
+   so that filling one by one is linear. False when out of memory: then nothing has changed. */
+PD_API bool pd_grow(const pd_allocator *allocator, void **array, int64_t *capacity, int64_t need, size_t size);
+
 /* Receives the message of every failure. NULL: silence. The text is only valid in the call. */
 typedef struct pd_logger {
     void (*log)(void *user, pd_status status, const char *text);
@@ -629,6 +637,10 @@ PD_API pd_net *pd_net_share(pd_net *net);
    pd_load fail after it. */
 PD_API pd_status pd_freeze(pd_net *net);
 
+/* For companions: what the net takes memory from, and where it computes. */
+PD_API const pd_allocator *pd_net_allocator(const pd_net *net);
+PD_API pd_device *pd_net_device(const pd_net *net);
+
 PD_API pd_layer *pd_layer_find(pd_net *net, const char *name); /* NULL when there is none; no error */
 PD_API pd_layer *pd_layer_at(pd_net *net, int index);          /* in order of creation; NULL past the end */
 
@@ -684,6 +696,7 @@ typedef enum pd_act {
 #undef PD__ENUM
         PD_ACT_COUNT
 } pd_act;
+PD_API const char *pd_act_text(pd_act act); /* "relu" */
 
 /* ======================================================================================================== */
 /* >>layers                                                                                                 */
@@ -1304,6 +1317,9 @@ struct pd_device {
     PD_OPERATIONS(PD__OPERATION_MEMBER)
 };
 
+/* Makes *memory, which is the device's or NULL, hold at least `count` numbers; its contents are lost when it grows. False
+   when out of memory: then nothing has changed. */
+PD_API bool pd_device_grow(pd_device *d, pd_real **memory, int64_t *capacity, int64_t count);
 /* For a device with host memory: makes of the finished sums c (rows x columns, ldc apart) what `after` says. */
 PD_API void pd_epilogue_apply(pd_device *d, const pd_epilogue *after, int64_t rows, int64_t columns, pd_real *c,
                               int64_t ldc);
@@ -1482,6 +1498,8 @@ PD_API pd_status pd_trainer_read_rows(pd_trainer *trainer, pd_param *param, int6
                                       pd_real *to);
 /* For updaters: the trained parameters, in order of creation; NULL past the end. */
 PD_API pd_param *pd_trainer_param(const pd_trainer *trainer, int index);
+/* For updaters: the place of a parameter in that order; -1 when this trainer does not train it. */
+PD_API int pd_trainer_index(const pd_trainer *trainer, const pd_param *param);
 /* For updaters: the factor of global-norm clipping from the squared norm of the whole summed gradient. */
 PD_API double pd_trainer_clip_scale(const pd_trainer *trainer, double norm, int64_t samples);
 /* For updaters: does the trainer clip by global norm, so that no step may be taken before every gradient is final? */
@@ -1586,6 +1604,9 @@ typedef struct pd_trainer_opts {
     int64_t average_max;   /* .. but at most so many updates; default no limit */
     pd_updater *updater;   /* default: local. Not owned. */
 } pd_trainer_opts;
+/* For updaters: what the trainer was made with. Both last as long as it does. */
+PD_API const pd_optimizer *pd_trainer_optimizer(const pd_trainer *trainer);
+PD_API const pd_trainer_opts *pd_trainer_options(const pd_trainer *trainer);
 
 /* A trainer of everything `cost` (width 1) depends on. Free before the net. NULL, with the message in the net, if the
    net has failed or an option is wrong; a net that had not failed can be used as before then. */
@@ -1989,12 +2010,14 @@ static bool pd__multiply_sizes(int64_t a, int64_t b, int64_t *product) {
     return true;
 }
 
-/* Zeroed, 64-byte aligned memory for count x size bytes, or NULL. Freed by pd__free. */
-static void *pd__alloc(const pd_allocator *a, int64_t count, size_t size) {
+static const pd_allocator pd__default_allocator = { pd__default_alloc, pd__default_free, NULL };
+
+PD_DEF void *pd_alloc(const pd_allocator *a, int64_t count, size_t size) {
     size_t bytes;
     pd__header *h;
     if (!pd__bytes(count, size, &bytes)) return NULL;
     if (bytes == 0) bytes = 1; /* so that the pointer is to within the block: leak checkers want that */
+    if (!a->alloc) a = &pd__default_allocator;
     h = (pd__header *)a->alloc(a->user, bytes + sizeof *h, PD__ALIGN);
     if (!h) return NULL;
     h->size = bytes + sizeof *h;
@@ -2002,24 +2025,23 @@ static void *pd__alloc(const pd_allocator *a, int64_t count, size_t size) {
     return h + 1;
 }
 
-static void pd__free(const pd_allocator *a, void *memory) {
+PD_DEF void pd_free(const pd_allocator *a, void *memory) {
     if (memory) {
         pd__header *h = (pd__header *)memory - 1;
+        if (!a->free) a = &pd__default_allocator;
         a->free(a->user, h, (size_t)h->size);
     }
 }
 
-/* Makes *array hold at least `need` elements of `size` bytes, keeping its contents; grows by half, so that filling
-   one by one is linear. False when out of memory: then nothing has changed. */
-static bool pd__grow(const pd_allocator *a, void **array, int64_t *capacity, int64_t need, size_t size) {
+PD_DEF bool pd_grow(const pd_allocator *a, void **array, int64_t *capacity, int64_t need, size_t size) {
     int64_t wanted;
     void *bigger;
     if (need <= *capacity) return true;
     wanted = *capacity > INT64_MAX / 2 ? need : pd__max(need, *capacity + *capacity / 2);
-    bigger = pd__alloc(a, wanted, size);
+    bigger = pd_alloc(a, wanted, size);
     if (!bigger) return false;
     if (*array) memcpy(bigger, *array, (size_t)*capacity * size);
-    pd__free(a, *array);
+    pd_free(a, *array);
     *array = bigger;
     *capacity = wanted;
     return true;
@@ -2027,7 +2049,7 @@ static bool pd__grow(const pd_allocator *a, void **array, int64_t *capacity, int
 
 static char *pd__copy_text(const pd_allocator *a, const char *text) {
     size_t length = strlen(text) + 1;
-    char *copy = (char *)pd__alloc(a, (int64_t)length, 1);
+    char *copy = (char *)pd_alloc(a, (int64_t)length, 1);
     if (copy) memcpy(copy, text, length);
     return copy;
 }
@@ -2465,8 +2487,8 @@ static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
         return NULL;
     }
     if ((int64_t)bytes > cpu->scratch_capacity) {
-        pd__free(cpu->allocator, cpu->scratch);
-        cpu->scratch = pd__alloc(cpu->allocator, (int64_t)bytes, 1);
+        pd_free(cpu->allocator, cpu->scratch);
+        cpu->scratch = pd_alloc(cpu->allocator, (int64_t)bytes, 1);
         cpu->scratch_capacity = cpu->scratch ? (int64_t)bytes : 0;
     }
     if (!cpu->scratch) cpu->failed = true;
@@ -2480,12 +2502,12 @@ static void pd__cpu_keep(pd_device *d, const pd_real *w, bool kept) {
     while (*at && (*at)->of != w) at = &(*at)->next;
     k = *at;
     if (kept && !k) {
-        *at = k = (pd__kept *)pd__alloc(cpu->allocator, 1, sizeof *k);
+        *at = k = (pd__kept *)pd_alloc(cpu->allocator, 1, sizeof *k);
         if (k) k->of = w;
     } else if (!kept && k) {
         *at = k->next;
-        pd__free(cpu->allocator, k->numbers);
-        pd__free(cpu->allocator, k);
+        pd_free(cpu->allocator, k->numbers);
+        pd_free(cpu->allocator, k);
     }
 }
 
@@ -2500,11 +2522,11 @@ static pd__kept *pd__kept_form(pd_device *d, const pd_real *w, const int64_t for
     *ready = k && memcmp(k->form, form, sizeof k->form) == 0;
     if (!k || *ready) return k;
     k->form[0] = 0;
-    return pd__grow(cpu->allocator, (void **)&k->numbers, &k->capacity, count, sizeof *k->numbers) ? k : NULL;
+    return pd_grow(cpu->allocator, (void **)&k->numbers, &k->capacity, count, sizeof *k->numbers) ? k : NULL;
 }
 
-static void *pd__cpu_alloc(pd_device *d, size_t size) { return pd__alloc(pd__cpu_of(d)->allocator, (int64_t)size, 1); }
-static void pd__cpu_free_memory(pd_device *d, void *memory) { pd__free(pd__cpu_of(d)->allocator, memory); }
+static void *pd__cpu_alloc(pd_device *d, size_t size) { return pd_alloc(pd__cpu_of(d)->allocator, (int64_t)size, 1); }
+static void pd__cpu_free_memory(pd_device *d, void *memory) { pd_free(pd__cpu_of(d)->allocator, memory); }
 static void pd__cpu_copy(pd_device *d, void *to, const void *from, size_t size) {
     (void)d;
     if (size) memmove(to, from, size);
@@ -3865,18 +3887,18 @@ static uint64_t pd__operations_of(const pd_device *d) {
 
 static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
     while (pd__cpu_of(d)->kept) pd__cpu_keep(d, pd__cpu_of(d)->kept->of, false);
-    pd__free(allocator, pd__cpu_of(d)->busy);
-    pd__free(allocator, pd__cpu_of(d)->scratch);
-    pd__free(allocator, d->self);
-    pd__free(allocator, d);
+    pd_free(allocator, pd__cpu_of(d)->busy);
+    pd_free(allocator, pd__cpu_of(d)->scratch);
+    pd_free(allocator, d->self);
+    pd_free(allocator, d);
 }
 
 /* A CPU device for one net; threads 0: all; simd: one that the processor has. NULL when out of memory. */
 static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_simd simd) {
-    pd_device *d = (pd_device *)pd__alloc(allocator, 1, sizeof *d);
-    pd__cpu *cpu = d ? (pd__cpu *)pd__alloc(allocator, 1, sizeof *cpu) : NULL;
+    pd_device *d = (pd_device *)pd_alloc(allocator, 1, sizeof *d);
+    pd__cpu *cpu = d ? (pd__cpu *)pd_alloc(allocator, 1, sizeof *cpu) : NULL;
     if (!cpu) {
-        pd__free(allocator, d);
+        pd_free(allocator, d);
         return NULL;
     }
     d->api_version = PD_API_VERSION;
@@ -3900,7 +3922,7 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_sim
     threads = 1;
 #endif
     cpu->pace.threads = cpu->pace.team = threads;
-    if (threads > 1) cpu->busy = (pd__busy *)pd__alloc(allocator, threads, sizeof *cpu->busy);
+    if (threads > 1) cpu->busy = (pd__busy *)pd_alloc(allocator, threads, sizeof *cpu->busy);
     if (threads > 1 && !cpu->busy) {
         pd__cpu_free(allocator, d);
         return NULL;
@@ -3954,13 +3976,13 @@ static void pd__take_device(pd_net *net, pd_device *device) {
 
 PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
     static const pd_net_opts defaults = PD__ZERO;
-    pd_allocator allocator = { pd__default_alloc, pd__default_free, NULL };
+    pd_allocator allocator = { NULL, NULL, NULL };
     const pd_net_opts *o = opts ? opts : &defaults;
     const char *asked;
     pd_simd simd;
     pd_net *net;
     if (o->allocator.alloc && o->allocator.free) allocator = o->allocator;
-    net = (pd_net *)pd__alloc(&allocator, 1, sizeof *net);
+    net = (pd_net *)pd_alloc(&allocator, 1, sizeof *net);
     if (!net) return NULL;
     net->allocator = allocator;
     net->logger = o->logger;
@@ -4001,10 +4023,10 @@ typedef struct pd__shadow {
 static void pd__shadows_free(pd_layer *l) {
     const pd_allocator *a = &l->net->allocator;
     for (int k = 0; l->own->shadows && k < l->param_count; k++) {
-        pd__free(a, l->own->shadows[k].values);
-        pd__free(a, l->own->shadows[k].grads);
+        pd_free(a, l->own->shadows[k].values);
+        pd_free(a, l->own->shadows[k].grads);
     }
-    pd__free(a, l->own->shadows);
+    pd_free(a, l->own->shadows);
 }
 
 static void pd__layer_free(pd_layer *l) {
@@ -4017,28 +4039,28 @@ static void pd__layer_free(pd_layer *l) {
         for (int i = 0; i < PD__COUNT(own->store); i++) {
             if (own->store[i].data) d->free(d, own->store[i].data);
             if (own->store[i].grad) d->free(d, own->store[i].grad);
-            pd__free(a, own->store[i].host_data);
-            pd__free(a, own->store[i].host_grad);
+            pd_free(a, own->store[i].host_data);
+            pd_free(a, own->store[i].host_grad);
         }
         for (int i = 0; i < PD__COUNT(own->memory); i++)
             if (own->memory[i].data) l->device->free(l->device, own->memory[i].data);
         if (own->folded) l->device->free(l->device, own->folded);
         pd__shadows_free(l);
-        for (int i = 0; i < PD__COUNT(own->integers); i++) pd__free(a, own->integers[i]);
-        for (int i = 0; i < PD__COUNT(own->doubles); i++) pd__free(a, own->doubles[i]);
-        pd__free(a, own->values);
+        for (int i = 0; i < PD__COUNT(own->integers); i++) pd_free(a, own->integers[i]);
+        for (int i = 0; i < PD__COUNT(own->doubles); i++) pd_free(a, own->doubles[i]);
+        pd_free(a, own->values);
         for (c = own->copies; c; c = next) {
             next = c->next;
-            pd__free(a, c);
+            pd_free(a, c);
         }
-        pd__free(a, own);
+        pd_free(a, own);
     }
-    pd__free(a, (void *)l->name);
-    pd__free(a, l->inputs);
-    pd__free(a, l->params);
-    pd__free(a, l->opts);
-    pd__free(a, l->state);
-    pd__free(a, l);
+    pd_free(a, (void *)l->name);
+    pd_free(a, l->inputs);
+    pd_free(a, l->params);
+    pd_free(a, l->opts);
+    pd_free(a, l->state);
+    pd_free(a, l);
 }
 
 static void pd__param_free(pd_net *net, pd_param *p) {
@@ -4050,9 +4072,9 @@ static void pd__param_free(pd_net *net, pd_param *p) {
     if (p->grad) d->free(d, p->grad);
     if (p->row_values) d->free(d, p->row_values);
     pd__touched_free(net, p->touched);
-    pd__free(&net->allocator, p->mask);
-    pd__free(&net->allocator, (void *)p->name);
-    pd__free(&net->allocator, p);
+    pd_free(&net->allocator, p->mask);
+    pd_free(&net->allocator, (void *)p->name);
+    pd_free(&net->allocator, p);
 }
 
 PD_DEF void pd_net_free(pd_net *net) {
@@ -4063,15 +4085,15 @@ PD_DEF void pd_net_free(pd_net *net) {
     pd__evaluators_free(net);
     pd_batch_free(net->predict_batch);
     for (int64_t i = net->layer_count; i-- > 0;) pd__layer_free(net->layers[i]);
-    pd__free(&a, net->layers);
+    pd_free(&a, net->layers);
     while (net->spare_count > 0) net->device->free(net->device, net->spares[--net->spare_count].data);
-    pd__free(&a, net->spares);
+    pd_free(&a, net->spares);
     for (p = net->first_param; p; p = next) {
         next = p->next;
         pd__param_free(net, p);
     }
     if (net->cpu) pd__cpu_free(&a, net->cpu);
-    pd__free(&a, net);
+    pd_free(&a, net);
 }
 
 PD_DEF pd_layer *pd_layer_at(pd_net *net, int index) {
@@ -4084,6 +4106,9 @@ PD_DEF pd_layer *pd_layer_find(pd_net *net, const char *name) {
         if (strcmp(net->layers[i]->name, name) == 0) return net->layers[i];
     return NULL;
 }
+
+PD_DEF const pd_allocator *pd_net_allocator(const pd_net *net) { return &net->allocator; }
+PD_DEF pd_device *pd_net_device(const pd_net *net) { return net->device; }
 
 PD_DEF size_t pd_info(const pd_net *net, char *text, size_t size) {
     size_t length = 0;
@@ -4162,17 +4187,17 @@ static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const cha
                                int count, const void *opts) {
     const pd_allocator *a = &net->allocator;
     pd_layer *l;
-    if (!pd__grow(a, (void **)&net->layers, &net->layer_capacity, net->layer_count + 1, sizeof *net->layers))
+    if (!pd_grow(a, (void **)&net->layers, &net->layer_capacity, net->layer_count + 1, sizeof *net->layers))
         return NULL;
-    l = (pd_layer *)pd__alloc(a, 1, sizeof *l);
+    l = (pd_layer *)pd_alloc(a, 1, sizeof *l);
     if (!l) return NULL;
     l->type = type;
     l->net = net;
     l->name = name ? pd__copy_text(a, name) : pd__default_name(net, type);
-    l->own = (struct pd__layer *)pd__alloc(a, 1, sizeof *l->own);
-    l->inputs = (pd_layer **)pd__alloc(a, count, sizeof *l->inputs);
-    l->opts = pd__alloc(a, (int64_t)type->opts_size, 1);
-    if (l->name && l->own && l->inputs && l->opts) l->state = pd__alloc(a, (int64_t)type->state_size, 1);
+    l->own = (struct pd__layer *)pd_alloc(a, 1, sizeof *l->own);
+    l->inputs = (pd_layer **)pd_alloc(a, count, sizeof *l->inputs);
+    l->opts = pd_alloc(a, (int64_t)type->opts_size, 1);
+    if (l->name && l->own && l->inputs && l->opts) l->state = pd_alloc(a, (int64_t)type->state_size, 1);
     if (!l->state) {
         pd__layer_free(l);
         return NULL;
@@ -4221,6 +4246,9 @@ static const char *const pd__act_names[PD_ACT_COUNT] = {
     PD_ACTIVATIONS(PD__TEXT)
 #undef PD__TEXT
 };
+PD_DEF const char *pd_act_text(pd_act act) {
+    return (unsigned)act < PD_ACT_COUNT ? pd__act_names[act] : "unknown activation";
+}
 
 /* Makes the number of what setup has left as the activation's alpha. */
 static pd_status pd__settle_alpha(pd_layer *l) {
@@ -4311,8 +4339,7 @@ PD_DEF uint64_t pd_layer_key(const pd_layer *layer) {
     return pd__subkey(pd__subkey(layer->net->seed, (uint64_t)layer->own->index), layer->net->step);
 }
 
-/* Device memory of *capacity numbers, at least `count` of them. */
-static bool pd__grow_on(pd_device *d, pd_real **memory, int64_t *capacity, int64_t count) {
+PD_DEF bool pd_device_grow(pd_device *d, pd_real **memory, int64_t *capacity, int64_t count) {
     size_t bytes;
     pd_real *bigger;
     if (count <= *capacity && *memory) return true;
@@ -4326,8 +4353,8 @@ static bool pd__grow_on(pd_device *d, pd_real **memory, int64_t *capacity, int64
     return true;
 }
 
-static bool pd__device_grow(pd_net *net, pd_real **memory, int64_t *capacity, int64_t count) {
-    return pd__grow_on(net->device, memory, capacity, count);
+static bool pd__grow_numbers(pd_net *net, pd_real **memory, int64_t *capacity, int64_t count) {
+    return pd_device_grow(net->device, memory, capacity, count);
 }
 
 /* A layer type's mistake else. */
@@ -4347,7 +4374,7 @@ static pd_real *pd__slot_memory(pd_layer *layer, int slot, int64_t count, int64_
                       (long long)m->per_row);
         return NULL;
     }
-    if (!pd__grow_on(layer->device, &m->data, &m->capacity, count)) {
+    if (!pd_device_grow(layer->device, &m->data, &m->capacity, count)) {
         pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
         return NULL;
     }
@@ -4371,7 +4398,7 @@ PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
 
 /* The same in host memory, of `count` things of `size` bytes. */
 static void *pd__host_memory(pd_layer *layer, void **memory, int64_t *capacity, int64_t count, size_t size) {
-    if (pd__grow(&layer->net->allocator, memory, capacity, pd__max(count, 1), size)) return *memory;
+    if (pd_grow(&layer->net->allocator, memory, capacity, pd__max(count, 1), size)) return *memory;
     pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
     return NULL;
 }
@@ -4397,7 +4424,7 @@ PD_DEF pd_real *pd_layer_values(pd_layer *layer, int64_t count) {
 
 PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
     pd__copy *c = size <= (size_t)PTRDIFF_MAX - sizeof(pd__copy)
-                      ? (pd__copy *)pd__alloc(&layer->net->allocator, (int64_t)(size + sizeof(pd__copy)), 1)
+                      ? (pd__copy *)pd_alloc(&layer->net->allocator, (int64_t)(size + sizeof(pd__copy)), 1)
                       : NULL;
     if (!c) {
         pd_layer_fail(layer, PD_E_MEMORY, "out of memory");
@@ -4451,12 +4478,12 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
     if (copy && net->frozen) pd__keep_params(copy);
     for (int64_t i = 0; copy && !copy->broken && i < net->layer_count; i++) {
         pd_layer *from = net->layers[i], *to;
-        pd_layer **inputs = (pd_layer **)pd__alloc(&net->allocator, from->input_count, sizeof *inputs);
+        pd_layer **inputs = (pd_layer **)pd_alloc(&net->allocator, from->input_count, sizeof *inputs);
         for (int k = 0; inputs && k < from->input_count; k++) inputs[k] = copy->layers[from->inputs[k]->own->index];
         if (!inputs) pd__fail_build(copy, PD_E_MEMORY, "out of memory for the shared net");
         to = inputs ? pd__add_layer(copy, from->type, from->name, inputs, from->input_count, from->opts, from) : NULL;
         if (to) to->is_sequence = from->is_sequence;
-        pd__free(&net->allocator, inputs);
+        pd_free(&net->allocator, inputs);
     }
     if (!copy || copy->broken) {
         pd__fail(net, copy ? copy->failure.status : PD_E_MEMORY, "pd_net_share: %.400s",
@@ -4569,8 +4596,8 @@ static const char *pd__dims_text(pd_net *net, int dim_count, const int64_t *dims
 }
 
 static bool pd__layer_takes(pd_layer *l, pd_param *p) {
-    if (!pd__grow(&l->net->allocator, (void **)&l->params, &l->own->param_capacity, l->param_count + 1,
-                  sizeof *l->params)) {
+    if (!pd_grow(&l->net->allocator, (void **)&l->params, &l->own->param_capacity, l->param_count + 1,
+                 sizeof *l->params)) {
         pd_layer_fail(l, PD_E_MEMORY, "out of memory for parameters");
         return false;
     }
@@ -4598,14 +4625,14 @@ struct pd__touched {
 
 static void pd__touched_free(pd_net *net, struct pd__touched *touched) {
     if (!touched) return;
-    pd__free(&net->allocator, touched->ids);
-    pd__free(&net->allocator, touched->slots);
-    pd__free(&net->allocator, touched->places);
-    pd__free(&net->allocator, touched);
+    pd_free(&net->allocator, touched->ids);
+    pd_free(&net->allocator, touched->slots);
+    pd_free(&net->allocator, touched->places);
+    pd_free(&net->allocator, touched);
 }
 
 static bool pd__touched_new(pd_param *p) {
-    p->touched = (struct pd__touched *)pd__alloc(&p->net->allocator, 1, sizeof *p->touched);
+    p->touched = (struct pd__touched *)pd_alloc(&p->net->allocator, 1, sizeof *p->touched);
     return p->touched != NULL;
 }
 
@@ -4638,13 +4665,13 @@ static bool pd__grow_touched(pd_param *p) {
     const pd_allocator *a = &p->net->allocator;
     struct pd__touched *t = p->touched;
     int64_t count = p->rows.count, wanted = pd__max(64, 2 * t->slot_count), *places;
-    if (!pd__grow(a, (void **)&t->ids, &t->capacity, count + 1, sizeof *t->ids)) return false;
+    if (!pd_grow(a, (void **)&t->ids, &t->capacity, count + 1, sizeof *t->ids)) return false;
     p->rows.ids = t->ids;
-    if (!pd__grow(a, (void **)&t->slots, &t->slot_capacity, count + 1, sizeof *t->slots)) return false;
+    if (!pd_grow(a, (void **)&t->slots, &t->slot_capacity, count + 1, sizeof *t->slots)) return false;
     if (2 * (count + 1) <= t->slot_count) return true;
-    places = (int64_t *)pd__alloc(a, wanted, sizeof *places);
+    places = (int64_t *)pd_alloc(a, wanted, sizeof *places);
     if (!places) return false;
-    pd__free(a, t->places);
+    pd_free(a, t->places);
     t->places = places;
     t->slot_count = wanted;
     for (p->rows.count = 0; p->rows.count < count; p->rows.count++) { /* in the order in which they came */
@@ -4710,7 +4737,7 @@ static bool pd__grow_row_values(pd_param *p) {
     if (p->row_values) p->net->device->free(p->net->device, p->row_values);
     p->row_values = NULL;
     t->value_capacity = 0;
-    if (!pd__grow_on(p->net->device, &p->row_values, &had, rows * p->dims[1]))
+    if (!pd_device_grow(p->net->device, &p->row_values, &had, rows * p->dims[1]))
         return false; /* no more than the table */
     t->value_capacity = rows;
     return true;
@@ -4742,7 +4769,7 @@ static pd_param *pd__view_of(pd_layer *l, pd_param *of) {
     pd_param *p = net->first_param;
     while (p && p->touched->of != of) p = p->next;
     if (p) return p;
-    p = (pd_param *)pd__alloc(&net->allocator, 1, sizeof *p);
+    p = (pd_param *)pd_alloc(&net->allocator, 1, sizeof *p);
     if (p) {
         p->net = net;
         p->name = pd__copy_text(&net->allocator, of->name);
@@ -4768,7 +4795,7 @@ static pd_param *pd__view_of(pd_layer *l, pd_param *of) {
 /* A parameter with memory for its value, at the end of the net's list; NULL (message set) when out of memory. */
 static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, const int64_t *dims, int64_t size) {
     pd_net *net = l->net;
-    pd_param *p = (pd_param *)pd__alloc(&net->allocator, 1, sizeof *p);
+    pd_param *p = (pd_param *)pd_alloc(&net->allocator, 1, sizeof *p);
     int64_t capacity = 0;
     if (p) {
         p->net = net;
@@ -4776,7 +4803,7 @@ static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, con
         p->dim_count = dim_count;
         memcpy(p->dims, dims, (size_t)dim_count * sizeof *dims);
         p->name = pd__copy_text(&net->allocator, name);
-        if (p->name && pd__device_grow(net, &p->value, &capacity, size)) {
+        if (p->name && pd__grow_numbers(net, &p->value, &capacity, size)) {
             if (net->last_param) net->last_param->next = p;
             else net->first_param = p;
             net->last_param = p;
@@ -4942,7 +4969,7 @@ static bool pd__grow_sparse_grad(pd_param *p) {
     int64_t size[4] = { 1, 1, 1, 0 }, line[4] = { 0, 0, 0, 1 };
     pd_real *grad = NULL;
     if (p->grad && p->rows.count <= t->grad_capacity) return true;
-    if (!pd__device_grow(p->net, &grad, &capacity, rows * p->dims[1])) return false; /* no more than the table: fits */
+    if (!pd__grow_numbers(p->net, &grad, &capacity, rows * p->dims[1])) return false; /* no more than the table: fits */
     d->fill(d, capacity, 0, grad);
     size[3] = kept;
     if (kept > 0) d->muladd(d, size, 1, p->grad, line, NULL, line, grad, line);
@@ -4957,7 +4984,7 @@ static pd_status pd__need_grad(pd_param *p) {
     int64_t capacity = 0;
     bool made;
     if (p->opts.is_static || (p->grad && !p->touched)) return PD_OK;
-    made = p->touched ? pd__grow_sparse_grad(p) : pd__device_grow(p->net, &p->grad, &capacity, p->size);
+    made = p->touched ? pd__grow_sparse_grad(p) : pd__grow_numbers(p->net, &p->grad, &capacity, p->size);
     if (!made) return pd__fail(p->net, PD_E_MEMORY, "out of memory for the gradient of \"%.100s\"", p->name);
     if (!p->touched) p->net->device->fill(p->net->device, p->size, 0, p->grad);
     return PD_OK;
@@ -5139,7 +5166,7 @@ static bool pd__borrow(pd_layer *l, int64_t numbers) {
         net->spares[best] = net->spares[--net->spare_count];
     }
     l->own->lent = true;
-    return pd__device_grow(net, &store->data, &store->data_capacity, numbers);
+    return pd__grow_numbers(net, &store->data, &store->data_capacity, numbers);
 }
 
 /* The numbers below become the layer's output, without a copy. */
@@ -5185,7 +5212,7 @@ PD_DEF pd_status pd_layer_epilogue(pd_layer *layer, const pd_real *bias, pd_epil
         int64_t channels = layer->shape.channels, size[4] = { 1, 1, 1, 0 }, strides[4] = { 0, 0, 0, 1 };
         pd_real *center, *shift;
         pd_status status;
-        if (!pd__grow_on(d, &own->folded, &own->folded_capacity, 3 * channels))
+        if (!pd_device_grow(d, &own->folded, &own->folded_capacity, 3 * channels))
             return pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", 3 * (long long)channels);
         center = own->folded + channels, shift = center + channels;
         status = top->type->fold(top, own->folded, center, shift);
@@ -5251,7 +5278,7 @@ static pd_status pd__bind_input(pd_layer *l, const pd_batch *batch) {
     l->own->store[PD__OUT].host_of = NULL;
     if (!l->is_ids && (!l->out.data || !d->host_memory)) { /* without rows layers may rely on an address to add 0 to */
         pd__store *store = &l->own->store[PD__OUT];
-        if (!pd__device_grow(l->net, &store->data, &store->data_capacity, rows * l->out.width))
+        if (!pd__grow_numbers(l->net, &store->data, &store->data_capacity, rows * l->out.width))
             return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld rows", (long long)rows);
         l->out.data = store->data;
         if (rows > 0) d->upload(d, l->out.data, s->data, (size_t)(rows * l->out.width) * sizeof *s->data);
@@ -5305,11 +5332,11 @@ static pd_status pd__ready_output(pd_layer *l) {
     bool borrow = l->net->mode == PD_PREDICT && !store->data;
     int64_t numbers;
     if (!pd__multiply_sizes(l->out.rows, l->out.width, &numbers) ||
-        !(borrow ? pd__borrow(l, numbers) : pd__device_grow(l->net, &store->data, &store->data_capacity, numbers)))
+        !(borrow ? pd__borrow(l, numbers) : pd__grow_numbers(l->net, &store->data, &store->data_capacity, numbers)))
         return pd__no_rows(l);
     l->out.data = store->data;
     if (l->own->keeps_before) {
-        if (!pd__device_grow(l->net, &store[PD__BEFORE].data, &store[PD__BEFORE].data_capacity, numbers))
+        if (!pd__grow_numbers(l->net, &store[PD__BEFORE].data, &store[PD__BEFORE].data_capacity, numbers))
             return pd__no_rows(l);
         before->data = store[PD__BEFORE].data;
     }
@@ -5321,7 +5348,7 @@ static pd_status pd__ready_zeros(pd_layer *l, int which) {
     pd_device *d = l->net->device;
     pd__store *store = &l->own->store[which];
     int64_t numbers = l->out.rows * l->out.width;
-    if (!pd__device_grow(l->net, &store->grad, &store->grad_capacity, numbers))
+    if (!pd__grow_numbers(l->net, &store->grad, &store->grad_capacity, numbers))
         return pd_layer_fail(l, PD_E_MEMORY, "out of memory for the gradient of %lld rows", (long long)l->out.rows);
     d->fill(d, numbers, 0, store->grad);
     pd__tensor_of(l, which)->grad = store->grad;
@@ -5379,8 +5406,8 @@ static pd_real *pd__host_numbers(pd_layer *l, int which) {
     int64_t n = l->out.rows * l->out.width;
     if (l->net->device->host_memory || store->at_host) return data;
     if (store->host_of == data && store->host_numbers == n) return store->host_data;
-    if (!pd__grow(&l->net->allocator, (void **)&store->host_data, &store->host_data_capacity, pd__max(n, 1),
-                  sizeof(pd_real))) {
+    if (!pd_grow(&l->net->allocator, (void **)&store->host_data, &store->host_data_capacity, pd__max(n, 1),
+                 sizeof(pd_real))) {
         pd__host_memory_fail(l->net);
         return NULL;
     }
@@ -5403,8 +5430,8 @@ static pd_status pd__tensor_to_host(pd_layer *l, int which, bool grad) {
     if (store->at_host || !t->data) return PD_OK;
     n = l->out.rows * l->out.width; /* ids have a width too, which may be huge */
     if (!pd__host_numbers(l, which)) return l->net->failure.status;
-    if (!pd__grow(&l->net->allocator, (void **)&store->host_grad, &store->host_grad_capacity, grad ? pd__max(n, 1) : 0,
-                  sizeof(pd_real)))
+    if (!pd_grow(&l->net->allocator, (void **)&store->host_grad, &store->host_grad_capacity, grad ? pd__max(n, 1) : 0,
+                 sizeof(pd_real)))
         return pd__host_memory_fail(l->net);
     if (grad && n > 0) d->download(d, store->host_grad, t->grad, (size_t)n * sizeof(pd_real));
     store->away = t->data;
@@ -5447,8 +5474,8 @@ static pd_status pd__param_to_host(pd_layer *l, int k) {
     pd_param *p = s->real = l->params[k];
     int64_t values, grads = p->grad ? pd__grad_size(p) : 0;
     const pd_real *from = pd__read_numbers(p, &values);
-    if (!pd__grow(a, (void **)&s->values, &s->value_capacity, pd__max(values, 1), sizeof *s->values) ||
-        !pd__grow(a, (void **)&s->grads, &s->grad_capacity, pd__max(grads, p->grad != NULL), sizeof *s->grads))
+    if (!pd_grow(a, (void **)&s->values, &s->value_capacity, pd__max(values, 1), sizeof *s->values) ||
+        !pd_grow(a, (void **)&s->grads, &s->grad_capacity, pd__max(grads, p->grad != NULL), sizeof *s->grads))
         return pd__host_memory_fail(l->net);
     s->param = *p;
     s->param.value = p->touched ? NULL : s->values;
@@ -5477,12 +5504,12 @@ static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
     struct pd__layer *own = l->own;
     const pd_allocator *a = &l->net->allocator;
     pd_status status = PD_OK;
-    if (!own->shadows) own->shadows = (pd__shadow *)pd__alloc(a, l->param_count, sizeof *own->shadows);
+    if (!own->shadows) own->shadows = (pd__shadow *)pd_alloc(a, l->param_count, sizeof *own->shadows);
     if (!own->shadows) return pd__host_memory_fail(l->net);
     for (int i = 0; i < PD__COUNT(own->store) && !backward; i++) { /* forward fills them */
         pd__store *store = &own->store[i];
-        if (!pd__grow(a, (void **)&store->host_data, &store->host_data_capacity,
-                      pd__tensor_of(l, i)->data ? pd__max(l->out.rows * l->out.width, 1) : 0, sizeof(pd_real)))
+        if (!pd_grow(a, (void **)&store->host_data, &store->host_data_capacity,
+                     pd__tensor_of(l, i)->data ? pd__max(l->out.rows * l->out.width, 1) : 0, sizeof(pd_real)))
             return pd__host_memory_fail(l->net);
         store->host_of = pd__tensor_of(l, i)->data;
         store->host_numbers = l->out.rows * l->out.width;
@@ -5597,7 +5624,7 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
         return PD_E_STATE;
     pd__clear_failure(net);
     if (mode == PD_PREDICT &&
-        !pd__grow(&net->allocator, (void **)&net->spares, &net->spare_capacity, net->layer_count, sizeof *net->spares))
+        !pd_grow(&net->allocator, (void **)&net->spares, &net->spare_capacity, net->layer_count, sizeof *net->spares))
         return pd__no_memory(net, "predicting");
     for (int64_t i = 0; i < net->layer_count; i++)
         if (net->layers[i]->own->lent) pd__give_back(net->layers[i]);
@@ -8735,9 +8762,9 @@ static pd_status pd__check_evaluator(pd_evaluator *e) {
 
 static void pd__evaluator_free(pd_evaluator *e) {
     const pd_allocator *a = &e->net->allocator;
-    pd__free(a, (void *)(uintptr_t)e->name);
-    pd__free(a, e->sums);
-    pd__free(a, e);
+    pd_free(a, (void *)(uintptr_t)e->name);
+    pd_free(a, e->sums);
+    pd_free(a, e);
 }
 
 static void pd__evaluators_free(pd_net *net) {
@@ -8767,7 +8794,7 @@ static char *pd__evaluator_name(pd_net *net, const pd_evaluator_type *type, cons
 /* With the defaults filled in, but neither checked nor in the net's list. NULL when out of memory. */
 static pd_evaluator *pd__new_evaluator(pd_net *net, const pd_evaluator_type *type, pd_layer *output, pd_layer *label,
                                        const pd_evaluator_opts *opts) {
-    pd_evaluator *e = (pd_evaluator *)pd__alloc(&net->allocator, 1, sizeof *e);
+    pd_evaluator *e = (pd_evaluator *)pd_alloc(&net->allocator, 1, sizeof *e);
     if (!e) return NULL;
     e->net = net;
     e->type = type;
@@ -8798,7 +8825,7 @@ static pd_status pd__setup_evaluator(pd_evaluator *e) {
         status =
             pd__eval_fail(e, PD_E_ARGUMENT, "expected setup to leave sum_count > 0, got %lld", (long long)e->sum_count);
     if (status != PD_OK) return status;
-    e->sums = (double *)pd__alloc(&e->net->allocator, e->sum_count, sizeof *e->sums);
+    e->sums = (double *)pd_alloc(&e->net->allocator, e->sum_count, sizeof *e->sums);
     return e->sums ? PD_OK : PD_E_MEMORY;
 }
 
@@ -9141,6 +9168,14 @@ PD_DEF pd_param *pd_trainer_param(const pd_trainer *trainer, int index) {
     return trainer && index >= 0 && index < trainer->trained_count ? trainer->trained[index].param : NULL;
 }
 
+PD_DEF int pd_trainer_index(const pd_trainer *trainer, const pd_param *param) {
+    const pd__trained *trained = pd__trained_of(trainer, param);
+    return trained ? (int)(trained - trainer->trained) : -1;
+}
+
+PD_DEF const pd_optimizer *pd_trainer_optimizer(const pd_trainer *trainer) { return &trainer->optimizer; }
+PD_DEF const pd_trainer_opts *pd_trainer_options(const pd_trainer *trainer) { return &trainer->opts; }
+
 static pd_status pd__check_finite(pd_trainer *t, const pd_param *p, int64_t n, const pd_real *grad) {
     pd_device *d = t->net->device;
     if (pd__finite(d->norm(d, n, grad))) return PD_OK;
@@ -9262,11 +9297,11 @@ static bool pd__ready_steps(const pd_allocator *a, pd__lazy *lazy, int64_t steps
     pd__lazy bigger = *lazy;
     while (bigger.room < bigger.window && bigger.room < steps) bigger.room *= 2;
     if (lazy->products && bigger.room == lazy->room) return true;
-    bigger.products = (double(*)[4])pd__alloc(a, 2 * bigger.room, sizeof *bigger.products);
+    bigger.products = (double(*)[4])pd_alloc(a, 2 * bigger.room, sizeof *bigger.products);
     if (!bigger.products) return false;
     for (int64_t step = pd__max(steps - 1 - lazy->room, 0) + 1; lazy->products && step < steps; step++)
         pd__put_step(&bigger, step, lazy->products[lazy->room + (step - 1) % lazy->room]);
-    pd__free(a, lazy->products);
+    pd_free(a, lazy->products);
     *lazy = bigger;
     return true;
 }
@@ -9276,12 +9311,12 @@ static pd_status pd__lazy_new(pd_trainer *t, pd__trained *tr) {
     const pd_update u = pd__update_of(t, tr, 1);
     pd__lazy *lazy;
     if (t->optimizer.kind == PD_OPT_SGD && u.l2 == 0) return PD_OK; /* a row without a gradient stays as it is */
-    tr->lazy = lazy = (pd__lazy *)pd__alloc(a, 1, sizeof *lazy);
+    tr->lazy = lazy = (pd__lazy *)pd_alloc(a, 1, sizeof *lazy);
     if (lazy) {
         lazy->count = pd__share_rows(t, tr->param);
         lazy->room = lazy->window = PD__STEPS_LEAST;
         while (lazy->window < PD__STEPS_MOST && 4 * lazy->window < lazy->count) lazy->window *= 2;
-        lazy->times = (uint32_t *)pd__alloc(a, lazy->count, sizeof *lazy->times);
+        lazy->times = (uint32_t *)pd_alloc(a, lazy->count, sizeof *lazy->times);
     }
     if (!lazy || !lazy->times || !pd__ready_steps(a, lazy, 1)) return pd__no_memory(t->net, "sparse parameters");
     return PD_OK;
@@ -9289,9 +9324,9 @@ static pd_status pd__lazy_new(pd_trainer *t, pd__trained *tr) {
 
 static void pd__lazy_free(const pd_allocator *a, pd__lazy *lazy) {
     if (!lazy) return;
-    pd__free(a, lazy->times);
-    pd__free(a, lazy->products);
-    pd__free(a, lazy);
+    pd_free(a, lazy->times);
+    pd_free(a, lazy->products);
+    pd_free(a, lazy);
 }
 
 /* What a step does to numbers without a gradient. */
@@ -9433,7 +9468,7 @@ static pd_status pd__download_table(pd_net *net, const pd_param *p, pd_real *val
     pd_real *rows = NULL;
     pd_status status = PD_OK;
     if (!t) return pd__download(net, values, p->value, p->size);
-    if (!pd__device_grow(net, &rows, &capacity, each * width)) return pd__no_memory(net, "a table's rows");
+    if (!pd__grow_numbers(net, &rows, &capacity, each * width)) return pd__no_memory(net, "a table's rows");
     for (int64_t first = 0; status == PD_OK && first < p->dims[0]; first += each) {
         int64_t n = pd__min(each, p->dims[0] - first);
         pd__read_rows(net, t, p, p->value, first, n, NULL, rows);
@@ -9639,18 +9674,18 @@ static bool pd__slot_init(const pd_allocator *a, pd_slot *slot, const pd_layer *
     slot->sequence = input->is_sequence;
     slot->width = input->out.width;
     slot->name = input->name;
-    return (!slot->sequence || pd__grow(a, (void **)&slot->starts, &slot->start_capacity, 1, sizeof *slot->starts)) &&
-           (!sparse || pd__grow(a, (void **)&slot->row_starts, &slot->row_capacity, 1, sizeof *slot->row_starts));
+    return (!slot->sequence || pd_grow(a, (void **)&slot->starts, &slot->start_capacity, 1, sizeof *slot->starts)) &&
+           (!sparse || pd_grow(a, (void **)&slot->row_starts, &slot->row_capacity, 1, sizeof *slot->row_starts));
 }
 
 PD_DEF pd_batch *pd_batch_new(pd_net *net) {
     pd_batch *batch;
     bool ok;
     if (!pd__check_net(net)) return NULL;
-    batch = (pd_batch *)pd__alloc(&net->allocator, 1, sizeof *batch);
+    batch = (pd_batch *)pd_alloc(&net->allocator, 1, sizeof *batch);
     if (batch) {
         batch->net = net;
-        batch->slots = (pd_slot *)pd__alloc(&net->allocator, net->slot_count, sizeof *batch->slots);
+        batch->slots = (pd_slot *)pd_alloc(&net->allocator, net->slot_count, sizeof *batch->slots);
     }
     ok = batch && batch->slots;
     if (ok) batch->slot_count = net->slot_count;
@@ -9668,14 +9703,14 @@ PD_DEF void pd_batch_free(pd_batch *batch) {
     if (!batch) return;
     a = &batch->net->allocator;
     for (int i = 0; i < batch->slot_count; i++) {
-        pd__free(a, batch->slots[i].data);
-        pd__free(a, batch->slots[i].ids);
-        pd__free(a, batch->slots[i].row_starts);
-        pd__free(a, batch->slots[i].values);
-        pd__free(a, batch->slots[i].starts);
+        pd_free(a, batch->slots[i].data);
+        pd_free(a, batch->slots[i].ids);
+        pd_free(a, batch->slots[i].row_starts);
+        pd_free(a, batch->slots[i].values);
+        pd_free(a, batch->slots[i].starts);
     }
-    pd__free(a, batch->slots);
-    pd__free(a, batch);
+    pd_free(a, batch->slots);
+    pd_free(a, batch);
 }
 
 PD_DEF void pd_batch_clear(pd_batch *batch) {
@@ -9705,7 +9740,7 @@ static bool pd__slot_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
     size_t size = sizeof(int64_t);
     int64_t extra = slot->kind == PD_SLOT_SPARSE;
     return (slot->kind != PD_SLOT_DENSE || pd__bytes(slot->width, sizeof(pd_real), &size)) &&
-           more < INT64_MAX - slot->rows && pd__grow(a, memory, &slot->row_capacity, slot->rows + more + extra, size);
+           more < INT64_MAX - slot->rows && pd_grow(a, memory, &slot->row_capacity, slot->rows + more + extra, size);
 }
 
 /* The slot, of this kind and with room for `more` rows; NULL (batch->error) when it can't be had. */
@@ -9748,8 +9783,8 @@ PD_DEF pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id) {
 static bool pd__entries_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
     int64_t used = slot->row_starts[slot->rows];
     return more <= INT64_MAX / 2 - used &&
-           pd__grow(a, (void **)&slot->ids, &slot->entry_capacity, used + more, sizeof *slot->ids) &&
-           pd__grow(a, (void **)&slot->values, &slot->value_capacity, used + more, sizeof *slot->values);
+           pd_grow(a, (void **)&slot->ids, &slot->entry_capacity, used + more, sizeof *slot->ids) &&
+           pd_grow(a, (void **)&slot->values, &slot->value_capacity, used + more, sizeof *slot->values);
 }
 
 PD_DEF pd_status pd_batch_add_sparse(pd_batch *batch, int slot, const int64_t *columns, const pd_real *values,
@@ -9804,8 +9839,8 @@ static pd_status pd__check_sample(pd_batch *batch) {
 static pd_status pd__reserve_starts(pd_batch *batch) {
     for (int i = 0; i < batch->slot_count; i++) {
         pd_slot *slot = &batch->slots[i];
-        if (slot->sequence && !pd__grow(&batch->net->allocator, (void **)&slot->starts, &slot->start_capacity,
-                                        batch->samples + 2, sizeof *slot->starts))
+        if (slot->sequence && !pd_grow(&batch->net->allocator, (void **)&slot->starts, &slot->start_capacity,
+                                       batch->samples + 2, sizeof *slot->starts))
             return pd__batch_fail(batch, PD_E_MEMORY, "out of memory for sample %lld of the batch",
                                   (long long)batch->samples + 1);
     }
@@ -10110,14 +10145,14 @@ static void pd__source_free(pd_reader *r) {
     pd_net *net = s->net;
     if (s->close) s->close(s);
     pd_batch_free(s->model);
-    pd__free(&net->allocator, s);
+    pd_free(&net->allocator, s);
 }
 
 /* A source of `size` bytes, which begin with a pd__source; NULL, with the message in the net, on failure. */
 static pd__source *pd__source_new(pd_net *net, const char *name, size_t size, const pd_reader_opts *opts) {
     pd__source *s;
     if (!pd__check_net(net)) return NULL;
-    s = (pd__source *)pd__alloc(&net->allocator, 1, size);
+    s = (pd__source *)pd_alloc(&net->allocator, 1, size);
     if (!s) {
         pd__no_memory(net, "a reader");
         return NULL;
@@ -10404,7 +10439,7 @@ static pd_status pd__array_read(pd__source *s, pd_batch *batch) {
     return PD_OK;
 }
 
-static void pd__array_close(pd__source *s) { pd__free(&s->net->allocator, ((pd__array_source *)s)->arrays); }
+static void pd__array_close(pd__source *s) { pd_free(&s->net->allocator, ((pd__array_source *)s)->arrays); }
 
 static pd_status pd__check_array(pd__source *s, int64_t samples, const pd_array *array, const pd_slot *slot) {
     pd_reader *r = &s->reader;
@@ -10443,7 +10478,7 @@ static pd_status pd__array_init(pd__array_source *s, int64_t samples, const pd_a
         pd_status status = pd__check_array(source, samples, &arrays[i], &source->model->slots[i]);
         if (status != PD_OK) return status;
     }
-    s->arrays = (pd_array *)pd__alloc(&source->net->allocator, count, sizeof *arrays);
+    s->arrays = (pd_array *)pd_alloc(&source->net->allocator, count, sizeof *arrays);
     if (!s->arrays) return pd__reader_no_memory(&source->reader, "a reader");
     memcpy(s->arrays, arrays, (size_t)count * sizeof *arrays);
     return PD_OK;
@@ -10486,7 +10521,7 @@ typedef struct pd__lines {
 static bool pd__lines_init(pd__lines *l, pd_reader *reader, const pd_allocator *allocator) {
     l->reader = reader;
     l->allocator = allocator;
-    return pd__grow(allocator, (void **)&l->buffer, &l->capacity, PD__LINES_CAPACITY, 1);
+    return pd_grow(allocator, (void **)&l->buffer, &l->capacity, PD__LINES_CAPACITY, 1);
 }
 
 /* Closes the file; the next line is the first of the file after it. */
@@ -10498,16 +10533,16 @@ static void pd__lines_close_file(pd__lines *l) {
 }
 
 static void pd__paths_free(const pd_allocator *a, pd__paths *paths) {
-    for (int64_t i = 0; i < paths->count; i++) pd__free(a, paths->list[i]);
-    pd__free(a, paths->list);
+    for (int64_t i = 0; i < paths->count; i++) pd_free(a, paths->list[i]);
+    pd_free(a, paths->list);
 }
 
 /* Adds a path of `length` characters. */
 static pd_status pd__paths_add(pd__paths *paths, pd_reader *r, const pd_allocator *a, const char *path,
                                int64_t length) {
     char *copy = NULL;
-    if (pd__grow(a, (void **)&paths->list, &paths->capacity, paths->count + 1, sizeof *paths->list))
-        copy = (char *)pd__alloc(a, length + 1, 1);
+    if (pd_grow(a, (void **)&paths->list, &paths->capacity, paths->count + 1, sizeof *paths->list))
+        copy = (char *)pd_alloc(a, length + 1, 1);
     if (!copy) return pd__reader_no_memory(r, "a path");
     memcpy(copy, path, (size_t)length);
     paths->list[paths->count++] = copy;
@@ -10517,7 +10552,7 @@ static pd_status pd__paths_add(pd__paths *paths, pd_reader *r, const pd_allocato
 static void pd__lines_free(pd__lines *l) {
     pd__lines_close_file(l);
     pd__paths_free(l->allocator, &l->paths);
-    pd__free(l->allocator, l->buffer);
+    pd_free(l->allocator, l->buffer);
 }
 
 static FILE *pd__open_data(pd_reader *r, const char *path) {
@@ -10585,7 +10620,7 @@ static bool pd__lines_make_room(pd__lines *l) {
     if (l->start > 0) memmove(l->buffer, l->buffer + l->start, (size_t)length);
     l->start = 0;
     l->end = length;
-    if (length < l->capacity || pd__grow(l->allocator, (void **)&l->buffer, &l->capacity, length + 1, 1)) return true;
+    if (length < l->capacity || pd_grow(l->allocator, (void **)&l->buffer, &l->capacity, length + 1, 1)) return true;
     l->end = 0;
     return false;
 }
@@ -10799,7 +10834,7 @@ static pd_status pd__csv_rewind(pd__source *s) { return pd__lines_rewind(&((pd__
 
 static void pd__csv_close(pd__source *s) {
     pd__lines_free(&((pd__csv *)s)->lines);
-    pd__free(&s->net->allocator, ((pd__csv *)s)->groups);
+    pd_free(&s->net->allocator, ((pd__csv *)s)->groups);
 }
 
 /* Adds the columns of a slot, or one to be left out. */
@@ -10815,8 +10850,8 @@ static pd_status pd__csv_add_group(pd__csv *c, int slot) {
             return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: order names \"%.100s\" twice", input->name);
     if (columns > INT64_MAX - c->columns)
         return pd_reader_fail(r, PD_E_ARGUMENT, "csv reader: the inputs are too wide for one line");
-    if (!pd__grow(&c->source.net->allocator, (void **)&c->groups, &c->group_capacity, c->group_count + 1,
-                  sizeof *c->groups))
+    if (!pd_grow(&c->source.net->allocator, (void **)&c->groups, &c->group_capacity, c->group_count + 1,
+                 sizeof *c->groups))
         return pd__reader_no_memory(r, "a reader");
     c->groups[c->group_count].slot = slot;
     c->groups[c->group_count++].columns = columns;
@@ -11287,9 +11322,9 @@ static void pd__blocks_close(pd__source *s) {
     for (int i = 0; columns && i < s->model->slot_count; i++) {
         pd__column_close(&columns[i]);
         pd__paths_free(a, &columns[i].paths);
-        pd__free(a, columns[i].blocks);
+        pd_free(a, columns[i].blocks);
     }
-    pd__free(a, columns);
+    pd_free(a, columns);
 }
 
 /* The file must be as long as its header says. */
@@ -11330,7 +11365,7 @@ static pd_status pd__column_init(pd__blocks *s, pd__column *c, const char *path,
     pd_status status = pd__paths_expand(&c->paths, &s->source.reader, a, path);
     if (status != PD_OK) return status;
     c->row = slot->kind == PD_SLOT_IDS ? 1 : slot->width;
-    c->blocks = (pd__block *)pd__alloc(a, c->paths.count, sizeof *c->blocks);
+    c->blocks = (pd__block *)pd_alloc(a, c->paths.count, sizeof *c->blocks);
     if (!c->blocks) return pd__reader_no_memory(&s->source.reader, "a reader");
     for (int64_t i = 0; status == PD_OK && i < c->paths.count; i++) {
         pd__block *b = &c->blocks[i];
@@ -11353,7 +11388,7 @@ static pd_status pd__blocks_init(pd__blocks *s, const char *const *paths, int co
         status = pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: %d paths, expected %d, one per input", r->name,
                                 paths ? count : 0, source->model->slot_count);
     if (status != PD_OK) return status;
-    s->columns = (pd__column *)pd__alloc(&source->net->allocator, count, sizeof *s->columns);
+    s->columns = (pd__column *)pd_alloc(&source->net->allocator, count, sizeof *s->columns);
     if (!s->columns) return pd__reader_no_memory(r, "a reader");
     for (int i = 0; i < count; i++) {
         int64_t samples = 0;
@@ -11654,7 +11689,7 @@ static int64_t pd__inner_size(pd_reader *inner) { return inner->size ? inner->si
 /* A reader of `size` bytes, which begin with the pd_reader, around `inner`. NULL on failure: then `inner` has been
    freed and the message is in the net. */
 static void *pd__around(pd_net *net, pd_reader *inner, size_t size, const pd_reader *functions) {
-    pd_reader *r = net ? (pd_reader *)pd__alloc(&net->allocator, 1, size) : NULL;
+    pd_reader *r = net ? (pd_reader *)pd_alloc(&net->allocator, 1, size) : NULL;
     if (!r) {
         pd__no_memory(net, "a reader");
         pd_reader_free(inner);
@@ -11704,8 +11739,8 @@ static void pd__shuffle_tidy(pd__shuffle *s) {
 /* Makes the samples that the batch has got lately ones that can be drawn. */
 static pd_status pd__shuffle_note(pd__shuffle *s) {
     const pd_allocator *a = &s->net->allocator;
-    if (!pd__grow(a, (void **)&s->left, &s->left_capacity, s->batch->samples, sizeof *s->left) ||
-        !pd__grow(a, (void **)&s->drawn, &s->drawn_capacity, s->batch->samples, 1))
+    if (!pd_grow(a, (void **)&s->left, &s->left_capacity, s->batch->samples, sizeof *s->left) ||
+        !pd_grow(a, (void **)&s->drawn, &s->drawn_capacity, s->batch->samples, 1))
         return pd__reader_no_memory(&s->reader, "the pool of samples");
     for (; s->known < s->batch->samples; s->known++) {
         s->left[s->left_count++] = s->known;
@@ -11777,9 +11812,9 @@ static void pd__shuffle_free(pd_reader *r) {
     const pd_allocator *a = &s->net->allocator;
     pd_reader_free(s->inner);
     pd_batch_free(s->batch);
-    pd__free(a, s->left);
-    pd__free(a, s->drawn);
-    pd__free(a, s);
+    pd_free(a, s->left);
+    pd_free(a, s->drawn);
+    pd_free(a, s);
 }
 
 PD_DEF pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint64_t seed) {
@@ -12040,15 +12075,15 @@ static void pd__prefetch_free(pd_reader *r) {
     pd__prefetch_free_thread(p);
     for (int i = 0; p->ring && i < p->depth; i++) pd_batch_free(p->ring[i].batch);
     pd_reader_free(p->inner);
-    pd__free(&net->allocator, p->ring);
-    pd__free(&net->allocator, p);
+    pd_free(&net->allocator, p->ring);
+    pd_free(&net->allocator, p);
 }
 
 static pd_status pd__prefetch_init(pd__prefetch *p, int depth) {
     if (depth < 1)
         return pd_reader_fail(&p->reader, PD_E_ARGUMENT, "pd_prefetch: depth is %d, expected 1 or more", depth);
     if (!pd__prefetch_init_thread(p)) return pd_reader_fail(&p->reader, PD_E_MEMORY, "pd_prefetch: no mutex to be had");
-    p->ring = (pd__ready *)pd__alloc(&p->net->allocator, depth, sizeof *p->ring);
+    p->ring = (pd__ready *)pd_alloc(&p->net->allocator, depth, sizeof *p->ring);
     p->depth = p->ring ? depth : 0;
     for (int i = 0; i < p->depth; i++) {
         p->ring[i].batch = pd_batch_new(p->net);
@@ -12194,7 +12229,7 @@ static pd_status pd__make_directory(pd_net *net, const char *directory) {
 #endif
         *end = next;
     }
-    pd__free(&net->allocator, path);
+    pd_free(&net->allocator, path);
     if (error) return pd__fail(net, PD_E_IO, "%.300s: the directory could not be made: %s", directory, strerror(error));
     return PD_OK;
 }
@@ -12202,8 +12237,8 @@ static pd_status pd__make_directory(pd_net *net, const char *directory) {
 static void pd__events_close(struct pd__events *e) {
     if (!e) return;
     if (e->file) fclose(e->file); /* every record has been flushed, and checked, when it was written */
-    pd__free(&e->net->allocator, e->path);
-    pd__free(&e->net->allocator, e);
+    pd_free(&e->net->allocator, e->path);
+    pd_free(&e->net->allocator, e);
 }
 
 /* A new event file in `directory`, which is made when absent. NULL, with the message in the net, on failure. The name
@@ -12216,9 +12251,9 @@ static struct pd__events *pd__events_open(pd_net *net, const char *directory) {
     size_t size = strlen(directory) + 100;
     uint64_t bits;
     if (pd__make_directory(net, directory) != PD_OK) return NULL;
-    e = (struct pd__events *)pd__alloc(&net->allocator, 1, sizeof *e);
+    e = (struct pd__events *)pd_alloc(&net->allocator, 1, sizeof *e);
     if (e) e->net = net;
-    if (e) e->path = (char *)pd__alloc(&net->allocator, (int64_t)size, 1);
+    if (e) e->path = (char *)pd_alloc(&net->allocator, (int64_t)size, 1);
     if (!e || !e->path) {
         pd__no_memory(net, "an event file");
         pd__events_close(e);
@@ -12353,11 +12388,11 @@ static pd_status pd__prune(pd_param *p) {
     pd_real *values, *sorted;
     pd_status status;
     if (drop == 0 || p->mask) return PD_OK;
-    p->mask = (unsigned char *)pd__alloc(a, n, 1);
-    values = (pd_real *)pd__alloc(a, n, 2 * sizeof *values);
+    p->mask = (unsigned char *)pd_alloc(a, n, 1);
+    values = (pd_real *)pd_alloc(a, n, 2 * sizeof *values);
     if (!p->mask || !values) {
-        pd__free(a, values);
-        pd__free(a, p->mask);
+        pd_free(a, values);
+        pd_free(a, p->mask);
         p->mask = NULL;
         return pd__no_memory(p->net, "a pruning mask");
     }
@@ -12373,7 +12408,7 @@ static pd_status pd__prune(pd_param *p) {
         if (dropped) values[i] = 0;
     }
     if (status == PD_OK) status = pd_param_set(p, values, n);
-    pd__free(a, values);
+    pd_free(a, values);
     return status;
 }
 
@@ -12402,7 +12437,7 @@ static pd_status pd__start_training(pd_trainer *t, pd__trained *tr, pd_param *p)
 static pd_status pd__start_numbers(const pd_param *p, int64_t size, pd_real **memory) {
     pd_device *d = p->net->device;
     int64_t capacity = 0;
-    if (!pd__device_grow(p->net, memory, &capacity, size))
+    if (!pd__grow_numbers(p->net, memory, &capacity, size))
         return pd__fail(p->net, PD_E_MEMORY, "out of memory for training \"%.100s\"", p->name);
     d->fill(d, size, 0, *memory);
     return PD_OK;
@@ -12430,7 +12465,7 @@ static pd_status pd__start_averages(pd_trainer *t) {
     pd_net *net = t->net;
     pd_status status = PD_OK;
     if (!(t->opts.average_window > 0)) return PD_OK;
-    t->averages = (pd__averaged *)pd__alloc(&net->allocator, net->param_count, sizeof *t->averages);
+    t->averages = (pd__averaged *)pd_alloc(&net->allocator, net->param_count, sizeof *t->averages);
     if (!t->averages) return pd__no_memory(net, "the trainer");
     for (pd_param *p = net->first_param; status == PD_OK && p; p = p->next) {
         pd__averaged *av = &t->averages[t->averages_count];
@@ -12450,7 +12485,7 @@ static pd_status pd__collect_trained(pd_trainer *t) {
     pd_status status = pd__activate_layers(net, &t->cost, 1);
     if (status == PD_OK) status = pd__count_users(net);
     if (status != PD_OK) return status;
-    t->trained = (pd__trained *)pd__alloc(&net->allocator, net->param_count, sizeof *t->trained);
+    t->trained = (pd__trained *)pd_alloc(&net->allocator, net->param_count, sizeof *t->trained);
     if (!t->trained) return pd__no_memory(net, "the trainer");
     for (pd_param *p = net->first_param; status == PD_OK && p; p = p->next)
         if (p->users > 0 && !p->opts.is_static) status = pd__start_training(t, &t->trained[t->trained_count++], p);
@@ -12479,7 +12514,7 @@ PD_DEF pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer opti
     pd_status status;
     if (!pd__check_net(net)) return NULL;
     if (pd__check_trainer(net, cost, &optimizer, opts ? opts : &defaults) != PD_OK) return NULL;
-    t = (pd_trainer *)pd__alloc(&net->allocator, 1, sizeof *t);
+    t = (pd_trainer *)pd_alloc(&net->allocator, 1, sizeof *t);
     if (!t) {
         pd__no_memory(net, "the trainer");
         return NULL;
@@ -12514,7 +12549,7 @@ PD_DEF pd_trainer *pd_trainer_new(pd_net *net, pd_layer *cost, pd_optimizer opti
 static void pd__free_best(pd_net *net, pd_real **best, int count) {
     for (int i = 0; best && i < count; i++)
         if (best[i]) net->device->free(net->device, best[i]);
-    pd__free(&net->allocator, best);
+    pd_free(&net->allocator, best);
 }
 
 PD_DEF void pd_trainer_free(pd_trainer *trainer) {
@@ -12543,13 +12578,13 @@ PD_DEF void pd_trainer_free(pd_trainer *trainer) {
             if (av->sums[k]) d->free(d, av->sums[k]);
         if (av->saved) d->free(d, av->saved);
     }
-    pd__free(a, trainer->averages);
+    pd_free(a, trainer->averages);
     pd__free_best(trainer->net, trainer->best, trainer->best_count);
     if (trainer->spare) d->free(d, trainer->spare);
-    pd__free(a, trainer->trained);
-    pd__free(a, trainer->targets);
+    pd_free(a, trainer->trained);
+    pd_free(a, trainer->targets);
     pd_batch_free(trainer->batch);
-    pd__free(a, trainer);
+    pd_free(a, trainer);
 }
 
 /* ---- one step ---- */
@@ -12723,7 +12758,7 @@ static pd_status pd__reduce_evaluator(pd_trainer *t, pd_evaluator *e) {
     pd_status status = PD_OK;
     if (!e->type->merge) return pd__reduce(t, e->sums, e->sum_count);
     if (t->ranks == 1) return PD_OK;
-    own = (double *)pd__alloc(a, e->sum_count, 2 * sizeof *own);
+    own = (double *)pd_alloc(a, e->sum_count, 2 * sizeof *own);
     if (!own) return pd__no_memory(t->net, "the evaluators of all workers");
     sums = own + e->sum_count;
     memcpy(own, e->sums, bytes);
@@ -12734,7 +12769,7 @@ static pd_status pd__reduce_evaluator(pd_trainer *t, pd_evaluator *e) {
         status = pd__reduce(t, sums, e->sum_count);
         if (status == PD_OK) e->type->merge(e, sums);
     }
-    pd__free(a, own);
+    pd_free(a, own);
     return status;
 }
 
@@ -12743,7 +12778,7 @@ static pd_status pd__test_targets(pd_trainer *t, int *count) {
     int64_t n = 1;
     for (pd_evaluator *e = t->net->evaluators; e; e = e->next) n += PD__COUNT(e->inputs);
     *count = 0;
-    if (!pd__grow(&t->net->allocator, (void **)&t->targets, &t->target_capacity, n, sizeof *t->targets))
+    if (!pd_grow(&t->net->allocator, (void **)&t->targets, &t->target_capacity, n, sizeof *t->targets))
         return pd__no_memory(t->net, "testing");
     t->targets[(*count)++] = t->cost;
     for (pd_evaluator *e = t->net->evaluators; e; e = e->next)
@@ -12821,11 +12856,11 @@ PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_s
 
 /* Memory for the best values, one array per parameter; NULL, with a message, when out of memory. */
 static pd_real **pd__new_best(pd_net *net) {
-    pd_real **best = (pd_real **)pd__alloc(&net->allocator, net->param_count, sizeof *best);
+    pd_real **best = (pd_real **)pd_alloc(&net->allocator, net->param_count, sizeof *best);
     int i = 0;
     for (pd_param *p = net->first_param; best && p; p = p->next, i++) {
         int64_t capacity = 0;
-        if (!pd__device_grow(net, &best[i], &capacity, p->size)) {
+        if (!pd__grow_numbers(net, &best[i], &capacity, p->size)) {
             pd__free_best(net, best, net->param_count);
             best = NULL;
         }
@@ -12845,7 +12880,7 @@ static void pd__set_best(pd_trainer *t, pd_real **best) {
 static pd_status pd__ready_spare(pd_trainer *t) {
     int64_t largest = 0;
     for (pd_param *p = t->net->first_param; p; p = p->next) largest = pd__max(largest, p->size);
-    if (pd__device_grow(t->net, &t->spare, &t->spare_capacity, largest)) return PD_OK;
+    if (pd__grow_numbers(t->net, &t->spare, &t->spare_capacity, largest)) return PD_OK;
     return pd__no_memory(t->net, "the best values");
 }
 
@@ -13813,7 +13848,7 @@ static void pd__parse_texts(pd__json *j, pd__tensors *t) {
         if (!pair.name) return;
         pair.text = pd__json_string(j);
         if (!pair.text) return;
-        if (!pd__grow(&t->net->allocator, (void **)&t->texts, &t->text_capacity, t->text_count + 1, sizeof pair)) {
+        if (!pd_grow(&t->net->allocator, (void **)&t->texts, &t->text_capacity, t->text_count + 1, sizeof pair)) {
             j->status = pd__no_memory(t->net, "a file's metadata");
             return;
         }
@@ -13836,7 +13871,7 @@ static void pd__parse_header(pd__json *j, pd__tensors *t) {
         }
         pd__parse_tensor(j, &tensor);
         if (j->status != PD_OK) return;
-        if (!pd__grow(&t->net->allocator, (void **)&t->list, &t->capacity, t->count + 1, sizeof tensor)) {
+        if (!pd_grow(&t->net->allocator, (void **)&t->list, &t->capacity, t->count + 1, sizeof tensor)) {
             j->status = pd__no_memory(t->net, "a file's list of tensors");
             return;
         }
@@ -13957,7 +13992,7 @@ static pd_status pd__read_header(pd__tensors *t, int64_t *length) {
     if ((int64_t)claimed > size - 8)
         return pd__fail(t->net, PD_E_FORMAT, "%.300s: a header of %llu bytes does not fit into a file of %lld", t->path,
                         (unsigned long long)claimed, (long long)size);
-    t->header = (char *)pd__alloc(&t->net->allocator, (int64_t)claimed, 1);
+    t->header = (char *)pd_alloc(&t->net->allocator, (int64_t)claimed, 1);
     if (!t->header) return pd__no_memory(t->net, "a file's header");
     *length = (int64_t)claimed;
     t->data_start = 8 + *length;
@@ -13968,9 +14003,9 @@ static pd_status pd__read_header(pd__tensors *t, int64_t *length) {
 /* Frees the index; the file stays open. */
 static void pd__tensors_close(pd__tensors *t) {
     const pd_allocator *a = &t->net->allocator;
-    pd__free(a, t->header);
-    pd__free(a, t->list);
-    pd__free(a, t->texts);
+    pd_free(a, t->header);
+    pd_free(a, t->list);
+    pd_free(a, t->texts);
     memset(t, 0, sizeof *t);
 }
 
@@ -14041,15 +14076,15 @@ typedef struct pd__items {
 
 static void pd__items_free(pd__items *items) {
     const pd_allocator *a = &items->net->allocator;
-    for (int64_t i = 0; i < items->count; i++) pd__free(a, items->list[i].staged);
-    pd__free(a, items->list);
+    for (int64_t i = 0; i < items->count; i++) pd_free(a, items->list[i].staged);
+    pd_free(a, items->list);
 }
 
 /* The prefix is KIND/NUMBER/, or KIND as it is if the number is negative. */
 static pd_status pd__items_add(pd__items *items, pd_param *param, const char *kind, int number, pd_real *numbers) {
     pd__item *item;
-    if (!pd__grow(&items->net->allocator, (void **)&items->list, &items->capacity, items->count + 1,
-                  sizeof *items->list))
+    if (!pd_grow(&items->net->allocator, (void **)&items->list, &items->capacity, items->count + 1,
+                 sizeof *items->list))
         return pd__no_memory(items->net, "the list of a file's tensors");
     item = &items->list[items->count++];
     memset(item, 0, sizeof *item);
@@ -14175,7 +14210,7 @@ static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned c
     size_t bytes = item->numbers ? sizeof(pd_real) : (size_t)pd__dtypes[item->element].bits / 8;
     errno = 0;
     if (!pd__seek(t->file, t->data_start + item->from->begin)) return pd__read_failed(t, errno);
-    item->staged = pd__alloc(&t->net->allocator, item->size, bytes);
+    item->staged = pd_alloc(&t->net->allocator, item->size, bytes);
     if (!item->staged) return pd__no_memory(t->net, "a file's numbers");
     if (item->numbers) return pd__stage_numbers(item, t, chunk, converted);
     return pd__stage_others(item, t);
@@ -14184,13 +14219,13 @@ static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned c
 /* Reads everything that has a `from`; changes nothing but the items. */
 static pd_status pd__items_stage(pd__items *items, const pd__tensors *t) {
     const pd_allocator *a = &items->net->allocator;
-    unsigned char *chunk = (unsigned char *)pd__alloc(a, PD__FILE_CHUNK, 1);
-    pd_real *converted = (pd_real *)pd__alloc(a, PD__FILE_CHUNK / (int64_t)sizeof(double), sizeof *converted);
+    unsigned char *chunk = (unsigned char *)pd_alloc(a, PD__FILE_CHUNK, 1);
+    pd_real *converted = (pd_real *)pd_alloc(a, PD__FILE_CHUNK / (int64_t)sizeof(double), sizeof *converted);
     pd_status status = chunk && converted ? PD_OK : pd__no_memory(items->net, "a file's numbers");
     for (int64_t i = 0; i < items->count && status == PD_OK; i++)
         if (items->list[i].from) status = pd__stage_item(&items->list[i], t, chunk, converted);
-    pd__free(a, converted);
-    pd__free(a, chunk);
+    pd_free(a, converted);
+    pd_free(a, chunk);
     return status;
 }
 
@@ -14204,7 +14239,7 @@ static pd_status pd__items_commit(pd__items *items) {
         if (item->numbers) {
             d->upload(d, item->numbers, item->staged, (size_t)item->size * sizeof(pd_real));
         } else if (!item->lazy) {
-            pd__free(&items->net->allocator, item->param->mask);
+            pd_free(&items->net->allocator, item->param->mask);
             item->param->mask = (unsigned char *)item->staged;
             item->staged = NULL;
         }
@@ -14483,7 +14518,7 @@ static void pd__put_table(pd__writer *w, pd__item *item, pd_net *net, unsigned c
     pd_device *d = net->device;
     int64_t width = p->dims[1], each = pd__rows_at_once(p), capacity = 0;
     pd_real *rows = NULL;
-    if (!pd__grow_on(d, &rows, &capacity, each * width)) w->error = ENOMEM;
+    if (!pd_device_grow(d, &rows, &capacity, each * width)) w->error = ENOMEM;
     for (int64_t first = 0; first < p->dims[0] && !w->error; first += each) {
         int64_t n = pd__min(each, p->dims[0] - first);
         pd__read_rows(net, item->lagging, p, item->numbers, first, n, NULL, rows);
@@ -14612,12 +14647,12 @@ static char *pd__follow_links(const pd_allocator *a, const char *path, char *tex
         char *next = NULL;
         if (n <= 0) return target; /* no link; what else is wrong will show when it is written */
         if (links == 40) *error = ELOOP;
-        else next = (char *)pd__alloc(a, (int64_t)kept + n + 1, 1);
+        else next = (char *)pd_alloc(a, (int64_t)kept + n + 1, 1);
         if (next) {
             memcpy(next, target, kept);
             memcpy(next + kept, text, (size_t)n);
         }
-        pd__free(a, target);
+        pd_free(a, target);
         target = next;
     }
 #else
@@ -14807,11 +14842,11 @@ static pd_status pd__save_items(pd__items *items, const char *path, const pd_tra
     pd_status status = pd__check_names(items, trainer != NULL);
     if (status != PD_OK) return status;
     if (pd__is_special_file(path)) return pd__fail(net, PD_E_IO, "%.300s: is not a regular file", path);
-    chunk = (unsigned char *)pd__alloc(a, PD__FILE_CHUNK, 1);
+    chunk = (unsigned char *)pd_alloc(a, PD__FILE_CHUNK, 1);
     if (chunk) target = pd__follow_links(a, path, (char *)chunk, &error);
     if (target) {
         size_t size = strlen(target) + 32;
-        temporary = (char *)pd__alloc(a, (int64_t)size, 1);
+        temporary = (char *)pd_alloc(a, (int64_t)size, 1);
         if (temporary) error = pd__write_and_replace(target, temporary, size, items, trainer, chunk);
     }
     if (error == PD__NOT_READ) {
@@ -14819,9 +14854,9 @@ static pd_status pd__save_items(pd__items *items, const char *path, const pd_tra
         status = pd__fail(net, why.status, "%.200s: %.300s", path, why.text);
     } else if (error == ENOMEM) status = pd__no_memory(net, "writing a file");
     else if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
-    pd__free(a, chunk);
-    pd__free(a, temporary);
-    pd__free(a, target);
+    pd_free(a, chunk);
+    pd_free(a, temporary);
+    pd_free(a, target);
     if (status == PD_OK && net->logger.log) {
         char text[512];
         snprintf(text, sizeof text, "saved %.500s", path);
@@ -15368,7 +15403,7 @@ static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_l
     s.size = p ? p->size : slot->rows * slot->width;
     if (s.size == 0) return PD_OK;
     c->tensors++;
-    s.value = (pd_real *)pd__alloc(a, s.size, (p && p->touched ? 4 : 3) * sizeof *s.value);
+    s.value = (pd_real *)pd_alloc(a, s.size, (p && p->touched ? 4 : 3) * sizeof *s.value);
     if (!s.value) return pd__no_memory(c->net, "the gradient check");
     s.gradient = s.value + s.size;
     s.direction = s.gradient + s.size;
@@ -15389,7 +15424,7 @@ static pd_status pd__check_tensor(pd__check *c, pd_param *p, pd_slot *slot, pd_l
         c->net->device->upload(c->net->device, p->value, s.stored, (size_t)s.size * sizeof *s.stored);
         p->touched->plain = false;
     }
-    pd__free(a, s.value);
+    pd_free(a, s.value);
     return status;
 }
 
@@ -15399,7 +15434,7 @@ static pd_status pd__check_all(pd__check *c) {
     pd_status status = pd__check_forward(c);
     if (status != PD_OK) return status;
     c->outputs = c->layer->out.rows * c->layer->out.width;
-    c->weights = (pd_real *)pd__alloc(&net->allocator, c->outputs, sizeof *c->weights);
+    c->weights = (pd_real *)pd_alloc(&net->allocator, c->outputs, sizeof *c->weights);
     if (!c->weights) return pd__no_memory(net, "the gradient check");
     y = pd_output(c->layer, NULL, NULL);
     for (int64_t i = 0; y && i < c->outputs; i++) {
@@ -15454,7 +15489,7 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
         if (status != PD_OK) pd__fail(net, status, "pd_check_gradients: %.400s", c.batch->error.text);
     }
     if (status == PD_OK) status = pd__check_all(&c);
-    pd__free(&net->allocator, c.weights);
+    pd_free(&net->allocator, c.weights);
     pd_batch_free(c.batch);
     if (status == PD_OK) status = pd_zero_grads(net);
     return status;

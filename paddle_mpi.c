@@ -1,10 +1,12 @@
 /* paddle_mpi.c - v0.1.0 - paddle.h on a cluster: a synchronous sharded parameter server over MPI - MIT-or-Unlicense
 
-   Include it after paddle.h. In the ONE file that defines PADDLE_IMPLEMENTATION it is the implementation too (it uses
-   what paddle.h has inside), in other files declarations only. Build with mpicc, start with mpiexec:
+   Include it after paddle.h. In the ONE file that defines PADDLE_IMPLEMENTATION it is the implementation too, in other
+   files declarations only. Build with mpicc, start with mpiexec:
 
        mpicc -O2 -fopenmp train.c -o train -lm
        mpiexec -n 4 ./train
+
+   Or compile it by itself, and link it: mpicc -O2 -c paddle_mpi.c. It uses only what paddle.h makes public.
 
    A WHOLE PROGRAM
 
@@ -81,7 +83,11 @@
    Licence: at the end of this file. */
 
 #ifndef PADDLE_H
-#error "include paddle.h before paddle_mpi.c"
+#if !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200809L /* for nanosleep under -std=c99 */
+#endif
+#include "paddle.h" /* this file is compiled by itself */
+#define PD__MPI_ALONE 1
 #endif
 
 #ifndef PADDLE_MPI_H
@@ -126,12 +132,31 @@ PD_API void pd_mpi_sent(const pd_updater *updater, int64_t *payload, int64_t *co
 /*                                            I M P L E M E N T A T I O N                                    */
 /* ======================================================================================================== */
 
-#if defined(PADDLE_IMPLEMENTATION) && !defined(PADDLE_MPI_IMPLEMENTED)
+#if (defined(PADDLE_IMPLEMENTATION) || defined(PD__MPI_ALONE)) && !defined(PADDLE_MPI_IMPLEMENTED)
 #define PADDLE_MPI_IMPLEMENTED
 
+#include <ctype.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
 #include <mpi.h>
-#ifdef PD__POSIX
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(_WIN32)
+#include <windows.h>
+#elif defined(__unix__) || defined(__APPLE__)
+#define PD__MPI_POSIX 1
 #include <sched.h>
+#include <time.h>
+#include <unistd.h>
+#endif
+
+#ifdef PADDLE_STATIC
+#define PD__MPI_DEF PD_API
+#else
+#define PD__MPI_DEF
 #endif
 
 #ifdef __cplusplus
@@ -283,6 +308,9 @@ typedef struct pd__mpi {
     int exchanging;
 } pd__mpi;
 
+static int64_t pd__mpi_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t pd__mpi_max(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static pd__mpi *pd__mpi_of(const pd_updater *u) { return (pd__mpi *)u->self; }
 
 /* What rank r announced: samples, then rows of each sparse parameter. */
@@ -303,7 +331,8 @@ PD_PRINTF(3, 4) static pd_status pd__mpi_fail(pd__mpi *m, pd_status status, cons
     va_list args;
     if (m->failure.status != PD_OK) return pd__mpi_failed(m);
     va_start(args, format);
-    pd__set_failure(&m->failure, status, format, args);
+    m->failure.status = status;
+    vsnprintf(m->failure.text, sizeof m->failure.text, format, args);
     va_end(args);
     return pd__mpi_failed(m);
 }
@@ -346,11 +375,11 @@ static bool pd__mpi_receives(pd__mpi_kind kind) { return kind != PD__MPI_SEND &&
 /* Room for so many transfers at a time. */
 static bool pd__mpi_reserve(pd__mpi *m, int64_t count) {
     const pd_allocator *a = &m->allocator;
-    return pd__grow(a, (void **)&m->requests, &m->request_capacity, count, sizeof *m->requests) &&
-           pd__grow(a, (void **)&m->transfers, &m->transfer_capacity, count, sizeof *m->transfers) &&
-           pd__grow(a, (void **)&m->finished, &m->finished_capacity, count, sizeof *m->finished) &&
-           pd__grow(a, (void **)&m->indices, &m->index_capacity, count, sizeof *m->indices) &&
-           pd__grow(a, (void **)&m->statuses, &m->status_capacity, count, sizeof *m->statuses);
+    return pd_grow(a, (void **)&m->requests, &m->request_capacity, count, sizeof *m->requests) &&
+           pd_grow(a, (void **)&m->transfers, &m->transfer_capacity, count, sizeof *m->transfers) &&
+           pd_grow(a, (void **)&m->finished, &m->finished_capacity, count, sizeof *m->finished) &&
+           pd_grow(a, (void **)&m->indices, &m->index_capacity, count, sizeof *m->indices) &&
+           pd_grow(a, (void **)&m->statuses, &m->status_capacity, count, sizeof *m->statuses);
 }
 
 /* Starts a transfer; nothing when there are no bytes. Of a control message the receiver does not know the size: it goes
@@ -367,7 +396,7 @@ static pd_status pd__mpi_post(pd__mpi *m, pd__mpi_kind kind, int slot, int peer,
     t.last = false;
     for (int64_t first = 0; first < bytes; first += piece) {
         char *at = (char *)memory + first;
-        int n = (int)pd__min(bytes - first, piece), code;
+        int n = (int)pd__mpi_min(bytes - first, piece), code;
         if (!pd__mpi_reserve(m, (int64_t)m->live + 1)) return pd__mpi_no_memory(m);
         code = send ? MPI_Isend(at, n, MPI_BYTE, peer, tag, m->comm, &m->requests[m->live])
                     : MPI_Irecv(at, n, MPI_BYTE, peer < 0 ? MPI_ANY_SOURCE : peer, tag, m->comm, &m->requests[m->live]);
@@ -526,7 +555,7 @@ static pd_status pd__mpi_look(pd__mpi *m, double since) {
 static void pd__mpi_yield(void) {
 #if defined(_WIN32)
     SwitchToThread();
-#elif defined(PD__POSIX)
+#elif defined(PD__MPI_POSIX)
     sched_yield();
 #endif
 }
@@ -534,7 +563,7 @@ static void pd__mpi_yield(void) {
 static void pd__mpi_sleep(void) {
 #if defined(_WIN32)
     Sleep(1);
-#elif defined(PD__POSIX)
+#elif defined(PD__MPI_POSIX)
     const struct timespec millisecond = { 0, 1000000 };
     nanosleep(&millisecond, NULL);
 #endif
@@ -543,7 +572,7 @@ static void pd__mpi_sleep(void) {
 /* ---- blocks for all ---- */
 
 static bool pd__mpi_need_box(pd__mpi *m, int64_t size) {
-    return pd__grow(&m->net->allocator, (void **)&m->box, &m->box_capacity, m->ranks * size, 1);
+    return pd_grow(pd_net_allocator(m->net), (void **)&m->box, &m->box_capacity, m->ranks * size, 1);
 }
 
 /* Block r of m->box (blocks of `size` bytes, of which m->sizes[r] are used) comes from rank r, on all ranks. */
@@ -579,7 +608,7 @@ static pd_status pd__mpi_add_up(pd__mpi *m, double *sums, int64_t count) {
     if (m->ranks == 1) return PD_OK;
     if (!pd__mpi_need_box(m, size)) return pd__mpi_no_memory(m);
     for (int64_t first = 0; first < count; first += AT_ONCE) {
-        int64_t n = pd__min(count - first, AT_ONCE);
+        int64_t n = pd__mpi_min(count - first, AT_ONCE);
         pd_status status;
         for (int r = 0; r < m->ranks; r++) m->sizes[r] = n * (int64_t)sizeof *sums;
         memcpy(m->box + m->rank * size, sums + first, (size_t)n * sizeof *sums);
@@ -602,7 +631,7 @@ static void pd__mpi_sum_share(const pd__mpi *m, const pd__mpi_slot *s, pd_real *
     enum { AT_ONCE = 256 };
     double sums[AT_ONCE];
     for (int64_t first = 0; first < s->count; first += AT_ONCE) {
-        int64_t n = pd__min(s->count - first, AT_ONCE);
+        int64_t n = pd__mpi_min(s->count - first, AT_ONCE);
         memset(sums, 0, sizeof sums);
         for (int r = 0; r < m->ranks; r++) {
             const pd_real *from = r == m->rank ? own : s->inbox + (r - (r > m->rank)) * s->count;
@@ -623,11 +652,11 @@ static void pd__mpi_sum_dense(pd__mpi *m, pd__mpi_slot *s) {
 /* The rows of all ranks, each once, in the order of the ranks and of their batches. */
 static pd_status pd__mpi_sum_rows(pd__mpi *m, pd__mpi_slot *s) {
     pd__mpi_table *t = s->table;
-    const pd_allocator *a = &m->net->allocator;
+    const pd_allocator *a = pd_net_allocator(m->net);
     int64_t most = t->in[m->ranks] + t->out[m->rank + 1] - t->out[m->rank], numbers = most * t->width;
-    if (!pd__grow(a, (void **)&t->rows, &t->rows_capacity, most, sizeof *t->rows) ||
-        !pd__grow(a, (void **)&t->sums, &t->sums_capacity, numbers, sizeof *t->sums) ||
-        (!m->device->host_memory && !pd__grow_on(m->device, &t->device_sums, &t->device_capacity, numbers)))
+    if (!pd_grow(a, (void **)&t->rows, &t->rows_capacity, most, sizeof *t->rows) ||
+        !pd_grow(a, (void **)&t->sums, &t->sums_capacity, numbers, sizeof *t->sums) ||
+        (!m->device->host_memory && !pd_device_grow(m->device, &t->device_sums, &t->device_capacity, numbers)))
         return pd__mpi_no_memory(m);
     t->count = 0;
     for (int r = 0; r < m->ranks; r++) {
@@ -713,10 +742,10 @@ static pd_status pd__mpi_expect_grads(pd__mpi *m) {
         pd__mpi_table *t = s->table;
         for (int r = 0; t && r < m->ranks; r++)
             t->in[r + 1] = t->in[r] + (r == m->rank ? 0 : pd__mpi_announced(m, r)[t->place]);
-        if (t &&
-            (!pd__grow(&m->net->allocator, (void **)&t->asked, &t->asked_capacity, t->in[m->ranks], sizeof *t->asked) ||
-             !pd__grow(&m->net->allocator, (void **)&t->theirs, &t->theirs_capacity, t->in[m->ranks] * t->width,
-                       sizeof *t->theirs)))
+        if (t && (!pd_grow(pd_net_allocator(m->net), (void **)&t->asked, &t->asked_capacity, t->in[m->ranks],
+                           sizeof *t->asked) ||
+                  !pd_grow(pd_net_allocator(m->net), (void **)&t->theirs, &t->theirs_capacity,
+                           t->in[m->ranks] * t->width, sizeof *t->theirs)))
             return pd__mpi_no_memory(m);
         for (int r = 0; status == PD_OK && r < m->ranks; r++) {
             if (r == m->rank || pd__mpi_announced(m, r)[0] == 0) continue;
@@ -742,7 +771,7 @@ static pd_status pd__mpi_advance_norm(pd__mpi *m) {
         m->norms[m->rank] = 0;
         for (int i = 0; i < m->slot_count; i++) { /* one that isn't finite is found below */
             const double norm = hypot(m->norms[m->rank], pd__mpi_norm(m, &m->slots[i]));
-            m->norms[m->rank] = pd__finite(norm) || !pd__finite(pd__mpi_norm(m, &m->slots[i])) ? norm : DBL_MAX;
+            m->norms[m->rank] = isfinite(norm) || !isfinite(pd__mpi_norm(m, &m->slots[i])) ? norm : DBL_MAX;
         }
         for (int r = 0; status == PD_OK && r < m->ranks; r++) {
             if (r == m->rank) continue;
@@ -754,10 +783,10 @@ static pd_status pd__mpi_advance_norm(pd__mpi *m) {
         }
     }
     if (status != PD_OK || m->norms_due > 0) return status;
-    for (int i = 0; i < m->slot_count && !pd__finite(m->norms[m->rank]); i++) /* ours; the step says which */
-        if (!pd__finite(pd__mpi_norm(m, &m->slots[i]))) return pd__mpi_apply(m, i, 1);
+    for (int i = 0; i < m->slot_count && !isfinite(m->norms[m->rank]); i++) /* ours; the step says which */
+        if (!isfinite(pd__mpi_norm(m, &m->slots[i]))) return pd__mpi_apply(m, i, 1);
     for (int r = 0; r < m->ranks; r++) {
-        if (!pd__finite(m->norms[r])) {
+        if (!isfinite(m->norms[r])) {
             m->told = true;
             return pd__mpi_fail(m, PD_E_NUMERIC, "rank %d: a gradient is not finite", r);
         }
@@ -807,7 +836,8 @@ static pd_status pd__mpi_read_rows(pd__mpi *m, const pd__mpi_slot *s, int64_t co
     pd_real *rows_there = to;
     pd_status status;
     if (!d->host_memory) {
-        if (!pd__grow_on(d, &t->device_rows, &t->device_rows_capacity, count * t->width)) return pd__mpi_no_memory(m);
+        if (!pd_device_grow(d, &t->device_rows, &t->device_rows_capacity, count * t->width))
+            return pd__mpi_no_memory(m);
         rows_there = t->device_rows;
     }
     status = pd__mpi_trainer_failed(m, pd_trainer_read_rows(m->trainer, s->param, count, rows, rows_there));
@@ -909,22 +939,19 @@ static pd_status pd__mpi_enter(pd__mpi *m, pd__mpi_call call) {
     return PD_OK;
 }
 
-static int pd__mpi_slot_of(const pd__mpi *m, const pd_param *p) {
-    const pd__trained *trained = pd__trained_of(m->trainer, p);
-    return trained ? (int)(trained - m->trainer->trained) : -1;
-}
+static int pd__mpi_slot_of(const pd__mpi *m, const pd_param *p) { return pd_trainer_index(m->trainer, p); }
 
 /* Sorts the rows that the batch names by their owners, and asks for them. */
 static pd_status pd__mpi_want_rows(pd__mpi *m, int slot) {
-    const pd_allocator *a = &m->net->allocator;
+    const pd_allocator *a = pd_net_allocator(m->net);
     pd__mpi_slot *s = &m->slots[slot];
     pd__mpi_table *t = s->table;
     pd_param *p = s->param;
     int64_t n = m->samples > 0 ? p->rows.count : 0;
     pd_status status;
-    if (!pd__grow(a, (void **)&t->wanted, &t->wanted_capacity, n, sizeof *t->wanted) ||
-        !pd__grow(a, (void **)&t->places, &t->places_capacity, n, sizeof *t->places) ||
-        !pd__grow(a, (void **)&t->mine, &t->mine_capacity, n * t->width, sizeof *t->mine))
+    if (!pd_grow(a, (void **)&t->wanted, &t->wanted_capacity, n, sizeof *t->wanted) ||
+        !pd_grow(a, (void **)&t->places, &t->places_capacity, n, sizeof *t->places) ||
+        !pd_grow(a, (void **)&t->mine, &t->mine_capacity, n * t->width, sizeof *t->mine))
         return pd__mpi_no_memory(m);
     t->awaited = 0;
     memset(t->out, 0, (size_t)(m->ranks + 1) * sizeof *t->out);
@@ -1039,19 +1066,19 @@ static pd_status pd__mpi_end_batch(pd_updater *u, int64_t *samples) {
 static pd_status pd__mpi_gather(pd__mpi *m, const pd__mpi_slot *s) {
     pd_device *d = m->device;
     pd_param *p = s->param;
-    const int64_t width = p->dims[1], each = pd__max(1, PD__MPI_BOX / pd__max(width, 1)),
+    const int64_t width = p->dims[1], each = pd__mpi_max(1, PD__MPI_BOX / pd__mpi_max(width, 1)),
                   size = pd__mpi_reals(each * width);
     const size_t bytes = (size_t)pd__mpi_reals(width);
     int64_t *ids;
     if (!pd__mpi_need_box(m, size)) return pd__mpi_no_memory(m);
-    if (!pd__grow(&m->net->allocator, (void **)&s->table->wanted, &s->table->wanted_capacity, each, sizeof *ids))
+    if (!pd_grow(pd_net_allocator(m->net), (void **)&s->table->wanted, &s->table->wanted_capacity, each, sizeof *ids))
         return pd__mpi_no_memory(m);
     ids = s->table->wanted; /* free between batches */
     for (int64_t first = 0; first * m->ranks < p->dims[0]; first += each) {
         pd_status status;
         for (int r = 0; r < m->ranks; r++) {
             int64_t rows = (p->dims[0] - r + m->ranks - 1) / m->ranks; /* of its share; may be 0 */
-            m->sizes[r] = pd__mpi_reals(pd__max(0, pd__min(each, rows - first)) * width);
+            m->sizes[r] = pd__mpi_reals(pd__mpi_max(0, pd__mpi_min(each, rows - first)) * width);
         }
         for (int64_t i = 0; i < each; i++) ids[i] = (first + i) * m->ranks + m->rank;
         status = pd__mpi_read_rows(m, s, m->sizes[m->rank] / (int64_t)bytes, ids,
@@ -1071,7 +1098,7 @@ static pd_status pd__mpi_average(pd__mpi *m, pd_param *p) {
     enum { AT_ONCE = 256 };
     pd_device *d = m->device;
     for (int64_t first = 0; first < p->size; first += AT_ONCE) {
-        int64_t n = pd__min(p->size - first, AT_ONCE);
+        int64_t n = pd__mpi_min(p->size - first, AT_ONCE);
         pd_real values[AT_ONCE];
         double sums[AT_ONCE];
         pd_status status;
@@ -1114,41 +1141,50 @@ static pd_status pd__mpi_reduce(pd_updater *u, double *sums, int64_t count) {
 /* ======================================================================================================== */
 /* >>beginning and end                                                                                      */
 
+/* snprintf behind `length` characters, of which all may not fit; counts them. */
+PD_PRINTF(4, 5) static void pd__mpi_append(char *text, size_t size, size_t *length, const char *format, ...) {
+    va_list args;
+    int n;
+    va_start(args, format);
+    n = vsnprintf(*length < size ? text + *length : NULL, *length < size ? size - *length : 0, format, args);
+    va_end(args);
+    if (n > 0) *length += (size_t)n;
+}
+
 /* What must be the same on all ranks, one thing per line. Like snprintf. */
 static size_t pd__mpi_describe(const pd__mpi *m, char *text, size_t size) {
-    const pd_trainer *t = m->trainer;
-    const pd_optimizer *o = &t->optimizer;
-    const pd_trainer_opts *opts = &t->opts;
+    const pd_optimizer *o = pd_trainer_optimizer(m->trainer);
+    const pd_trainer_opts *opts = pd_trainer_options(m->trainer);
     const pd_schedule *s = &opts->schedule;
     size_t length = 0;
-    pd__append(text, size, &length, "numbers of %d bytes\n", (int)sizeof(pd_real));
-    pd__append(text, size, &length,
-               "optimizer %d, rate %.17g, momentum %.17g%s%s, rho %.17g, beta %.17g %.17g, epsilon %.17g\n",
-               (int)o->kind, o->rate, o->momentum, o->nesterov ? " nesterov" : "", o->centered ? " centered" : "",
-               o->rho, o->beta1, o->beta2, o->epsilon);
-    pd__append(text, size, &length, "l1 %.17g, l2 %.17g, clip_value %.17g, clip_norm %.17g%s\n", opts->l1, opts->l2,
-               opts->clip_value, opts->clip_norm, opts->sum_gradients ? ", sum_gradients" : "");
-    pd__append(text, size, &length, "schedule %d, a %.17g, b %.17g, warm_up %.17g", (int)s->kind, s->a, s->b,
-               s->warm_up);
+    pd__mpi_append(text, size, &length, "numbers of %d bytes\n", (int)sizeof(pd_real));
+    pd__mpi_append(text, size, &length,
+                   "optimizer %d, rate %.17g, momentum %.17g%s%s, rho %.17g, beta %.17g %.17g, epsilon %.17g\n",
+                   (int)o->kind, o->rate, o->momentum, o->nesterov ? " nesterov" : "", o->centered ? " centered" : "",
+                   o->rho, o->beta1, o->beta2, o->epsilon);
+    pd__mpi_append(text, size, &length, "l1 %.17g, l2 %.17g, clip_value %.17g, clip_norm %.17g%s\n", opts->l1, opts->l2,
+                   opts->clip_value, opts->clip_norm, opts->sum_gradients ? ", sum_gradients" : "");
+    pd__mpi_append(text, size, &length, "schedule %d, a %.17g, b %.17g, warm_up %.17g", (int)s->kind, s->a, s->b,
+                   s->warm_up);
     for (int i = 0; i < s->count; i++)
-        pd__append(text, size, &length, ", %.17g from %.17g", s->factors[i], i > 0 ? s->samples[i - 1] : 0.0);
-    pd__append(text, size, &length, "\n");
+        pd__mpi_append(text, size, &length, ", %.17g from %.17g", s->factors[i], i > 0 ? s->samples[i - 1] : 0.0);
+    pd__mpi_append(text, size, &length, "\n");
     for (int i = 0; pd_layer_at(m->net, i); i++) {
         const pd_layer *l = pd_layer_at(m->net, i);
-        pd__append(text, size, &length, "layer \"%.100s\" (%.50s) of width %lld, activation %s\n", l->name,
-                   l->type->name, (long long)l->out.width, pd__act_names[l->act]);
+        pd__mpi_append(text, size, &length, "layer \"%.100s\" (%.50s) of width %lld, activation %s\n", l->name,
+                       l->type->name, (long long)l->out.width, pd_act_text(l->act));
     }
     for (const pd_param *p = pd_param_first(m->net); p; p = p->next) {
         const pd_param_opts *po = &p->opts;
-        pd__append(text, size, &length, "parameter \"%.100s\"", p->name);
+        pd__mpi_append(text, size, &length, "parameter \"%.100s\"", p->name);
         for (int i = 0; i < p->dim_count; i++)
-            pd__append(text, size, &length, "%s%lld", i ? "x" : " ", (long long)p->dims[i]);
-        pd__append(text, size, &length, "%s%s%s, rate %.17g, l1 %.17g, l2 %.17g, clip %.17g, prune %.17g\n",
-                   p->is_buffer                 ? " buffer"
-                   : pd__mpi_slot_of(m, p) >= 0 ? " trained"
-                                                : " fixed",
-                   p->touched ? " sparse" : "", p->mask ? " pruned" : "", po->rate, po->l1, po->l2, po->clip,
-                   po->prune);
+            pd__mpi_append(text, size, &length, "%s%lld", i ? "x" : " ", (long long)p->dims[i]);
+        pd__mpi_append(text, size, &length, "%s%s%s, rate %.17g, l1 %.17g, l2 %.17g, clip %.17g, prune %.17g\n",
+                       p->is_buffer                 ? " buffer"
+                       : pd__mpi_slot_of(m, p) >= 0 ? " trained"
+                                                    : " fixed",
+                       p->opts.sparse ? " sparse" : "", p->mask ? " pruned" : "", po->rate, po->l1, po->l2, po->clip,
+                       po->prune);
     }
     return length;
 }
@@ -1167,36 +1203,36 @@ static pd_status pd__mpi_compare(pd__mpi *m, const char *mine, const char *their
 }
 
 static pd_status pd__mpi_agree(pd__mpi *m) {
-    const pd_allocator *a = &m->net->allocator;
+    const pd_allocator *a = pd_net_allocator(m->net);
     size_t length = pd__mpi_describe(m, NULL, 0);
     int64_t theirs_length = (int64_t)length;
-    char *mine = (char *)pd__alloc(a, (int64_t)length + 2, 1), *theirs = NULL;
+    char *mine = (char *)pd_alloc(a, (int64_t)length + 2, 1), *theirs = NULL;
     double zero = 0;
     pd_status status = mine ? PD_OK : pd__mpi_no_memory(m);
     if (mine) pd__mpi_describe(m, mine + 1, length + 1); /* with a 0 in front */
     if (status == PD_OK) status = pd__mpi_broadcast(m, &theirs_length, sizeof theirs_length);
-    if (status == PD_OK) theirs = (char *)pd__alloc(a, theirs_length + 2, 1);
+    if (status == PD_OK) theirs = (char *)pd_alloc(a, theirs_length + 2, 1);
     if (status == PD_OK && !theirs) status = pd__mpi_no_memory(m);
     if (status == PD_OK && m->rank == 0) memcpy(theirs + 1, mine + 1, length);
     if (status == PD_OK) status = pd__mpi_broadcast(m, theirs + 1, theirs_length);
     if (status == PD_OK) status = pd__mpi_compare(m, mine + 1, theirs + 1);
     if (m->failure.status == PD_OK || !m->exchanging) { /* else MPI may still write there */
-        pd__free(a, mine);
-        pd__free(a, theirs);
+        pd_free(a, mine);
+        pd_free(a, theirs);
     }
     return status == PD_OK ? pd__mpi_add_up(m, &zero, 1) : status; /* nobody goes on before all have agreed */
 }
 
 /* Rank 0's values and pruning masks, through the host's memory. */
 static pd_status pd__mpi_spread(pd__mpi *m) {
-    const pd_allocator *a = &m->net->allocator;
+    const pd_allocator *a = pd_net_allocator(m->net);
     pd_device *d = m->device;
     pd_real *copy = NULL;
     int64_t capacity = 0;
     pd_status status = PD_OK;
     for (pd_param *p = pd_param_first(m->net); status == PD_OK && p; p = p->next) {
         const size_t bytes = (size_t)pd__mpi_reals(p->size);
-        if (!d->host_memory && !pd__grow(a, (void **)&copy, &capacity, p->size, sizeof *copy)) {
+        if (!d->host_memory && !pd_grow(a, (void **)&copy, &capacity, p->size, sizeof *copy)) {
             status = pd__mpi_no_memory(m);
             break;
         }
@@ -1205,82 +1241,82 @@ static pd_status pd__mpi_spread(pd__mpi *m) {
         if (copy && status == PD_OK && m->rank > 0) d->upload(d, p->value, copy, bytes);
         if (status == PD_OK && p->mask) status = pd__mpi_broadcast(m, p->mask, p->size);
     }
-    if (status == PD_OK || !m->exchanging) pd__free(a, copy);
+    if (status == PD_OK || !m->exchanging) pd_free(a, copy);
     return status;
 }
 
 static bool pd__mpi_new_slot(pd__mpi *m, pd__mpi_slot *s, pd_param *p) {
-    const pd_allocator *a = &m->net->allocator;
+    const pd_allocator *a = pd_net_allocator(m->net);
     pd__mpi_table *t;
     s->param = p;
-    if (!p->touched) {
+    if (!p->opts.sparse) {
         pd_param_share(p, m->rank, m->ranks, &s->first, &s->count);
-        s->inbox = (pd_real *)pd__alloc(a, (m->ranks - 1) * s->count, sizeof *s->inbox);
+        s->inbox = (pd_real *)pd_alloc(a, (m->ranks - 1) * s->count, sizeof *s->inbox);
         if (m->device->host_memory) return s->inbox != NULL;
-        s->grads = (pd_real *)pd__alloc(a, p->size, sizeof *s->grads);
-        s->values = (pd_real *)pd__alloc(a, p->size, sizeof *s->values);
+        s->grads = (pd_real *)pd_alloc(a, p->size, sizeof *s->grads);
+        s->values = (pd_real *)pd_alloc(a, p->size, sizeof *s->values);
         return s->inbox && s->grads && s->values;
     }
-    t = s->table = (pd__mpi_table *)pd__alloc(a, 1, sizeof *s->table);
+    t = s->table = (pd__mpi_table *)pd_alloc(a, 1, sizeof *s->table);
     if (!t) return false;
     t->place = ++m->table_count;
     t->width = p->dims[1];
-    t->out = (int64_t *)pd__alloc(a, m->ranks + 1, sizeof *t->out);
-    t->in = (int64_t *)pd__alloc(a, m->ranks + 1, sizeof *t->in);
-    t->busy = (int *)pd__alloc(a, m->ranks, sizeof *t->busy);
-    t->where = (int64_t *)pd__alloc(a, p->dims[0] / m->ranks + 1, sizeof *t->where);
+    t->out = (int64_t *)pd_alloc(a, m->ranks + 1, sizeof *t->out);
+    t->in = (int64_t *)pd_alloc(a, m->ranks + 1, sizeof *t->in);
+    t->busy = (int *)pd_alloc(a, m->ranks, sizeof *t->busy);
+    t->where = (int64_t *)pd_alloc(a, p->dims[0] / m->ranks + 1, sizeof *t->where);
     return t->out && t->in && t->busy && t->where;
 }
 
 static bool pd__mpi_new_slots(pd__mpi *m) {
-    const pd_allocator *a = &m->net->allocator;
+    const pd_allocator *a = pd_net_allocator(m->net);
     int count = 0;
     while (pd_trainer_param(m->trainer, count)) count++;
-    m->slots = (pd__mpi_slot *)pd__alloc(a, count, sizeof *m->slots);
+    m->slots = (pd__mpi_slot *)pd_alloc(a, count, sizeof *m->slots);
     if (!m->slots) return false;
     for (m->slot_count = 0; m->slot_count < count; m->slot_count++)
         if (!pd__mpi_new_slot(m, &m->slots[m->slot_count], pd_trainer_param(m->trainer, m->slot_count))) {
             m->slot_count++;
             return false;
         }
-    m->out = (int64_t *)pd__alloc(a, m->ranks, (size_t)(1 + m->table_count) * sizeof *m->out);
-    m->in = (int64_t *)pd__alloc(a, m->ranks, (size_t)(1 + m->table_count) * sizeof *m->in);
-    m->norms = (double *)pd__alloc(a, m->ranks, sizeof *m->norms);
+    m->out = (int64_t *)pd_alloc(a, m->ranks, (size_t)(1 + m->table_count) * sizeof *m->out);
+    m->in = (int64_t *)pd_alloc(a, m->ranks, (size_t)(1 + m->table_count) * sizeof *m->in);
+    m->norms = (double *)pd_alloc(a, m->ranks, sizeof *m->norms);
     return m->out && m->in && m->norms;
 }
 
 static void pd__mpi_free_table(const pd__mpi *m, pd__mpi_table *t) {
-    const pd_allocator *a = &m->net->allocator;
-    pd__free(a, t->out);
-    pd__free(a, t->in);
-    pd__free(a, t->wanted);
-    pd__free(a, t->places);
-    pd__free(a, t->asked);
-    pd__free(a, t->mine);
-    pd__free(a, t->theirs);
-    pd__free(a, t->busy);
-    pd__free(a, t->rows);
-    pd__free(a, t->where);
-    pd__free(a, t->sums);
+    const pd_allocator *a = pd_net_allocator(m->net);
+    pd_free(a, t->out);
+    pd_free(a, t->in);
+    pd_free(a, t->wanted);
+    pd_free(a, t->places);
+    pd_free(a, t->asked);
+    pd_free(a, t->mine);
+    pd_free(a, t->theirs);
+    pd_free(a, t->busy);
+    pd_free(a, t->rows);
+    pd_free(a, t->where);
+    pd_free(a, t->sums);
     if (t->device_sums) m->device->free(m->device, t->device_sums);
     if (t->device_rows) m->device->free(m->device, t->device_rows);
-    pd__free(a, t);
+    pd_free(a, t);
 }
 
 static void pd__mpi_free_slots(pd__mpi *m) {
-    const pd_allocator *a = &m->net->allocator;
+    const pd_allocator *a = pd_net_allocator(m->net);
     for (int i = 0; i < m->slot_count; i++) {
         pd__mpi_slot *s = &m->slots[i];
-        pd__free(a, s->inbox);
-        pd__free(a, s->grads);
-        pd__free(a, s->values);
+        pd_free(a, s->inbox);
+        pd_free(a, s->grads);
+        pd_free(a, s->values);
         if (s->table) pd__mpi_free_table(m, s->table);
     }
-    pd__free(a, m->slots);
-    pd__free(a, m->out);
-    pd__free(a, m->in);
-    pd__free(a, m->norms);
-    pd__free(a, m->box);
+    pd_free(a, m->slots);
+    pd_free(a, m->out);
+    pd_free(a, m->in);
+    pd_free(a, m->norms);
+    pd_free(a, m->box);
 }
 
 /* Forgets a trainer: what was its is gone, or, if MPI would not let go of it, left where it is. */
@@ -1356,7 +1392,7 @@ static pd_status pd__mpi_start(pd_updater *u, pd_trainer *trainer) {
                                "pd_trainer_new: the updater is another trainer's; make one for each");
     m->trainer = trainer;
     m->net = pd_trainer_net(trainer);
-    m->device = m->net->device;
+    m->device = pd_net_device(m->net);
     m->trainers++;
     m->turn++;
     m->call = PD__MPI_START;
@@ -1395,14 +1431,14 @@ static bool pd__mpi_is_several_hosts(MPI_Comm comm, int ranks) {
 
 static void pd__mpi_delete(pd__mpi *m) {
     const pd_allocator a = m->allocator;
-    pd__free(&a, m->requests);
-    pd__free(&a, m->transfers);
-    pd__free(&a, m->finished);
-    pd__free(&a, m->indices);
-    pd__free(&a, m->statuses);
-    pd__free(&a, m->peers);
-    pd__free(&a, m->sizes);
-    pd__free(&a, m);
+    pd_free(&a, m->requests);
+    pd_free(&a, m->transfers);
+    pd_free(&a, m->finished);
+    pd_free(&a, m->indices);
+    pd_free(&a, m->statuses);
+    pd_free(&a, m->peers);
+    pd_free(&a, m->sizes);
+    pd_free(&a, m);
 }
 
 static pd_updater *pd__mpi_refuse(char *message, size_t size, const char *why) {
@@ -1410,8 +1446,8 @@ static pd_updater *pd__mpi_refuse(char *message, size_t size, const char *why) {
     return NULL;
 }
 
-PD_DEF pd_updater *pd_mpi_new(const pd_mpi_opts *opts, char *message, size_t size) {
-    static const pd_mpi_opts defaults = PD__ZERO;
+PD__MPI_DEF pd_updater *pd_mpi_new(const pd_mpi_opts *opts, char *message, size_t size) {
+    static const pd_mpi_opts defaults = { 0, { NULL, NULL, NULL } };
     const pd_mpi_opts *o = opts ? opts : &defaults;
     pd_allocator a = o->allocator;
     pd__mpi *m;
@@ -1419,10 +1455,6 @@ PD_DEF pd_updater *pd_mpi_new(const pd_mpi_opts *opts, char *message, size_t siz
     if (!(o->heartbeat_seconds == 0 || o->heartbeat_seconds >= 2))
         return pd__mpi_refuse(message, size, "heartbeat_seconds must be 0 (10) or at least 2");
     if (!a.alloc != !a.free) return pd__mpi_refuse(message, size, "the allocator lacks alloc or free");
-    if (!a.alloc) {
-        a.alloc = pd__default_alloc;
-        a.free = pd__default_free;
-    }
     if (MPI_Initialized(&running) != MPI_SUCCESS ||
         (!running && MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &granted) != MPI_SUCCESS))
         return pd__mpi_refuse(message, size, "MPI can't be started");
@@ -1430,15 +1462,15 @@ PD_DEF pd_updater *pd_mpi_new(const pd_mpi_opts *opts, char *message, size_t siz
         MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
         MPI_Comm_set_errhandler(MPI_COMM_SELF, MPI_ERRORS_RETURN);
     }
-    m = (pd__mpi *)pd__alloc(&a, 1, sizeof *m);
+    m = (pd__mpi *)pd_alloc(&a, 1, sizeof *m);
     if (!m) return pd__mpi_refuse(message, size, "out of memory");
     m->allocator = a;
     m->lost = -1;
-    m->limit = pd__or(o->heartbeat_seconds, 10);
+    m->limit = o->heartbeat_seconds > 0 ? o->heartbeat_seconds : 10;
     MPI_Comm_rank(MPI_COMM_WORLD, &m->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &m->ranks);
-    m->peers = (pd__mpi_peer *)pd__alloc(&a, m->ranks, sizeof *m->peers);
-    m->sizes = (int64_t *)pd__alloc(&a, m->ranks, sizeof *m->sizes);
+    m->peers = (pd__mpi_peer *)pd_alloc(&a, m->ranks, sizeof *m->peers);
+    m->sizes = (int64_t *)pd_alloc(&a, m->ranks, sizeof *m->sizes);
     if (!m->peers || !m->sizes || MPI_Comm_dup(MPI_COMM_WORLD, &m->comm) != MPI_SUCCESS) {
         pd__mpi_delete(m);
         return pd__mpi_refuse(message, size, "out of memory");
@@ -1464,10 +1496,10 @@ PD_DEF pd_updater *pd_mpi_new(const pd_mpi_opts *opts, char *message, size_t siz
     return &m->updater;
 }
 
-PD_DEF int pd_mpi_rank(const pd_updater *updater) { return updater ? pd__mpi_of(updater)->rank : 0; }
-PD_DEF int pd_mpi_ranks(const pd_updater *updater) { return updater ? pd__mpi_of(updater)->ranks : 1; }
+PD__MPI_DEF int pd_mpi_rank(const pd_updater *updater) { return updater ? pd__mpi_of(updater)->rank : 0; }
+PD__MPI_DEF int pd_mpi_ranks(const pd_updater *updater) { return updater ? pd__mpi_of(updater)->ranks : 1; }
 
-PD_DEF void pd_mpi_sent(const pd_updater *updater, int64_t *payload, int64_t *control) {
+PD__MPI_DEF void pd_mpi_sent(const pd_updater *updater, int64_t *payload, int64_t *control) {
     if (payload) *payload = updater ? pd__mpi_of(updater)->payload : 0;
     if (control) *control = updater ? pd__mpi_of(updater)->control : 0;
 }
@@ -1506,7 +1538,7 @@ static bool pd__mpi_end(pd__mpi *m, int code, bool *trouble) {
     return true;
 }
 
-PD_DEF bool pd_mpi_free(pd_updater *updater) {
+PD__MPI_DEF bool pd_mpi_free(pd_updater *updater) {
     pd__mpi *m = updater ? pd__mpi_of(updater) : NULL;
     bool trouble;
     if (!m) return true;
@@ -1516,7 +1548,7 @@ PD_DEF bool pd_mpi_free(pd_updater *updater) {
     return !trouble;
 }
 
-#ifdef PD__POSIX
+#ifdef PD__MPI_POSIX
 /* Tells the process manager, over its version 1 protocol, that this rank ends well. False if it speaks another. */
 static bool pd__mpi_tell_manager(void) {
     const char *fd = getenv("PMI_FD"), *line = "cmd=finalize\n";
@@ -1530,7 +1562,7 @@ static bool pd__mpi_tell_manager(void) {
 }
 #endif
 
-PD_DEF void pd_mpi_exit(pd_updater *updater, int code) {
+PD__MPI_DEF void pd_mpi_exit(pd_updater *updater, int code) {
     pd__mpi *m = updater ? pd__mpi_of(updater) : NULL;
     bool trouble = true, met = m && pd__mpi_end(m, code, &trouble);
     int running = 0;
@@ -1542,7 +1574,7 @@ PD_DEF void pd_mpi_exit(pd_updater *updater, int code) {
         while (pd_seconds() < until) pd__mpi_sleep();
         MPI_Abort(MPI_COMM_WORLD, code ? code : 1);
     }
-#ifdef PD__POSIX
+#ifdef PD__MPI_POSIX
     if (m->several_hosts || trouble) { /* or MPI would complain of messages that nobody has received */
         double until = pd_seconds() + 0.05;
         int found;
