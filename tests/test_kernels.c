@@ -531,7 +531,8 @@ static void test_conv_teams(void **state) {
     for (int i = 0; i < COUNT(shapes); i++) {
         const int64_t *n = shapes[i];
         if (!chosen()) continue;
-        pd_conv_shape s = { n[0], n[1], n[2], n[3], n[4], 0, 0, n[5], n[6], n[7], n[7], n[8], n[8], n[9], n[9], n[10], false };
+        pd_conv_shape s = { n[0], n[1], n[2], n[3], n[4], 0,    0,     n[5], n[6],
+                            n[7], n[7], n[8], n[8], n[9], n[9], n[10], false };
         set_outputs(&s);
         begin((uint64_t)(4000 + i));
         check_conv(&s, true);
