@@ -4651,13 +4651,15 @@ static int64_t pd__slot_of(const pd_param *p, int64_t row) {
     }
 }
 
+/* The place in a slot, or -1. */
+static int64_t pd__place_in(const pd_param *p, int64_t slot) {
+    int64_t place = p->touched->places[slot];
+    return place < p->rows.count && p->touched->slots[place] == slot ? place : -1;
+}
+
 PD_DEF int64_t pd_param_place(const pd_param *param, int64_t row) {
-    const struct pd__touched *t = param->touched;
-    int64_t slot, place;
-    if (!t || t->slot_count == 0) return -1;
-    slot = pd__slot_of(param, row);
-    place = t->places[slot];
-    return place < param->rows.count && t->slots[place] == slot ? place : -1;
+    if (!param->touched || param->touched->slot_count == 0) return -1;
+    return pd__place_in(param, pd__slot_of(param, row));
 }
 
 /* Room for one more row, with at most half of the slots in use. */
@@ -4685,10 +4687,11 @@ static bool pd__grow_touched(pd_param *p) {
 /* The place of a row, which it gets if it has none; -1 when out of memory. */
 static int64_t pd__touch_row(pd_param *p, int64_t row) {
     struct pd__touched *t = p->touched;
-    int64_t place = pd_param_place(p, row), slot;
+    int64_t slots = t->slot_count, slot = slots > 0 ? pd__slot_of(p, row) : 0;
+    int64_t place = slots > 0 ? pd__place_in(p, slot) : -1;
     if (place >= 0) return place;
     if (!pd__grow_touched(p)) return -1;
-    slot = pd__slot_of(p, row);
+    if (t->slot_count != slots) slot = pd__slot_of(p, row);
     place = p->rows.count;
     t->places[slot] = place;
     t->slots[place] = slot;

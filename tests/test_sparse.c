@@ -714,6 +714,8 @@ static void test_best_values(void **state) {
     check_values(&sparse, &dense, 1000 * CLOSE, "trained on from the best values");
     /* and from the checkpoint with the best values in it, as without stopping */
     if (pd_checkpoint_load(resumed.trainer, path) != PD_OK) fail_msg("%s", pd_error(resumed.net));
+    assert_int_equal(pd_load(dense.net, path, NULL), PD_OK);
+    check_bits(&dense, &resumed, "the last values, loaded as a model");
     if (pd_checkpoint_load(sparse.trainer, path) != PD_OK) fail_msg("%s", pd_error(sparse.net));
     assert_int_equal(train_model(&resumed, 12, 2, NULL, 0, &w), PD_OK);
     assert_int_equal(train_model(&sparse, 12, 2, NULL, 0, &w), PD_OK);
@@ -856,8 +858,7 @@ static void test_sleep(void **state) {
         int64_t height = heights[k % 2], count = 3 * height;
         sleeper sparse = new_sleeper(true, height, o, &opts, 1), dense = new_sleeper(false, height, o, &opts, 1);
         pd_real *x = (pd_real *)malloc(2 * (size_t)count * sizeof *x), *y = x + count;
-        for (int64_t i = 0; i < (height > 50 ? steps / 2 : steps); i++)
-            wake(&sparse, i, height), wake(&dense, i, height);
+        for (int64_t i = 0; i < steps; i++) wake(&sparse, i, height), wake(&dense, i, height);
         assert_int_equal(pd_param_get(pd_param_first(sparse.net), x, count), PD_OK);
         assert_int_equal(pd_param_get(pd_param_first(dense.net), y, count), PD_OK);
         for (int64_t i = 0; i < count; i++)
