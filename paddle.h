@@ -95,7 +95,7 @@
    gradient is a mean over samples, so long sentences count more.
 
    Recurrent layers run the sequences of a batch side by side, the longest first, and go on with fewer when the short
-   ones have ended. Vectors of which few numbers are not zero (pd_sparse) hold pairs of column and number, and go to
+   ones have ended. Vectors of which few numbers are not zero (pd_sparse_vector) hold pairs of column and number, and go to
    pd_fc. A parameter marked `sparse` has a gradient for the rows that the batch named, and a step costs what these
    rows cost, not what the table does. What the others would have moved, by momentum and l2, is made up for in copies
    when they are read, and in the table when they next have a gradient (and for a few rows of the table in each step, in
@@ -112,7 +112,7 @@
    clipping, pruning, or be static:
 
    ```c
-   pd_fc(net, input, 100, &(pd_fc_opts){ .name = "fc", .weight = { .init = pd_xavier(), .rate = 2, .l2 = 1e-4 },
+   pd_fc(net, input, 100, &(pd_fc_opts){ .name = "fc", .weight = { .init = pd_xavier(), .rate_factor = 2, .l2 = 1e-4 },
                                          .bias.l2 = PD_ZERO });
    ```
 
@@ -143,7 +143,7 @@
    loading its checkpoint trains for some passes more each time that it is started.
 
    When a worker in another process is lost, the others have the best values as well. Without patience each has its own
-   share as of the last step, the rest as of that or of the one before; but the rows of sparse parameters that the lost
+   shard as of the last step, the rest as of that or of the one before; but the rows of sparse parameters that the lost
    one held are lost, and then pd_save fails.
 
    Every step begins with gradients of 0. While pd_train is at work, its trainer can't be trained by another call, nor
@@ -278,7 +278,7 @@
    THREADS AND DETERMINISM
 
    One thread at a time uses a net; different nets may be used in different threads; nothing is global. pd_net_share
-   makes further nets that read the same parameters. Within a net OpenMP shares out the work. Same seed, same program,
+   makes further nets that read the same parameters. Within a net OpenMP divides the work. Same seed, same program,
    same build and machine: the same bits, whatever the number of threads. Another compiler, instruction set or C
    library may round differently.
 
@@ -329,7 +329,7 @@
    pd_net_opts.
 
    When predicting, layers lend each other memory: where the last reader of an output has run, a later layer writes its
-   own, and only the targets' outputs are there in the end. pd_memory says what a net holds. A program that only
+   own, and only the targets' outputs are there in the end. pd_net_bytes says what a net holds. A program that only
    predicts calls pd_freeze once the weights are loaded: the device then keeps them as its products read them.
 
    OPTIONS AT COMPILE TIME
@@ -542,16 +542,16 @@ PD_API pd_init pd_he(void);
 
 /* Options of one parameter, a field of many layers' options. All zero: the defaults. */
 typedef struct pd_param_opts {
-    const char *name; /* default "LAYER.weight" and the like; a name already in use shares that parameter, and the
+    const char *name;   /* default "LAYER.weight" and the like; a name already in use shares that parameter, and the
                             other options must then be zero or the same */
-    pd_init init;     /* default: the layer's */
-    double rate;      /* learning-rate factor, > 0; default 1 */
-    double l1, l2;    /* default: the trainer's; PD_ZERO: none, whatever the trainer's */
-    bool is_static;   /* never updated, no gradient is computed */
-    double clip;      /* bound on each element of the gradient; default: the trainer's clip_value; PD_ZERO: none */
-    double prune;     /* 0 <= prune < 1: this share of the smallest magnitudes, rounded to a whole number, but not
+    pd_init init;       /* default: the layer's */
+    double rate_factor; /* of the learning rate, > 0; default 1 */
+    double l1, l2;      /* default: the trainer's; PD_ZERO: none, whatever the trainer's */
+    bool is_static;     /* never updated, no gradient is computed */
+    double clip;        /* bound on each element of the gradient; default: the trainer's clip_value; PD_ZERO: none */
+    double prune;       /* 0 <= prune < 1: this fraction of the smallest magnitudes, rounded to a whole number, but not
                             all, is set to zero when training starts and held there (a pruning mask); default 0 */
-    bool sparse;      /* for tables read by ids (pd_embedding) or sparse inputs (pd_fc): a step costs little more
+    bool sparse;        /* for tables read by ids (pd_embedding) or sparse inputs (pd_fc): a step costs little more
                             than the rows in the batch; see SEQUENCES AND SPARSE ROWS. With sgd, momentum
                             and nesterov only; not with l1, prune and model averaging */
 } pd_param_opts;
@@ -650,7 +650,7 @@ PD_API size_t pd_info(const pd_net *net, char *text, size_t size);
 
 /* Bytes of the layers' outputs, gradients and working memory, which last until the net is freed: so, the peak. (Not:
    parameters and their gradients, batches, and what a device takes for itself.) */
-PD_API size_t pd_memory(const pd_net *net);
+PD_API size_t pd_net_bytes(const pd_net *net);
 
 /* ======================================================================================================== */
 /* >>inputs                                                                                                 */
@@ -663,7 +663,7 @@ PD_API pd_layer *pd_label(pd_net *net, const char *name, int64_t classes); /* id
 PD_API pd_layer *pd_ids(pd_net *net, const char *name, int64_t count);
 /* Vectors of `size` numbers, up to INT64_MAX, of which few are not zero, given as pairs of column and number; for
    pd_fc. */
-PD_API pd_layer *pd_sparse(pd_net *net, const char *name, int64_t size);
+PD_API pd_layer *pd_sparse_vector(pd_net *net, const char *name, int64_t size);
 /* Makes an input carry sequences: each sample is any number of rows. Returns `input`. */
 PD_API pd_layer *pd_sequence(pd_layer *input);
 
@@ -760,11 +760,10 @@ PD_API pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_po
 typedef struct pd_batch_norm_opts {
     const char *name;
     pd_act act;
-    double epsilon;   /* > 0; default 1e-5 */
-    double keep;      /* running = keep * running + (1 - keep) * batch; default 0.9, at most 1; PD_ZERO: those of the
-                             last batch */
-    bool use_running; /* normalise with the running statistics in training too */
-    bool no_affine;   /* neither scale nor shift */
+    double epsilon;       /* > 0; default 1e-5 */
+    double momentum;      /* running = (1 - momentum) * running + momentum * batch; 0 (PD_ZERO) to 1; default 0.1 */
+    bool use_running;     /* normalise with the running statistics in training too */
+    bool no_affine;       /* neither scale nor shift */
     pd_param_opts weight; /* channels, starts at 1 */
     pd_param_opts bias;   /* channels, starts at 0 */
 } pd_batch_norm_opts;
@@ -800,8 +799,8 @@ typedef struct pd_layer_opts {
     pd_act act;
 } pd_layer_opts;
 
-/* Training: each number is zero with probability `rate` (0 <= rate < 1), else divided by 1 - rate. Otherwise: x. */
-PD_API pd_layer *pd_dropout(pd_net *net, pd_layer *input, double rate, const pd_layer_opts *opts);
+/* Training: each number is zero with probability p (0 <= p < 1), else divided by 1 - p. Otherwise: x. */
+PD_API pd_layer *pd_dropout(pd_net *net, pd_layer *input, double p, const pd_layer_opts *opts);
 /* y = sum_k x_k, and y = product of two; equal shapes. */
 PD_API pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts);
 PD_API pd_layer *pd_multiply(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts);
@@ -930,7 +929,7 @@ PD_API pd_layer *pd_sum_cost(pd_net *net, pd_layer *input, const pd_cost_opts *o
 
 typedef enum pd_slot_kind { PD_SLOT_DENSE, PD_SLOT_IDS, PD_SLOT_SPARSE } pd_slot_kind;
 
-/* One input's share of a batch. Host memory, grown as needed and kept. */
+/* One input's part of a batch. Host memory, grown as needed and kept. */
 typedef struct pd_slot {
     pd_slot_kind kind;
     bool sequence;
@@ -1042,7 +1041,7 @@ struct pd_evaluator {
     pd_evaluator *next;
 };
 
-/* Share of rows whose label isn't among the top_k outputs; of equal ones the first counts as larger. Width 1:
+/* Fraction of rows whose label isn't among the top_k outputs; of equal ones the first counts as larger. Width 1:
    (output > threshold) != label. There, and for auc, the label has two classes or is a number, 1/2 and more being 1. */
 PD_API pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts);
 /* Per class from the arg-max, averaged over the classes that occur as label or as arg-max (macro): precision, recall,
@@ -1178,8 +1177,8 @@ typedef struct pd_epilogue {
 typedef void pd_op_fill(pd_device *d, int64_t n, pd_real value, pd_real *y);
 /* y[i.ys] += alpha a[i.as] b[i.bs] over all indices i of a 4-D box. A stride of 0 repeats in a and b, sums in y.
    b may be NULL: 1. Copies, slices, transposes, broadcasts, row and column sums are all this. */
-typedef void pd_op_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                          const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
+typedef void pd_op_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                            const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
 /* The root of the sum of x[i]^2, in double. Not finite if and only if some x[i] isn't. */
 typedef double pd_op_norm(pd_device *d, int64_t n, const pd_real *x);
 /* One optimizer step on n numbers; see pd_update. mask (host memory, may be NULL): 0 = hold at zero. */
@@ -1233,8 +1232,8 @@ typedef void pd_op_cross_entropy(pd_device *d, int64_t rows, int64_t width, cons
 typedef void pd_op_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
                                           const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
                                           const pd_real *dcost, bool by_x, pd_real *dx);
-/* y[i] += keep(key, i) ? x[i] / (1 - rate) : 0, with pd_random's bits, so that backward needs no mask. */
-typedef void pd_op_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y);
+/* y[i] += x[i] / (1 - p), or, with probability p, 0, by pd_random's bits of key and i, so that backward needs no mask. */
+typedef void pd_op_dropout(pd_device *d, int64_t n, uint64_t key, double p, const pd_real *x, pd_real *y);
 /* Of each channel over rows and `area` positions: moments (3 x channels) are the mean, the rest that rounding took from
    it, and the (biased) variance. Without the rest, a mean that is 10^4 deviations is off by a thousandth of one. */
 typedef void pd_op_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
@@ -1277,7 +1276,7 @@ typedef void pd_op_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_re
    them; of the others a device may lack any. */
 /* clang-format off */
 #define PD_BASIC_OPERATIONS(X) \
-    X(fill) X(muladd) X(norm) X(update) X(update_rows) X(gather_rows) X(activate) X(activate_backward)
+    X(fill) X(contract) X(norm) X(update) X(update_rows) X(gather_rows) X(activate) X(activate_backward)
 #define PD_OPERATIONS(X) PD_BASIC_OPERATIONS(X) \
     X(gemm) X(conv) X(conv_backward_data) X(conv_backward_filter) X(pool) X(pool_backward) \
     X(cross_entropy) X(cross_entropy_backward) X(dropout) X(channel_moments) X(batch_norm) X(batch_norm_backward) \
@@ -1291,7 +1290,7 @@ enum { PD_OPERATIONS(PD__OPERATION_INDEX) PD_OPERATION_COUNT };
 #define PD_OP(name) ((uint64_t)1 << PD__OP_##name)
 
 /* Where a net lives and computes. Operations may run later, if there is no host memory, but in order; a failure is kept
-   and told by `synchronize`. With host memory every member may be missing but the first four: the CPU does what the
+   and told by `wait`. With host memory every member may be missing but the first four: the CPU does what the
    device doesn't, on the same numbers. A net works with a copy of the table then. */
 struct pd_device {
     int api_version; /* PD_API_VERSION */
@@ -1304,13 +1303,13 @@ struct pd_device {
     void (*free)(pd_device *d, void *memory);
     void (*upload)(pd_device *d, void *to, const void *from_host, size_t size);
     void (*download)(pd_device *d, void *to_host, const void *from, size_t size); /* has arrived on return */
-    pd_status (*synchronize)(pd_device *d, char *message, size_t size); /* all done, or the first failure since */
+    pd_status (*wait)(pd_device *d, char *message, size_t size); /* all done, or the first failure since */
     /* (optional) Will it run this layer, which has inputs? Asked once, when the layer's shape and parameters are settled. A
        layer that is refused runs on the CPU. */
     bool (*accepts)(pd_device *d, const pd_layer *layer);
-    /* (optional) The numbers at w will stay as they are (or, not `kept`, no longer), so other forms of them that products
+    /* (optional) The numbers at w will stay as they are (or, not `frozen`, no longer), so other forms of them that products
        read may be kept. */
-    void (*keep)(pd_device *d, const pd_real *w, bool kept);
+    void (*freeze)(pd_device *d, const pd_real *w, bool frozen);
 
     /* The operations that it has; NULL: it has not got this one. */
 #define PD__OPERATION_MEMBER(name) pd_op_##name *name;
@@ -1471,29 +1470,29 @@ struct pd_updater {
        those of this worker's batch, becomes those of all workers' batches. A worker whose reader has ended
        goes on with empty batches until that sum is 0, when the pass is over for all; nothing is learned from that. */
     pd_status (*end_batch)(pd_updater *u, int64_t *samples);
-    /* (optional) Every value current here, but for rows of this share, which are read by pd_trainer_read_rows; all
+    /* (optional) Every value current here, but for rows of this shard, which are read by pd_trainer_read_rows; all
        workers call it. */
     pd_status (*sync)(pd_updater *u);
     /* (optional) Adds up `count` numbers over all workers; all call it. NULL: there is only one worker. */
-    pd_status (*reduce)(pd_updater *u, double *sums, int64_t count);
+    pd_status (*all_reduce)(pd_updater *u, double *sums, int64_t count);
     void (*stop)(pd_updater *u); /* (optional) */
 };
-/* For updaters, in start: this trainer keeps optimizer state for, and steps on, share `rank` of `ranks` only. */
+/* For updaters, in start: this trainer keeps optimizer state for, and steps on, shard `rank` of `ranks` only. */
 PD_API pd_status pd_trainer_shard(pd_trainer *trainer, int rank, int ranks);
 /* Who has what: a dense parameter is cut into `ranks` runs of numbers, here is the one of `rank`; of a sparse one, row
    r belongs to rank r % ranks (and this gives nothing). */
-PD_API void pd_param_share(const pd_param *param, int rank, int ranks, int64_t *first, int64_t *count);
-/* For updaters: one optimizer step on this trainer's share of the parameter from its grad, summed over `samples`
+PD_API void pd_param_shard(const pd_param *param, int rank, int ranks, int64_t *first, int64_t *count);
+/* For updaters: one optimizer step on this trainer's shard of the parameter from its grad, summed over `samples`
    samples; then zeroes all of grad. `clip_scale` is 1 or the factor of global-norm clipping. PD_E_NUMERIC, and no step,
-   if grad isn't finite. Sparse parameters: on the touched rows (which must all be in the share). */
+   if grad isn't finite. Sparse parameters: on the touched rows (which must all be in the shard). */
 PD_API pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t samples, double clip_scale);
-/* The same for a sparse parameter, from other rows than those of this worker's batch: `count` rows of the share, each
+/* The same for a sparse parameter, from other rows than those of this worker's batch: `count` rows of the shard, each
    once, and their summed gradients (count x dims[1], device memory, left as they are). To be called once in every
    batch, also without rows: it is what tells the other rows that a step has passed. */
 PD_API pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
                                        const pd_real *grad, int64_t samples, double clip_scale);
 /* For updaters: rows of a sparse parameter (host memory; repeats are fine), as they are after all steps so far, to `to`
-   (count x dims[1], device memory). What is stored does not change. Of the share; others come as they are stored here. */
+   (count x dims[1], device memory). What is stored does not change. Of the shard; others come as they are stored here. */
 PD_API pd_status pd_trainer_read_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
                                       pd_real *to);
 /* For updaters: the trained parameters, in order of creation; NULL past the end. */
@@ -1562,7 +1561,7 @@ PD_API pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_o
 /* One IDX file (the format of MNIST) per input, in order; big-endian, any element type. */
 PD_API pd_reader *pd_idx_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
 /* "label index:value .. # comment", indices from 1 (which is column 0) and rising; the net's inputs are a vector
-   (pd_vector or pd_sparse) and a label, or a vector of width 1 for regression. Of two classes, -1 is read as 0. With
+   (pd_vector or pd_sparse_vector) and a label, or a vector of width 1 for regression. Of two classes, -1 is read as 0. With
    "label qid:n index:value .." and inputs that carry sequences, lines of one query (they stand together) are one
    sample. */
 PD_API pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
@@ -1599,7 +1598,7 @@ typedef struct pd_trainer_opts {
     double clip_value;     /* bound on each element of the mean gradient; default none */
     double clip_norm;      /* bound on the norm of the whole mean gradient; default none */
     bool sum_gradients;    /* add over the batch instead of averaging, as the 2016 platform did */
-    double average_window; /* model averaging: share of all updates to average over, 0 < w <= 1; default none.
+    double average_window; /* model averaging: fraction of all updates to average over, 0 < w <= 1; default none.
                               Statistics (batch norm's) are averaged with the parameters */
     int64_t average_max;   /* .. but at most so many updates; default no limit */
     pd_updater *updater;   /* default: local. Not owned. */
@@ -1657,8 +1656,8 @@ PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
    processes all call it. */
 PD_API pd_status pd_sync(pd_trainer *trainer);
 PD_API int64_t pd_trainer_samples(const pd_trainer *trainer); /* seen so far */
-/* A table of time and memory by layer, the share of time spent waiting for data, and, of the time in loops for several
-   threads, the share in which some were missing or had to be waited for; where that is much, other work has the
+/* A table of time and memory by layer, the fraction of time spent waiting for data, and, of the time in loops for several
+   threads, the fraction in which some were missing or had to be waited for; where that is much, other work has the
    processors, not the slow layer. Like snprintf. */
 PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
 /* Writes the net as a Graphviz file: `dot -Tsvg net.dot`. */
@@ -1875,7 +1874,7 @@ struct pd__layer {
     int before_uses;       /* of these, costs that read it before its activation */
     bool reads_before;     /* this is such a cost: it reads `before` of input 0, and adds to the gradient of that */
     bool keeps_before;     /* in this run there is such a cost above, or the activation's derivative needs it */
-    int readers;           /* layers of this run that will still read this one's output */
+    int consumers;         /* layers of this run that will still read this one's output */
     pd_layer *above;       /* when predicting: the layer that may fold into this one */
     bool above_done;       /* it did: pd_layer_epilogue has been called .. */
     bool act_done;         /* .. and for the activation, of the layer above if there is one */
@@ -2242,10 +2241,10 @@ typedef struct pd__pool_job pd__pool_job;
 
 /* The work of one thread, in the instructions of one level; what each does is said where it is, in >>kernels. */
 typedef void pd__kernel_fill_piece(int64_t n, pd_real value, pd_real *y);
-typedef void pd__kernel_muladd_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                                   const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
-typedef void pd__kernel_muladd_line(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b,
-                                    int64_t bs, pd_real *y, int64_t ys);
+typedef void pd__kernel_contract_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                                     const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
+typedef void pd__kernel_contract_line(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b,
+                                      int64_t bs, pd_real *y, int64_t ys);
 typedef double pd__kernel_dot(int64_t n, const pd_real *a, const pd_real *b);
 typedef void pd__kernel_pack_a(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
                                int64_t depth, pd_real *panels);
@@ -2255,7 +2254,7 @@ typedef void pd__kernel_pick_b_panel(const pd_real *image, const int64_t *row_at
 typedef void pd__kernel_tile(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead,
                              const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
 typedef void pd__kernel_multiply(const pd__block_job *k);
-typedef void pd__kernel_gemm_row(const pd__gemm_job *g, int64_t share);
+typedef void pd__kernel_gemm_row(const pd__gemm_job *g, int64_t part);
 typedef void pd__kernel_finish(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
                                pd_real *c, int64_t ldc);
 typedef void pd__kernel_winograd_channel(const pd__winograd *j, bool gradient, int64_t group, int64_t block,
@@ -2290,7 +2289,7 @@ typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
 
 /* clang-format off */
 #define PD__KERNELS(X) \
-    X(fill_piece) X(muladd_box) X(muladd_line) X(dot) X(pack_a) X(pack_b) X(pick_b_panel) X(tile) X(multiply) \
+    X(fill_piece) X(contract_box) X(contract_line) X(dot) X(pack_a) X(pack_b) X(pick_b_panel) X(tile) X(multiply) \
     X(gemm_row) X(finish) X(winograd_channel) X(winograd_panel) X(winograd_put) X(winograd_filter_unit) X(update_piece) \
     X(update_row) X(activate_piece) X(activate_backward_piece) X(softmax_row) X(softmax_cost) \
     X(softmax_backward_row) X(moments_of) X(batch_norm_map) X(batch_norm_back) X(layer_norm_row) \
@@ -2325,7 +2324,7 @@ typedef struct pd__pace {
     double spent, short_of; /* seconds in loops for several, and those where some were missing or waited for */
 } pd__pace;
 
-/* What a thread takes for its share of a loop; in a cache line of its own. */
+/* What a thread takes for its part of a loop; in a cache line of its own. */
 typedef struct pd__busy {
     double seconds;
     char fill[64 - sizeof(double)];
@@ -2339,8 +2338,8 @@ typedef struct pd__cpu {
     const pd__kernels *kernels; /* of this level */
     void *scratch;              /* of one operation at a time */
     int64_t scratch_capacity;
-    bool failed;    /* out of memory for scratch, since the last synchronize */
-    pd__kept *kept; /* of all that pd_device.keep has named */
+    bool failed;    /* out of memory for scratch, since the last `wait` */
+    pd__kept *kept; /* of all that pd_device.freeze has named */
 } pd__cpu;
 
 /* The CPU behind a device: itself, or what does the rest for one with host memory. */
@@ -2349,7 +2348,7 @@ static int pd__cpu_threads(const pd_device *d) { return pd__cpu_of(d)->pace.thre
 static const pd__kernels *pd__cpu_kernels(const pd_device *d) { return pd__cpu_of(d)->kernels; }
 
 /* A loop worth several threads has ended at `now`. It took `spent` seconds in a team of so many, of which even the least
-   busy worked for `least`. Shares are about equal, so one thread alone would have taken team * least: a team that does
+   busy worked for `least`. Parts are about equal, so one thread alone would have taken team * least: a team that does
    not get WORTH of that done makes debts, which better loops pay back, and a little in advance. Where the debt is too
    large half as many threads go on, for a short time at first, and for longer ones if that is so again. */
 static void pd__pace_note(pd__pace *p, double now, double spent, int team, double least) {
@@ -2422,13 +2421,13 @@ static inline pd__loop pd__loop_begin(const pd_device *d, int64_t work, int64_t 
     return loop;
 }
 
-/* Of each thread, before and after its share. */
-static inline double pd__share_begin(pd__loop *loop) {
+/* Of each thread, before and after its part. */
+static inline double pd__busy_begin(pd__loop *loop) {
     if (PD__THREAD_INDEX() == 0) loop->team = PD__TEAM_SIZE();
     pd__round_as(loop->rounding);
     return pd_seconds();
 }
-static inline void pd__share_end(const pd__loop *loop, double begin) {
+static inline void pd__busy_end(const pd__loop *loop, double begin) {
     loop->cpu->busy[PD__THREAD_INDEX()].seconds = pd_seconds() - begin;
 }
 
@@ -2462,10 +2461,10 @@ static void pd__loop_end(const pd__loop *loop) {
             for (int64_t i = 0; i < (end); i += (step)) call;                                                          \
         } else {                                                                                                       \
             PD__OMP(parallel num_threads(loop_.team)) {                                                                \
-                double begin_ = pd__share_begin(&loop_);                                                               \
+                double begin_ = pd__busy_begin(&loop_);                                                                \
                 PD__OMP(for schedule(static) nowait)                                                                   \
                 for (int64_t i = 0; i < (end); i += (step)) call;                                                      \
-                pd__share_end(&loop_, begin_);                                                                         \
+                pd__busy_end(&loop_, begin_);                                                                          \
             }                                                                                                          \
         }                                                                                                              \
         pd__loop_end(&loop_);                                                                                          \
@@ -2478,7 +2477,7 @@ static void pd__loop_end(const pd__loop *loop) {
 #define PD__PREFETCH(at) ((void)0)
 #endif
 
-/* `size` bytes until the next call, or NULL: then synchronize will say so. */
+/* `size` bytes until the next call, or NULL: then `wait` will say so. */
 static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
     pd__cpu *cpu = pd__cpu_of(d);
     size_t bytes;
@@ -2496,15 +2495,15 @@ static void *pd__scratch(pd_device *d, int64_t count, size_t size) {
 }
 
 /* Without memory for it nothing is kept: then products take longer. */
-static void pd__cpu_keep(pd_device *d, const pd_real *w, bool kept) {
+static void pd__cpu_freeze(pd_device *d, const pd_real *w, bool frozen) {
     pd__cpu *cpu = pd__cpu_of(d);
     pd__kept **at = &cpu->kept, *k;
     while (*at && (*at)->of != w) at = &(*at)->next;
     k = *at;
-    if (kept && !k) {
+    if (frozen && !k) {
         *at = k = (pd__kept *)pd_alloc(cpu->allocator, 1, sizeof *k);
         if (k) k->of = w;
-    } else if (!kept && k) {
+    } else if (!frozen && k) {
         *at = k->next;
         pd_free(cpu->allocator, k->numbers);
         pd_free(cpu->allocator, k);
@@ -2531,7 +2530,7 @@ static void pd__cpu_copy(pd_device *d, void *to, const void *from, size_t size) 
     (void)d;
     if (size) memmove(to, from, size);
 }
-static pd_status pd__cpu_synchronize(pd_device *d, char *message, size_t size) {
+static pd_status pd__cpu_wait(pd_device *d, char *message, size_t size) {
     pd__cpu *cpu = pd__cpu_of(d);
     if (!cpu->failed) return PD_OK;
     cpu->failed = false;
@@ -2549,19 +2548,19 @@ static void pd__cpu_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
 }
 
 /* A piece of the box along one axis. */
-static void pd__muladd_piece(const pd__kernels *kernels, const int64_t size[4], int axis, int64_t start, int64_t piece,
-                             pd_real alpha, const pd_real *a, const int64_t as[4], const pd_real *b,
-                             const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+static void pd__contract_piece(const pd__kernels *kernels, const int64_t size[4], int axis, int64_t start,
+                               int64_t piece, pd_real alpha, const pd_real *a, const int64_t as[4], const pd_real *b,
+                               const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     int64_t part[4];
     memcpy(part, size, sizeof part);
     part[axis] = pd__min(piece, size[axis] - start);
-    kernels->muladd_box(part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs,
-                        y + start * ys[axis], ys);
+    kernels->contract_box(part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs,
+                          y + start * ys[axis], ys);
 }
 
 /* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
-static void pd__cpu_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                           const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+static void pd__cpu_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                             const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     int axis = -1;
     int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
@@ -2569,12 +2568,12 @@ static void pd__cpu_muladd(pd_device *d, const int64_t size[4], pd_real alpha, c
     for (int i = 0; i < 4; i++)
         if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
     if (axis < 0) {
-        kernels->muladd_box(size, alpha, a, as, b, bs, y, ys);
+        kernels->contract_box(size, alpha, a, as, b, bs, y, ys);
         return;
     }
     piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
     pieces = pd__ceil_div(size[axis], piece);
-    PD__TEAM(d, work, p, pieces, pd__muladd_piece(kernels, size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
+    PD__TEAM(d, work, p, pieces, pd__contract_piece(kernels, size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
 }
 
 static double pd__cpu_norm(pd_device *d, int64_t n, const pd_real *x) {
@@ -2621,7 +2620,7 @@ struct pd__gemm_job {
     const pd_real *a, *b;
     pd_real *c, *space;
     const pd_epilogue *after;
-    int64_t across, down, rows, columns, each; /* shares of so many rows and columns; working space of each */
+    int64_t across, down, rows, columns, each; /* parts of so many rows and columns; working space of each */
     pd_real *right;                            /* all of B, packed, if it is kept; `ready`: it is there already */
     bool ready;
 };
@@ -2637,13 +2636,13 @@ static int64_t pd__depth(const pd__kernels *kernels, int64_t k) {
     return pd__max(1, pd__ceil_div(k, pd__ceil_div(pd__max(k, 1), kernels->kc)));
 }
 
-static void pd__gemm_share(const pd__gemm_job *g, int64_t share) {
+static void pd__gemm_part(const pd__gemm_job *g, int64_t part) {
     const pd__kernels *kernels = g->kernels;
-    int64_t i0 = share / g->across * g->rows, j0 = share % g->across * g->columns;
+    int64_t i0 = part / g->across * g->rows, j0 = part % g->across * g->columns;
     int64_t i1 = pd__min(g->m, i0 + g->rows), j1 = pd__min(g->n, j0 + g->columns);
     int64_t ra = g->ta ? 1 : g->lda, ca = g->ta ? g->lda : 1, rb = g->tb ? 1 : g->ldb, cb = g->tb ? g->ldb : 1;
     int64_t depth = pd__depth(kernels, g->k), padded = pd__ceil_div(j1 - j0, kernels->nr) * kernels->nr, h, mc, nc;
-    pd_real *packed_a = g->space + share * g->each, *packed_b;
+    pd_real *packed_a = g->space + part * g->each, *packed_b;
     if (i0 >= i1 || j0 >= j1) return;
     h = pd__height(kernels, i1 - i0);
     mc = pd__min(i1 - i0, kernels->mc / h * h);
@@ -2672,13 +2671,13 @@ static void pd__gemm_share(const pd__gemm_job *g, int64_t share) {
             }
 }
 
-/* Each share packs its rows of A and its columns of B: chooses the grid of so many shares for which that is least. */
-static void pd__gemm_grid(pd__gemm_job *g, int64_t shares) {
+/* Each part packs its rows of A and its columns of B: chooses the grid of so many parts for which that is least. */
+static void pd__gemm_grid(pd__gemm_job *g, int64_t parts) {
     const pd__kernels *kernels = g->kernels;
-    g->across = 1, g->down = shares;
-    for (int64_t across = 2; across <= shares; across++)
-        if (shares % across == 0 && across * g->m + shares / across * g->n < g->across * g->m + g->down * g->n)
-            g->across = across, g->down = shares / across;
+    g->across = 1, g->down = parts;
+    for (int64_t across = 2; across <= parts; across++)
+        if (parts % across == 0 && across * g->m + parts / across * g->n < g->across * g->m + g->down * g->n)
+            g->across = across, g->down = parts / across;
     g->rows = pd__ceil_div(pd__ceil_div(g->m, g->down), kernels->mr) * kernels->mr;
     g->columns = pd__ceil_div(pd__ceil_div(g->n, g->across), kernels->nr) * kernels->nr;
     g->each = (pd__min(kernels->mc, g->rows) + pd__min(PD__NC, g->columns)) * pd__depth(kernels, g->k) + 32;
@@ -2690,7 +2689,7 @@ static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, i
                          int64_t ldc, const pd_epilogue *after) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     pd__gemm_job g;
-    int64_t work = m * n * k / 8, shares = pd__team(d, work), form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
+    int64_t work = m * n * k / 8, parts = pd__team(d, work), form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
     int64_t most = work < PD__TEAM_WORK ? 1 : pd__cpu_threads(d), space;
     pd__kept *kept = NULL;
     if (m <= 0 || n <= 0) return;
@@ -2698,23 +2697,23 @@ static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, i
     g.kernels = kernels;
     g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
     g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c, g.after = after;
-    pd__gemm_grid(&g, shares);
-    if (m == 1 && !tb) { /* then shares go across */
-        PD__TEAM(d, work, share, g.across, kernels->gemm_row(&g, share));
+    pd__gemm_grid(&g, parts);
+    if (m == 1 && !tb) { /* then parts go across */
+        PD__TEAM(d, work, part, g.across, kernels->gemm_row(&g, part));
         return;
     }
     form[4] = ldb, form[5] = g.columns;
     if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + kernels->nr), &g.ready);
     if (kept) g.right = kept->numbers;
-    space = shares * g.each;
-    if (most > shares) { /* also for when all threads are back, so that steps then take none; either may need more */
+    space = parts * g.each;
+    if (most > parts) { /* also for when all threads are back, so that steps then take none; either may need more */
         pd__gemm_grid(&g, most);
         space = pd__max(space, most * g.each);
-        pd__gemm_grid(&g, shares);
+        pd__gemm_grid(&g, parts);
     }
     g.space = (pd_real *)pd__scratch(d, space, sizeof(pd_real));
     if (!g.space) return;
-    PD__TEAM(d, work, share, shares, pd__gemm_share(&g, share));
+    PD__TEAM(d, work, part, parts, pd__gemm_part(&g, part));
     if (kept) memcpy(kept->form, form, sizeof form);
 }
 
@@ -3111,7 +3110,7 @@ static void pd__winograd_sizes(pd__winograd *j, const pd__kernels *kernels, cons
     j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
     j->blocks = pd__ceil_div(j->all_lines, j->lines);
     j->stride = pd__ceil_div(j->width, kernels->lanes) * kernels->lanes + 4;
-    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles share; and an odd multiple
+    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles have in common; and an odd multiple
        of 16, so that the same places of many lines do not take each other's in the cache. */
     j->places = pd__ceil_div(j->lines * j->width + kernels->lanes + 2 + 16, 32) * 32 - 16;
 }
@@ -3167,7 +3166,7 @@ static void pd__winograd_sum(const pd__winograd *j, int64_t i) {
     g.c = j->packed + i * pd__winograd_plane(j->filters, j->channels);
     g.space = j->space + PD__THREAD_INDEX() * j->each;
     g.across = 1;
-    pd__gemm_share(&g, 0);
+    pd__gemm_part(&g, 0);
 }
 
 static void pd__winograd_backward_filter(pd_device *d, pd__winograd *j) {
@@ -3498,7 +3497,7 @@ static void pd__pool_map_back(const pd__pool_job *j, int64_t map) {
             }
         }
         for (int64_t h = v.h0; s->method != PD_MAX && h < v.h1; h++)
-            kernels->muladd_line(s->in_w, 1, line, 1, NULL, 0, dx + h * s->in_w, 1);
+            kernels->contract_line(s->in_w, 1, line, 1, NULL, 0, dx + h * s->in_w, 1);
     }
 }
 
@@ -3548,19 +3547,19 @@ static void pd__cpu_cross_entropy_backward(pd_device *d, int64_t rows, int64_t w
             to[c] -= dcost[r] * (by_x ? t : t / pd__at_least_tiny(row[c]));
             total += t;
         }
-        if (by_x) kernels->muladd_line(width, dcost[r] * total, row, 1, NULL, 0, to, 1);
+        if (by_x) kernels->contract_line(width, dcost[r] * total, row, 1, NULL, 0, to, 1);
     }
 }
 
 /* ---- dropout ---- */
 
-static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y) {
-    pd_real factor = (pd_real)(1 / (1 - rate));
+static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double p, const pd_real *x, pd_real *y) {
+    pd_real factor = (pd_real)(1 / (1 - p));
     (void)d;
     PD__PARALLEL(d, n * 2)
     for (int64_t start = 0; start < n; start += PD__PIECE)
         for (int64_t i = start; i < pd__min(n, start + PD__PIECE); i++)
-            if (pd__uniform(key, (uint64_t)i) >= rate) y[i] += factor * x[i];
+            if (pd__uniform(key, (uint64_t)i) >= p) y[i] += factor * x[i];
 }
 
 /* ---- normalisation ---- */
@@ -3678,8 +3677,8 @@ static void pd__sparse_row(const pd__kernels *kernels, const pd_csr *s, int64_t 
                            int64_t r) {
     int64_t first = s->starts ? s->starts[r] : r, end = s->starts ? s->starts[r + 1] : r + 1;
     for (int64_t k = first; k < end; k++)
-        kernels->muladd_line(width, s->values ? s->values[k] : 1, x + s->columns[k] * width, 1, NULL, 0, y + r * width,
-                             1);
+        kernels->contract_line(width, s->values ? s->values[k] : 1, x + s->columns[k] * width, 1, NULL, 0,
+                               y + r * width, 1);
 }
 
 static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y) {
@@ -3867,8 +3866,8 @@ static void pd__complete_device(pd_device *d, const pd_device *from) {
     if (!d->alloc || !d->free) d->alloc = from->alloc, d->free = from->free;
     if (!d->upload) d->upload = from->upload;
     if (!d->download) d->download = from->download;
-    if (!d->synchronize) d->synchronize = from->synchronize;
-    if (!d->keep) d->keep = from->keep;
+    if (!d->wait) d->wait = from->wait;
+    if (!d->freeze) d->freeze = from->freeze;
 #define PD__COMPLETE(name)                                                                                             \
     if (!d->name) d->name = from->name;
     PD_OPERATIONS(PD__COMPLETE)
@@ -3886,7 +3885,7 @@ static uint64_t pd__operations_of(const pd_device *d) {
 }
 
 static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
-    while (pd__cpu_of(d)->kept) pd__cpu_keep(d, pd__cpu_of(d)->kept->of, false);
+    while (pd__cpu_of(d)->kept) pd__cpu_freeze(d, pd__cpu_of(d)->kept->of, false);
     pd_free(allocator, pd__cpu_of(d)->busy);
     pd_free(allocator, pd__cpu_of(d)->scratch);
     pd_free(allocator, d->self);
@@ -3908,8 +3907,8 @@ static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_sim
     d->alloc = pd__cpu_alloc;
     d->free = pd__cpu_free_memory;
     d->upload = d->download = pd__cpu_copy;
-    d->synchronize = pd__cpu_synchronize;
-    d->keep = pd__cpu_keep;
+    d->wait = pd__cpu_wait;
+    d->freeze = pd__cpu_freeze;
 #define PD__CPU_OPERATION(name) d->name = pd__cpu_##name;
     PD_OPERATIONS(PD__CPU_OPERATION)
 #undef PD__CPU_OPERATION
@@ -3944,7 +3943,7 @@ static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; 
 static void pd__begin_anew(pd_net *net, bool given);
 /* Makes every value current that trainers' updaters, but for that of `besides`, have left for later. Defined with
    >>trainer. */
-static pd_status pd__settle(pd_net *net, const pd_trainer *besides);
+static pd_status pd__sync_all(pd_net *net, const pd_trainer *besides);
 /* Rows of a sparse parameter as they are now: with the steps that a trainer has left for later. Defined with
    >>optimizers. */
 static void pd__read_current(pd_net *net, const pd_param *p, int64_t count, const int64_t *rows, pd_real *to);
@@ -4066,7 +4065,7 @@ static void pd__layer_free(pd_layer *l) {
 static void pd__param_free(pd_net *net, pd_param *p) {
     pd_device *d = net->device;
     if (!pd__is_view(p)) {
-        if (net->frozen && d->keep) d->keep(d, p->value, false);
+        if (net->frozen && d->freeze) d->freeze(d, p->value, false);
         if (p->value) d->free(d, p->value);
     }
     if (p->grad) d->free(d, p->grad);
@@ -4251,7 +4250,7 @@ PD_DEF const char *pd_act_text(pd_act act) {
 }
 
 /* Makes the number of what setup has left as the activation's alpha. */
-static pd_status pd__settle_alpha(pd_layer *l) {
+static pd_status pd__take_alpha(pd_layer *l) {
     bool slope = l->act == PD_LEAKY_RELU, bound = l->act == PD_BRELU;
     double alpha = pd__or(l->act_alpha, slope ? 0.01 : bound ? 24 : 0);
     if (!slope && !bound && l->act_alpha != 0)
@@ -4274,7 +4273,7 @@ static pd_status pd__check_setup(pd_layer *l) {
     if ((unsigned)l->act >= PD_ACT_COUNT) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown activation %d", (int)l->act);
     if (l->act != PD_LINEAR && l->is_ids) return pd_layer_fail(l, PD_E_ARGUMENT, "ids take no activation");
     l->out.width = width;
-    return pd__settle_alpha(l);
+    return pd__take_alpha(l);
 }
 
 /* pd_layer_add; `origin` is the layer's twin if the net is becoming a shared one, else NULL. */
@@ -4441,7 +4440,7 @@ PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
 static void pd__keep_params(pd_net *net) {
     pd_device *d = net->device;
     net->frozen = true;
-    for (pd_param *p = pd_param_first(net); p && d->keep; p = p->next) d->keep(d, p->value, true);
+    for (pd_param *p = pd_param_first(net); p && d->freeze; p = p->next) d->freeze(d, p->value, true);
 }
 
 PD_DEF pd_status pd_freeze(pd_net *net) {
@@ -4466,7 +4465,7 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
         pd__fail(net, PD_E_STATE, "pd_net_share: this net is itself shared; share the one it came from");
         return NULL;
     }
-    if (pd__settle(net, NULL) != PD_OK) return NULL;
+    if (pd__sync_all(net, NULL) != PD_OK) return NULL;
     opts.seed = net->seed;
     opts.allocator = net->allocator;
     opts.logger = net->logger;
@@ -4550,11 +4549,11 @@ static pd_status pd__check_param_opts(pd_layer *l, const char *name, const pd_pa
             return pd_layer_fail(l, PD_E_ARGUMENT,
                                  "parameter \"%.100s\": %s is %g, expected a finite number, not below 0", name,
                                  names[i], numbers[i]);
-    if (!(pd__or(o->rate, 1) > 0 && o->rate <= DBL_MAX))
+    if (!(pd__or(o->rate_factor, 1) > 0 && o->rate_factor <= DBL_MAX))
         return pd_layer_fail(
             l, PD_E_ARGUMENT,
-            "parameter \"%.100s\": rate is %g, expected a positive number; is_static makes one stay as it is", name,
-            pd__or(o->rate, 1));
+            "parameter \"%.100s\": rate_factor is %g, expected a positive number; is_static makes one stay as it is",
+            name, pd__or(o->rate_factor, 1));
     if (!(o->prune >= 0 && o->prune < 1))
         return pd_layer_fail(l, PD_E_ARGUMENT, "parameter \"%.100s\": prune is %g, expected 0 <= prune < 1", name,
                              o->prune);
@@ -4822,10 +4821,10 @@ static pd_param *pd__new_param(pd_layer *l, const char *name, int dim_count, con
 
 /* A layer that shares a parameter either says nothing more about it, or the same as the one that created it. */
 static bool pd__may_share(const pd_param_opts *o, const pd_param_opts *created) {
-    bool silent = o->init.kind == PD_INIT_DEFAULT && o->rate == 0 && o->l1 == 0 && o->l2 == 0 && !o->is_static &&
+    bool silent = o->init.kind == PD_INIT_DEFAULT && o->rate_factor == 0 && o->l1 == 0 && o->l2 == 0 && !o->is_static &&
                   o->clip == 0 && o->prune == 0 && !o->sparse;
     return silent || (o->init.kind == created->init.kind && o->init.a == created->init.a &&
-                      o->init.b == created->init.b && o->rate == created->rate && o->l1 == created->l1 &&
+                      o->init.b == created->init.b && o->rate_factor == created->rate_factor && o->l1 == created->l1 &&
                       o->l2 == created->l2 && o->is_static == created->is_static && o->clip == created->clip &&
                       o->prune == created->prune && o->sparse == created->sparse);
 }
@@ -4903,13 +4902,13 @@ static pd_status pd__check_count(const pd_param *p, const void *values, int64_t 
                     (long long)p->size, (long long)count);
 }
 
-static pd_status pd__synchronize(pd_net *net) {
+static pd_status pd__wait_for_device(pd_net *net) {
     char message[256] = "";
     const pd_device *d = net->device;
-    pd_status status = d->synchronize(net->device, message, sizeof message);
+    pd_status status = d->wait(net->device, message, sizeof message);
     if (status == PD_OK && d != net->cpu) {
         d = net->cpu;
-        status = d->synchronize(net->cpu, message, sizeof message);
+        status = d->wait(net->cpu, message, sizeof message);
     }
     if (status != PD_OK) pd__fail(net, status, "device %s: %s", d->name, message);
     return status;
@@ -4919,7 +4918,7 @@ static pd_status pd__synchronize(pd_net *net) {
    may not be what was computed. */
 static pd_status pd__download(pd_net *net, void *to_host, const pd_real *from, int64_t count) {
     if (count > 0) net->device->download(net->device, to_host, from, (size_t)count * sizeof *from);
-    return pd__synchronize(net);
+    return pd__wait_for_device(net);
 }
 
 PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t count) {
@@ -4930,7 +4929,7 @@ PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t co
         if (!pd__finite((double)values[i]))
             status = pd__fail(param->net, PD_E_NUMERIC, "pd_param_set: parameter \"%.100s\": number %lld is %g",
                               param->name, (long long)i, (double)values[i]);
-    if (status == PD_OK) status = pd__settle(param->net, NULL);
+    if (status == PD_OK) status = pd__sync_all(param->net, NULL);
     if (status != PD_OK) return status;
     pd__begin_anew(param->net, true);
     param->net->device->upload(param->net->device, param->value, values, (size_t)count * sizeof *values);
@@ -4939,7 +4938,7 @@ PD_DEF pd_status pd_param_set(pd_param *param, const pd_real *values, int64_t co
 
 PD_DEF pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t count) {
     pd_status status = pd__check_count(param, values, count, "pd_param_get");
-    if (status == PD_OK) status = pd__settle(param->net, NULL);
+    if (status == PD_OK) status = pd__sync_all(param->net, NULL);
     if (status == PD_OK && param->touched) return pd__download_table(param->net, param, values);
     return status == PD_OK ? pd__download(param->net, values, param->value, count) : status;
 }
@@ -4975,7 +4974,7 @@ static bool pd__grow_sparse_grad(pd_param *p) {
     if (!pd__grow_numbers(p->net, &grad, &capacity, rows * p->dims[1])) return false; /* no more than the table: fits */
     d->fill(d, capacity, 0, grad);
     size[3] = kept;
-    if (kept > 0) d->muladd(d, size, 1, p->grad, line, NULL, line, grad, line);
+    if (kept > 0) d->contract(d, size, 1, p->grad, line, NULL, line, grad, line);
     if (p->grad) d->free(d, p->grad);
     p->grad = grad;
     t->grad_capacity = rows;
@@ -5070,7 +5069,7 @@ PD_DEF pd_layer *pd_label(pd_net *net, const char *name, int64_t classes) {
 PD_DEF pd_layer *pd_ids(pd_net *net, const char *name, int64_t count) {
     return pd__add_input(net, name, count, 1, 1, PD_SLOT_IDS);
 }
-PD_DEF pd_layer *pd_sparse(pd_net *net, const char *name, int64_t size) {
+PD_DEF pd_layer *pd_sparse_vector(pd_net *net, const char *name, int64_t size) {
     return pd__add_input(net, name, size, 1, 1, PD_SLOT_SPARSE);
 }
 
@@ -5116,7 +5115,7 @@ static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int 
     for (int64_t i = 0; i < net->layer_count; i++) {
         struct pd__layer *own = net->layers[i]->own;
         own->active = own->target = own->above_done = own->keeps_before = false;
-        own->readers = 0;
+        own->consumers = 0;
         own->above = NULL;
     }
     for (int i = 0; i < count; i++) {
@@ -5130,7 +5129,7 @@ static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int 
         if (!l->own->active) continue;
         for (int k = 0; k < l->input_count; k++) {
             l->inputs[k]->own->active = true;
-            l->inputs[k]->own->readers++;
+            l->inputs[k]->own->consumers++;
         }
         if (l->own->reads_before) l->inputs[0]->own->keeps_before = true;
         if (pd__act_needs_x[l->act] && l->wants_grad && net->mode != PD_PREDICT) l->own->keeps_before = true;
@@ -5187,7 +5186,7 @@ static void pd__take_over(pd_layer *l, pd_layer *below) {
 /* For forward: takes input 0, which has as many numbers, over as the output. False if it is needed as it is. */
 static bool pd__pass_on(pd_layer *l) {
     const pd_layer *below = l->inputs[0];
-    if (l->net->mode != PD_PREDICT || below->own->slot >= 0 || below->own->target || below->own->readers > 1 ||
+    if (l->net->mode != PD_PREDICT || below->own->slot >= 0 || below->own->target || below->own->consumers > 1 ||
         pd__is_carried(l) || l->own->keeps_before)
         return false;
     pd__take_over(l, l->inputs[0]);
@@ -5198,7 +5197,7 @@ static bool pd__pass_on(pd_layer *l) {
 static void pd__plan_folds(pd_net *net) {
     for (int64_t i = 0; i < net->layer_count; i++) {
         pd_layer *l = net->layers[i], *below = l->input_count == 1 ? l->inputs[0] : NULL;
-        if (l->own->active && l->type->fold && below && below->own->slot < 0 && below->own->readers == 1 &&
+        if (l->own->active && l->type->fold && below && below->own->slot < 0 && below->own->consumers == 1 &&
             !below->own->target && below->act == PD_LINEAR && !l->own->keeps_before && !below->is_ids &&
             !pd__is_carried(below) && !pd__is_carried(l) && below->shape.channels == l->shape.channels)
             below->own->above = l;
@@ -5221,7 +5220,7 @@ PD_DEF pd_status pd_layer_epilogue(pd_layer *layer, const pd_real *bias, pd_epil
         status = top->type->fold(top, own->folded, center, shift);
         if (status != PD_OK) return status;
         size[3] = channels;
-        if (bias) d->muladd(d, size, -1, bias, strides, NULL, strides, center, strides);
+        if (bias) d->contract(d, size, -1, bias, strides, NULL, strides, center, strides);
         after->scale = own->folded;
         after->center = center;
         after->bias = shift;
@@ -5598,7 +5597,7 @@ static pd_status pd__run_layer(pd_layer *l) {
     pd_status status = pd__need_params(l);
     if (status == PD_OK) status = l->own->slot < 0 ? pd__compute(l) : pd__ready_grad(l);
     for (int k = 0; status == PD_OK && l->net->mode == PD_PREDICT && k < l->input_count; k++)
-        if (--l->inputs[k]->own->readers == 0 && !l->inputs[k]->own->target) pd__give_back(l->inputs[k]);
+        if (--l->inputs[k]->own->consumers == 0 && !l->inputs[k]->own->target) pd__give_back(l->inputs[k]);
     if (status == PD_OK) status = pd__poll(l->net);
     l->own->forward_seconds += pd_seconds() - start;
     l->own->runs++;
@@ -5633,7 +5632,7 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
         if (net->layers[i]->own->lent) pd__give_back(net->layers[i]);
     net->mode = mode;
     net->ran = NULL;
-    status = net->updater || net->origin ? PD_OK : pd__settle(net, NULL);
+    status = net->updater || net->origin ? PD_OK : pd__sync_all(net, NULL);
     if (status == PD_OK) status = pd__activate_layers(net, targets, count);
     if (status == PD_OK && mode != PD_PREDICT) status = pd__count_users(net);
     else if (status == PD_OK && !net->updater) pd__plan_folds(net);
@@ -5641,7 +5640,7 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
     if (status == PD_OK && net->updater) status = net->updater->begin_batch(net->updater, batch->samples);
     for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
         if (net->layers[i]->own->active) status = pd__run_layer(net->layers[i]);
-    if (status == PD_OK) status = pd__synchronize(net);
+    if (status == PD_OK) status = pd__wait_for_device(net);
     if (status == PD_OK && mode != PD_PREDICT && count == 1) net->ran = targets[0];
     net->run_failed = status != PD_OK;
     return status;
@@ -5667,7 +5666,7 @@ static pd_status pd__differentiate(pd_layer *l) {
     if (own->before.grad) {
         int64_t size[4] = { 1, 1, 1, 0 }, steps[4] = { 0, 0, 0, 1 };
         size[3] = l->out.rows * l->out.width;
-        d->muladd(d, size, 1, own->before.grad, steps, NULL, steps, l->out.grad, steps);
+        d->contract(d, size, 1, own->before.grad, steps, NULL, steps, l->out.grad, steps);
     }
     return l->type->backward ? l->type->backward(l) : PD_OK;
 }
@@ -5694,7 +5693,7 @@ static pd_status pd__backward_from(pd_net *net, pd_layer *layer, const pd_real *
     else d->fill(d, numbers, 1, layer->out.grad);
     for (int64_t i = layer->own->index; status == PD_OK && i >= 0; i--)
         if (net->layers[i]->own->active && net->layers[i]->wants_grad) status = pd__backward_layer(net->layers[i]);
-    return status == PD_OK ? pd__synchronize(net) : status;
+    return status == PD_OK ? pd__wait_for_device(net) : status;
 }
 
 PD_DEF pd_status pd_backward(pd_net *net, pd_layer *cost) {
@@ -5813,20 +5812,20 @@ static pd_status pd__want_finite(pd_layer *l, const char *what, double value) {
     return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %g, expected a finite number", what, value);
 }
 
-/* y += alpha a [b] for a 2-D box rows x columns: the usual case of muladd. Each pointer with its two strides. */
-static void pd__muladd2(pd_layer *l, int64_t rows, int64_t columns, double alpha, const pd_real *a, int64_t ar,
-                        int64_t ac, const pd_real *b, int64_t br, int64_t bc, pd_real *y, int64_t yr, int64_t yc) {
+/* y += alpha a [b] for a 2-D box rows x columns: the usual case of contract. Each pointer with its two strides. */
+static void pd__contract2(pd_layer *l, int64_t rows, int64_t columns, double alpha, const pd_real *a, int64_t ar,
+                          int64_t ac, const pd_real *b, int64_t br, int64_t bc, pd_real *y, int64_t yr, int64_t yc) {
     int64_t size[4] = { 1, 1, 0, 0 }, as[4] = { 0, 0, 0, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4] = { 0, 0, 0, 0 };
     size[2] = rows, size[3] = columns;
     as[2] = ar, as[3] = ac;
     bs[2] = br, bs[3] = bc;
     ys[2] = yr, ys[3] = yc;
-    l->device->muladd(l->device, size, (pd_real)alpha, a, as, b, bs, y, ys);
+    l->device->contract(l->device, size, (pd_real)alpha, a, as, b, bs, y, ys);
 }
 
 /* y += alpha a [b] for n numbers in a line. */
-static void pd__muladd1(pd_layer *l, int64_t n, double alpha, const pd_real *a, const pd_real *b, pd_real *y) {
-    pd__muladd2(l, 1, n, alpha, a, 0, 1, b, 0, 1, y, 0, 1);
+static void pd__contract1(pd_layer *l, int64_t n, double alpha, const pd_real *a, const pd_real *b, pd_real *y) {
+    pd__contract2(l, 1, n, alpha, a, 0, 1, b, 0, 1, y, 0, 1);
 }
 
 static int64_t pd__numbers(const pd_layer *l) { return l->out.rows * l->out.width; }
@@ -5835,11 +5834,11 @@ static void pd__clear_output(pd_layer *l) { l->device->fill(l->device, pd__numbe
 
 /* Adds the layer's bias (one per column) to its output, and its gradient to the bias'. */
 static void pd__add_bias(pd_layer *l, const pd_param *bias) {
-    pd__muladd2(l, l->out.rows, l->out.width, 1, bias->value, 0, 1, NULL, 0, 0, l->out.data, l->out.width, 1);
+    pd__contract2(l, l->out.rows, l->out.width, 1, bias->value, 0, 1, NULL, 0, 0, l->out.data, l->out.width, 1);
 }
 static void pd__add_bias_grad(pd_layer *l, pd_param *bias) {
     if (bias->grad)
-        pd__muladd2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
+        pd__contract2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
 }
 
 /* ---- tables: parameters of which ids or sparse rows pick rows; for fc and embedding ---- */
@@ -6020,12 +6019,12 @@ static pd_status pd__fc_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(muladd), pd__fc_setup, NULL, pd__fc_forward,
+PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(contract), pd__fc_setup, NULL, pd__fc_forward,
          pd__fc_backward);
 
 /* The same with sparse inputs among others, which asks more of the device. */
 PD__TABLE_TYPE(pd__sparse_fc_type, "fc", 1, -1, pd__fc_spec, 0,
-               PD_OP(gemm) | PD_OP(muladd) | PD_OP(fill) | PD_OP(sparse_product), pd__fc_setup, NULL, pd__fc_forward,
+               PD_OP(gemm) | PD_OP(contract) | PD_OP(fill) | PD_OP(sparse_product), pd__fc_setup, NULL, pd__fc_forward,
                pd__fc_backward, pd__touch_tables);
 
 PD_DEF pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts) {
@@ -6128,7 +6127,7 @@ static void pd__channel_bias(pd_layer *l) {
     size[0] = 1, size[1] = l->out.rows, size[2] = c, size[3] = area;
     ys[0] = 0, ys[1] = c * area, ys[2] = area, ys[3] = 1;
     pd__clear_output(l);
-    if (l->param_count > 1) l->device->muladd(l->device, size, 1, l->params[1]->value, as, NULL, bs, l->out.data, ys);
+    if (l->param_count > 1) l->device->contract(l->device, size, 1, l->params[1]->value, as, NULL, bs, l->out.data, ys);
 }
 
 static void pd__channel_bias_grad(pd_layer *l) {
@@ -6137,7 +6136,7 @@ static void pd__channel_bias_grad(pd_layer *l) {
     size[0] = 1, size[1] = c, size[2] = l->out.rows, size[3] = area;
     as[0] = 0, as[1] = area, as[2] = c * area, as[3] = 1;
     if (l->param_count > 1 && l->params[1]->grad)
-        l->device->muladd(l->device, size, 1, l->out.grad, as, NULL, bs, l->params[1]->grad, ys);
+        l->device->contract(l->device, size, 1, l->out.grad, as, NULL, bs, l->params[1]->grad, ys);
 }
 
 static pd_status pd__conv_forward(pd_layer *l) {
@@ -6160,7 +6159,7 @@ static pd_status pd__conv_backward(pd_layer *l) {
 }
 
 PD__TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
-         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(muladd), pd__conv_setup, NULL,
+         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract), pd__conv_setup, NULL,
          pd__conv_forward, pd__conv_backward);
 
 /* The state describes the convolution whose data gradient this is: its input is our output. */
@@ -6201,7 +6200,7 @@ static pd_status pd__conv_transpose_backward(pd_layer *l) {
 }
 
 PD__TYPE(pd__conv_transpose_type, "conv_transpose", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
-         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(muladd),
+         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract),
          pd__conv_transpose_setup, NULL, pd__conv_transpose_forward, pd__conv_transpose_backward);
 
 static pd_layer *pd__add_conv(pd_net *net, const pd_layer_type *type, pd_layer *input, int64_t filters, int64_t filter,
@@ -6329,8 +6328,8 @@ static pd_status pd__batch_norm_setup(pd_layer *l) {
     int64_t channels = l->inputs[0]->shape.channels;
     if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
     if (pd__want_epsilon(l, o->epsilon) != PD_OK) return PD_E_ARGUMENT;
-    if (!(pd__or(o->keep, 0.9) >= 0 && o->keep <= 1))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "keep is %g, expected 0 (PD_ZERO) .. 1", o->keep);
+    if (!(pd__or(o->momentum, 0.1) >= 0 && o->momentum <= 1))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "momentum is %g, expected 0 (PD_ZERO) .. 1", o->momentum);
     l->shape = l->inputs[0]->shape;
     l->act = o->act;
     if (pd__scale_and_shift(l, channels, !o->no_affine, &o->weight, &o->bias) != PD_OK ||
@@ -6343,19 +6342,19 @@ static bool pd__batch_norm_by_batch(const pd_layer *l) {
     return !((const pd_batch_norm_opts *)l->opts)->use_running && pd_layer_mode(l) != PD_PREDICT;
 }
 
-/* running = keep running + (1 - keep) batch; the variance unbiased, as for a sample of n: one number has none, and leaves
+/* running = (1 - momentum) running + momentum batch; the variance unbiased, as for a sample of n: one number has none, and leaves
    it as it is. A batch that isn't finite, which the trainer will refuse once it sees the cost, must not spoil what was
    learned. */
 static void pd__batch_norm_track(pd_layer *l, const pd_real *moments, double n) {
-    double rest = 1 - pd__or(((const pd_batch_norm_opts *)l->opts)->keep, 0.9);
+    double momentum = pd__or(((const pd_batch_norm_opts *)l->opts)->momentum, 0.1);
     int64_t channels = l->shape.channels;
     pd_real *mean = l->params[l->param_count - 2]->value, *variance = l->params[l->param_count - 1]->value;
     if (!pd__finite(l->device->norm(l->device, 3 * channels, moments))) return;
-    pd__muladd1(l, channels, -rest, mean, NULL, mean);
-    pd__muladd1(l, channels, rest, moments, NULL, mean);
+    pd__contract1(l, channels, -momentum, mean, NULL, mean);
+    pd__contract1(l, channels, momentum, moments, NULL, mean);
     if (n == 1) return;
-    pd__muladd1(l, channels, -rest, variance, NULL, variance);
-    pd__muladd1(l, channels, rest * n / (n - 1), moments + 2 * channels, NULL, variance);
+    pd__contract1(l, channels, -momentum, variance, NULL, variance);
+    pd__contract1(l, channels, momentum * n / (n - 1), moments + 2 * channels, NULL, variance);
 }
 
 /* What forward and backward hand to the device. */
@@ -6418,8 +6417,8 @@ static pd_status pd__batch_norm_fold(pd_layer *l, pd_real *scale, pd_real *cente
     d->fill(d, channels, 1, scale);
     d->batch_norm(d, 1, channels, 1, scale, center, NULL, v.variance, v.epsilon, v.weight ? v.weight->value : NULL,
                   NULL, scale);
-    pd__muladd1(l, channels, 1, v.mean, NULL, center);
-    if (v.bias) pd__muladd1(l, channels, 1, v.bias->value, NULL, shift);
+    pd__contract1(l, channels, 1, v.mean, NULL, center);
+    if (v.bias) pd__contract1(l, channels, 1, v.bias->value, NULL, shift);
     return PD_OK;
 }
 
@@ -6429,7 +6428,7 @@ static const pd_layer_type pd__batch_norm_type = { PD_API_VERSION,
                                                    1,
                                                    sizeof(pd_batch_norm_opts),
                                                    0,
-                                                   PD_OP(fill) | PD_OP(muladd) | PD_OP(channel_moments) |
+                                                   PD_OP(fill) | PD_OP(contract) | PD_OP(channel_moments) |
                                                        PD_OP(batch_norm) | PD_OP(batch_norm_backward),
                                                    pd__batch_norm_setup,
                                                    NULL,
@@ -6544,16 +6543,16 @@ static pd_status pd__like_input(pd_layer *l, int k) {
 }
 
 static pd_status pd__dropout_setup(pd_layer *l) {
-    double rate = pd__spec_of(l)->a;
-    if (!(rate >= 0 && rate < 1)) return pd_layer_fail(l, PD_E_ARGUMENT, "rate is %g, expected 0 <= rate < 1", rate);
+    double p = pd__spec_of(l)->a;
+    if (!(p >= 0 && p < 1)) return pd_layer_fail(l, PD_E_ARGUMENT, "p is %g, expected 0 <= p < 1", p);
     return pd__like_input(l, 0);
 }
 
-/* Outside training the rate is 0 and all is kept. */
+/* Outside training p is 0. */
 static void pd__dropout_apply(pd_layer *l, const pd_real *from, pd_real *to) {
-    double rate = pd_layer_mode(l) == PD_PREDICT ? 0 : pd__spec_of(l)->a;
-    if (rate > 0) l->device->dropout(l->device, pd__numbers(l), pd_layer_key(l), rate, from, to);
-    else pd__muladd1(l, pd__numbers(l), 1, from, NULL, to);
+    double p = pd_layer_mode(l) == PD_PREDICT ? 0 : pd__spec_of(l)->a;
+    if (p > 0) l->device->dropout(l->device, pd__numbers(l), pd_layer_key(l), p, from, to);
+    else pd__contract1(l, pd__numbers(l), 1, from, NULL, to);
 }
 
 static pd_status pd__dropout_forward(pd_layer *l) {
@@ -6568,12 +6567,12 @@ static pd_status pd__dropout_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd) | PD_OP(dropout),
+PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract) | PD_OP(dropout),
          pd__dropout_setup, NULL, pd__dropout_forward, pd__dropout_backward);
 
-PD_DEF pd_layer *pd_dropout(pd_net *net, pd_layer *input, double rate, const pd_layer_opts *opts) {
+PD_DEF pd_layer *pd_dropout(pd_net *net, pd_layer *input, double p, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
-    s.a = rate;
+    s.a = p;
     return pd_layer_add(net, &pd__dropout_type, s.o.name, &input, 1, &s);
 }
 
@@ -6587,17 +6586,17 @@ static pd_status pd__equal_inputs_setup(pd_layer *l) {
 
 static pd_status pd__add_forward(pd_layer *l) {
     pd__clear_output(l);
-    for (int k = 0; k < l->input_count; k++) pd__muladd1(l, pd__numbers(l), 1, pd__in(l, k)->data, NULL, l->out.data);
+    for (int k = 0; k < l->input_count; k++) pd__contract1(l, pd__numbers(l), 1, pd__in(l, k)->data, NULL, l->out.data);
     return PD_OK;
 }
 
 static pd_status pd__add_backward(pd_layer *l) {
     for (int k = 0; k < l->input_count; k++)
-        if (pd__in(l, k)->grad) pd__muladd1(l, pd__numbers(l), 1, l->out.grad, NULL, pd__in(l, k)->grad);
+        if (pd__in(l, k)->grad) pd__contract1(l, pd__numbers(l), 1, l->out.grad, NULL, pd__in(l, k)->grad);
     return PD_OK;
 }
 
-PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__equal_inputs_setup, NULL,
+PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
          pd__add_forward, pd__add_backward);
 
 PD_DEF pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
@@ -6607,18 +6606,18 @@ PD_DEF pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const p
 
 static pd_status pd__multiply_forward(pd_layer *l) {
     pd__clear_output(l);
-    pd__muladd1(l, pd__numbers(l), 1, pd__in(l, 0)->data, pd__in(l, 1)->data, l->out.data);
+    pd__contract1(l, pd__numbers(l), 1, pd__in(l, 0)->data, pd__in(l, 1)->data, l->out.data);
     return PD_OK;
 }
 
 static pd_status pd__multiply_backward(pd_layer *l) {
     for (int k = 0; k < 2; k++)
         if (pd__in(l, k)->grad)
-            pd__muladd1(l, pd__numbers(l), 1, l->out.grad, pd__in(l, 1 - k)->data, pd__in(l, k)->grad);
+            pd__contract1(l, pd__numbers(l), 1, l->out.grad, pd__in(l, 1 - k)->data, pd__in(l, k)->grad);
     return PD_OK;
 }
 
-PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__equal_inputs_setup, NULL,
+PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
          pd__multiply_forward, pd__multiply_backward);
 
 /* The builder's work for layers of two inputs; `number` is the spec's a. */
@@ -6659,7 +6658,7 @@ static pd_status pd__concat_forward(pd_layer *l) {
     pd__clear_output(l);
     for (int k = 0; k < l->input_count; to += pd__in(l, k)->width, k++) {
         const pd_tensor *x = pd__in(l, k);
-        pd__muladd2(l, x->rows, x->width, 1, x->data, x->width, 1, NULL, 0, 0, to, l->out.width, 1);
+        pd__contract2(l, x->rows, x->width, 1, x->data, x->width, 1, NULL, 0, 0, to, l->out.width, 1);
     }
     return PD_OK;
 }
@@ -6668,12 +6667,12 @@ static pd_status pd__concat_backward(pd_layer *l) {
     const pd_real *from = l->out.grad;
     for (int k = 0; k < l->input_count; from += pd__in(l, k)->width, k++) {
         const pd_tensor *x = pd__in(l, k);
-        if (x->grad) pd__muladd2(l, x->rows, x->width, 1, from, l->out.width, 1, NULL, 0, 0, x->grad, x->width, 1);
+        if (x->grad) pd__contract2(l, x->rows, x->width, 1, from, l->out.width, 1, NULL, 0, 0, x->grad, x->width, 1);
     }
     return PD_OK;
 }
 
-PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__concat_setup, NULL,
+PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__concat_setup, NULL,
          pd__concat_forward, pd__concat_backward);
 
 PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
@@ -6715,7 +6714,7 @@ static void pd__move_box(pd_layer *l, const pd_real *from, pd_real *to, bool bac
     size[0] = l->out.rows;
     from += back ? b->y_from : b->x_from;
     to += back ? b->x_from : b->y_from;
-    l->device->muladd(l->device, size, 1, from, back ? b->y : b->x, NULL, none, to, back ? b->x : b->y);
+    l->device->contract(l->device, size, 1, from, back ? b->y : b->x, NULL, none, to, back ? b->x : b->y);
 }
 
 static pd_status pd__box_forward(pd_layer *l) {
@@ -6788,13 +6787,13 @@ static pd_status pd__pad_setup(pd_layer *l) {
     return pd__want_numbers(l);
 }
 
-PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd), pd__slice_setup, NULL,
+PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__slice_setup, NULL,
          pd__box_forward, pd__box_backward);
-PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd), pd__reshape_setup,
+PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__reshape_setup,
          NULL, pd__box_forward, pd__box_backward);
-PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd),
+PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract),
          pd__transpose_setup, NULL, pd__box_forward, pd__box_backward);
-PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(muladd), pd__pad_setup, NULL,
+PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__pad_setup, NULL,
          pd__box_forward, pd__box_backward);
 
 PD_DEF pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t count, const pd_layer_opts *opts) {
@@ -6828,19 +6827,19 @@ static pd_status pd__scale_setup(pd_layer *l) {
 static pd_status pd__scale_forward(pd_layer *l) {
     int64_t n = l->out.width;
     pd__clear_output(l);
-    pd__muladd2(l, l->out.rows, n, 1, pd__in(l, 1)->data, n, 1, pd__in(l, 0)->data, 1, 0, l->out.data, n, 1);
+    pd__contract2(l, l->out.rows, n, 1, pd__in(l, 1)->data, n, 1, pd__in(l, 0)->data, 1, 0, l->out.data, n, 1);
     return PD_OK;
 }
 
 static pd_status pd__scale_backward(pd_layer *l) {
     int64_t n = l->out.width, rows = l->out.rows;
     const pd_tensor *w = pd__in(l, 0), *x = pd__in(l, 1);
-    if (w->grad) pd__muladd2(l, rows, n, 1, l->out.grad, n, 1, x->data, n, 1, w->grad, 1, 0);
-    if (x->grad) pd__muladd2(l, rows, n, 1, l->out.grad, n, 1, w->data, 1, 0, x->grad, n, 1);
+    if (w->grad) pd__contract2(l, rows, n, 1, l->out.grad, n, 1, x->data, n, 1, w->grad, 1, 0);
+    if (x->grad) pd__contract2(l, rows, n, 1, l->out.grad, n, 1, w->data, 1, 0, x->grad, n, 1);
     return PD_OK;
 }
 
-PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__scale_setup, NULL,
+PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__scale_setup, NULL,
          pd__scale_forward, pd__scale_backward);
 
 PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts) {
@@ -6862,7 +6861,7 @@ static pd_real *pd__interpolate_rest(pd_layer *l) {
     pd_real *rest = pd_layer_row_memory(l, 0, w->width);
     if (!rest) return NULL;
     l->device->fill(l->device, w->rows * w->width, 1, rest);
-    pd__muladd1(l, w->rows * w->width, -1, w->data, NULL, rest);
+    pd__contract1(l, w->rows * w->width, -1, w->data, NULL, rest);
     return rest;
 }
 
@@ -6872,8 +6871,8 @@ static pd_status pd__interpolate_forward(pd_layer *l) {
     const pd_real *rest = pd__interpolate_rest(l);
     if (!rest) return PD_E_MEMORY;
     pd__clear_output(l);
-    pd__muladd2(l, rows, n, 1, pd__in(l, 1)->data, n, 1, w->data, wr, wc, l->out.data, n, 1);
-    pd__muladd2(l, rows, n, 1, pd__in(l, 2)->data, n, 1, rest, wr, wc, l->out.data, n, 1);
+    pd__contract2(l, rows, n, 1, pd__in(l, 1)->data, n, 1, w->data, wr, wc, l->out.data, n, 1);
+    pd__contract2(l, rows, n, 1, pd__in(l, 2)->data, n, 1, rest, wr, wc, l->out.data, n, 1);
     return PD_OK;
 }
 
@@ -6886,16 +6885,16 @@ static pd_status pd__interpolate_backward(pd_layer *l) {
         pd_real *difference = pd_layer_row_memory(l, 1, n);
         if (!difference) return PD_E_MEMORY;
         l->device->fill(l->device, rows * n, 0, difference);
-        pd__muladd1(l, rows * n, 1, a->data, NULL, difference);
-        pd__muladd1(l, rows * n, -1, b->data, NULL, difference);
-        pd__muladd2(l, rows, n, 1, dy, n, 1, difference, n, 1, w->grad, wr, wc);
+        pd__contract1(l, rows * n, 1, a->data, NULL, difference);
+        pd__contract1(l, rows * n, -1, b->data, NULL, difference);
+        pd__contract2(l, rows, n, 1, dy, n, 1, difference, n, 1, w->grad, wr, wc);
     }
-    if (a->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, w->data, wr, wc, a->grad, n, 1);
-    if (b->grad) pd__muladd2(l, rows, n, 1, dy, n, 1, rest, wr, wc, b->grad, n, 1);
+    if (a->grad) pd__contract2(l, rows, n, 1, dy, n, 1, w->data, wr, wc, a->grad, n, 1);
+    if (b->grad) pd__contract2(l, rows, n, 1, dy, n, 1, rest, wr, wc, b->grad, n, 1);
     return PD_OK;
 }
 
-PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__interpolate_setup,
+PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__interpolate_setup,
          NULL, pd__interpolate_forward, pd__interpolate_backward);
 
 PD_DEF pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
@@ -6916,16 +6915,16 @@ static pd_status pd__affine_setup(pd_layer *l) {
 
 static pd_status pd__affine_forward(pd_layer *l) {
     l->device->fill(l->device, pd__numbers(l), (pd_real)pd__spec_of(l)->b, l->out.data);
-    pd__muladd1(l, pd__numbers(l), pd__spec_of(l)->a, pd__in(l, 0)->data, NULL, l->out.data);
+    pd__contract1(l, pd__numbers(l), pd__spec_of(l)->a, pd__in(l, 0)->data, NULL, l->out.data);
     return PD_OK;
 }
 
 static pd_status pd__affine_backward(pd_layer *l) {
-    if (pd__in(l, 0)->grad) pd__muladd1(l, pd__numbers(l), pd__spec_of(l)->a, l->out.grad, NULL, pd__in(l, 0)->grad);
+    if (pd__in(l, 0)->grad) pd__contract1(l, pd__numbers(l), pd__spec_of(l)->a, l->out.grad, NULL, pd__in(l, 0)->grad);
     return PD_OK;
 }
 
-PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__affine_setup, NULL,
+PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__affine_setup, NULL,
          pd__affine_forward, pd__affine_backward);
 
 PD_DEF pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double intercept, const pd_layer_opts *opts) {
@@ -7251,19 +7250,19 @@ static pd__outer_box pd__outer_box_of(const pd_layer *l) {
 static pd_status pd__outer_forward(pd_layer *l) {
     pd__outer_box o = pd__outer_box_of(l);
     pd__clear_output(l);
-    l->device->muladd(l->device, o.size, 1, pd__in(l, 1)->data, o.b, pd__in(l, 0)->data, o.a, l->out.data, o.y);
+    l->device->contract(l->device, o.size, 1, pd__in(l, 1)->data, o.b, pd__in(l, 0)->data, o.a, l->out.data, o.y);
     return PD_OK;
 }
 
 static pd_status pd__outer_backward(pd_layer *l) {
     pd__outer_box o = pd__outer_box_of(l);
     const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
-    if (a->grad) l->device->muladd(l->device, o.size, 1, l->out.grad, o.y, b->data, o.b, a->grad, o.a);
-    if (b->grad) l->device->muladd(l->device, o.size, 1, l->out.grad, o.y, a->data, o.a, b->grad, o.b);
+    if (a->grad) l->device->contract(l->device, o.size, 1, l->out.grad, o.y, b->data, o.b, a->grad, o.a);
+    if (b->grad) l->device->contract(l->device, o.size, 1, l->out.grad, o.y, a->data, o.a, b->grad, o.b);
     return PD_OK;
 }
 
-PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(muladd), pd__outer_setup, NULL,
+PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__outer_setup, NULL,
          pd__outer_forward, pd__outer_backward);
 
 PD_DEF pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
@@ -7296,7 +7295,7 @@ static pd_status pd__bilinear_forward(pd_layer *l) {
     pd__clear_output(l);
     for (int64_t k = 0; k < size; k++) {
         d->gemm(d, false, false, rows, n, m, 1, a->data, m, l->params[0]->value + k * m * n, n, 0, t, n, NULL);
-        pd__muladd2(l, rows, n, 1, t, n, 1, b->data, n, 1, l->out.data + k, size, 0);
+        pd__contract2(l, rows, n, 1, t, n, 1, b->data, n, 1, l->out.data + k, size, 0);
     }
     if (l->param_count > 1) pd__add_bias(l, l->params[1]);
     return PD_OK;
@@ -7305,7 +7304,7 @@ static pd_status pd__bilinear_forward(pd_layer *l) {
 /* t = dy_k x, row by row */
 static void pd__bilinear_weigh(pd_layer *l, int64_t k, const pd_tensor *x, pd_real *t) {
     l->device->fill(l->device, x->rows * x->width, 0, t);
-    pd__muladd2(l, x->rows, x->width, 1, x->data, x->width, 1, l->out.grad + k, l->out.width, 0, t, x->width, 1);
+    pd__contract2(l, x->rows, x->width, 1, x->data, x->width, 1, l->out.grad + k, l->out.width, 0, t, x->width, 1);
 }
 
 /* With t = dy_k a: dW_k += t^T b and db += t W_k. With t = dy_k b: da += t W_k^T. */
@@ -7328,7 +7327,7 @@ static pd_status pd__bilinear_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(fill) | PD_OP(muladd),
+PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(fill) | PD_OP(contract),
          pd__bilinear_setup, NULL, pd__bilinear_forward, pd__bilinear_backward);
 
 PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts) {
@@ -7348,7 +7347,7 @@ static pd_status pd__activation_setup(pd_layer *l) {
 }
 
 PD__TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0,
-         PD_OP(fill) | PD_OP(muladd) | PD_OP(activate) | PD_OP(activate_backward), pd__activation_setup, NULL,
+         PD_OP(fill) | PD_OP(contract) | PD_OP(activate) | PD_OP(activate_backward), pd__activation_setup, NULL,
          pd__add_forward, pd__add_backward);
 
 PD_DEF pd_layer *pd_activation(pd_net *net, pd_layer *input, pd_act act, const pd_activation_opts *opts) {
@@ -7565,8 +7564,8 @@ static pd_status pd__gru_forward(pd_layer *l) {
     d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n,
             &bias);
     d->fill(d, rows * 3 * n, 0, m.recurrent);
-    pd__muladd2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
-                1);
+    pd__contract2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
+                  1);
     for (int64_t t = 0; t < g->steps; t++) {
         int64_t first = g->begins[t], count = g->begins[t + 1] - first;
         const pd_real *before = t ? m.h + g->begins[t - 1] * n : NULL;
@@ -7607,9 +7606,9 @@ static pd_status pd__gru_backward(pd_layer *l) {
     pd__take_rows(l, rows, g->order, n, l->out.grad, dh, false);
     pd__gru_backward_steps(l, &m, dh);
     if (p[PD__GRU_BIAS]->grad)
-        pd__muladd2(l, rows, 3 * n, 1, m.gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
+        pd__contract2(l, rows, 3 * n, 1, m.gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
     if (p[PD__GRU_RECURRENT_BIAS]->grad)
-        pd__muladd2(l, rows, n, 1, m.recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
+        pd__contract2(l, rows, n, 1, m.recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
     if (p[PD__GRU_WEIGHT]->grad)
         d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
     if (p[PD__GRU_RECURRENT]->grad) {
@@ -7625,7 +7624,7 @@ static pd_status pd__gru_backward(pd_layer *l) {
 }
 
 PD__TYPE(pd__gru_type, "gru", 1, 1, pd__gru_spec, sizeof(pd__gru),
-         PD_OP(gemm) | PD_OP(fill) | PD_OP(muladd) | PD_OP(sparse_product) | PD_OP(gru) | PD_OP(gru_backward),
+         PD_OP(gemm) | PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product) | PD_OP(gru) | PD_OP(gru_backward),
          pd__gru_setup, pd__gru_resize, pd__gru_forward, pd__gru_backward);
 
 PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts) {
@@ -7694,7 +7693,7 @@ static pd_status pd__sequence_pool_backward(pd_layer *l) {
 }
 
 PD__TYPE(pd__sequence_pool_type, "sequence_pool", 1, 1, pd__spec, 0,
-         PD_OP(fill) | PD_OP(muladd) | PD_OP(sparse_product), pd__sequence_pool_setup, pd__sequence_pool_resize,
+         PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product), pd__sequence_pool_setup, pd__sequence_pool_resize,
          pd__sequence_pool_forward, pd__sequence_pool_backward);
 
 /* The element of a column that is a sequence's largest, the first of equals or NaNs; -1 in an empty sequence. */
@@ -7832,8 +7831,8 @@ static pd_status pd__cost_scales(pd_layer *layer, pd_real **scales) {
     if (!*scales) return PD_E_MEMORY;
     size[3] = layer->out.rows;
     layer->device->fill(layer->device, layer->out.rows, 0, *scales);
-    layer->device->muladd(layer->device, size, 1, layer->out.grad, steps, weight ? weight->out.data : NULL, steps,
-                          *scales, steps);
+    layer->device->contract(layer->device, size, 1, layer->out.grad, steps, weight ? weight->out.data : NULL, steps,
+                            *scales, steps);
     return PD_OK;
 }
 
@@ -8380,7 +8379,7 @@ PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevanc
 
 enum { PD__MAX_VALUES = 16 };
 
-/* ---- what all evaluators share ---- */
+/* ---- all evaluators ---- */
 
 /* Fails with a message that begins with the evaluator's name. Returns `status`. */
 PD_PRINTF(3, 4) static pd_status pd__eval_fail(const pd_evaluator *e, pd_status status, const char *format, ...) {
@@ -8611,7 +8610,7 @@ static void pd__auc_merge(pd_evaluator *e, const double *sums) {
     for (int64_t i = 0; i < (int64_t)sums[0]; i++) pd__auc_add(e, sums[3 * i + 1], sums[3 * i + 2], sums[3 * i + 3]);
 }
 
-/* The share of pairs (positive, negative) with the positive one's score above; ties, in one bin, count half. */
+/* The fraction of pairs (positive, negative) with the positive one's score above; ties, in one bin, count half. */
 static void pd__auc_values(const pd_evaluator *e, double *values) {
     const pd__auc_bin *bins = pd__auc_bins(e);
     double negatives = 0, positives = 0, area = 0;
@@ -8971,10 +8970,10 @@ struct pd_trainer {
     pd_batch *batch;                   /* reused by pd_train and pd_test */
     pd_layer **targets;                /* reused by pd_test */
     int64_t target_capacity;
-    int rank, ranks;  /* the share of every parameter that is stepped on here; 0, 1: all of it */
+    int rank, ranks;  /* the shard of every parameter that is stepped on here; 0, 1: all of it */
     int64_t attempt;  /* steps begun, failed ones too */
     bool started;     /* the updater's start is over */
-    bool unsettled;   /* values have been left for later since the last sync */
+    bool unsynced;    /* values have been left for later since the last sync */
     pd_trainer *next; /* of the same net */
 };
 
@@ -9131,7 +9130,7 @@ static pd_update pd__update_of(const pd_trainer *t, const pd__trained *tr, doubl
     const pd_param_opts *o = &tr->param->opts;
     pd_update u;
     u.optimizer = t->optimizer;
-    u.rate = pd__rate(t) * pd__or(o->rate, 1);
+    u.rate = pd__rate(t) * pd__or(o->rate_factor, 1);
     u.scale = scale;
     u.clip = pd__or(o->clip, t->opts.clip_value);
     u.l1 = pd__or(o->l1, t->opts.l1);
@@ -9148,22 +9147,22 @@ static const char *pd__layer_of(const pd_param *p) {
     return "?";
 }
 
-PD_DEF void pd_param_share(const pd_param *param, int rank, int ranks, int64_t *first, int64_t *count) {
+PD_DEF void pd_param_shard(const pd_param *param, int rank, int ranks, int64_t *first, int64_t *count) {
     int64_t each = param->size / ranks, more = param->size % ranks;
     *first = param->touched ? 0 : each * rank + pd__min(rank, more);
     *count = param->touched ? 0 : each + (rank < more);
 }
 
-/* Rows of a sparse parameter in this trainer's share. */
-static int64_t pd__share_rows(const pd_trainer *t, const pd_param *p) {
+/* Rows of a sparse parameter in this trainer's shard. */
+static int64_t pd__shard_rows(const pd_trainer *t, const pd_param *p) {
     return (p->dims[0] - t->rank + t->ranks - 1) / t->ranks;
 }
 
-/* Numbers of a parameter in this trainer's share: what is kept for each by the optimizer. */
-static int64_t pd__share_size(const pd_trainer *t, const pd_param *p) {
+/* Numbers of a parameter in this trainer's shard: what is kept for each by the optimizer. */
+static int64_t pd__shard_size(const pd_trainer *t, const pd_param *p) {
     int64_t first, count;
-    if (p->touched) return pd__share_rows(t, p) * p->dims[1];
-    pd_param_share(p, t->rank, t->ranks, &first, &count);
+    if (p->touched) return pd__shard_rows(t, p) * p->dims[1];
+    pd_param_shard(p, t->rank, t->ranks, &first, &count);
     return count;
 }
 
@@ -9206,7 +9205,7 @@ PD_DEF pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t 
         status =
             pd_trainer_apply_rows(trainer, param, param->rows.count, param->rows.ids, param->grad, samples, clip_scale);
     } else {
-        pd_param_share(param, trainer->rank, trainer->ranks, &first, &count);
+        pd_param_shard(param, trainer->rank, trainer->ranks, &first, &count);
         status = pd__check_finite(trainer, param, count, param->grad + first);
         if (status == PD_OK) {
             pd__count_update(trainer, tr);
@@ -9242,8 +9241,8 @@ PD_DEF pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t 
 enum { PD__CHUNK_ROWS = 512 };
 
 typedef struct pd__lazy {
-    uint32_t *times;       /* for each row of the share: the step that it is stored as of, modulo 2^32 */
-    int64_t count;         /* rows of the share */
+    uint32_t *times;       /* for each row of the shard: the step that it is stored as of, modulo 2^32 */
+    int64_t count;         /* rows of the shard */
     int64_t settled;       /* the step that all rows are stored as of, if it is the last one */
     int64_t window;        /* steps that a row may miss, a power of two */
     int64_t room;          /* .. that the tree has room for now, likewise */
@@ -9316,7 +9315,7 @@ static pd_status pd__lazy_new(pd_trainer *t, pd__trained *tr) {
     if (t->optimizer.kind == PD_OPT_SGD && u.l2 == 0) return PD_OK; /* a row without a gradient stays as it is */
     tr->lazy = lazy = (pd__lazy *)pd_alloc(a, 1, sizeof *lazy);
     if (lazy) {
-        lazy->count = pd__share_rows(t, tr->param);
+        lazy->count = pd__shard_rows(t, tr->param);
         lazy->room = lazy->window = PD__STEPS_LEAST;
         while (lazy->window < PD__STEPS_MOST && 4 * lazy->window < lazy->count) lazy->window *= 2;
         lazy->times = (uint32_t *)pd_alloc(a, lazy->count, sizeof *lazy->times);
@@ -9343,7 +9342,7 @@ static void pd__step_matrix(const pd_update *u, double *matrix) {
     matrix[3] = m;
 }
 
-/* Steps that a row of the share has missed, of the first `step`. None, if it has had a later one. */
+/* Steps that a row of the shard has missed, of the first `step`. None, if it has had a later one. */
 static int64_t pd__behind(const pd__lazy *lazy, int64_t step, int64_t local) {
     uint32_t behind = (uint32_t)step - lazy->times[local];
     return behind <= lazy->window ? behind : 0;
@@ -9379,7 +9378,7 @@ static void pd__miss(const pd_net *net, const pd_trainer *t, const pd__lazy *laz
     }
 }
 
-/* Brings rows first, first + 1, .. of the share up to date in `table`, and their state. */
+/* Brings rows first, first + 1, .. of the shard up to date in `table`, and their state. */
 static void pd__catch_up(pd_trainer *t, pd__trained *tr, pd_real *table, int64_t first, int64_t count) {
     pd_device *d = t->net->device;
     pd__lazy *lazy = tr->lazy;
@@ -9586,7 +9585,7 @@ enum { PD__AVERAGE_MOVE = 1024 };
 static void pd__add_to(pd_device *d, int64_t n, double factor, const pd_real *from, pd_real *to) {
     int64_t size[4] = { 1, 1, 1, 0 }, line[4] = { 0, 0, 0, 1 };
     size[3] = n;
-    d->muladd(d, size, (pd_real)factor, from, line, NULL, line, to, line);
+    d->contract(d, size, (pd_real)factor, from, line, NULL, line, to, line);
 }
 
 /* to = from */
@@ -10031,7 +10030,7 @@ struct pd__source {
     pd_reader_opts opts;
     int64_t total;  /* samples in the data; -1 when unknown */
     int64_t at;     /* the sample to be read next, counted from the start of the data */
-    int64_t chosen; /* samples before `at` that the options leave: the shards share these out */
+    int64_t chosen; /* samples before `at` that the options leave: these go to the shards in turn */
     int rank, ranks;
     bool ended;
     pd_status (*read)(pd__source *s, pd_batch *batch); /* adds the rows of sample `at`; PD_END: there is none */
@@ -10182,7 +10181,7 @@ static pd__source *pd__source_new(pd_net *net, const char *name, size_t size, co
     return NULL;
 }
 
-/* Options that all file readers share; those of the CSV reader alone must not be set for others. */
+/* Options of all file readers; those of the CSV reader alone must not be set for others. */
 static pd_status pd__check_reader_opts(pd__source *s, bool csv) {
     const pd_reader_opts *o = &s->opts;
     pd_reader *r = &s->reader;
@@ -12327,28 +12326,28 @@ PD_DEF pd_status pd_sync(pd_trainer *trainer) {
     pd_failure earlier; /* success here doesn't forget it */
     pd_status status;
     if (!trainer) return PD_E_ARGUMENT;
-    trainer->unsettled = false;
+    trainer->unsynced = false;
     if (!trainer->updater->sync) return PD_OK;
     earlier = net->failure;
     pd__clear_failure(net);
     status = pd__updater_returned(trainer, trainer->updater->sync(trainer->updater));
-    trainer->unsettled = status != PD_OK;
+    trainer->unsynced = status != PD_OK;
     if (status == PD_OK) net->failure = earlier;
     return status;
 }
 
-static pd_status pd__settle(pd_net *net, const pd_trainer *besides) {
+static pd_status pd__sync_all(pd_net *net, const pd_trainer *besides) {
     pd_status status = PD_OK;
     for (pd_trainer *t = pd__owner(net)->trainers; status == PD_OK && t && !net->updater; t = t->next)
-        if (t->unsettled && t != besides) status = pd_sync(t);
+        if (t->unsynced && t != besides) status = pd_sync(t);
     return status;
 }
 
 /* The sum over all workers. */
 static pd_status pd__reduce(pd_trainer *t, double *sums, int64_t count) {
-    if (!t->updater->reduce) return PD_OK;
+    if (!t->updater->all_reduce) return PD_OK;
     pd__clear_failure(t->net);
-    return pd__updater_returned(t, t->updater->reduce(t->updater, sums, count));
+    return pd__updater_returned(t, t->updater->all_reduce(t->updater, sums, count));
 }
 
 PD_DEF pd_status pd_trainer_shard(pd_trainer *trainer, int rank, int ranks) {
@@ -12446,11 +12445,11 @@ static pd_status pd__start_numbers(const pd_param *p, int64_t size, pd_real **me
     return PD_OK;
 }
 
-/* Memory for what is kept about a parameter, or about the share of it that is stepped on here. */
+/* Memory for what is kept about a parameter, or about the shard of it that is stepped on here. */
 static pd_status pd__start_states(pd_trainer *t, pd__trained *tr) {
     pd_status status = PD_OK;
     for (int k = 0; status == PD_OK && k < pd_optimizer_states(&t->optimizer); k++)
-        status = pd__start_numbers(tr->param, pd__share_size(t, tr->param), &tr->states[k]);
+        status = pd__start_numbers(tr->param, pd__shard_size(t, tr->param), &tr->states[k]);
     return status == PD_OK && tr->param->touched ? pd__lazy_new(t, tr) : status;
 }
 
@@ -12678,13 +12677,13 @@ static pd_status pd__train_step(pd_trainer *t, const pd_batch *batch, double *su
     *samples = batch->samples;
     if (t->averaged) pd_use_average(t, false);
     pd__begin_anew(net, false);
-    status = pd__settle(net, t);
+    status = pd__sync_all(net, t);
     if (status != PD_OK) return status;
     pd__catch_up_others(t);
     net->updater = t->updater;
     net->stepping = t;
     t->attempt++;
-    t->unsettled = t->updater != &t->local;
+    t->unsynced = t->updater != &t->local;
     status = pd__step(t, batch, sum, samples);
     net->updater = NULL;
     net->stepping = NULL;
@@ -12945,7 +12944,7 @@ static void pd__go_back(pd_trainer *t) {
         pd__replace(d, p->size, t->spare, t->best[i]);
     }
     t->went_back = true;
-    t->unsettled = false; /* a test came after a sync */
+    t->unsynced = false; /* a test came after a sync */
 }
 
 /* Are there parameters of which other workers may hold rows? Of the others every worker has all, of the last step or the one
@@ -13176,7 +13175,7 @@ static pd_status pd__end_pass(pd__run *run) {
 static pd_status pd__run_pass(pd__run *run) {
     pd_trainer *t = run->t;
     int64_t batch_size = run->o->batch_size ? run->o->batch_size : 32, samples = 1;
-    bool alone = t->updater->reduce == NULL;
+    bool alone = t->updater->all_reduce == NULL;
     pd_status status, end = PD_OK;
     t->reading = run->reader;
     status = pd__begin_pass(run);
@@ -13256,7 +13255,7 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
         pd_status synced = pd_sync(trainer);
         if (status == PD_OK || status == PD_STOPPED) status = synced != PD_OK ? synced : status;
     }
-    if (status != PD_OK && status != PD_STOPPED && !pd__has_tables(trainer)) trainer->unsettled = false;
+    if (status != PD_OK && status != PD_STOPPED && !pd__has_tables(trainer)) trainer->unsynced = false;
     if (run.o->patience > 0 && trainer->has_best && !trainer->went_back) pd__go_back(trainer);
     if (run.csv) fclose(run.csv);
     if (run.events) pd__events_close(run.events);
@@ -13276,7 +13275,7 @@ static double pd__layer_bytes(const pd_layer *l) {
     return (numbers + (double)l->own->folded_capacity) * sizeof(pd_real) + doubles * sizeof(double);
 }
 
-PD_DEF size_t pd_memory(const pd_net *net) {
+PD_DEF size_t pd_net_bytes(const pd_net *net) {
     double bytes = 0;
     for (int64_t i = 0; net && i < net->layer_count; i++) bytes += pd__layer_bytes(net->layers[i]);
     for (int64_t i = 0; net && i < net->spare_count; i++) bytes += (double)net->spares[i].capacity * sizeof(pd_real);
@@ -14247,7 +14246,7 @@ static pd_status pd__items_commit(pd__items *items) {
             item->staged = NULL;
         }
     }
-    return pd__synchronize(items->net);
+    return pd__wait_for_device(items->net);
 }
 
 static pd_status pd__check_map(pd_net *net, const pd_load_opts *opts) {
@@ -14341,7 +14340,7 @@ PD_DEF pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts
     if (pd__want_thawed(net, "pd_load") != PD_OK) return PD_E_STATE;
     if (net->origin)
         return pd__fail(net, PD_E_STATE, "pd_load: a shared net reads another's parameters; load into that one");
-    status = pd__settle(net, NULL); /* so that nothing left for later comes on top of the new values */
+    status = pd__sync_all(net, NULL); /* so that nothing left for later comes on top of the new values */
     if (status != PD_OK) return status;
     file = pd__open_to_read(net, path);
     if (!file) return PD_E_IO;
@@ -14873,7 +14872,7 @@ PD_DEF pd_status pd_save(pd_net *net, const char *path) {
     pd_status status;
     if (!pd__check_learned(net)) return pd_error_status(net);
     if (!path) return pd__fail(net, PD_E_ARGUMENT, "pd_save: no path");
-    status = pd__settle(net, NULL);
+    status = pd__sync_all(net, NULL);
     if (status != PD_OK) return status;
     status = pd__items_of_net(&items, net);
     if (status == PD_OK) status = pd__save_items(&items, path, NULL);
@@ -15086,9 +15085,9 @@ PD_DEF pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path) {
     if (trainer->ranks > 1)
         return pd__fail(
             trainer->net, PD_E_UNSUPPORTED,
-            "%.300s: no checkpoints yet with %d workers, each of which has a share of the optimizer's state", path,
+            "%.300s: no checkpoints yet with %d workers, each of which has a shard of the optimizer's state", path,
             trainer->ranks);
-    status = pd__settle(trainer->net, trainer);
+    status = pd__sync_all(trainer->net, trainer);
     if (status == PD_OK) status = pd_sync(trainer);
     if (status != PD_OK) return status;
     status = pd__items_of_trainer(&items, trainer, pd__best_of(trainer), NULL);
@@ -15239,7 +15238,7 @@ PD_DEF pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path) {
     if (trainer->ranks > 1)
         return pd__fail(trainer->net, PD_E_UNSUPPORTED, "%.300s: no checkpoints yet with %d workers", path,
                         trainer->ranks);
-    status = pd__settle(trainer->net, NULL);
+    status = pd__sync_all(trainer->net, NULL);
     if (status != PD_OK) return status;
     file = pd__open_to_read(trainer->net, path);
     if (!file) return PD_E_IO;
@@ -15915,12 +15914,12 @@ static PD__INLINE void PD__K(pd__row_sums)(const pd__gemm_job *g, int64_t first,
     }
 }
 
-/* A share of one row times a matrix, which is read once, as it lies. Each block of depth has its own sums, which are added
+/* A part of one row times a matrix, which is read once, as it lies. Each block of depth has its own sums, which are added
    to C as those of packed blocks are: a row has the same bits alone as among others. */
-static void PD__K(pd__gemm_row)(const pd__gemm_job *g, int64_t share) {
+static void PD__K(pd__gemm_row)(const pd__gemm_job *g, int64_t part) {
     enum { STRIP = 64 * PD__LANES };
-    const int64_t depth = pd__depth(g->kernels, g->k), end = pd__min(g->n, (share + 1) * g->columns);
-    for (int64_t j = share * g->columns; j < end; j += STRIP) {
+    const int64_t depth = pd__depth(g->kernels, g->k), end = pd__min(g->n, (part + 1) * g->columns);
+    for (int64_t j = part * g->columns; j < end; j += STRIP) {
         const int64_t width = pd__min(STRIP, end - j);
         pd_real sums[STRIP];
         for (int64_t p = 0; p < g->k || p == 0; p += depth) {
@@ -16483,9 +16482,9 @@ static void PD__K(pd__fill_piece)(int64_t n, pd_real value, pd_real *y) {
     for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, PD__K(pd__all)(value), n - i);
 }
 
-/* The innermost axis of muladd. Sums run in double. */
-static void PD__K(pd__muladd_line)(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b, int64_t bs,
-                                   pd_real *y, int64_t ys) {
+/* The innermost axis of contract. Sums run in double. */
+static void PD__K(pd__contract_line)(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b,
+                                     int64_t bs, pd_real *y, int64_t ys) {
     pd_real factor = b ? alpha * *b : alpha; /* where b is one number */
     if (ys == 0 && as == 1 && b && bs == 1) {
         *y += alpha * (pd_real)PD__K(pd__dot)(n, a, b);
@@ -16513,15 +16512,15 @@ static void PD__K(pd__muladd_line)(int64_t n, pd_real alpha, const pd_real *a, i
     }
 }
 
-static void PD__K(pd__muladd_box)(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                                  const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+static void PD__K(pd__contract_box)(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                                    const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     for (int64_t i = 0; i < size[0]; i++)
         for (int64_t j = 0; j < size[1]; j++)
             for (int64_t k = 0; k < size[2]; k++) {
                 const pd_real *left = a + i * as[0] + j * as[1] + k * as[2];
                 const pd_real *right = b ? b + i * bs[0] + j * bs[1] + k * bs[2] : NULL;
                 pd_real *to = y + i * ys[0] + j * ys[1] + k * ys[2];
-                PD__K(pd__muladd_line)(size[3], alpha, left, as[3], right, b ? bs[3] : 0, to, ys[3]);
+                PD__K(pd__contract_line)(size[3], alpha, left, as[3], right, b ? bs[3] : 0, to, ys[3]);
             }
 }
 

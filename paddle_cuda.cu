@@ -44,11 +44,11 @@
 
    What comes from the host (samples, ids, offsets) passes through 4 MiB of pinned memory and is taken when the call
    returns. The GPU runs behind the host, which waits for it to download, to add up squares, when the pinned memory is
-   full, and to synchronize. After batches of the largest size have been seen nothing is allocated.
+   full, and to wait. After batches of the largest size have been seen nothing is allocated.
 
    FAILURES
 
-   The first failure is kept, later operations do nothing, and synchronize (so pd_forward and the like) says what
+   The first failure is kept, later operations do nothing, and `wait` (so pd_forward and the like) says what
    failed, where, and what CUDA calls it. A kernel's failure shows in a later call; with the option `synchronous` in its
    own. After some failures (an illegal address) CUDA refuses to go on in this process.
 
@@ -147,7 +147,7 @@ typedef struct pd__cuda {
     cudaStream_t stream;
     cublasHandle_t blas;
     void *blas_space;
-    pd_failure failure; /* the first since the last synchronize */
+    pd_failure failure; /* the first since the last `wait` */
     pd__cuda_space spaces[PD__CUDA_SPACES];
     /* Pinned memory on the way to the device, its parts used in turn: each is free again when its event has come. */
     char *pinned;
@@ -229,12 +229,12 @@ static unsigned pd__cuda_grid(const pd__cuda *c, int64_t n) {
     return pd__cuda_blocks(c, pd__cuda_ceil_div(n, PD__CUDA_BLOCK));
 }
 
-/* In a kernel: for this thread's share of i = 0 .. n - 1, and for this block's. */
+/* In a kernel: for this thread's part of i = 0 .. n - 1, and for this block's. */
 #define PD__CUDA_EACH(i, n)                                                                                            \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
 #define PD__CUDA_EACH_BLOCK(i, n) for (int64_t i = blockIdx.x; i < (n); i += gridDim.x)
-/* For this thread's share of its block's work. */
-#define PD__CUDA_SHARE(i, n) for (int64_t i = threadIdx.x; i < (n); i += blockDim.x)
+/* For this thread's part of its block's work. */
+#define PD__CUDA_EACH_IN_BLOCK(i, n) for (int64_t i = threadIdx.x; i < (n); i += blockDim.x)
 
 /* The sum of v over the block, in all its threads; always in the same order. */
 static __device__ double pd__cuda_block_sum(double v) {
@@ -254,7 +254,7 @@ static __device__ double pd__cuda_block_sum(double v) {
 static __device__ pd_real pd__cuda_largest(const pd_real *x, int64_t width) {
     __shared__ pd_real tops[PD__CUDA_BLOCK];
     pd_real top = x[0];
-    PD__CUDA_SHARE(i, width) top = x[i] > top ? x[i] : top;
+    PD__CUDA_EACH_IN_BLOCK(i, width) top = x[i] > top ? x[i] : top;
     tops[threadIdx.x] = top;
     __syncthreads();
     for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
@@ -347,7 +347,7 @@ static void pd__cuda_download(pd_device *d, void *to_host, const void *from, siz
         memset(to_host, 0, size);
 }
 
-static pd_status pd__cuda_synchronize(pd_device *d, char *message, size_t size) {
+static pd_status pd__cuda_wait(pd_device *d, char *message, size_t size) {
     pd__cuda *c = (pd__cuda *)d->self;
     pd_status status;
     if (pd__cuda_of(d)) PD__CUDA_TRY(c, cudaStreamSynchronize(c->stream));
@@ -387,7 +387,7 @@ static void pd__cuda_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
     PD__CUDA_RUN(c, pd__cuda_fill_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, n, value, y);
 }
 
-/* ---- muladd ----
+/* ---- contract ----
    The axes that move in y are taken apart from those that are summed. In both, neighbours become one axis where that
    makes no difference. */
 
@@ -434,8 +434,8 @@ template <int AXES> static __device__ pd__cuda_place pd__cuda_place_of(const pd_
 }
 
 template <int AXES>
-static __global__ void pd__cuda_muladd_kernel(pd__cuda_axes x, pd_real alpha, const pd_real *a, const pd_real *b,
-                                              pd_real *y) {
+static __global__ void pd__cuda_contract_kernel(pd__cuda_axes x, pd_real alpha, const pd_real *a, const pd_real *b,
+                                                pd_real *y) {
     PD__CUDA_EACH(i, x.count) {
         pd__cuda_place p = pd__cuda_place_of<AXES>(x, i);
         y[p.y] += alpha * a[p.a] * (b ? b[p.b] : 1);
@@ -451,8 +451,8 @@ typedef struct pd__cuda_split {
 
 /* Sums run in double. With more than one part they go to `sums`, part by part. */
 template <int AXES>
-static __global__ void pd__cuda_muladd_sum(pd__cuda_axes out, pd__cuda_axes in, pd__cuda_split s, pd_real alpha,
-                                           const pd_real *a, const pd_real *b, pd_real *y, double *sums) {
+static __global__ void pd__cuda_contract_sum(pd__cuda_axes out, pd__cuda_axes in, pd__cuda_split s, pd_real alpha,
+                                             const pd_real *a, const pd_real *b, pd_real *y, double *sums) {
     __shared__ double shared[PD__CUDA_BLOCK];
     const unsigned t = threadIdx.x, step = s.across ? s.outputs : 1;
     const unsigned lane = s.across ? t / s.outputs : t % s.lanes, mine = s.across ? t % s.outputs : t / s.lanes;
@@ -479,8 +479,8 @@ static __global__ void pd__cuda_muladd_sum(pd__cuda_axes out, pd__cuda_axes in, 
     }
 }
 
-static __global__ void pd__cuda_muladd_parts(pd__cuda_axes out, int64_t parts, pd_real alpha, const double *sums,
-                                             pd_real *y) {
+static __global__ void pd__cuda_contract_parts(pd__cuda_axes out, int64_t parts, pd_real alpha, const double *sums,
+                                               pd_real *y) {
     PD__CUDA_EACH(i, out.count) {
         double sum = 0;
         for (int64_t k = 0; k < parts; k++) sum += sums[k * out.count + i];
@@ -504,8 +504,8 @@ static pd__cuda_split pd__cuda_split_of(const pd__cuda *c, const pd__cuda_axes *
     return s;
 }
 
-static void pd__cuda_muladd_sums(pd__cuda *c, const pd__cuda_axes *out, const pd__cuda_axes *in, pd_real alpha,
-                                 const pd_real *a, const pd_real *b, pd_real *y) {
+static void pd__cuda_contract_sums(pd__cuda *c, const pd__cuda_axes *out, const pd__cuda_axes *in, pd_real alpha,
+                                   const pd_real *a, const pd_real *b, pd_real *y) {
     const pd__cuda_split s = pd__cuda_split_of(c, out, in);
     const dim3 grid(pd__cuda_blocks(c, pd__cuda_ceil_div(out->count, s.outputs)), (unsigned)s.parts);
     double *sums = NULL;
@@ -514,25 +514,25 @@ static void pd__cuda_muladd_sums(pd__cuda *c, const pd__cuda_axes *out, const pd
         if (!sums) return;
     }
     if (in->used <= 1)
-        PD__CUDA_RUN(c, (pd__cuda_muladd_sum<1>), grid, PD__CUDA_BLOCK, *out, *in, s, alpha, a, b, y, sums);
-    else PD__CUDA_RUN(c, (pd__cuda_muladd_sum<4>), grid, PD__CUDA_BLOCK, *out, *in, s, alpha, a, b, y, sums);
+        PD__CUDA_RUN(c, (pd__cuda_contract_sum<1>), grid, PD__CUDA_BLOCK, *out, *in, s, alpha, a, b, y, sums);
+    else PD__CUDA_RUN(c, (pd__cuda_contract_sum<4>), grid, PD__CUDA_BLOCK, *out, *in, s, alpha, a, b, y, sums);
     if (s.parts > 1)
-        PD__CUDA_RUN(c, pd__cuda_muladd_parts, pd__cuda_grid(c, out->count), PD__CUDA_BLOCK, *out, s.parts, alpha, sums,
-                     y);
+        PD__CUDA_RUN(c, pd__cuda_contract_parts, pd__cuda_grid(c, out->count), PD__CUDA_BLOCK, *out, s.parts, alpha,
+                     sums, y);
 }
 
-static void pd__cuda_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                            const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+static void pd__cuda_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                              const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     pd__cuda *c = pd__cuda_of(d);
     pd__cuda_axes out = pd__cuda_no_axes(), in = out;
     unsigned grid;
     for (int i = 0; i < 4; i++) pd__cuda_add_axis(ys[i] ? &out : &in, size[i], as[i], b ? bs[i] : 0, ys[i]);
     if (!c || out.count == 0 || in.count == 0) return;
     grid = pd__cuda_grid(c, out.count);
-    if (in.count > 1) pd__cuda_muladd_sums(c, &out, &in, alpha, a, b, y);
-    else if (out.used <= 1) PD__CUDA_RUN(c, (pd__cuda_muladd_kernel<1>), grid, PD__CUDA_BLOCK, out, alpha, a, b, y);
-    else if (out.used == 2) PD__CUDA_RUN(c, (pd__cuda_muladd_kernel<2>), grid, PD__CUDA_BLOCK, out, alpha, a, b, y);
-    else PD__CUDA_RUN(c, (pd__cuda_muladd_kernel<4>), grid, PD__CUDA_BLOCK, out, alpha, a, b, y);
+    if (in.count > 1) pd__cuda_contract_sums(c, &out, &in, alpha, a, b, y);
+    else if (out.used <= 1) PD__CUDA_RUN(c, (pd__cuda_contract_kernel<1>), grid, PD__CUDA_BLOCK, out, alpha, a, b, y);
+    else if (out.used == 2) PD__CUDA_RUN(c, (pd__cuda_contract_kernel<2>), grid, PD__CUDA_BLOCK, out, alpha, a, b, y);
+    else PD__CUDA_RUN(c, (pd__cuda_contract_kernel<4>), grid, PD__CUDA_BLOCK, out, alpha, a, b, y);
 }
 
 /* ---- matrix product ----
@@ -582,12 +582,12 @@ static __global__ void pd__cuda_squares_kernel(int64_t n, double scale, const pd
 /* By one block: *sum = of n numbers. */
 static __global__ void pd__cuda_sum_kernel(int64_t n, const double *x, double *to) {
     double sum = 0;
-    PD__CUDA_SHARE(i, n) sum += x[i];
+    PD__CUDA_EACH_IN_BLOCK(i, n) sum += x[i];
     sum = pd__cuda_block_sum(sum);
     if (threadIdx.x == 0) *to = sum;
 }
 
-/* After a failure 0, which stops nobody: synchronize will tell. */
+/* After a failure 0, which stops nobody: `wait` will tell. */
 static double pd__cuda_squares(pd__cuda *c, int64_t n, double scale, const pd_real *x) {
     const unsigned blocks = pd__cuda_grid(c, n);
     double *sums = (double *)pd__cuda_space_of(c, PD__CUDA_SUMS, ((int64_t)blocks + 1) * (int64_t)sizeof *sums);
@@ -858,12 +858,12 @@ static __global__ void pd__cuda_softmax_kernel(int64_t rows, int64_t width, cons
         const pd_real *from = x + r * width, top = pd__cuda_largest(from, width);
         pd_real *to = y + r * width;
         double sum = 0;
-        PD__CUDA_SHARE(i, width) {
+        PD__CUDA_EACH_IN_BLOCK(i, width) {
             to[i] = exp(from[i] - top);
             sum += (double)to[i];
         }
         sum = pd__cuda_block_sum(sum);
-        PD__CUDA_SHARE(i, width) to[i] = (pd_real)((double)to[i] / sum);
+        PD__CUDA_EACH_IN_BLOCK(i, width) to[i] = (pd_real)((double)to[i] / sum);
     }
 }
 
@@ -873,9 +873,9 @@ static __global__ void pd__cuda_softmax_backward_kernel(int64_t rows, int64_t wi
         const pd_real *from = y + r * width;
         pd_real *to = grad + r * width;
         double dot = 0;
-        PD__CUDA_SHARE(i, width) dot += (double)from[i] * (double)to[i];
+        PD__CUDA_EACH_IN_BLOCK(i, width) dot += (double)from[i] * (double)to[i];
         dot = pd__cuda_block_sum(dot);
-        PD__CUDA_SHARE(i, width) to[i] = from[i] * (to[i] - (pd_real)dot);
+        PD__CUDA_EACH_IN_BLOCK(i, width) to[i] = from[i] * (to[i] - (pd_real)dot);
     }
 }
 
@@ -1176,11 +1176,11 @@ static __global__ void pd__cuda_cross_entropy_kernel(int64_t rows, int64_t width
             const double largest = (double)pd__cuda_largest(p + r * width, width);
             double others = 0;
             top = (double)pd__cuda_largest(x + r * width, width);
-            PD__CUDA_SHARE(k, width) others += (double)p[r * width + k];
+            PD__CUDA_EACH_IN_BLOCK(k, width) others += (double)p[r * width + k];
             others = pd__cuda_block_sum(others) - largest;
             least = others < 0.5 ? -log1p(-(others > 0 ? others : 0)) : -log(largest);
         }
-        PD__CUDA_SHARE(i, ids ? 1 : width) {
+        PD__CUDA_EACH_IN_BLOCK(i, ids ? 1 : width) {
             const int64_t k = ids ? ids[r] : i;
             const double t = (double)pd__cuda_target(ids, soft, class_weights, r, width, k);
             if (t != 0)
@@ -1200,10 +1200,10 @@ static __global__ void pd__cuda_cross_entropy_backward_kernel(int64_t rows, int6
         double total = 0;
         if (dcost[r] == 0) continue; /* the whole block does */
         if (by_x) {
-            PD__CUDA_SHARE(k, width) total += (double)pd__cuda_target(ids, soft, class_weights, r, width, k);
+            PD__CUDA_EACH_IN_BLOCK(k, width) total += (double)pd__cuda_target(ids, soft, class_weights, r, width, k);
             total = pd__cuda_block_sum(total);
         }
-        PD__CUDA_SHARE(k, width) {
+        PD__CUDA_EACH_IN_BLOCK(k, width) {
             const pd_real t = pd__cuda_target(ids, soft, class_weights, r, width, k), v = p[r * width + k];
             if (ids && !by_x && k != ids[r]) continue;
             dx[r * width + k] += dcost[r] * (by_x ? (pd_real)total * v - t : -t / pd__cuda_at_least_tiny(v));
@@ -1245,19 +1245,19 @@ static __device__ uint64_t pd__cuda_random(uint64_t key, uint64_t counter) {
     return z ^ (z >> 31);
 }
 
-static __global__ void pd__cuda_dropout_kernel(int64_t n, uint64_t key, double rate, pd_real factor, const pd_real *x,
+static __global__ void pd__cuda_dropout_kernel(int64_t n, uint64_t key, double p, pd_real factor, const pd_real *x,
                                                pd_real *y) {
     PD__CUDA_EACH(i, n) {
         const double u = (double)(pd__cuda_random(key, (uint64_t)i) >> 11) * (1.0 / 9007199254740992.0);
-        if (u >= rate) y[i] += factor * x[i];
+        if (u >= p) y[i] += factor * x[i];
     }
 }
 
-static void pd__cuda_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y) {
+static void pd__cuda_dropout(pd_device *d, int64_t n, uint64_t key, double p, const pd_real *x, pd_real *y) {
     pd__cuda *c = pd__cuda_of(d);
     if (!c || n == 0) return;
-    PD__CUDA_RUN(c, pd__cuda_dropout_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, n, key, rate,
-                 (pd_real)(1 / (1 - rate)), x, y);
+    PD__CUDA_RUN(c, pd__cuda_dropout_kernel, pd__cuda_grid(c, n), PD__CUDA_BLOCK, n, key, p, (pd_real)(1 / (1 - p)), x,
+                 y);
 }
 
 /* ======================================================================================================== */
@@ -1273,9 +1273,9 @@ static __global__ void pd__cuda_moments_kernel(int64_t n, int64_t channels, int6
                                                pd_real *moments) {
     PD__CUDA_EACH_BLOCK(c, channels) {
         double sum = 0, squares = 0;
-        PD__CUDA_SHARE(i, n) sum += (double)x[pd__cuda_in_channel(i, c, channels, area)];
+        PD__CUDA_EACH_IN_BLOCK(i, n) sum += (double)x[pd__cuda_in_channel(i, c, channels, area)];
         sum = pd__cuda_block_sum(sum) / (double)pd__cuda_max(n, 1);
-        PD__CUDA_SHARE(i, n) {
+        PD__CUDA_EACH_IN_BLOCK(i, n) {
             const double v = (double)x[pd__cuda_in_channel(i, c, channels, area)] - sum;
             squares += v * v;
         }
@@ -1329,7 +1329,7 @@ static __global__ void pd__cuda_batch_norm_backward_kernel(int64_t n, int64_t ch
         const double middle = (double)mean[c] + (rest ? (double)rest[c] : 0);
         const pd_real factor = (pd_real)(inverse * (weight ? (double)weight[c] : 1));
         double sum = 0, dot = 0;
-        PD__CUDA_SHARE(i, n) {
+        PD__CUDA_EACH_IN_BLOCK(i, n) {
             const int64_t at = pd__cuda_in_channel(i, c, channels, area);
             sum += (double)dy[at];
             dot += (double)dy[at] * ((double)x[at] - middle);
@@ -1340,7 +1340,7 @@ static __global__ void pd__cuda_batch_norm_backward_kernel(int64_t n, int64_t ch
         if (threadIdx.x == 0 && dbias) dbias[c] += (pd_real)sum;
         sum = batch_moments ? sum / (double)n : 0;
         dot = batch_moments ? dot * inverse / (double)n : 0;
-        PD__CUDA_SHARE(i, dx ? n : 0) {
+        PD__CUDA_EACH_IN_BLOCK(i, dx ? n : 0) {
             const int64_t at = pd__cuda_in_channel(i, c, channels, area);
             dx[at] += factor * (pd_real)((double)dy[at] - sum - ((double)x[at] - middle) * dot);
         }
@@ -1364,16 +1364,16 @@ static __global__ void pd__cuda_layer_norm_kernel(int64_t rows, int64_t width, c
     PD__CUDA_EACH_BLOCK(r, rows) {
         const pd_real *row = x + r * width;
         double mean = 0, variance = 0, inverse;
-        PD__CUDA_SHARE(i, width) mean += (double)row[i];
+        PD__CUDA_EACH_IN_BLOCK(i, width) mean += (double)row[i];
         mean = pd__cuda_block_sum(mean) / (double)width;
-        PD__CUDA_SHARE(i, width) variance += ((double)row[i] - mean) * ((double)row[i] - mean);
+        PD__CUDA_EACH_IN_BLOCK(i, width) variance += ((double)row[i] - mean) * ((double)row[i] - mean);
         inverse = 1 / sqrt(pd__cuda_block_sum(variance) / (double)width + epsilon);
         if (threadIdx.x == 0) {
             moments[3 * r] = (pd_real)mean;
             moments[3 * r + 1] = (pd_real)(mean - (double)moments[3 * r]);
             moments[3 * r + 2] = (pd_real)inverse;
         }
-        PD__CUDA_SHARE(i, width)
+        PD__CUDA_EACH_IN_BLOCK(i, width)
         y[r * width + i] =
             (pd_real)(((double)row[i] - mean) * inverse) * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
     }
@@ -1394,14 +1394,14 @@ static __global__ void pd__cuda_layer_norm_data_kernel(int64_t rows, int64_t wid
         const double mean = (double)moments[3 * r] + (double)moments[3 * r + 1], inverse = (double)moments[3 * r + 2];
         const pd_real *from = x + r * width, *grad = dy + r * width;
         double sum = 0, dot = 0;
-        PD__CUDA_SHARE(i, width) {
+        PD__CUDA_EACH_IN_BLOCK(i, width) {
             const double g = (double)grad[i] * (weight ? (double)weight[i] : 1);
             sum += g;
             dot += g * ((double)from[i] - mean) * inverse;
         }
         sum = pd__cuda_block_sum(sum) / (double)width;
         dot = pd__cuda_block_sum(dot) / (double)width;
-        PD__CUDA_SHARE(i, width) {
+        PD__CUDA_EACH_IN_BLOCK(i, width) {
             const double g = (double)grad[i] * (weight ? (double)weight[i] : 1);
             dx[r * width + i] += (pd_real)(inverse * (g - sum - ((double)from[i] - mean) * inverse * dot));
         }
@@ -1581,7 +1581,7 @@ static void pd__cuda_fill_table(pd_device *d) {
     d->free = pd__cuda_free_memory;
     d->upload = pd__cuda_upload;
     d->download = pd__cuda_download;
-    d->synchronize = pd__cuda_synchronize;
+    d->wait = pd__cuda_wait;
 #define PD__CUDA_OPERATION(name) d->name = pd__cuda_##name;
     PD_OPERATIONS(PD__CUDA_OPERATION)
 #undef PD__CUDA_OPERATION

@@ -10,7 +10,7 @@
 
    A WHOLE PROGRAM
 
-   Every rank runs the same program, which reads its share of the samples:
+   Every rank runs the same program, which reads its shard of the samples:
 
    ```c
    #define PADDLE_IMPLEMENTATION
@@ -52,8 +52,8 @@
 
    HOW
 
-   Each rank owns a share of every parameter and keeps the optimizer's state for that. Owners get the gradients of their
-   share from all ranks as soon as they are final, step as soon as the last one has come, and send the new values, for
+   Each rank owns a shard of every parameter and keeps the optimizer's state for that. Owners get the gradients of their
+   shard from all ranks as soon as they are final, step as soon as the last one has come, and send the new values, for
    which the next forward waits layer by layer. Per step a rank sends, of S numbers in dense parameters of which it owns
    O, S - O gradients and (ranks - 1) O values: together, over all ranks, 2 (ranks - 1) S, which is the least there is.
    A rank without samples sends no gradients. Of a sparse parameter only the rows in the batch travel: their ids to the
@@ -63,7 +63,7 @@
    One thread does all this inside the updater's calls, between layers and while it waits: no service thread, no
    collective operation, no one-sided one. MPI_THREAD_FUNNELED is enough.
 
-   Memory beside the net's: the optimizer's state of the share and, for gradients, (ranks - 1) times the share.
+   Memory beside the net's: the optimizer's state of the shard and, for gradients, (ranks - 1) times the shard.
 
    WHEN A RANK FAILS
 
@@ -170,8 +170,8 @@ extern "C" {
 enum {
     PD__MPI_CONTROL,  /* pd__mpi_message */
     PD__MPI_ANNOUNCE, /* at the beginning of a batch: samples, and rows wanted of each sparse parameter */
-    PD__MPI_NORM,     /* the norm of a share, with clip_norm */
-    PD__MPI_SUMS,     /* pd_updater.reduce */
+    PD__MPI_NORM,     /* the norm of a shard, with clip_norm */
+    PD__MPI_SUMS,     /* pd_updater.all_reduce */
     PD__MPI_BULK,     /* first values, and what sync sends */
     PD__MPI_PARAMS
 };
@@ -233,7 +233,7 @@ typedef struct pd__mpi_table {
     int *busy;                /* per rank: transfers of ids, then of values, then of gradients */
     int awaited;              /* ranks whose gradients have not come */
     int64_t count, *rows;     /* the rows with a gradient from any rank .. */
-    int64_t *where;           /* .. and for each row of the share its place there, if there it stands */
+    int64_t *where;           /* .. and for each row of the shard its place there, if there it stands */
     pd_real *sums;            /* their gradients .. */
     pd_real *device_sums;     /* .. and where the device reads them, if it can't there */
     pd_real *device_rows;     /* rows on their way from there, likewise */
@@ -244,10 +244,10 @@ typedef struct pd__mpi_table {
 /* What is kept about a trained parameter. */
 typedef struct pd__mpi_slot {
     pd_param *param;
-    int64_t first, count;                           /* dense: the share of this rank */
+    int64_t first, count;                           /* dense: the shard of this rank */
     int grads_in, grads_out, values_in, values_out; /* transfers under way */
     bool final, expecting, summed, applied;         /* in this step: its gradient is here; new values may come; .. */
-    pd_real *inbox;                                 /* dense: gradients of the share, from the other ranks in order */
+    pd_real *inbox;                                 /* dense: gradients of the shard, from the other ranks in order */
     pd_real *grads, *values;                        /* dense: copies on the host; NULL when the device is there */
     pd__mpi_table *table;                           /* NULL: dense */
 } pd__mpi_slot;
@@ -626,8 +626,8 @@ static pd_status pd__mpi_add_up(pd__mpi *m, double *sums, int64_t count) {
 /* ======================================================================================================== */
 /* >>steps: what an owner does, as far as what has come allows                                              */
 
-/* The share's gradients of all ranks with samples, in the order of the ranks; `own` is this rank's, and the sum. */
-static void pd__mpi_sum_share(const pd__mpi *m, const pd__mpi_slot *s, pd_real *own) {
+/* The shard's gradients of all ranks with samples, in the order of the ranks; `own` is this rank's, and the sum. */
+static void pd__mpi_sum_shard(const pd__mpi *m, const pd__mpi_slot *s, pd_real *own) {
     enum { AT_ONCE = 256 };
     double sums[AT_ONCE];
     for (int64_t first = 0; first < s->count; first += AT_ONCE) {
@@ -644,7 +644,7 @@ static void pd__mpi_sum_share(const pd__mpi *m, const pd__mpi_slot *s, pd_real *
 
 static void pd__mpi_sum_dense(pd__mpi *m, pd__mpi_slot *s) {
     pd_real *grad = s->param->grad + s->first;
-    pd__mpi_sum_share(m, s, s->grads ? s->grads + s->first : grad);
+    pd__mpi_sum_shard(m, s, s->grads ? s->grads + s->first : grad);
     if (s->grads && s->count > 0)
         m->device->upload(m->device, grad, s->grads + s->first, (size_t)pd__mpi_reals(s->count));
 }
@@ -692,7 +692,7 @@ static double pd__mpi_norm(const pd__mpi *m, const pd__mpi_slot *s) {
     return d->norm(d, s->count, s->param->grad + s->first);
 }
 
-/* A step on the share. The values sent before have arrived everywhere (the gradients that this step was made of were
+/* A step on the shard. The values sent before have arrived everywhere (the gradients that this step was made of were
    computed from them), and pd__mpi_advance has seen to it that MPI has done with them too. */
 static pd_status pd__mpi_apply(pd__mpi *m, int slot, double clip_scale) {
     pd__mpi_slot *s = &m->slots[slot];
@@ -722,7 +722,7 @@ static pd_status pd__mpi_expect_values(pd__mpi *m, int slot) {
     s->expecting = true;
     for (int r = 0; status == PD_OK && !s->table && r < m->ranks; r++) {
         int64_t first, count;
-        pd_param_share(s->param, r, m->ranks, &first, &count);
+        pd_param_shard(s->param, r, m->ranks, &first, &count);
         if (r != m->rank)
             status =
                 pd__mpi_post(m, PD__MPI_VALUES_IN, slot, r, pd__mpi_tag(slot, PD__MPI_VALUES),
@@ -829,7 +829,7 @@ static pd_status pd__mpi_advance(pd__mpi *m) {
 
 /* ---- rows ---- */
 
-/* Rows of the share as they are now, to host memory. */
+/* Rows of the shard as they are now, to host memory. */
 static pd_status pd__mpi_read_rows(pd__mpi *m, const pd__mpi_slot *s, int64_t count, const int64_t *rows, pd_real *to) {
     pd__mpi_table *t = s->table;
     pd_device *d = m->device;
@@ -1032,7 +1032,7 @@ static pd_status pd__mpi_grad_final(pd_updater *u, pd_param *param) {
         pd_real *from = s->grads ? s->grads : param->grad;
         int64_t first, count;
         if (r == m->rank) continue;
-        pd_param_share(param, r, m->ranks, &first, &count);
+        pd_param_shard(param, r, m->ranks, &first, &count);
         status = t ? pd__mpi_post(m, PD__MPI_SEND, slot, r, tag, t->mine + t->out[r] * t->width,
                                   pd__mpi_reals((t->out[r + 1] - t->out[r]) * t->width), &s->grads_out)
                    : pd__mpi_post(m, PD__MPI_SEND, slot, r, tag, from + first, pd__mpi_reals(count), &s->grads_out);
@@ -1062,7 +1062,7 @@ static pd_status pd__mpi_end_batch(pd_updater *u, int64_t *samples) {
 
 /* ---- sync ---- */
 
-/* The rows of every rank's share, as they are now, go to all others, a box at a time. */
+/* The rows of every rank's shard, as they are now, go to all others, a box at a time. */
 static pd_status pd__mpi_gather(pd__mpi *m, const pd__mpi_slot *s) {
     pd_device *d = m->device;
     pd_param *p = s->param;
@@ -1077,7 +1077,7 @@ static pd_status pd__mpi_gather(pd__mpi *m, const pd__mpi_slot *s) {
     for (int64_t first = 0; first * m->ranks < p->dims[0]; first += each) {
         pd_status status;
         for (int r = 0; r < m->ranks; r++) {
-            int64_t rows = (p->dims[0] - r + m->ranks - 1) / m->ranks; /* of its share; may be 0 */
+            int64_t rows = (p->dims[0] - r + m->ranks - 1) / m->ranks; /* of its shard; may be 0 */
             m->sizes[r] = pd__mpi_reals(pd__mpi_max(0, pd__mpi_min(each, rows - first)) * width);
         }
         for (int64_t i = 0; i < each; i++) ids[i] = (first + i) * m->ranks + m->rank;
@@ -1132,7 +1132,7 @@ static pd_status pd__mpi_sync(pd_updater *u) {
     return status;
 }
 
-static pd_status pd__mpi_reduce(pd_updater *u, double *sums, int64_t count) {
+static pd_status pd__mpi_all_reduce(pd_updater *u, double *sums, int64_t count) {
     pd__mpi *m = pd__mpi_of(u);
     pd_status status = pd__mpi_enter(m, PD__MPI_REDUCE);
     return status == PD_OK ? pd__mpi_add_up(m, sums, count) : status;
@@ -1183,8 +1183,8 @@ static size_t pd__mpi_describe(const pd__mpi *m, char *text, size_t size) {
                        p->is_buffer                 ? " buffer"
                        : pd__mpi_slot_of(m, p) >= 0 ? " trained"
                                                     : " fixed",
-                       p->opts.sparse ? " sparse" : "", p->mask ? " pruned" : "", po->rate, po->l1, po->l2, po->clip,
-                       po->prune);
+                       p->opts.sparse ? " sparse" : "", p->mask ? " pruned" : "", po->rate_factor, po->l1, po->l2,
+                       po->clip, po->prune);
     }
     return length;
 }
@@ -1250,7 +1250,7 @@ static bool pd__mpi_new_slot(pd__mpi *m, pd__mpi_slot *s, pd_param *p) {
     pd__mpi_table *t;
     s->param = p;
     if (!p->opts.sparse) {
-        pd_param_share(p, m->rank, m->ranks, &s->first, &s->count);
+        pd_param_shard(p, m->rank, m->ranks, &s->first, &s->count);
         s->inbox = (pd_real *)pd_alloc(a, (m->ranks - 1) * s->count, sizeof *s->inbox);
         if (m->device->host_memory) return s->inbox != NULL;
         s->grads = (pd_real *)pd_alloc(a, p->size, sizeof *s->grads);
@@ -1491,7 +1491,7 @@ PD__MPI_DEF pd_updater *pd_mpi_new(const pd_mpi_opts *opts, char *message, size_
     m->updater.poll = pd__mpi_poll;
     m->updater.end_batch = pd__mpi_end_batch;
     m->updater.sync = pd__mpi_sync;
-    m->updater.reduce = pd__mpi_reduce;
+    m->updater.all_reduce = pd__mpi_all_reduce;
     m->updater.stop = pd__mpi_stop;
     return &m->updater;
 }

@@ -2,7 +2,7 @@
 
    nets NAME BATCH THREADS train|predict builds a net and prints a line on it and one with the number of its
    parameters. Then, for each line `N` on standard input, it makes N steps (forward, backward and momentum update, or
-   predictions) on one made-up batch, and answers with the seconds of one and the bytes of pd_memory. bench/nets.py and
+   predictions) on one made-up batch, and answers with the seconds of one and the bytes of pd_net_bytes. bench/nets.py and
    bench/inference.py talk to it, and have the same nets of the other side do the same by turns. */
 #define PADDLE_IMPLEMENTATION
 #include "../paddle.h"
@@ -152,7 +152,7 @@ int main(int argc, char **argv) {
                                : pd_predict(output, batch->slots[0].data, samples) != NULL;
             if (!ok) return fail(net);
         }
-        printf("%.9f %zu\n", (pd_seconds() - start) / (steps ? steps : 1), pd_memory(net));
+        printf("%.9f %zu\n", (pd_seconds() - start) / (steps ? steps : 1), pd_net_bytes(net));
         fflush(stdout);
     }
     pd_batch_free(batch);

@@ -29,15 +29,15 @@ static void far_upload(pd_device *d, void *to, const void *from_host, size_t siz
 static void far_download(pd_device *d, void *to_host, const void *from, size_t size) {
     far_cpu(d)->download(far_cpu(d), to_host, near_bytes(from), size);
 }
-static pd_status far_synchronize(pd_device *d, char *message, size_t size) {
-    return far_cpu(d)->synchronize(far_cpu(d), message, size);
+static pd_status far_wait(pd_device *d, char *message, size_t size) {
+    return far_cpu(d)->wait(far_cpu(d), message, size);
 }
 static void far_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
     far_cpu(d)->fill(far_cpu(d), n, value, near(y));
 }
-static void far_muladd(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+static void far_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
                        const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
-    far_cpu(d)->muladd(far_cpu(d), size, alpha, near(a), as, near(b), bs, near(y), ys);
+    far_cpu(d)->contract(far_cpu(d), size, alpha, near(a), as, near(b), bs, near(y), ys);
 }
 /* `to` is where the twin of an epilogue may be. */
 static const pd_epilogue *near_epilogue(const pd_epilogue *after, pd_epilogue *to) {
@@ -111,8 +111,8 @@ static void far_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width
     far_cpu(d)->cross_entropy_backward(far_cpu(d), rows, width, near(p), ids, near(soft), near(class_weights),
                                        near(dcost), by_x, near(dx));
 }
-static void far_dropout(pd_device *d, int64_t n, uint64_t key, double rate, const pd_real *x, pd_real *y) {
-    far_cpu(d)->dropout(far_cpu(d), n, key, rate, near(x), near(y));
+static void far_dropout(pd_device *d, int64_t n, uint64_t key, double p, const pd_real *x, pd_real *y) {
+    far_cpu(d)->dropout(far_cpu(d), n, key, p, near(x), near(y));
 }
 static void far_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
                                 pd_real *moments) {
@@ -164,7 +164,7 @@ static void far_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real 
     far_cpu(d)->gru_backward(far_cpu(d), rows, width, near(gates), near(recurrent), near(before), near(dafter),
                              near(dbefore));
 }
-static void far_keep(pd_device *d, const pd_real *w, bool kept) { far_cpu(d)->keep(far_cpu(d), near(w), kept); }
+static void far_freeze(pd_device *d, const pd_real *w, bool frozen) { far_cpu(d)->freeze(far_cpu(d), near(w), frozen); }
 
 /* The CPU, from a net that is given no other device; adds a layer to it. */
 static inline pd_device *cpu_of(pd_net *net) { return pd_vector(net, NULL, 1)->device; }
@@ -182,8 +182,8 @@ static far_device make_far(pd_device *cpu, uint64_t ops) {
     far.device.free = far_free;
     far.device.upload = far_upload;
     far.device.download = far_download;
-    far.device.synchronize = far_synchronize;
-    far.device.keep = far_keep;
+    far.device.wait = far_wait;
+    far.device.freeze = far_freeze;
 #define FAR_OPERATION(operation)                                                                                       \
     if ((ops | basic) & PD_OP(operation)) far.device.operation = far_##operation;
     PD_OPERATIONS(FAR_OPERATION)

@@ -83,7 +83,7 @@ static void compare_within(numbers x, double tolerance, const char *what) {
     if (!x.at[CPU]) return;
     BOTH values[i] = fetch(&x, i);
     BOTH device[i]->free(device[i], x.at[i]);
-    if (device[GPU]->synchronize(device[GPU], message, sizeof message) != PD_OK) fail_msg("%s: %s", what, message);
+    if (device[GPU]->wait(device[GPU], message, sizeof message) != PD_OK) fail_msg("%s: %s", what, message);
     for (int64_t k = 0; k < x.n; k++) {
         double a = (double)values[GPU][k], b = (double)values[CPU][k];
         if (a == b || (a != a && b != b)) continue;
@@ -168,25 +168,25 @@ static int64_t lay_out(const int64_t size[4], const bool repeated[4], int64_t st
     return last + 1;
 }
 
-static void one_muladd(const int64_t size[4], const bool sums[4], const bool again_a[4], const bool again_b[4]) {
+static void one_contract(const int64_t size[4], const bool sums[4], const bool again_a[4], const bool again_b[4]) {
     int64_t as[4], bs[4], ys[4];
     numbers a = any(lay_out(size, again_a, as)), b = maybe(lay_out(size, again_b, bs)),
             y = any(lay_out(size, sums, ys));
     pd_real alpha = (pd_real)uniform(-2, 2);
     double terms = 1;
     for (int k = 0; k < 4; k++) terms *= sums[k] ? (double)size[k] : 1;
-    BOTH device[i]->muladd(device[i], size, alpha, a.at[i], as, b.at[i], bs, y.at[i], ys);
-    compare_within(y, (1 + terms / 1000) * REAL_TOLERANCE, "muladd"); /* the CPU adds up columns in pd_real */
-    compare(a, "muladd's a");
-    compare(b, "muladd's b");
+    BOTH device[i]->contract(device[i], size, alpha, a.at[i], as, b.at[i], bs, y.at[i], ys);
+    compare_within(y, (1 + terms / 1000) * REAL_TOLERANCE, "contract"); /* the CPU adds up columns in pd_real */
+    compare(a, "contract's a");
+    compare(b, "contract's b");
 }
 
-static void test_muladd(void **state) {
+static void test_contract(void **state) {
     const int64_t large[][4] = { { 1, 1, 1, 70001 }, { 1, 1, 300, 301 }, { 1, 1, 7, 20000 },
                                  { 1, 1, 20000, 7 }, { 1, 16, 33, 81 },  { 1, 3, 40, 300 },
                                  { 2, 3, 5, 1201 },  { 1, 1, 5000, 1 },  { 1, 1, 1, 5000 } };
     (void)state;
-    begin("muladd");
+    begin("contract");
     for (int round = 0; round < rounds(150); round++) {
         int64_t size[4];
         bool again[3][4];
@@ -195,7 +195,7 @@ static void test_muladd(void **state) {
             size[k] = round % 8 ? at_least_one(9) : some(9);
             for (int j = 0; j < 3; j++) again[j][k] = below(3) == 0;
         }
-        one_muladd(size, again[0], again[1], again[2]);
+        one_contract(size, again[0], again[1], again[2]);
     }
     for (int k = 0; k < COUNT(large); k++)
         for (int which = 0; which < 16; which++) {
@@ -204,20 +204,20 @@ static void test_muladd(void **state) {
                 sums[j] = which >> j & 1;
                 other = other && !(sums[j] && large[k][j] == 1); /* a sum of one number is none */
             }
-            if (other && chosen()) one_muladd(large[k], sums, no, no);
+            if (other && chosen()) one_contract(large[k], sums, no, no);
         }
 }
 
 /* a or b may be y, if every number goes to its own place. */
-static void test_muladd_in_place(void **state) {
+static void test_contract_in_place(void **state) {
     int64_t size[4] = { 1, 1, 13, 101 }, strides[4] = { 0, 0, 101, 1 };
     numbers y;
     (void)state;
-    begin("muladd in place");
+    begin("contract in place");
     y = any(13 * 101);
-    BOTH device[i]->muladd(device[i], size, (pd_real)-0.25, y.at[i], strides, NULL, strides, y.at[i], strides);
-    BOTH device[i]->muladd(device[i], size, 1, y.at[i], strides, y.at[i], strides, y.at[i], strides);
-    compare(y, "muladd in place");
+    BOTH device[i]->contract(device[i], size, (pd_real)-0.25, y.at[i], strides, NULL, strides, y.at[i], strides);
+    BOTH device[i]->contract(device[i], size, 1, y.at[i], strides, y.at[i], strides, y.at[i], strides);
+    compare(y, "contract in place");
 }
 
 /* The `round`th of the ways to end a product. */
@@ -962,7 +962,7 @@ static void test_out_of_memory(void **state) {
     char message[300] = "";
     (void)state;
     assert_null(d->alloc(d, (size_t)1 << 50));
-    assert_int_equal(d->synchronize(d, message, sizeof message), PD_OK);
+    assert_int_equal(d->wait(d, message, sizeof message), PD_OK);
     assert_string_equal(message, "");
 }
 
@@ -1096,10 +1096,10 @@ static void test_illegal_address(void **state) {
         d->fill(d, 100, 1, x);
         d->fill(d, 100, 2, x);
         assert_int_equal(d->norm(d, 100, x), 0);
-        assert_int_equal(d->synchronize(d, message, sizeof message), PD_E_DEVICE);
+        assert_int_equal(d->wait(d, message, sizeof message), PD_E_DEVICE);
         check_contains(message, "cudaErrorIllegalAddress");
         if (synchronous) check_contains(message, "pd__cuda_fill_kernel: ");
-        assert_int_equal(d->synchronize(d, message, sizeof message), PD_E_DEVICE); /* for ever */
+        assert_int_equal(d->wait(d, message, sizeof message), PD_E_DEVICE); /* for ever */
         d->free(d, x);
         pd_cuda_free(d);
         assert_int_equal(pd_cuda_count(), 0);
@@ -1124,8 +1124,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_table),
         cmocka_unit_test(test_memory),
         cmocka_unit_test(test_fill),
-        cmocka_unit_test(test_muladd),
-        cmocka_unit_test(test_muladd_in_place),
+        cmocka_unit_test(test_contract),
+        cmocka_unit_test(test_contract_in_place),
         cmocka_unit_test(test_gemm),
         cmocka_unit_test(test_norm),
         cmocka_unit_test(test_update),

@@ -146,7 +146,7 @@ static void check(const job *given, bool all_teams, bool same) {
                 for (int64_t i = 0; i < after; i++) j.out[k][j.count[k] + i] = 77;
             }
             j.run(d, &j);
-            assert_int_equal(d->synchronize(d, message, sizeof message), PD_OK);
+            assert_int_equal(d->wait(d, message, sizeof message), PD_OK);
             for (int k = 0; k < OUTPUTS; k++) {
                 bool clean = true;
                 size_t size = (size_t)j.count[k] * sizeof(pd_real);
@@ -254,11 +254,11 @@ static double finished(const pd_epilogue *e, int64_t channel, double sum, double
 
 static void run_gemm(pd_device *d, const job *j) {
     const gemm_args *g = (const gemm_args *)j->args;
-    if (g->kept) d->keep(d, j->in[1], true);
+    if (g->kept) d->freeze(d, j->in[1], true);
     for (int i = 0; i < (g->kept ? 2 : 1); i++) /* the second time what was packed is there */
         d->gemm(d, g->ta, g->tb, g->m, g->n, g->k, g->alpha, j->in[0], g->lda, j->in[1], g->ldb, g->beta, j->out[0],
                 g->ldc, g->after);
-    if (g->kept) d->keep(d, j->in[1], false);
+    if (g->kept) d->freeze(d, j->in[1], false);
 }
 
 static int64_t matrix_size(int64_t rows, int64_t columns, int64_t ld) {
@@ -361,9 +361,9 @@ typedef struct conv_args {
 
 static void run_conv(pd_device *d, const job *j) {
     const conv_args *a = (const conv_args *)j->args;
-    if (a->kept) d->keep(d, j->in[1], true);
+    if (a->kept) d->freeze(d, j->in[1], true);
     for (int i = 0; i < (a->kept ? 2 : 1); i++) d->conv(d, a->s, j->in[0], j->in[1], a->beta, j->out[0], a->after);
-    if (a->kept) d->keep(d, j->in[1], false);
+    if (a->kept) d->freeze(d, j->in[1], false);
 }
 static void run_conv_backward_data(pd_device *d, const job *j) {
     d->conv_backward_data(d, ((const conv_args *)j->args)->s, j->in[1], j->in[2], j->out[0]);
@@ -539,7 +539,7 @@ static void test_conv_teams(void **state) {
     }
 }
 
-/* ---- fill, muladd, sums of squares, sparse products ---- */
+/* ---- fill, contract, sums of squares, sparse products ---- */
 
 /* Of operations on vectors and on rows. */
 typedef struct flat_args {
@@ -569,14 +569,14 @@ static void test_fill(void **state) {
     }
 }
 
-typedef struct muladd_args {
+typedef struct contract_args {
     int64_t size[4], as[4], bs[4], ys[4];
     pd_real alpha;
-} muladd_args;
+} contract_args;
 
-static void run_muladd(pd_device *d, const job *j) {
-    const muladd_args *a = (const muladd_args *)j->args;
-    d->muladd(d, a->size, a->alpha, j->in[0], a->as, j->in[1], a->bs, j->out[0], a->ys);
+static void run_contract(pd_device *d, const job *j) {
+    const contract_args *a = (const contract_args *)j->args;
+    d->contract(d, a->size, a->alpha, j->in[0], a->as, j->in[1], a->bs, j->out[0], a->ys);
 }
 
 /* Strides of the box's axes in any order, with gaps, and 0 for some; returns the numbers needed. */
@@ -600,13 +600,13 @@ static int64_t random_strides(const int64_t size[4], double zero, int64_t stride
     return count;
 }
 
-static void check_muladd(muladd_args *a, const int64_t counts[3], bool with_b, bool all_teams) {
-    job j = { .run = run_muladd, .args = a };
+static void check_contract(contract_args *a, const int64_t counts[3], bool with_b, bool all_teams) {
+    job j = { .run = run_contract, .args = a };
     int64_t shape[16];
     double *terms;
     for (int i = 0; i < 4; i++)
         shape[i] = a->size[i], shape[4 + i] = a->as[i], shape[8 + i] = with_b ? a->bs[i] : -1, shape[12 + i] = a->ys[i];
-    describe(&j, "muladd", shape, 16);
+    describe(&j, "contract", shape, 16);
     a->alpha = chance(0.3) ? 1 : (pd_real)uniform(-2, 2);
     j.in[0] = numbers(counts[0], -1, 1);
     j.in[1] = with_b ? numbers(counts[1], -1, 1) : NULL;
@@ -630,9 +630,9 @@ static void check_muladd(muladd_args *a, const int64_t counts[3], bool with_b, b
     check(&j, all_teams, false);
 }
 
-static void test_muladd(void **state) {
+static void test_contract(void **state) {
     /* size, then strides of a, b and y: sums of columns, of rows, broadcast, transposed, a long vector */
-    static const muladd_args known[] = {
+    static const contract_args known[] = {
         { { 1, 1, 700, 101 }, { 0, 0, 101, 1 }, { 0, 0, 0, 0 }, { 0, 0, 0, 1 }, 0 },
         { { 1, 1, 101, 700 }, { 0, 0, 700, 1 }, { 0, 0, 700, 1 }, { 0, 0, 1, 0 }, 0 },
         { { 1, 1, 700, 101 }, { 0, 0, 0, 1 }, { 0, 0, 1, 0 }, { 0, 0, 101, 1 }, 0 },
@@ -643,7 +643,7 @@ static void test_muladd(void **state) {
     };
     (void)state;
     for (int i = 0; i < rounds(400); i++) {
-        muladd_args a;
+        contract_args a;
         int64_t counts[3];
         begin((uint64_t)(6000 + i));
         do
@@ -652,10 +652,10 @@ static void test_muladd(void **state) {
         counts[0] = random_strides(a.size, 0.15, a.as);
         counts[1] = random_strides(a.size, 0.4, a.bs);
         counts[2] = random_strides(a.size, 0.25, a.ys);
-        check_muladd(&a, counts, chance(0.6), false);
+        check_contract(&a, counts, chance(0.6), false);
     }
     for (int i = 0; i < 2 * COUNT(known); i++) {
-        muladd_args a = known[i / 2];
+        contract_args a = known[i / 2];
         int64_t counts[3] = { 1, 1, 1 };
         begin((uint64_t)(6500 + i));
         for (int k = 0; k < 4; k++) {
@@ -663,7 +663,7 @@ static void test_muladd(void **state) {
             counts[1] += (a.size[k] - 1) * a.bs[k];
             counts[2] += (a.size[k] - 1) * a.ys[k];
         }
-        check_muladd(&a, counts, i % 2, true);
+        check_contract(&a, counts, i % 2, true);
     }
 }
 
@@ -1944,7 +1944,7 @@ int main(void) {
         cmocka_unit_test(test_conv),
         cmocka_unit_test(test_conv_teams),
         cmocka_unit_test(test_fill),
-        cmocka_unit_test(test_muladd),
+        cmocka_unit_test(test_contract),
         cmocka_unit_test(test_norm),
         cmocka_unit_test(test_sparse_product),
         cmocka_unit_test(test_activations),

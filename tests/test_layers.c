@@ -1325,10 +1325,10 @@ static void test_memory_of_a_layer(void **state) {
         assert_true((status == PD_OK) == (k == 0));
         check_contains(pd_error(net), texts[k]);
         if (k == 0) {
-            size_t bytes = pd_memory(net);
+            size_t bytes = pd_net_bytes(net);
             for (int i = 0; i < 4; i++) assert_int_equal(pd_batch_copy_sample(more, batch, i), PD_OK);
             assert_int_equal(pd_forward(net, more, PD_TRAIN, &y, 1), PD_OK);
-            assert_int_equal(pd_memory(net) - bytes, 4 * (3 + 1) * sizeof(pd_real) + 4 * 2 * sizeof(double));
+            assert_int_equal(pd_net_bytes(net) - bytes, 4 * (3 + 1) * sizeof(pd_real) + 4 * 2 * sizeof(double));
         }
         pd_batch_free(batch);
         pd_batch_free(more);
@@ -2042,7 +2042,7 @@ static void test_batch_norm_statistics(void **state) {
     static const pd_mode modes[] = { PD_CHECK, PD_PREDICT };
     pd_net *net = pd_net_new(NULL);
     pd_layer *x = pd_vector(net, "x", 1);
-    pd_layer *y = pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = "bn", .keep = 0.8 });
+    pd_layer *y = pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = "bn", .momentum = 0.2 });
     pd_batch *batch = batch_of(net, 4, numbers), *one = batch_of(net, 1, numbers), *empty = batch_of(net, 0, numbers);
     (void)state;
     assert_true(pd_param_find(net, "bn.running_mean")->is_buffer && !pd_param_find(net, "bn.weight")->is_buffer);
@@ -2069,12 +2069,12 @@ static void test_batch_norm_statistics(void **state) {
     pd_net_free(net);
 }
 
-/* With a keep of 0 the statistics are those of the last batch, whatever there was before. */
+/* With a momentum of 1 the statistics are those of the last batch, whatever there was before. */
 static void test_batch_norm_of_the_last_batch(void **state) {
     static const pd_real numbers[] = { 1, 2, 4, 9 };
     pd_net *net = pd_net_new(NULL);
     pd_layer *x = pd_vector(net, "x", 1);
-    pd_layer *y = pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = "bn", .keep = PD_ZERO });
+    pd_layer *y = pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = "bn", .momentum = 1 });
     pd_batch *first = batch_of(net, 2, (const pd_real[]){ 100, 300 }), *last = batch_of(net, 4, numbers);
     (void)state;
     assert_int_equal(pd_forward(net, first, PD_TRAIN, &y, 1), PD_OK);
@@ -2086,12 +2086,12 @@ static void test_batch_norm_of_the_last_batch(void **state) {
     pd_net_free(net);
 }
 
-/* use_running, and keep = 1, leave the statistics as they are; only the first uses them. */
+/* use_running, and a momentum of 0, leave the statistics as they are; only the first uses them. */
 static void test_batch_norm_frozen(void **state) {
     (void)state;
     for (int k = 0; k < 2; k++) {
         pd_net *net = pd_net_new(NULL);
-        pd_batch_norm_opts o = { .name = "bn", .use_running = k == 0, .keep = k };
+        pd_batch_norm_opts o = { .name = "bn", .use_running = k == 0, .momentum = k ? PD_ZERO : 0 };
         pd_layer *x = pd_vector(net, "x", 1), *y = pd_batch_norm(net, x, &o);
         pd_batch *batch = batch_of(net, 2, (const pd_real[]){ 3, 5 });
         assert_int_equal(pd_forward(net, batch, PD_TRAIN, &y, 1), PD_OK);
@@ -2465,15 +2465,15 @@ static void test_parameters_refuse(void **state) {
     REFUSED("fc: input 1 is NULL", pd_fc_sum(the.net, (pd_layer *[]){ the.vec, NULL }, 2, 3, NULL));
     REFUSED("fc1: input \"ids\" holds ids", pd_fc_sum(the.net, (pd_layer *[]){ the.vec, the.ids }, 2, 3, NULL));
     REFUSED_EXACTLY(
-        "fc1: parameter \"fc1.weight\": rate is -1, expected a positive number; is_static makes one stay as it is",
-        fc_with((pd_param_opts){ .rate = -1 }));
-    REFUSED("fc1: parameter \"fc1.weight\": rate", fc_with((pd_param_opts){ .rate = nan_value }));
+        "fc1: parameter \"fc1.weight\": rate_factor is -1, expected a positive number; is_static makes one stay as it is",
+        fc_with((pd_param_opts){ .rate_factor = -1 }));
+    REFUSED("fc1: parameter \"fc1.weight\": rate_factor", fc_with((pd_param_opts){ .rate_factor = nan_value }));
     REFUSED("fc1: parameter \"fc1.weight\": l1 is -1", fc_with((pd_param_opts){ .l1 = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": l2 is -1", fc_with((pd_param_opts){ .l2 = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": clip is -1", fc_with((pd_param_opts){ .clip = -1 }));
     REFUSED("fc1: parameter \"fc1.weight\": l2 is inf", fc_with((pd_param_opts){ .l2 = (double)INFINITY }));
     REFUSED("fc2: parameter \"w\" is shared, but was created with other options",
-            (fc_with((pd_param_opts){ .name = "w" }), fc_with((pd_param_opts){ .name = "w", .rate = 2 })));
+            (fc_with((pd_param_opts){ .name = "w" }), fc_with((pd_param_opts){ .name = "w", .rate_factor = 2 })));
     REFUSED("batch_norm1: \"batch_norm1.running_var\", its own statistics, is a parameter of another layer",
             (pd_fc(the.net, the.vec, 4, &(pd_fc_opts){ .bias.name = "batch_norm1.running_var" }),
              pd_batch_norm(the.net, the.vec, NULL)));
@@ -2494,7 +2494,8 @@ static void test_parameters_refuse(void **state) {
                 fc_with((pd_param_opts){ .init = pd_constant(1e39) }));
     REFUSED("fc1: a parameter's name has 1 to 200 characters", fc_with((pd_param_opts){ .name = "" }));
     REFUSED("fc1: a parameter's name has", fc_with((pd_param_opts){ .name = "a\\b" }));
-    REFUSED("fc1: parameter \"fc1.bias\": rate", pd_fc(the.net, the.vec, 3, &(pd_fc_opts){ .bias = { .rate = -1 } }));
+    REFUSED("fc1: parameter \"fc1.bias\": rate_factor",
+            pd_fc(the.net, the.vec, 3, &(pd_fc_opts){ .bias = { .rate_factor = -1 } }));
     REFUSED_EXACTLY("fc2: parameter \"w\" is 6x3, but 6x4 is needed here", fc_then(wider_fc));
     REFUSED_EXACTLY("conv1: parameter \"w\" is 6x3, but 1x2x1x1 is needed here", fc_then(conv_instead));
     REFUSED_EXACTLY("prelu1: parameter \"w\" is 6x3, but 6 is needed here", fc_then(prelu_instead));
@@ -2503,8 +2504,8 @@ static void test_parameters_refuse(void **state) {
             pd_prelu(the.net, the.vec, &(pd_prelu_opts){ .weight = { .l2 = -1 } }));
     REFUSED("bilinear1: size is 0", pd_bilinear(the.net, the.vec, the.one, 0, NULL));
     REFUSED("bilinear: input 1 is NULL", pd_bilinear(the.net, the.vec, NULL, 3, NULL));
-    REFUSED("bilinear1: parameter \"bilinear1.weight\": rate",
-            pd_bilinear(the.net, the.vec, the.one, 3, &(pd_fc_opts){ .weight = { .rate = -1 } }));
+    REFUSED("bilinear1: parameter \"bilinear1.weight\": rate_factor",
+            pd_bilinear(the.net, the.vec, the.one, 3, &(pd_fc_opts){ .weight = { .rate_factor = -1 } }));
 }
 
 static pd_layer *batch_norm(pd_batch_norm_opts o) { return pd_batch_norm(the.net, the.image, &o); }
@@ -2517,10 +2518,10 @@ static void test_norms_refuse(void **state) {
                     batch_norm((pd_batch_norm_opts){ .epsilon = -1 }));
     REFUSED("batch_norm1: epsilon", batch_norm((pd_batch_norm_opts){ .epsilon = nan_value }));
     REFUSED("batch_norm1: epsilon is 0", batch_norm((pd_batch_norm_opts){ .epsilon = PD_ZERO }));
-    REFUSED_EXACTLY("batch_norm1: keep is 1.1, expected 0 (PD_ZERO) .. 1",
-                    batch_norm((pd_batch_norm_opts){ .keep = 1.1 }));
-    REFUSED("batch_norm1: keep is -0.1", batch_norm((pd_batch_norm_opts){ .keep = -0.1 }));
-    REFUSED("batch_norm1: keep is", batch_norm((pd_batch_norm_opts){ .keep = nan_value }));
+    REFUSED_EXACTLY("batch_norm1: momentum is 1.1, expected 0 (PD_ZERO) .. 1",
+                    batch_norm((pd_batch_norm_opts){ .momentum = 1.1 }));
+    REFUSED("batch_norm1: momentum is -0.1", batch_norm((pd_batch_norm_opts){ .momentum = -0.1 }));
+    REFUSED("batch_norm1: momentum is", batch_norm((pd_batch_norm_opts){ .momentum = nan_value }));
     REFUSED("batch_norm1: parameter \"batch_norm1.weight\": l1",
             batch_norm((pd_batch_norm_opts){ .weight = { .l1 = -1 } }));
     REFUSED("layer_norm1: epsilon is -1", pd_layer_norm(the.net, the.image, &(pd_layer_norm_opts){ .epsilon = -1 }));
@@ -2538,9 +2539,9 @@ static void test_norms_refuse(void **state) {
 static void test_others_refuse(void **state) {
     const double nan_value = (double)NAN;
     (void)state;
-    REFUSED_EXACTLY("dropout1: rate is 1, expected 0 <= rate < 1", pd_dropout(the.net, the.vec, 1, NULL));
-    REFUSED("dropout1: rate is -0.1", pd_dropout(the.net, the.vec, -0.1, NULL));
-    REFUSED("dropout1: rate is", pd_dropout(the.net, the.vec, nan_value, NULL));
+    REFUSED_EXACTLY("dropout1: p is 1, expected 0 <= p < 1", pd_dropout(the.net, the.vec, 1, NULL));
+    REFUSED("dropout1: p is -0.1", pd_dropout(the.net, the.vec, -0.1, NULL));
+    REFUSED("dropout1: p is", pd_dropout(the.net, the.vec, nan_value, NULL));
     REFUSED("add: 0 inputs, but add takes at least 1", pd_add(the.net, NULL, 0, NULL));
     REFUSED("add: input 0 is NULL", pd_add(the.net, NULL, 1, NULL));
     REFUSED_EXACTLY("add1: input \"image\" is 2x5x4, expected 6",
@@ -2630,7 +2631,7 @@ static void test_huge_sizes(void **state) {
     REFUSED("i: output ", pd_image(the.net, "i", HUGE_SIZE, HUGE_SIZE, HUGE_SIZE));
     REFUSED("v: output ", pd_vector(the.net, "v", HUGE_SIZE));
     REFUSED("embedding1: ", pd_embedding(the.net, pd_ids(the.net, "w", HUGE_SIZE), 3, NULL)); /* the ids alone may be */
-    REFUSED("fc1: ", pd_fc(the.net, pd_sparse(the.net, "s", HUGE_SIZE), 3, NULL));
+    REFUSED("fc1: ", pd_fc(the.net, pd_sparse_vector(the.net, "s", HUGE_SIZE), 3, NULL));
     REFUSED("fc1: ", pd_fc(the.net, the.vec, HUGE_SIZE, NULL));
     REFUSED("fc1: ", pd_fc(the.net, the.one, HUGE_SIZE, NULL));
     REFUSED("fc1: ", pd_fc(the.net, huge_vector(57), 3, NULL));

@@ -112,7 +112,7 @@ static pd_layer *build_fc(problem *p) {
 
 static pd_layer *build_sparse_fc(problem *p) {
     pd_layer *inputs[2];
-    inputs[0] = add_input(p, pd_sparse(p->net, NULL, any_depth(p)));
+    inputs[0] = add_input(p, pd_sparse_vector(p->net, NULL, any_depth(p)));
     if (below(2)) return pd_fc(p->net, inputs[0], any_width(p), &(pd_fc_opts){ .act = any_act() });
     inputs[1] = vector(p, any_depth(p));
     if (below(2)) inputs[1] = inputs[0], inputs[0] = p->inputs[1];

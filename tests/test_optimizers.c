@@ -159,7 +159,7 @@ static void reference_step(number n[PARAMS][MOST], double gradients[PARAMS][MOST
     if (opts->clip_norm > 0 && sqrt(squares) > opts->clip_norm) scale *= opts->clip_norm / sqrt(squares);
     for (int i = own->is_static; i < PARAMS; i++) {
         const pd_param_opts *p = i == 0 ? own : &none;
-        double r = o->rate * meant(p->rate, 1) * pd_schedule_factor(&opts->schedule, (double)seen);
+        double r = o->rate * meant(p->rate_factor, 1) * pd_schedule_factor(&opts->schedule, (double)seen);
         double l1 = meant(p->l1, opts->l1), l2 = meant(p->l2, opts->l2);
         for (int64_t j = 0; j < sizes[i]; j++) {
             double g = clamp(scale * gradients[i][j], meant(p->clip, opts->clip_value));
@@ -253,30 +253,32 @@ static void test_methods_and_options(void **state) {
         pd_trainer_opts trainer;
         pd_param_opts param;
     } options[] = {
-        { "no options", { .l1 = 0 }, { .rate = 0 } },
-        { "l1", { .l1 = 0.1 }, { .rate = 0 } },
-        { "l2", { .l2 = 0.2 }, { .rate = 0 } },
-        { "l1 and l2", { .l1 = 0.02, .l2 = 0.1 }, { .rate = 0 } },
+        { "no options", { .l1 = 0 }, { .rate_factor = 0 } },
+        { "l1", { .l1 = 0.1 }, { .rate_factor = 0 } },
+        { "l2", { .l2 = 0.2 }, { .rate_factor = 0 } },
+        { "l1 and l2", { .l1 = 0.02, .l2 = 0.1 }, { .rate_factor = 0 } },
         { "neither l1 nor l2", { .l1 = 0.05, .l2 = 0.1 }, { .l1 = PD_ZERO, .l2 = PD_ZERO } },
         { "no l1", { .l1 = 0.05, .l2 = 0.1 }, { .l1 = PD_ZERO } },
         { "own l1 and l2", { .l1 = 0.02, .l2 = 0.1 }, { .l1 = 0.1, .l2 = 0.01 } },
         { "own l2 and no l1", { .l1 = 0.02, .l2 = 0.1 }, { .l1 = PD_ZERO, .l2 = 0.3 } },
-        { "rate factor", { .l1 = 0.02, .l2 = 0.1 }, { .rate = 2.5 } },
-        { "clip_value", { .clip_value = 0.25 }, { .rate = 0 } },
+        { "rate factor", { .l1 = 0.02, .l2 = 0.1 }, { .rate_factor = 2.5 } },
+        { "clip_value", { .clip_value = 0.25 }, { .rate_factor = 0 } },
         { "own clip", { .clip_value = 0.25 }, { .clip = 0.5 } },
         { "no clip", { .clip_value = 0.25 }, { .clip = PD_ZERO } },
         { "no clip, l1 and l2 where the trainer has none",
           { .l1 = 0 },
           { .l1 = PD_ZERO, .l2 = PD_ZERO, .clip = PD_ZERO } },
-        { "clip_norm", { .clip_norm = 0.75, .l2 = 0.1 }, { .rate = 0 } },
-        { "clip_norm and clip_value", { .clip_norm = 1, .clip_value = 0.125 }, { .rate = 0 } },
-        { "sum_gradients", { .sum_gradients = true }, { .rate = 0 } },
-        { "sum_gradients and clip_norm", { .sum_gradients = true, .clip_norm = 2 }, { .rate = 0 } },
+        { "clip_norm", { .clip_norm = 0.75, .l2 = 0.1 }, { .rate_factor = 0 } },
+        { "clip_norm and clip_value", { .clip_norm = 1, .clip_value = 0.125 }, { .rate_factor = 0 } },
+        { "sum_gradients", { .sum_gradients = true }, { .rate_factor = 0 } },
+        { "sum_gradients and clip_norm", { .sum_gradients = true, .clip_norm = 2 }, { .rate_factor = 0 } },
         { "prune", { .l2 = 0.1 }, { .prune = 0.5 } },
         { "prune so that rounding counts", { .l2 = 0.1 }, { .prune = 0.7 } },
         { "prune nearly all", { .clip_norm = 1 }, { .prune = 0.99 } },
         { "static", { .clip_norm = 0.5, .l2 = 0.1 }, { .is_static = true } },
-        { "a schedule", { .schedule = { .kind = PD_SCHEDULE_STEP, .a = 0.5, .b = 40, .warm_up = 50 } }, { .rate = 0 } },
+        { "a schedule",
+          { .schedule = { .kind = PD_SCHEDULE_STEP, .a = 0.5, .b = 40, .warm_up = 50 } },
+          { .rate_factor = 0 } },
     };
     uint64_t seed = 1;
     (void)state;
@@ -474,10 +476,10 @@ static void test_wrong_parameter_options_are_refused(void **state) {
     static const struct {
         pd_param_opts opts;
         const char *text;
-    } cases[] = { { { .rate = -1 }, "rate is -1" },
-                  { { .rate = NAN }, "rate is nan" },
-                  { { .rate = PD_ZERO }, "rate is 0, expected a positive number; is_static" },
-                  { { .rate = INFINITY }, "rate is inf" },
+    } cases[] = { { { .rate_factor = -1 }, "rate_factor is -1" },
+                  { { .rate_factor = NAN }, "rate_factor is nan" },
+                  { { .rate_factor = PD_ZERO }, "rate_factor is 0, expected a positive number; is_static" },
+                  { { .rate_factor = INFINITY }, "rate_factor is inf" },
                   { { .prune = PD_ZERO }, "prune" },
                   { { .init = { PD_INIT_NORMAL, PD_ZERO, 1 } }, "wrong initialiser" },
                   { { .l1 = -1 }, "l1" },

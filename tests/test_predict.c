@@ -169,14 +169,14 @@ static void test_memory(void **state) {
             assert_non_null(pd_batch_add_row(batch, 0));
             assert_int_equal(pd_batch_end_sample(batch), PD_OK);
         }
-        assert_int_equal(pd_memory(net), 0);
+        assert_int_equal(pd_net_bytes(net), 0);
         assert_int_equal(pd_forward(net, batch, mode ? PD_TRAIN : PD_PREDICT, mode ? &cost : &y, 1), PD_OK);
-        predicting = pd_memory(net);
+        predicting = pd_net_bytes(net);
         assert_in_range(predicting, mode ? DEPTH * one : 2 * one, mode ? 3 * DEPTH * one : 2 * one + 100);
         pd_batch_free(batch);
         pd_net_free(net);
     }
-    assert_int_equal(pd_memory(NULL), 0);
+    assert_int_equal(pd_net_bytes(NULL), 0);
 }
 
 /* The same bits as before, whatever the batch before; nothing is allocated in the long run. */

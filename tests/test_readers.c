@@ -269,7 +269,7 @@ static void test_batch_sequences(void **state) {
 
 static void test_batch_sparse(void **state) {
     pd_net *net = pd_net_new(NULL);
-    pd_layer *x = pd_sequence(pd_sparse(net, "x", 6));
+    pd_layer *x = pd_sequence(pd_sparse_vector(net, "x", 6));
     pd_batch *b = pd_batch_new(net);
     const int64_t columns[3] = { 4, 0, 2 };
     const unsigned char marks[3] = { 0, 1, 0 };
@@ -1336,7 +1336,7 @@ static void test_ids_beyond_double(void **state) {
     pd_reader_free(r);
     pd_batch_free(b);
 
-    pd_sparse(sparse, "x", INT64_MAX);
+    pd_sparse_vector(sparse, "x", INT64_MAX);
     pd_vector(sparse, "y", 1);
     write_text("data.txt", "1 9007199254740993:1 9007199254740994:1 9223372036854775807:2\n"
                            "1 9223372036854775807:2 9223372036854775807:2\n");

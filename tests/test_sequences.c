@@ -189,7 +189,7 @@ static void twin_embedding(const problem *p, double *y) {
     for (int64_t i = 0; i < in(p, 0)->rows * n; i++) y[i] = value(p, 0, in(p, 0)->ids[i / n] * n + i % n);
 }
 
-static pd_layer *sparse_input(problem *p) { return input(pd_sparse(p->net, NULL, size(p, 12, 200)), p->sequence); }
+static pd_layer *sparse_input(problem *p) { return input(pd_sparse_vector(p->net, NULL, size(p, 12, 200)), p->sequence); }
 
 static pd_layer *build_sparse_fc(problem *p) {
     pd_fc_opts o = { .act = p->act, .no_bias = below(3) == 0, .weight.sparse = p->sparse };
@@ -638,7 +638,7 @@ static void test_shared_net(void **state) {
 static pd_net *three_readers(bool shared, bool sparse, pd_layer **cost) {
     const char *name = shared ? "table" : NULL;
     pd_net *net = pd_net_new(NULL);
-    pd_layer *a = pd_ids(net, "a", 7), *b = pd_ids(net, "b", 7), *c = pd_sparse(net, "c", 7), *parts[3];
+    pd_layer *a = pd_ids(net, "a", 7), *b = pd_ids(net, "b", 7), *c = pd_sparse_vector(net, "c", 7), *parts[3];
     pd_embedding_opts embedding = { .weight = { .name = name, .init = pd_constant(0.5), .sparse = sparse } };
     pd_fc_opts fc = { .no_bias = true, .weight = embedding.weight };
     parts[0] = pd_embedding(net, a, 3, &embedding);
@@ -772,8 +772,8 @@ static void begin(void) {
     the.vecs = pd_sequence(pd_vector(net, "vecs", 6));
     the.ids = pd_ids(net, "ids", 6);
     the.words = pd_sequence(pd_ids(net, "words", 6));
-    the.rare = pd_sparse(net, "rare", 6);
-    the.rares = pd_sequence(pd_sparse(net, "rares", 6));
+    the.rare = pd_sparse_vector(net, "rare", 6);
+    the.rares = pd_sequence(pd_sparse_vector(net, "rares", 6));
     pd_embedding(net, the.ids, 9, &(pd_embedding_opts){ .weight = { .name = "table", .sparse = true } });
 }
 
@@ -964,7 +964,7 @@ static void test_evaluated_rows(void **state) {
 
 /* All layers in one net, built, run forward and back twice, shared; every allocation fails once. */
 static pd_status use_all(pd_net *net, pd_failure *failure) {
-    pd_layer *words = pd_sequence(pd_ids(net, "words", 9)), *rare = pd_sparse(net, "rare", 9), *pools[3], *cost;
+    pd_layer *words = pd_sequence(pd_ids(net, "words", 9)), *rare = pd_sparse_vector(net, "rare", 9), *pools[3], *cost;
     pd_layer *x = pd_embedding(net, words, 3, &(pd_embedding_opts){ .weight.sparse = true });
     pd_layer *h = pd_gru(net, x, 3, &(pd_gru_opts){ .reverse = true });
     pd_batch *batch = pd_batch_new(net);

@@ -33,11 +33,11 @@ static model build(bool sparse, int64_t height, pd_optimizer optimizer, const pd
                    const pd_net_opts *net_opts) {
     model m;
     pd_embedding_opts table = { .weight = { .name = "table", .sparse = sparse, .l2 = 0 } };
-    pd_fc_opts wide = { .name = "wide", .weight = { .sparse = sparse, .rate = 0.5 } };
+    pd_fc_opts wide = { .name = "wide", .weight = { .sparse = sparse, .rate_factor = 0.5 } };
     pd_layer *both[2];
     m.net = pd_net_new(net_opts);
     m.words = pd_sequence(pd_ids(m.net, "words", height));
-    m.features = pd_sparse(m.net, "features", height + 3);
+    m.features = pd_sparse_vector(m.net, "features", height + 3);
     m.label = pd_label(m.net, "label", 3);
     table.name = "first";
     both[0] = pd_sequence_pool(m.net, pd_embedding(m.net, m.words, 4, &table), PD_AVERAGE, NULL);
@@ -956,7 +956,7 @@ static void test_no_memory(void **state) {
     for (int64_t fail_at = 0;; fail_at++) {
         failing_allocator f = { 0, fail_at, 0 };
         pd_net *net = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
-        pd_layer *x = net ? pd_sparse(net, "x", 9) : NULL, *y;
+        pd_layer *x = net ? pd_sparse_vector(net, "x", 9) : NULL, *y;
         pd_trainer *trainer = NULL;
         pd_batch *batch = NULL;
         int64_t columns[2] = { 3, 5 };
@@ -983,7 +983,7 @@ static void test_no_memory(void **state) {
 
 static void test_batches(void **state) {
     pd_net *net = pd_net_new(NULL);
-    pd_layer *x = pd_sequence(pd_sparse(net, "x", 6));
+    pd_layer *x = pd_sequence(pd_sparse_vector(net, "x", 6));
     pd_batch *a = pd_batch_new(net), *b = pd_batch_new(net);
     const int64_t columns[3] = { 4, 0, 2 };
     const pd_real values[3] = { 1, (pd_real)-0.5, 3 };
@@ -1055,7 +1055,7 @@ static void test_libsvm(void **state) {
         pd_net *net = nets[sparse] = pd_net_new(NULL);
         pd_batch *batch;
         pd_reader *reader;
-        if (sparse) pd_sparse(net, "x", 8);
+        if (sparse) pd_sparse_vector(net, "x", 8);
         else pd_vector(net, "x", 8);
         pd_label(net, "y", 3);
         batch = pd_batch_new(net);
@@ -1091,7 +1091,7 @@ static void test_arrays(void **state) {
     pd_reader *reader;
     pd_batch *batch;
     (void)state;
-    pd_sparse(net, "x", 5);
+    pd_sparse_vector(net, "x", 5);
     batch = pd_batch_new(net);
     reader = pd_array_reader(net, 3, &array, 1);
     if (!reader) fail_msg("%s", pd_error(net));
@@ -1153,11 +1153,11 @@ static void test_refused(void **state) {
     check_contains(pd_error(net), "c: parameter \"c.weight\" can't be sparse: that is for tables read by ids");
     pd_net_free(net);
     net = pd_net_new(NULL);
-    assert_null(pd_add(net, (pd_layer *[]){ pd_sparse(net, "s", 4) }, 1, NULL));
+    assert_null(pd_add(net, (pd_layer *[]){ pd_sparse_vector(net, "s", 4) }, 1, NULL));
     check_contains(pd_error(net), "takes no sparse input such as \"s\"; pd_fc does");
     pd_net_free(net);
     net = pd_net_new(NULL);
-    pd_sparse(net, "s", 4);
+    pd_sparse_vector(net, "s", 4);
     assert_null(pd_eval_error(net, pd_vector(net, "x", 2), pd_layer_find(net, "s"), NULL));
     check_contains(pd_error(net), "sparse");
     pd_net_free(net);

@@ -266,7 +266,7 @@ static void test_flushing(void **state) {
         inside_set_team(cpu, 4);
         cpu->fill(cpu, N, tiny, x);
         cpu->fill(cpu, N, 0, y);
-        cpu->muladd(cpu, size, alpha, x, strides, NULL, strides, y, strides);
+        cpu->contract(cpu, size, alpha, x, strides, NULL, strides, y, strides);
         _mm_setcsr(usual);
         product = flush % 2 ? 0 : tiny * alpha;
         for (int64_t i = 0; i < N; i++)

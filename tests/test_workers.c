@@ -112,7 +112,7 @@ static pd_status worker_end(pd_updater *u, int64_t *samples) {
     for (int k = 0; k < WORKERS; k++) *samples += workers[k].samples;
     for (int i = 0; *samples > 0 && status == PD_OK && (p = param_of(w->rank, i)) != NULL; i++) {
         int64_t first, count;
-        pd_param_share(p, w->rank, WORKERS, &first, &count);
+        pd_param_shard(p, w->rank, WORKERS, &first, &count);
         assert_true(p->opts.sparse ? count == 0 : first >= 0 && first + count <= p->size);
         if (p->opts.sparse) {
             status = step_sparse(w, i, *samples);
@@ -122,7 +122,7 @@ static pd_status worker_end(pd_updater *u, int64_t *samples) {
         meet(); /* all of the others' gradients have been read */
         status = pd_trainer_apply(w->trainer, p, *samples, 1);
         meet();
-        pd_param_share(p, 1 - w->rank, WORKERS, &first, &count);
+        pd_param_shard(p, 1 - w->rank, WORKERS, &first, &count);
         memcpy(p->value + first, param_of(1 - w->rank, i)->value + first, (size_t)count * sizeof(pd_real));
     }
     meet();
@@ -303,7 +303,7 @@ static void test_shares(void **state) {
             int64_t end = 0, least = INT64_MAX, most = 0;
             for (int rank = 0; rank < ranks; rank++) {
                 int64_t first, count;
-                pd_param_share(p, rank, ranks, &first, &count);
+                pd_param_shard(p, rank, ranks, &first, &count);
                 if (p->opts.sparse) {
                     assert_int_equal(count, 0);
                     continue;

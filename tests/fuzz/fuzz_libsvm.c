@@ -4,7 +4,7 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     pd_net *net = pd_net_new(NULL);
     unsigned choice = fuzz_byte(&data, &size);
-    pd_layer *x = choice & 4 ? pd_sparse(net, "x", 5) : pd_vector(net, "x", 5), *y;
+    pd_layer *x = choice & 4 ? pd_sparse_vector(net, "x", 5) : pd_vector(net, "x", 5), *y;
     pd_reader_opts opts = {
         .scale = choice & 16 ? 0.5 : 0,
         .first = choice & 32 ? 1 : 0,

@@ -127,7 +127,7 @@ static pd_layer *build(pd_net *net, pd_evaluator **error) {
         conv.pad = 1;
         top = pd_pool(net, pd_conv(net, pd_image(net, "x", 1, SIDE, SIDE), 3, 3, &conv), 2, NULL);
     } else if (has("rows")) {
-        top = pd_fc(net, pd_sparse(net, "x", WORDS), 5, &rows);
+        top = pd_fc(net, pd_sparse_vector(net, "x", WORDS), 5, &rows);
     } else if (has("words")) {
         pd_embedding_opts table;
         memset(&table, 0, sizeof table);
@@ -324,7 +324,7 @@ static bool all_equal(job *j) {
     double own[2], sums[2];
     own[0] = sums[0] = (double)(h >> 32);
     own[1] = sums[1] = (double)(h & 0xffffffffu);
-    if (mpi->reduce(mpi, sums, 2) != PD_OK) return false;
+    if (mpi->all_reduce(mpi, sums, 2) != PD_OK) return false;
     return sums[0] == own[0] * ranks && sums[1] == own[1] * ranks;
 }
 
@@ -395,7 +395,7 @@ static int64_t expected_bytes(const job *j, int64_t step) {
         int64_t first, count, width = p->dims[1];
         if (p->is_buffer) continue;
         if (!p->opts.sparse) {
-            pd_param_share(p, rank, ranks, &first, &count);
+            pd_param_shard(p, rank, ranks, &first, &count);
             bytes += (p->size - count + (ranks - 1) * count) * (int64_t)sizeof(pd_real);
             continue;
         }
@@ -487,7 +487,7 @@ static int reduce(void) {
     if (pd_test(j.trainer, &reader, BATCH, &cost) != PD_OK) return complain(pd_error(j.net)), 1;
     error = pd_evaluator_value(j.error, 0);
     for (int i = 0; i < COUNT(many); i++) many[i] = i + rank;
-    if (mpi->reduce(mpi, many, COUNT(many)) != PD_OK) return 1;
+    if (mpi->all_reduce(mpi, many, COUNT(many)) != PD_OK) return 1;
     for (int i = 0; i < COUNT(many); i++)
         if (many[i] != i * all + all * (all - 1) / 2) code = 1;
     if (rank == 0) {
@@ -592,7 +592,7 @@ static int failures(const char *name) {
     }
     if (strcmp(name, "sums") == 0) { /* rank 1 adds up more numbers than the others */
         double sums[2] = { 1, 2 };
-        status = mpi->reduce(mpi, sums, rank == 1 ? 2 : 1);
+        status = mpi->all_reduce(mpi, sums, rank == 1 ? 2 : 1);
         if (status != PD_OK) complain(pd_error(j.net));
         return told(&j, status);
     }
