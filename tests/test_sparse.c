@@ -796,6 +796,23 @@ static void test_lying_checkpoints(void **state) {
         check_contains(pd_error(other.net), i < COUNT(lies) ? lies[i].text : "steps behind, expected 0 to 3");
         check_bits(&other, &before, "after a refusal");
     }
+    for (int i = 0; i < 3; i++) { /* one of the three is not there */
+        static const char *const names[] = { "\"stored/table\":", "\"steps/table\":", "\"behind/table\":" };
+        memcpy(bad, bytes, n);
+        tensor_of(bad, n, "table");
+        ((unsigned char *)memmem(bad, n, names[i], strlen(names[i])))[3] = 'X';
+        f = fopen(path, "wb");
+        assert_int_equal(fwrite(bad, 1, n, f), n);
+        fclose(f);
+        assert_int_equal(pd_checkpoint_load(other.trainer, path), PD_E_FORMAT);
+        check_contains(pd_error(other.net), i == 0   ? "no tensor \"stored/table\", which this trainer needs"
+                                            : i == 1 ? "no tensor \"steps/table\", which this trainer needs"
+                                                     : "no tensor \"behind/table\", which this trainer needs");
+        check_bits(&other, &before, "after a refusal");
+    }
+    f = fopen(path, "wb");
+    assert_int_equal(fwrite(bytes, 1, n, f), n);
+    fclose(f);
     assert_int_equal(pd_checkpoint_load(other.trainer, path), PD_OK); /* as it was written */
     for (uint64_t i = 20; i < 30; i++) step(&m, READ_HEIGHT, i), step(&other, READ_HEIGHT, i);
     check_bits(&other, &m, "the true one");
