@@ -969,7 +969,11 @@ static void test_steady_state(void **state) {
 }
 
 static void test_no_memory(void **state) {
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    int file = mkstemp(path);
     (void)state;
+    assert_true(file >= 0);
+    close(file);
     for (int64_t fail_at = 0;; fail_at++) {
         failing_allocator f = { 0, fail_at, 0 };
         pd_net *net = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f } });
@@ -977,12 +981,21 @@ static void test_no_memory(void **state) {
         pd_trainer *trainer = NULL;
         pd_batch *batch = NULL;
         int64_t columns[2] = { 3, 5 };
+        pd_net *shared;
+        pd_layer *twin;
+        pd_real values[18];
         bool ok;
         y = net ? pd_fc(net, x, 2, &(pd_fc_opts){ .weight.sparse = true }) : NULL;
         if (net) trainer = pd_trainer_new(net, pd_sum_cost(net, y, NULL), pd_momentum(0.1, 0.9), NULL);
         if (trainer) batch = pd_batch_new(net);
         ok = batch && pd_batch_add_sparse(batch, 0, columns, NULL, 2) == PD_OK && pd_batch_end_sample(batch) == PD_OK &&
-             pd_train_batch(trainer, batch, NULL) == PD_OK;
+             pd_train_batch(trainer, batch, NULL) == PD_OK && pd_train_batch(trainer, batch, NULL) == PD_OK;
+        ok = ok && pd_checkpoint_save(trainer, path) == PD_OK && pd_checkpoint_load(trainer, path) == PD_OK;
+        ok = ok && pd_param_get(pd_param_first(net), values, 18) == PD_OK;
+        shared = ok ? pd_net_share(net) : NULL;
+        twin = shared ? pd_layer_find(shared, y->name) : NULL;
+        ok = twin && pd_forward(shared, batch, PD_PREDICT, &twin, 1) == PD_OK;
+        pd_net_free(shared);
         if (net && !ok && !batch) assert_int_equal(pd_error_status(net), PD_E_MEMORY);
         pd_batch_free(batch);
         pd_trainer_free(trainer);
@@ -994,6 +1007,7 @@ static void test_no_memory(void **state) {
         }
         assert_false(ok);
     }
+    remove(path);
 }
 
 /* ---- batches ---- */
