@@ -154,6 +154,7 @@ portability:
 
 format:
 	clang-format -i $(wildcard *.h *.c examples/*.c bench/*.c tests/*.c tests/*.h tests/*/*.c tests/*/*.h tests/*/*.cpp tests/*/*.cu)
+	tests/contents paddle.h
 
 clean:
 	rm -rf build

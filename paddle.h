@@ -14,15 +14,35 @@
    the graph in its files (the program that uses a model builds the same graph); run on a GPU or a cluster by itself
    (paddle_cuda.cu and paddle_mpi.c do); use float16 in computation.
 
-   CONTENTS: search for ">>name", in this comment for the title in capitals.
-     This comment     ERRORS, ROWS AND SHAPES, SEQUENCES AND SPARSE ROWS, PARAMETERS, GRADIENTS AND OPTIMIZERS,
-                      HOW A TRAINING ENDS, READERS, FILES, WRITING A LAYER, DEVICES AND UPDATERS, THREADS AND
-                      DETERMINISM, ONE ANSWER, INSTRUCTION SETS, MEMORY, OPTIONS AT COMPILE TIME
-     Declarations     status hooks tensors parameters net inputs activations layers costs batches running evaluators
-                      optimizers device updater readers trainer files
-                      (and "layer types", "gradient check")
-     Implementation   core device net parameters inputs running layers costs evaluators optimizers batches readers
-                      tensorboard trainer profile files (and "gradient check") kernels, in that order
+   CONTENTS, with line numbers by `make format`. Search for >>layer:fc, >>net.h, and the like.
+
+     TOPICS            A WHOLE PROGRAM 47, ERRORS 81, ROWS AND SHAPES 93, SEQUENCES AND SPARSE ROWS 102,
+                       PARAMETERS 128, GRADIENTS AND OPTIMIZERS 139, HOW A TRAINING ENDS 148, READERS 173, FILES 192,
+                       WRITING A LAYER 223, DEVICES AND UPDATERS 261, ON ADDING AN OPERATION 287,
+                       THREADS AND DETERMINISM 298, ONE ANSWER 310, INSTRUCTION SETS 329, MEMORY 344,
+                       OPTIONS AT COMPILE TIME 355
+     >>NAME.h          status 429, hooks 484, tensors 510, net 541, parameters 595, inputs 676, activations 691,
+                       layers 722, costs 904, batches 948, running 998, evaluators 1027, optimizers 1092,
+                       device 1169, layer_types 1353, updater 1471, readers 1531, trainer 1613, files 1687,
+                       gradient_check 1718
+     >>NAME.c          core 1867, threads 2249, net 2581, parameters 2853, inputs 3367, activations 3457,
+                       layers 3477, costs 5471, batches 6121, running 6405, evaluators 7047, optimizers 7589,
+                       device 7780, layer_types 9175, updater 9455, averaging 9924, readers 10007, tensorboard 12176,
+                       trainer 12360, profile 13332, files 13404, gradient_check 15317, kernels 15578
+     >>layer:NAME      fc 3675, conv 3770, conv_transpose 3770, pool 3950, batch_norm 4039, layer_norm 4174,
+                       response_norm 4212, dropout 4256, add 4308, multiply 4308, concat 4366, slice 4412,
+                       reshape 4412, transpose 4412, pad 4412, scale 4549, interpolate 4549, affine 4636,
+                       maxout 4665, resize 4711, block_expand 4778, cosine 4877, outer 4955, bilinear 5001,
+                       activation 5070, prelu 5070, embedding 5132, gru 5175, sequence_pool 5365
+     >>cost:NAME       cross_entropy 5569, binary_cross_entropy 5747, squared_error 5768, huber 5779, smooth_l1 5797,
+                       sum_cost 5826, huber_two_class 5857, hinge 5868, rank_cost 5940, lambda_rank 5992
+     >>evaluator:NAME  error 7092, precision_recall 7135, auc 7203, pnpair 7304, mean_error 7351
+     >>op:NAME         contract 7781, gemm 7834, conv 7966, winograd 8217, update 8530, activate 8606, pool 8635,
+                       cross_entropy 8753, dropout 8794, norm 8805, sparse_product 8914, gru 8930, levels 8949
+     >>reader:NAME     array 10470, csv 10785, libsvm 10992, idx 11242, npy 11242, stream 11655, shuffle 11770,
+                       prefetch 11908
+     >>kernel:NAME     gemm 15682, winograd 16001, elementwise 16348, update 16595, activate 16768, norm 16934,
+                       gru 17118, pool 17161
 
    A WHOLE PROGRAM
 
@@ -267,9 +287,9 @@
    ON ADDING AN OPERATION
 
    An operation has a declaration, a text for the CPU, one for the GPU, a test and, where users meet it, documentation.
-   1. Under >>device: its type pd_op_NAME, with what it means, and NAME in PD_OPERATIONS.
-   2. pd__cpu_NAME under >>device: the CPU. Work that wants vectors is a kernel, pd__kernel_KERNEL and KERNEL in
-      PD__KERNELS beside it, with its text under >>kernels.
+   1. Under >>device.h: its type pd_op_NAME, with what it means, and NAME in PD_OPERATIONS.
+   2. pd__cpu_NAME under >>device.c. Work that wants vectors is a kernel, pd__kernel_KERNEL and KERNEL in
+      PD__KERNELS beside it, with its text under >>kernels.c.
    3. pd__cuda_NAME in paddle_cuda.cu: a function, or a NULL; then layers that need it run on the CPU.
    4. far_NAME in tests/far_device.h, gradients in tests/test_layers.c, the GPU beside the CPU in tests/test_cuda.c.
    Tables are filled by these names: what is forgotten does not compile. Layer types say PD_OP(NAME) in `needs`. The table
@@ -406,7 +426,7 @@ extern "C" {
 #endif
 
 /* ======================================================================================================== */
-/* >>status                                                                                                 */
+/* >>status.h                                                                                              */
 
 #define PD_STATUSES(X)                                                                                                 \
     X(PD_OK, "ok")                                                                                                     \
@@ -461,7 +481,7 @@ PD_API void pd_clear_error(pd_net *net);
 PD_API pd_status pd_error_status(const pd_net *net);
 
 /* ======================================================================================================== */
-/* >>hooks                                                                                                  */
+/* >>hooks.h                                                                                               */
 
 /* Every byte the library takes comes from here. alloc returns memory aligned to `align` (a power of two) or NULL;
    free gets back what alloc gave and the same size. Both must be callable from several threads when a prefetching
@@ -487,7 +507,7 @@ typedef struct pd_logger {
 } pd_logger;
 
 /* ======================================================================================================== */
-/* >>tensors                                                                                                */
+/* >>tensors.h                                                                                             */
 
 /* The shape of one row. A vector of n is {n, 1, 1}; an image is stored channel by channel, row by row (CHW). */
 typedef struct pd_shape {
@@ -518,7 +538,61 @@ typedef struct pd_csr {
 } pd_csr;
 
 /* ======================================================================================================== */
-/* >>parameters                                                                                             */
+/* >>net.h                                                                                                 */
+
+/* Instruction sets. The baseline is what every processor of the kind has: SSE2, NEON. */
+typedef enum pd_simd {
+    PD_SIMD_BEST, /* that the processor and the compiler have */
+    PD_SIMD_SCALAR,
+    PD_SIMD_BASELINE,
+    PD_SIMD_AVX2, /* and FMA */
+    PD_SIMD_AVX512,
+    PD_SIMD_COUNT
+} pd_simd;
+
+typedef struct pd_net_opts {
+    uint64_t seed; /* of everything random in this net */
+    int threads;   /* OpenMP threads, up to 1024; default all. Results do not depend on it. */
+    pd_simd simd;  /* instruction set of the CPU's heavy operations; default: what PADDLE_SIMD in the environment says
+                          (scalar, baseline, avx2 or avx512), else the best. Results depend on it by rounding. */
+    pd_device *device; /* default: the CPU. Not owned; must outlive the net. */
+    pd_allocator allocator;
+    pd_logger logger;
+} pd_net_opts;
+
+/* A new empty net, or NULL when out of memory. Free with pd_net_free. A net is used by one thread at a time. */
+PD_API pd_net *pd_net_new(const pd_net_opts *opts);
+PD_API void pd_net_free(pd_net *net);
+
+/* A second net with the same layers that reads the same parameters, for predicting in another thread at the same
+   time. It can't be trained, must be freed before `net`, and `net` must not be trained while it is in use. (Where
+   `net` is trained between two uses, with workers in other processes, call pd_sync. On a device given in pd_net_opts
+   both nets use that one, so in turn.)
+   NULL, with the message in `net`, when it can't be made. */
+PD_API pd_net *pd_net_share(pd_net *net);
+
+/* Says that the net's parameters are final: it only predicts from now on, and so do its shared nets, and the device may
+   keep weights in the form that its products read, in memory of its own. Trainers must be freed before; training and
+   pd_load fail after it. */
+PD_API pd_status pd_freeze(pd_net *net);
+
+/* For companions: what the net takes memory from, and where it computes. */
+PD_API const pd_allocator *pd_net_allocator(const pd_net *net);
+PD_API pd_device *pd_net_device(const pd_net *net);
+
+PD_API pd_layer *pd_layer_find(pd_net *net, const char *name); /* NULL when there is none; no error */
+PD_API pd_layer *pd_layer_at(pd_net *net, int index);          /* in order of creation; NULL past the end */
+
+/* One line: version, number type, device, instruction set in use, threads. Like snprintf: returns the length it
+   wants. */
+PD_API size_t pd_info(const pd_net *net, char *text, size_t size);
+
+/* Bytes of the layers' outputs, gradients and working memory, which last until the net is freed: so, the peak. (Not:
+   parameters and their gradients, batches, and what a device takes for itself.) */
+PD_API size_t pd_net_bytes(const pd_net *net);
+
+/* ======================================================================================================== */
+/* >>parameters.h                                                                                          */
 
 typedef enum pd_init_kind {
     PD_INIT_DEFAULT,  /* what the layer documents; for weights normal with standard deviation 1/sqrt(fan-in) */
@@ -599,61 +673,7 @@ PD_API pd_status pd_param_get(const pd_param *param, pd_real *values, int64_t co
 PD_API pd_status pd_param_get_grad(const pd_param *param, pd_real *values, int64_t count);
 
 /* ======================================================================================================== */
-/* >>net                                                                                                    */
-
-/* Instruction sets. The baseline is what every processor of the kind has: SSE2, NEON. */
-typedef enum pd_simd {
-    PD_SIMD_BEST, /* that the processor and the compiler have */
-    PD_SIMD_SCALAR,
-    PD_SIMD_BASELINE,
-    PD_SIMD_AVX2, /* and FMA */
-    PD_SIMD_AVX512,
-    PD_SIMD_COUNT
-} pd_simd;
-
-typedef struct pd_net_opts {
-    uint64_t seed; /* of everything random in this net */
-    int threads;   /* OpenMP threads, up to 1024; default all. Results do not depend on it. */
-    pd_simd simd;  /* instruction set of the CPU's heavy operations; default: what PADDLE_SIMD in the environment says
-                          (scalar, baseline, avx2 or avx512), else the best. Results depend on it by rounding. */
-    pd_device *device; /* default: the CPU. Not owned; must outlive the net. */
-    pd_allocator allocator;
-    pd_logger logger;
-} pd_net_opts;
-
-/* A new empty net, or NULL when out of memory. Free with pd_net_free. A net is used by one thread at a time. */
-PD_API pd_net *pd_net_new(const pd_net_opts *opts);
-PD_API void pd_net_free(pd_net *net);
-
-/* A second net with the same layers that reads the same parameters, for predicting in another thread at the same
-   time. It can't be trained, must be freed before `net`, and `net` must not be trained while it is in use. (Where
-   `net` is trained between two uses, with workers in other processes, call pd_sync. On a device given in pd_net_opts
-   both nets use that one, so in turn.)
-   NULL, with the message in `net`, when it can't be made. */
-PD_API pd_net *pd_net_share(pd_net *net);
-
-/* Says that the net's parameters are final: it only predicts from now on, and so do its shared nets, and the device may
-   keep weights in the form that its products read, in memory of its own. Trainers must be freed before; training and
-   pd_load fail after it. */
-PD_API pd_status pd_freeze(pd_net *net);
-
-/* For companions: what the net takes memory from, and where it computes. */
-PD_API const pd_allocator *pd_net_allocator(const pd_net *net);
-PD_API pd_device *pd_net_device(const pd_net *net);
-
-PD_API pd_layer *pd_layer_find(pd_net *net, const char *name); /* NULL when there is none; no error */
-PD_API pd_layer *pd_layer_at(pd_net *net, int index);          /* in order of creation; NULL past the end */
-
-/* One line: version, number type, device, instruction set in use, threads. Like snprintf: returns the length it
-   wants. */
-PD_API size_t pd_info(const pd_net *net, char *text, size_t size);
-
-/* Bytes of the layers' outputs, gradients and working memory, which last until the net is freed: so, the peak. (Not:
-   parameters and their gradients, batches, and what a device takes for itself.) */
-PD_API size_t pd_net_bytes(const pd_net *net);
-
-/* ======================================================================================================== */
-/* >>inputs                                                                                                 */
+/* >>inputs.h                                                                                              */
 
 /* Inputs are fed by the batch's slots in the order in which they are created here. */
 PD_API pd_layer *pd_image(pd_net *net, const char *name, int64_t channels, int64_t height, int64_t width);
@@ -668,7 +688,7 @@ PD_API pd_layer *pd_sparse_vector(pd_net *net, const char *name, int64_t size);
 PD_API pd_layer *pd_sequence(pd_layer *input);
 
 /* ======================================================================================================== */
-/* >>activations                                                                                            */
+/* >>activations.h                                                                                         */
 
 /* X(name, text, needs): needs says what the derivative reads: the output y, or the input x kept beside it. Where a slope
    is infinite, a gradient of 0 stays 0. */
@@ -699,7 +719,7 @@ typedef enum pd_act {
 PD_API const char *pd_act_text(pd_act act); /* "relu" */
 
 /* ======================================================================================================== */
-/* >>layers                                                                                                 */
+/* >>layers.h                                                                                              */
 
 /* Every function here adds a layer and returns it, owned by the net, or NULL: then pd_error(net) says why. A NULL
    input (from an earlier failure) gives NULL again and leaves the first message. opts may be NULL. "name" in the
@@ -881,7 +901,7 @@ PD_API pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru
 PD_API pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method method, const pd_layer_opts *opts);
 
 /* ======================================================================================================== */
-/* >>costs                                                                                                  */
+/* >>costs.h                                                                                               */
 
 /* A cost is a layer of width 1: the cost of each row. The gradient is that of the SUM over rows; updaters divide it
    by the number of samples. Costs can be added with pd_add and weighed with pd_affine. */
@@ -925,7 +945,7 @@ PD_API pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevanc
 PD_API pd_layer *pd_sum_cost(pd_net *net, pd_layer *input, const pd_cost_opts *opts);
 
 /* ======================================================================================================== */
-/* >>batches                                                                                                */
+/* >>batches.h                                                                                             */
 
 typedef enum pd_slot_kind { PD_SLOT_DENSE, PD_SLOT_IDS, PD_SLOT_SPARSE } pd_slot_kind;
 
@@ -975,7 +995,7 @@ PD_API void pd_batch_drop_sample(pd_batch *batch);
 PD_API pd_status pd_batch_copy_sample(pd_batch *batch, const pd_batch *from, int64_t index);
 
 /* ======================================================================================================== */
-/* >>running                                                                                                */
+/* >>running.h                                                                                             */
 
 typedef enum pd_mode {
     PD_PREDICT, /* dropout off, batch norm by running statistics, no gradients kept */
@@ -1004,7 +1024,7 @@ PD_API const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width);
 PD_API const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input, int64_t rows);
 
 /* ======================================================================================================== */
-/* >>evaluators                                                                                             */
+/* >>evaluators.h                                                                                          */
 
 /* Everything an evaluator knows is in its sums, 0 at first, and those of several workers are merged by adding, or by
    `merge`. `update` gets ids in range and no NaN: batches with such values are refused by name. A mean of nothing is
@@ -1069,7 +1089,7 @@ PD_API double pd_evaluator_value(const pd_evaluator *evaluator, int k);
 PD_API pd_evaluator *pd_evaluator_first(pd_net *net); /* then ->next */
 
 /* ======================================================================================================== */
-/* >>optimizers                                                                                             */
+/* >>optimizers.h                                                                                          */
 
 typedef enum pd_optimizer_kind {
     PD_OPT_SGD,
@@ -1146,7 +1166,7 @@ typedef struct pd_update {
 PD_API int pd_optimizer_states(const pd_optimizer *optimizer);
 
 /* ======================================================================================================== */
-/* >>device                                                                                                 */
+/* >>device.h                                                                                              */
 
 typedef struct pd_conv_shape {
     int64_t rows, in_c, in_h, in_w, out_c, out_h, out_w; /* of the convolution, not of its transpose */
@@ -1330,7 +1350,7 @@ PD_API uint64_t pd_random(uint64_t key, uint64_t counter);
 PD_API double pd_seconds(void);
 
 /* ======================================================================================================== */
-/* >>layer types                                                                                            */
+/* >>layer_types.h                                                                                         */
 
 /* What a layer is. Every layer above is written on this; see WRITING A LAYER. */
 struct pd_layer_type {
@@ -1448,7 +1468,7 @@ PD_API uint64_t pd_layer_key(const pd_layer *layer);
 static inline int64_t pd_shape_size(pd_shape s) { return s.channels * s.height * s.width; }
 
 /* ======================================================================================================== */
-/* >>updater                                                                                                */
+/* >>updater.h                                                                                             */
 
 /* What happens with gradients: the seam that parameter servers and rings plug into. Called from the one thread that
    trains, in this order: start, then per batch begin_batch, param_needed (before the first layer that reads it, in
@@ -1508,7 +1528,7 @@ PD_API pd_status pd_trainer_fail(pd_trainer *trainer, pd_status status, const ch
 PD_API pd_net *pd_trainer_net(pd_trainer *trainer);
 
 /* ======================================================================================================== */
-/* >>readers                                                                                                */
+/* >>readers.h                                                                                             */
 
 /* Where samples come from. Everything random in a reader depends on the seed and the number of the pass only. */
 struct pd_reader {
@@ -1590,7 +1610,7 @@ PD_API pd_status pd_reader_shard(pd_reader *reader, int rank, int count);
 PD_API pd_status pd_reader_fail(pd_reader *reader, pd_status status, const char *format, ...) PD_PRINTF(3, 4);
 
 /* ======================================================================================================== */
-/* >>trainer                                                                                                */
+/* >>trainer.h                                                                                             */
 
 typedef struct pd_trainer_opts {
     double l1, l2;         /* of every parameter without its own; biases included */
@@ -1664,7 +1684,7 @@ PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
 PD_API pd_status pd_graphviz(pd_net *net, const char *path);
 
 /* ======================================================================================================== */
-/* >>files                                                                                                  */
+/* >>files.h                                                                                               */
 
 /* Parameters and buffers as a .safetensors file, replaced atomically: the old or the new file survives a crash. What a
    net learned before a builder failed can be saved still. Numbers that are not finite are not saved (PD_E_NUMERIC): the
@@ -1695,7 +1715,7 @@ PD_API pd_status pd_checkpoint_save(pd_trainer *trainer, const char *path);
 PD_API pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path);
 
 /* ======================================================================================================== */
-/* >>gradient check                                                                                         */
+/* >>gradient_check.h                                                                                      */
 
 typedef struct pd_gradcheck_opts {
     double step;      /* of the central difference; default 1e-5 in double, 1e-2 in float */
@@ -1844,7 +1864,7 @@ static inline int64_t pd__or_count(int64_t value, int64_t otherwise) {
 }
 
 /* ======================================================================================================== */
-/* >>core: the net's own data, memory, failures, text, random numbers, time, threads                        */
+/* >>core.c: the net's own data, memory, failures, text, random numbers, time                              */
 
 /* The memory of a tensor: in the net's device's and, on one without host memory, copies in the host's. */
 typedef struct pd__store {
@@ -2224,8 +2244,9 @@ static bool pd__thread_start(pd__thread *t, pd__thread_result (*run)(void *), vo
 static void pd__thread_join(pd__thread t) { pthread_join(t, NULL); }
 #endif
 #endif
+
 /* ======================================================================================================== */
-/* >>device: the CPU                                                                                        */
+/* >>threads.c: teams of threads, and the CPU as a device                                                  */
 
 /* Results do not depend on the number of threads: work is cut where it writes, never inside a sum, or a sum is cut
    into a fixed number of parts that are added in order. */
@@ -2239,7 +2260,7 @@ typedef struct pd__layer_norm_job pd__layer_norm_job;
 typedef struct pd__response_job pd__response_job;
 typedef struct pd__pool_job pd__pool_job;
 
-/* The work of one thread, in the instructions of one level; what each does is said where it is, in >>kernels. */
+/* The work of one thread, in the instructions of one level; what each does is said where it is, in >>kernels.c. */
 typedef void pd__kernel_fill_piece(int64_t n, pd_real value, pd_real *y);
 typedef void pd__kernel_contract_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
                                      const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
@@ -2538,1398 +2559,42 @@ static pd_status pd__cpu_wait(pd_device *d, char *message, size_t size) {
     return PD_E_MEMORY;
 }
 
-/* ---- basics ---- */
-
-enum { PD__PIECE = 8192 }; /* numbers per piece of an elementwise operation */
-
-static void pd__cpu_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    PD__TEAM_STEPS(d, n, i, n, PD__PIECE, kernels->fill_piece(pd__min(PD__PIECE, n - i), value, y + i));
-}
-
-/* A piece of the box along one axis. */
-static void pd__contract_piece(const pd__kernels *kernels, const int64_t size[4], int axis, int64_t start,
-                               int64_t piece, pd_real alpha, const pd_real *a, const int64_t as[4], const pd_real *b,
-                               const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
-    int64_t part[4];
-    memcpy(part, size, sizeof part);
-    part[axis] = pd__min(piece, size[axis] - start);
-    kernels->contract_box(part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs,
-                          y + start * ys[axis], ys);
-}
-
-/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
-static void pd__cpu_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                             const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    int axis = -1;
-    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
-    if (work == 0) return;
-    for (int i = 0; i < 4; i++)
-        if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
-    if (axis < 0) {
-        kernels->contract_box(size, alpha, a, as, b, bs, y, ys);
-        return;
-    }
-    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
-    pieces = pd__ceil_div(size[axis], piece);
-    PD__TEAM(d, work, p, pieces, pd__contract_piece(kernels, size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
-}
-
-static double pd__cpu_norm(pd_device *d, int64_t n, const pd_real *x) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    enum { PARTS = 64 };
-    double parts[PARTS], sum = 0, large = 0;
-    int64_t piece = pd__ceil_div(n, PARTS);
-    PD__TEAM(d, n, p, PARTS,
-             parts[p] = kernels->dot(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
-                                     x + pd__min(n, p * piece)));
-    for (int p = 0; p < PARTS; p++) sum += parts[p];
-    if (pd__finite(sum)) return sqrt(sum);
-    /* Is a number not finite, or is only its square too large? */
-    for (int64_t i = 0; i < n; i++) large += ldexp((double)x[i], -600) * ldexp((double)x[i], -600);
-    return pd__finite(large) ? fmin(sqrt(large) * ldexp(1, 600), DBL_MAX) : large;
-}
-
-/* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
-   Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
-
-enum { PD__NC = 1024 }; /* columns of a product's blocks */
-/* How many numbers ahead panels of A are fetched that may come from memory. (Beside the 48 KB of first-level cache that
-   come with 64-byte vectors it pays for others too.) */
-enum { PD__AHEAD = 512 };
-
-/* A product's panels: m x k in panels of h rows, times k x n, to C. */
-struct pd__block_job {
-    int64_t m, n, k, h;
-    const pd_real *a, *b;
-    pd_real alpha, beta, *c;
-    int64_t ldc;
-    const pd_epilogue *after; /* NULL: more is to come, or nothing is to be done */
-    int64_t channel;          /* of the first row, if `by_row`, else of the first column */
-    bool by_row;
-    /* Or, where row_at is not NULL, added to c[row_at[i] + column_at[j]]. */
-    const int64_t *row_at, *column_at;
-};
-
-struct pd__gemm_job {
-    const pd__kernels *kernels;
-    bool ta, tb;
-    int64_t m, n, k, lda, ldb, ldc;
-    pd_real alpha, beta;
-    const pd_real *a, *b;
-    pd_real *c, *space;
-    const pd_epilogue *after;
-    int64_t across, down, rows, columns, each; /* parts of so many rows and columns; working space of each */
-    pd_real *right;                            /* all of B, packed, if it is kept; `ready`: it is there already */
-    bool ready;
-};
-
-/* Rows in a panel of A so that all panels of m rows are about as high, at most MR, and as pd__tile wants them. */
-static int64_t pd__height(const pd__kernels *kernels, int64_t m) {
-    int64_t h = pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), kernels->mr));
-    return kernels->mr > 6 ? pd__ceil_div(h, 4) * 4 : h;
-}
-
-/* Depth of the packed blocks: k in equal parts of at most KC. */
-static int64_t pd__depth(const pd__kernels *kernels, int64_t k) {
-    return pd__max(1, pd__ceil_div(k, pd__ceil_div(pd__max(k, 1), kernels->kc)));
-}
-
-static void pd__gemm_part(const pd__gemm_job *g, int64_t part) {
-    const pd__kernels *kernels = g->kernels;
-    int64_t i0 = part / g->across * g->rows, j0 = part % g->across * g->columns;
-    int64_t i1 = pd__min(g->m, i0 + g->rows), j1 = pd__min(g->n, j0 + g->columns);
-    int64_t ra = g->ta ? 1 : g->lda, ca = g->ta ? g->lda : 1, rb = g->tb ? 1 : g->ldb, cb = g->tb ? g->ldb : 1;
-    int64_t depth = pd__depth(kernels, g->k), padded = pd__ceil_div(j1 - j0, kernels->nr) * kernels->nr, h, mc, nc;
-    pd_real *packed_a = g->space + part * g->each, *packed_b;
-    if (i0 >= i1 || j0 >= j1) return;
-    h = pd__height(kernels, i1 - i0);
-    mc = pd__min(i1 - i0, kernels->mc / h * h);
-    /* B packed for one block of rows only is used at once, so that a few columns, still in the cache, do; of a B that is
-       read by rows, more. */
-    nc = mc < i1 - i0 ? PD__NC : g->tb ? 64 : 256;
-    packed_b = packed_a + pd__ceil_div(mc * depth, 16) * 16;
-    for (int64_t wide = j0; wide < j1; wide += PD__NC)
-        for (int64_t p = 0; p < g->k || p == 0; p += depth)
-            for (int64_t j = wide; j < pd__min(j1, wide + PD__NC); j += nc) {
-                pd__block_job b;
-                memset(&b, 0, sizeof b);
-                b.n = pd__min(pd__min(nc, wide + PD__NC - j), j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
-                b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
-                b.after = p + depth >= g->k ? g->after : NULL, b.channel = j;
-                b.a = packed_a, b.b = packed_b;
-                if (g->right) b.b = packed_b = g->right + j0 * g->k + p * padded + (j - j0) * b.k;
-                if (!g->ready) kernels->pack_b(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
-                for (int64_t i = i0; i < i1; i += mc) {
-                    b.m = pd__min(mc, i1 - i);
-                    if (j == wide || mc < i1 - i0)
-                        kernels->pack_a(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
-                    b.c = g->c + i * g->ldc + j;
-                    kernels->multiply(&b);
-                }
-            }
-}
-
-/* Each part packs its rows of A and its columns of B: chooses the grid of so many parts for which that is least. */
-static void pd__gemm_grid(pd__gemm_job *g, int64_t parts) {
-    const pd__kernels *kernels = g->kernels;
-    g->across = 1, g->down = parts;
-    for (int64_t across = 2; across <= parts; across++)
-        if (parts % across == 0 && across * g->m + parts / across * g->n < g->across * g->m + g->down * g->n)
-            g->across = across, g->down = parts / across;
-    g->rows = pd__ceil_div(pd__ceil_div(g->m, g->down), kernels->mr) * kernels->mr;
-    g->columns = pd__ceil_div(pd__ceil_div(g->n, g->across), kernels->nr) * kernels->nr;
-    g->each = (pd__min(kernels->mc, g->rows) + pd__min(PD__NC, g->columns)) * pd__depth(kernels, g->k) + 32;
-    g->each = pd__ceil_div(g->each, 16) * 16; /* whole cache lines */
-}
-
-static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
-                         const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
-                         int64_t ldc, const pd_epilogue *after) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__gemm_job g;
-    int64_t work = m * n * k / 8, parts = pd__team(d, work), form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
-    int64_t most = work < PD__TEAM_WORK ? 1 : pd__cpu_threads(d), space;
-    pd__kept *kept = NULL;
-    if (m <= 0 || n <= 0) return;
-    memset(&g, 0, sizeof g);
-    g.kernels = kernels;
-    g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
-    g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c, g.after = after;
-    pd__gemm_grid(&g, parts);
-    if (m == 1 && !tb) { /* then parts go across */
-        PD__TEAM(d, work, part, g.across, kernels->gemm_row(&g, part));
-        return;
-    }
-    form[4] = ldb, form[5] = g.columns;
-    if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + kernels->nr), &g.ready);
-    if (kept) g.right = kept->numbers;
-    space = parts * g.each;
-    if (most > parts) { /* also for when all threads are back, so that steps then take none; either may need more */
-        pd__gemm_grid(&g, most);
-        space = pd__max(space, most * g.each);
-        pd__gemm_grid(&g, parts);
-    }
-    g.space = (pd_real *)pd__scratch(d, space, sizeof(pd_real));
-    if (!g.space) return;
-    PD__TEAM(d, work, part, parts, pd__gemm_part(&g, part));
-    if (kept) memcpy(kept->form, form, sizeof form);
-}
-
-PD_DEF void pd_epilogue_apply(pd_device *d, const pd_epilogue *after, int64_t rows, int64_t columns, pd_real *c,
-                              int64_t ldc) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    PD__TEAM(d, rows * columns, i, rows, kernels->finish(after, false, 0, 1, columns, c + i * ldc, ldc));
-}
-
-/* ---- convolution as products of filters and patches, which are picked straight from the image ----
-   Element (k, j) of the patches, k = (channel, filter row, filter column) and j = (output row, output column), is at
-   image[k_at[k] + j_at[j]], in an image with its padding around it. Where patches are more than one column apart, the
-   image's columns are sorted by phase, their remainder modulo the stride: then outputs that are side by side are made
-   of numbers that are. Images are independent of each other and filters are packed once, so the forward pass and the
-   data gradient are cut by images and, for few of them, by filters, channels or columns; the filter gradient, a sum
-   over images, is cut by columns of its matrix. */
-
-/* The work of `count` products of m x n numbers, k deep each. A tile of them takes about as long to begin as 32 steps. */
-static int64_t pd__product_work(int64_t count, int64_t m, int64_t n, int64_t k) { return count * m * n * (k + 32) / 8; }
-
-typedef struct pd__conv_job {
-    const pd__kernels *kernels;
-    const pd_conv_shape *s;
-    int64_t channels, filters;                /* per group */
-    int64_t depth, area;                      /* of the patches of a group */
-    int64_t in_area, high, wide, padded_area; /* of an image's channel, and with its padding */
-    int64_t phases, per_phase;                /* of its columns: column c is at c % phases * per_phase + c / phases */
-    const int64_t *k_at, *j_at;
-    const pd_real *x, *w, *dy;
-    pd_real *out;             /* y, dx or dw */
-    pd_real beta;             /* of y .. */
-    const pd_epilogue *after; /* .. and what is made of it */
-    int64_t parts, per_part;  /* of a group's filters, channels or columns */
-    int64_t across, columns;  /* parts of the patches of an image, in the forward pass; columns of each */
-    int64_t block_n, block_k; /* columns and depth of the blocks that are packed at a time .. */
-    int64_t together;         /* .. and images */
-    pd_real *packed;          /* filters */
-    pd_real *space;
-    int64_t each; /* working space of one thread */
-} pd__conv_job;
-
-static void pd__conv_sizes(pd__conv_job *j, const pd__kernels *kernels, const pd_conv_shape *s) {
-    memset(j, 0, sizeof *j);
-    j->kernels = kernels;
-    j->s = s;
-    j->channels = s->in_c / s->groups;
-    j->filters = s->out_c / s->groups;
-    j->depth = j->channels * s->filter_h * s->filter_w;
-    j->area = s->out_h * s->out_w;
-    j->in_area = s->in_h * s->in_w;
-    j->high = pd__max(s->in_h + 2 * s->pad_h, (s->out_h - 1) * s->stride_h + (s->filter_h - 1) * s->dilation_h + 1);
-    j->wide = pd__max(s->in_w + 2 * s->pad_w, (s->out_w - 1) * s->stride_w + (s->filter_w - 1) * s->dilation_w + 1);
-    j->phases = s->filter_w > 1 ? s->stride_w : 1;
-    j->per_phase = pd__ceil_div(j->wide, j->phases);
-    j->wide = j->phases * j->per_phase;
-    j->padded_area = j->high * j->wide;
-    j->together = j->across = 1;
-    j->columns = j->area;
-}
-
-/* Is a copy made of images? */
-static bool pd__is_padded(const pd__conv_job *j) { return j->padded_area != j->in_area || j->phases > 1; }
-
-static int64_t pd__conv_column(const pd__conv_job *j, int64_t column) {
-    return column % j->phases * j->per_phase + column / j->phases;
-}
-
-/* Fills the offsets, and takes scratch for them, `packed` numbers of filters and, for each thread, a padded image of
-   so many channels and `block` numbers. False when out of memory. */
-static bool pd__conv_space(pd_device *d, pd__conv_job *j, int64_t packed, int64_t channels, int64_t block) {
-    const pd_conv_shape *s = j->s;
-    int64_t places = j->together * j->area, offsets = j->depth + places, *at, threads = pd__cpu_threads(d),
-            line = 64 / (int64_t)sizeof(pd_real);
-    int64_t image = pd__is_padded(j) ? j->channels * j->padded_area : s->in_c * j->in_area;
-    int64_t head = pd__ceil_div(offsets * (int64_t)sizeof *at, 64) * line;
-    packed = pd__ceil_div(packed, line) * line;
-    j->each = pd__ceil_div(channels * j->padded_area, line) * line + pd__ceil_div(block, line) * line;
-    at = (int64_t *)pd__scratch(d, head + packed + threads * j->each, sizeof(pd_real));
-    if (!at) return false;
-    j->k_at = at;
-    j->j_at = at + j->depth;
-    j->packed = (pd_real *)at + head;
-    for (int64_t channel = 0; channel < j->channels; channel++)
-        for (int64_t h = 0; h < s->filter_h; h++)
-            for (int64_t w = 0; w < s->filter_w; w++)
-                *at++ = channel * j->padded_area + h * s->dilation_h * j->wide + pd__conv_column(j, w * s->dilation_w);
-    for (int64_t i = 0; i < j->together; i++)
-        for (int64_t h = 0; h < s->out_h; h++)
-            for (int64_t w = 0; w < s->out_w; w++)
-                *at++ = i * image + h * s->stride_h * j->wide + pd__conv_column(j, w * s->stride_w);
-    j->space = j->packed + packed;
+PD_DEF bool pd_device_grow(pd_device *d, pd_real **memory, int64_t *capacity, int64_t count) {
+    size_t bytes;
+    pd_real *bigger;
+    if (count <= *capacity && *memory) return true;
+    count = pd__max(count, 1);
+    if (!pd__bytes(count, sizeof(pd_real), &bytes)) return false;
+    bigger = (pd_real *)d->alloc(d, bytes);
+    if (!bigger) return false;
+    if (*memory) d->free(d, *memory);
+    *memory = bigger;
+    *capacity = count;
     return true;
 }
 
-/* Copies channels with zeros around them, or, if `back`, adds what is inside to the channels. */
-static void pd__pad(const pd__conv_job *j, bool back, int64_t channels, pd_real *image, pd_real *padded) {
-    const pd_conv_shape *s = j->s;
-    if (!back) memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
-    for (int64_t c = 0; c < channels; c++)
-        for (int64_t h = 0; h < s->in_h; h++) {
-            pd_real *line = image + c * j->in_area + h * s->in_w;
-            pd_real *to = padded + c * j->padded_area + (h + s->pad_h) * j->wide;
-            for (int64_t phase = 0; phase < j->phases; phase++) {
-                int64_t w = (phase + j->phases - s->pad_w % j->phases) % j->phases; /* its first column */
-                pd_real *inside = to + pd__conv_column(j, w + s->pad_w);
-                if (back)
-                    for (; w < s->in_w; w += j->phases) line[w] += *inside++;
-                else if (j->phases == 1) memcpy(inside, line, (size_t)s->in_w * sizeof *line);
-                else
-                    for (; w < s->in_w; w += j->phases) *inside++ = line[w];
-            }
-        }
+static bool pd__grow_numbers(pd_net *net, pd_real **memory, int64_t *capacity, int64_t count) {
+    return pd_device_grow(net->device, memory, capacity, count);
 }
 
-/* Packs rows first .. first + rows - 1 of a group's filter matrix (filters x depth), or of its transpose, block of k by
-   block. */
-static void pd__pack_filters(const pd__conv_job *j, bool transposed, int64_t unit) {
-    const pd__kernels *kernels = j->kernels;
-    int64_t group = unit / j->parts, m = transposed ? j->depth : j->filters, k = transposed ? j->filters : j->depth;
-    int64_t first = unit % j->parts * j->per_part, rows = pd__min(j->per_part, m - first), step = pd__depth(kernels, k);
-    int64_t rs = transposed ? 1 : j->depth, cs = transposed ? j->depth : 1;
-    const pd_real *w = j->w + group * j->filters * j->depth + first * rs;
-    pd_real *to = j->packed + (group * m + first) * k;
-    if (rows <= 0) return;
-    for (int64_t p = 0; p < k; p += step) {
-        int64_t steps = pd__min(step, k - p);
-        kernels->pack_a(w + p * cs, rs, cs, rows, steps, pd__height(kernels, rows), 0, steps, to + p * rows);
-    }
-}
-
-static void pd__pack_filters_forward(const pd__conv_job *j, int64_t unit) { pd__pack_filters(j, false, unit); }
-static void pd__pack_filters_back(const pd__conv_job *j, int64_t unit) { pd__pack_filters(j, true, unit); }
-
-/* One part of one group of one image: y = filters * patches + beta y. */
-static void pd__conv_unit(const pd__conv_job *j, int64_t unit) {
-    const pd__kernels *kernels = j->kernels;
-    int64_t left = unit % j->across * j->columns, right = pd__min(left + j->columns, j->area);
-    int64_t part = unit / j->across % j->parts, image = unit / j->across / j->parts, group = image % j->s->groups;
-    int64_t first = part * j->per_part, step = pd__depth(kernels, j->depth);
-    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *patches = padded;
-    const pd_real *x = j->x + image * j->channels * j->in_area;
-    pd__block_job b;
-    memset(&b, 0, sizeof b);
-    b.m = pd__min(j->per_part, j->filters - first);
-    if (b.m <= 0) return;
-    b.h = pd__height(kernels, b.m);
-    b.alpha = 1;
-    b.ldc = j->area;
-    b.by_row = true;
-    b.channel = group * j->filters + first;
-    if (pd__is_padded(j)) {
-        pd__pad(j, false, j->channels, (pd_real *)(uintptr_t)x, padded); /* only read */
-        x = padded;
-        patches += j->channels * j->padded_area;
-    }
-    b.b = patches;
-    for (int64_t at = left; at < right; at += j->block_n)
-        for (int64_t p = 0; p < j->depth; p += step) {
-            b.n = pd__min(j->block_n, right - at);
-            b.k = pd__min(step, j->depth - p);
-            b.beta = p ? 1 : j->beta;
-            b.after = p + step >= j->depth ? j->after : NULL;
-            b.a = j->packed + (group * j->filters + first) * j->depth + p * b.m;
-            b.c = j->out + (image * j->filters + first) * j->area + at;
-            for (int64_t c = 0; c < b.n; c += kernels->nr)
-                kernels->pick_b_panel(x, j->k_at + p, j->j_at + at + c, b.k, pd__min(kernels->nr, b.n - c),
-                                      patches + c * b.k);
-            kernels->multiply(&b);
-        }
-}
-
-/* One part, a number of whole channels, of one group of one image: dx += scattered (filters^T * dy). */
-static void pd__conv_back_unit(const pd__conv_job *j, int64_t unit) {
-    const pd__kernels *kernels = j->kernels;
-    int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
-    int64_t window = j->s->filter_h * j->s->filter_w, first = part * j->per_part, step = pd__depth(kernels, j->filters);
-    int64_t channels = pd__min(j->per_part, j->depth - first) / window;
-    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed = padded;
-    pd_real *dx = j->out + (image * j->channels + first / window) * j->in_area;
-    const pd_real *dy = j->dy + image * j->filters * j->area;
-    pd__block_job b;
-    if (channels <= 0) return;
-    memset(&b, 0, sizeof b);
-    b.m = channels * window;
-    b.h = pd__height(kernels, b.m);
-    b.alpha = 1;
-    b.c = dx;
-    if (pd__is_padded(j)) {
-        memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
-        b.c = padded;
-        packed += channels * j->padded_area;
-    }
-    b.row_at = j->k_at; /* of the part's own channels, the first of which is at 0 */
-    b.b = packed;
-    for (int64_t at = 0; at < j->area; at += j->block_n)
-        for (int64_t p = 0; p < j->filters; p += step) {
-            b.n = pd__min(j->block_n, j->area - at);
-            b.k = pd__min(step, j->filters - p);
-            b.a = j->packed + (group * j->depth + first) * j->filters + p * b.m;
-            b.column_at = j->j_at + at;
-            kernels->pack_b(dy + p * j->area + at, j->area, 1, b.k, b.n, packed);
-            kernels->multiply(&b);
-        }
-    if (b.c == padded) pd__pad(j, true, channels, dx, padded);
-}
-
-/* One part, a number of columns, of one group of dw: dw += dy * patches^T, summed over all images in order. */
-static void pd__conv_filter_unit(const pd__conv_job *j, int64_t unit) {
-    const pd__kernels *kernels = j->kernels;
-    int64_t part = unit % j->parts, group = unit / j->parts, window = j->s->filter_h * j->s->filter_w;
-    int64_t first = part * j->per_part, columns = pd__min(j->per_part, j->depth - first);
-    int64_t channel = first / window, channels = (first + columns - 1) / window - channel + 1;
-    int64_t h = pd__height(kernels, j->filters), mc = pd__min(j->filters, kernels->mc / h * h), step = j->block_k;
-    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed_a = padded, *packed_b;
-    pd__block_job b;
-    if (columns <= 0) return;
-    memset(&b, 0, sizeof b);
-    b.h = h;
-    b.alpha = b.beta = 1;
-    b.ldc = j->depth;
-    if (pd__is_padded(j)) packed_a += j->together * j->channels * j->padded_area;
-    packed_b = packed_a + mc * step;
-    b.a = packed_a;
-    b.b = packed_b;
-    for (int64_t row = 0; row < j->s->rows; row += j->together) {
-        int64_t rows = pd__min(j->together, j->s->rows - row), image = row * j->s->groups + group;
-        const pd_real *x = j->x + image * j->channels * j->in_area, *dy = j->dy + image * j->filters * j->area;
-        int64_t x_row = j->s->in_c * j->in_area, dy_row = j->s->out_c * j->area;
-        if (pd__is_padded(j)) {
-            for (int64_t r = 0; r < rows; r++)
-                pd__pad(j, false, channels, (pd_real *)(uintptr_t)x + r * x_row + channel * j->in_area,
-                        padded + (r * j->channels + channel) * j->padded_area);
-            x = padded;
-        }
-        for (int64_t p = 0; p < rows * j->area; p += step)
-            for (int64_t n = 0; n < columns; n += j->block_n) {
-                b.k = pd__min(step, rows * j->area - p);
-                b.n = pd__min(j->block_n, columns - n);
-                for (int64_t c = 0; c < b.n; c += kernels->nr)
-                    kernels->pick_b_panel(x, j->j_at + p, j->k_at + first + n + c, b.k, pd__min(kernels->nr, b.n - c),
-                                          packed_b + c * b.k);
-                for (int64_t i = 0; i < j->filters; i += mc) {
-                    b.m = pd__min(mc, j->filters - i);
-                    for (int64_t r = 0; r < rows; r++) /* of several rows all positions, of one a block of them */
-                        kernels->pack_a(dy + r * dy_row + i * j->area + p, j->area, 1, b.m, b.k / rows, h, r * j->area,
-                                        b.k, packed_a);
-                    b.c = j->out + (group * j->filters + i) * j->depth + first + n;
-                    kernels->multiply(&b);
-                }
-            }
-    }
-}
-
-/* Cuts `units` things of `size` into parts of whole multiples of `grain`, so that there is work for every thread. */
-static void pd__conv_parts(pd_device *d, pd__conv_job *j, int64_t units, int64_t size, int64_t grain) {
-    int64_t grains = pd__ceil_div(size, grain);
-    j->parts = pd__min(grains, pd__ceil_div(pd__cpu_threads(d), pd__max(units, 1)));
-    j->per_part = pd__ceil_div(grains, j->parts) * grain;
-}
-
-/* ---- convolution with 3 x 3 filters at stride 1, after Winograd: F(4 x 4, 3 x 3) of Lavin and Gray 2016 ----
-   A tile of 4 x 4 outputs needs 6 x 6 inputs. With B, G and A of that paper, B^T d B of each tile d of each channel and
-   G g G^T of each filter g are made once; their 36 places are multiplied like matrices of filters, channels and tiles;
-   and A^T m A of the sums m are the outputs: 36 multiplications instead of 144. The data gradient is the same with the
-   filters turned round and the channels as filters; the filter gradient is the transpose, G^T (A dy A^T * B^T d B) G. */
-
-/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
-   and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
-   are about what that costs, in multiplications, as measured. They round differently, so where one answer is asked for it
-   is judged as for three rows: where that is wrong, one row and many lose about equally. */
-static bool pd__winograd_fits(const pd_conv_shape *s) {
-    const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
-    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4), rows = s->one_answer ? 3 : s->rows;
-    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, rows * tiles));
-    return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
-           s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
-           rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
-               rows * outputs * products * 10;
-}
-
-/* Numbers in one of the 36 planes, with a gap: else the planes would often take each other's places in the cache. */
-static int64_t pd__winograd_plane(int64_t lines, int64_t length) { return lines * length + 16; }
-
-struct pd__winograd {
-    const pd__kernels *kernels;
-    int64_t rows, groups, channels, filters; /* of a group */
-    int64_t in_h, in_w, out_h, out_w, top, left;
-    int64_t high, wide; /* tiles of an image's channel */
-    /* A block takes `across` times `lines` of the rows of tiles, which follow each other in all images. Where one row
-       would leave vectors empty they are put side by side, the first `lines` in the first column: such a line of a
-       block has `width` tiles. Or, of many small images, `by_lane`: the same row of as many images as a vector has
-       lanes is a line, with the images of a tile side by side. */
-    bool by_lane;
-    int64_t across, width, lines, all_lines, blocks;
-    int64_t stride; /* columns of tiles in a line that is read, filled up with zeros */
-    int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
-    int64_t height, panels;  /* of the filters */
-    int64_t parts, per_part; /* of the panels */
-    bool back;               /* the filters are those of the data gradient */
-    const pd_real *x, *w, *dy;
-    pd_real *out;                /* y, dx or dw */
-    pd_real beta;                /* of y or dx .. */
-    const pd_epilogue *after;    /* .. and what is made of y */
-    pd_real *packed;             /* [group][36][panel] of filters, or [36][filters][channels] of sums */
-    pd_real *images, *gradients; /* [36][channels or filters][places] */
-    pd_real *space;
-    int64_t each, group, block; /* working space of a thread; what is done at the moment */
-};
-
-/* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
-typedef struct pd__winograd_rows {
-    int64_t image[2 * 64 / sizeof(pd_real)], row[2 * 64 / sizeof(pd_real)]; /* nr of the widest vectors */
-} pd__winograd_rows;
-
-/* How many lines a block has. */
-static int64_t pd__winograd_lines(const pd__winograd *j, int64_t block) {
-    return pd__min(j->lines, j->all_lines - block * j->lines);
-}
-
-/* Those of the first line of a block, and of the line after. */
-static void pd__winograd_first(const pd__winograd *j, int64_t block, pd__winograd_rows *at) {
-    const int64_t lines = pd__winograd_lines(j, block), first = block * j->lines * (j->by_lane ? 1 : j->across);
-    const int64_t images = j->by_lane ? 1 : lines / j->high, rows = j->by_lane ? 0 : lines % j->high; /* to the next */
-    int64_t image = first / j->high * (j->by_lane ? j->across : 1), row = first % j->high;
-    for (int64_t i = 0; i < j->across; i++) {
-        at->image[i] = image, at->row[i] = row;
-        image += images, row += rows;
-        if (row >= j->high) row -= j->high, image++;
-    }
-}
-
-static void pd__winograd_next(const pd__winograd *j, pd__winograd_rows *at) {
-    for (int64_t i = 0; i < j->across; i++)
-        if (++at->row[i] == j->high) at->row[i] = 0, at->image[i] += j->by_lane ? j->across : 1;
-}
-
-/* Numbers of all channels of an image, and of its output. */
-static int64_t pd__winograd_in(const pd__winograd *j) { return j->groups * j->channels * j->in_h * j->in_w; }
-static int64_t pd__winograd_out(const pd__winograd *j) { return j->groups * j->filters * j->out_h * j->out_w; }
-
-/* How many tiles a block has. */
-static int64_t pd__winograd_tiles(const pd__winograd *j, int64_t block) {
-    return pd__winograd_lines(j, block) * j->width;
-}
-
-/* One block of tiles and one part of the filters. */
-static void pd__winograd_unit(const pd__winograd *j, int64_t unit) {
-    const pd__kernels *kernels = j->kernels;
-    int64_t part = unit % j->parts, group = unit / j->parts % j->groups, block = unit / j->parts / j->groups;
-    int64_t first = part * j->per_part, last = pd__min(first + j->per_part, j->panels), filter = first * j->height;
-    int64_t count = pd__min(last * j->height, j->filters) - filter, tiles = pd__winograd_tiles(j, block);
-    int64_t plane = pd__winograd_plane(j->channels, j->places), sum_plane = pd__winograd_plane(count, j->places);
-    int64_t panel = pd__winograd_plane(j->channels, j->height);
-    pd_real *images = j->space + PD__THREAD_INDEX() * j->each, *sums = images + 36 * plane;
-    if (count <= 0) return;
-    for (int64_t c = 0; c < j->channels; c++) /* the sums lie idle yet */
-        kernels->winograd_channel(j, false, group, block, c, sums, images + c * j->places, plane);
-    for (int64_t i = 0; i < 36; i++)
-        for (int64_t t = 0; t < tiles; t += kernels->nr)
-            for (int64_t p = first; p < last; p++)
-                kernels->tile((int)pd__min(j->height, j->filters - p * j->height),
-                              (int)(tiles - t <= kernels->lanes ? 1 : kernels->nr / kernels->lanes), j->channels, 1,
-                              j->packed + ((group * 36 + i) * j->panels + p) * panel, PD__AHEAD, images + i * plane + t,
-                              j->places, 0, sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
-    for (int64_t k = 0; k < count; k++)
-        kernels->winograd_put(j, group, block, filter + k, sums + k * j->places, sum_plane, images);
-}
-
-/* Are images worth a lane each? Their rows must be short, and not many lanes be empty. */
-static bool pd__winograd_by_lane(const pd__kernels *kernels, int64_t rows, int64_t wide) {
-    return kernels->lanes > 1 && wide * kernels->lanes <= 64 &&
-           pd__ceil_div(rows, kernels->lanes) * kernels->lanes * 3 <= rows * 4;
-}
-
-/* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
-static void pd__winograd_sizes(pd__winograd *j, const pd__kernels *kernels, const pd_conv_shape *s, bool back,
-                               int64_t tiles, int64_t threads) {
-    memset(j, 0, sizeof *j);
-    j->kernels = kernels;
-    j->rows = s->rows, j->groups = s->groups, j->back = back;
-    j->channels = (back ? s->out_c : s->in_c) / s->groups, j->filters = (back ? s->in_c : s->out_c) / s->groups;
-    j->in_h = back ? s->out_h : s->in_h, j->in_w = back ? s->out_w : s->in_w;
-    j->out_h = back ? s->in_h : s->out_h, j->out_w = back ? s->in_w : s->out_w;
-    j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
-    j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
-    j->across = 4 * j->wide < 3 * kernels->lanes ? pd__min(j->rows * j->high, kernels->nr / j->wide) : 1;
-    j->all_lines = pd__ceil_div(j->rows * j->high, j->across);
-    j->by_lane = pd__winograd_by_lane(kernels, j->rows, j->wide);
-    if (j->by_lane) j->across = kernels->lanes, j->all_lines = pd__ceil_div(j->rows, kernels->lanes) * j->high;
-    j->width = j->across * j->wide;
-    /* A block for each thread, as long as its tiles about fill a panel. */
-    j->lines = pd__ceil_div(j->all_lines, pd__ceil_div(threads, s->groups));
-    j->lines = pd__min(pd__max(j->lines, kernels->nr / j->width), tiles / j->width);
-    j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
-    j->blocks = pd__ceil_div(j->all_lines, j->lines);
-    j->stride = pd__ceil_div(j->width, kernels->lanes) * kernels->lanes + 4;
-    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles have in common; and an odd multiple
-       of 16, so that the same places of many lines do not take each other's in the cache. */
-    j->places = pd__ceil_div(j->lines * j->width + kernels->lanes + 2 + 16, 32) * 32 - 16;
-}
-
-static void pd__winograd_run(pd_device *d, pd__winograd *j) {
-    const pd__kernels *kernels = j->kernels;
-    int64_t threads = pd__cpu_threads(d), units = j->blocks * j->groups, filters;
-    int64_t form[6] = { PD__FORM_WINOGRAD, j->groups, j->filters, j->channels, j->back, 0 };
-    pd__kept *kept;
-    bool ready;
-    int64_t work = j->rows * j->groups * j->out_h * j->out_w * j->filters * j->channels;
-    j->height = pd__height(kernels, j->filters);
-    j->panels = pd__ceil_div(j->filters, j->height);
-    j->parts = pd__min(j->panels, pd__ceil_div(threads, units));
-    j->per_part = pd__ceil_div(j->panels, j->parts);
-    j->each =
-        36 * pd__winograd_plane(j->channels, j->places) + 36 * pd__winograd_plane(j->per_part * j->height, j->places);
-    filters = j->groups * j->panels * 36 * pd__winograd_plane(j->channels, j->height);
-    filters = pd__ceil_div(filters, 16) * 16;
-    kept = pd__kept_form(d, j->w, form, filters, &ready);
-    j->packed = (pd_real *)pd__scratch(d, (kept ? 0 : filters) + threads * j->each, sizeof(pd_real));
-    if (!j->packed) return;
-    j->space = j->packed + (kept ? 0 : filters);
-    if (kept) j->packed = kept->numbers;
-    PD__TEAM(d, ready ? 0 : j->groups * j->filters * j->channels * 36, unit, ready ? 0 : j->groups * j->panels,
-             kernels->winograd_panel(j, unit));
-    if (kept) memcpy(kept->form, form, sizeof form);
-    PD__TEAM(d, work, unit, units * j->parts, pd__winograd_unit(j, unit));
-}
-
-/* The filter gradient: one channel of a block's images, or one filter of its output gradients. */
-static void pd__winograd_transform(const pd__winograd *j, int64_t unit) {
-    const pd__kernels *kernels = j->kernels;
-    const bool gradient = unit >= j->channels;
-    const int64_t lines = gradient ? j->filters : j->channels, channel = gradient ? unit - j->channels : unit;
-    pd_real *to = (gradient ? j->gradients : j->images) + channel * j->places;
-    kernels->winograd_channel(j, gradient, j->group, j->block, channel, j->space + PD__THREAD_INDEX() * j->each, to,
-                              pd__winograd_plane(lines, j->places));
-}
-
-/* One of the 36 sums over a block's tiles, of filters x channels. */
-static void pd__winograd_sum(const pd__winograd *j, int64_t i) {
-    pd__gemm_job g;
-    memset(&g, 0, sizeof g);
-    g.kernels = j->kernels;
-    g.tb = true;
-    g.m = g.rows = j->filters, g.n = g.columns = j->channels;
-    g.k = pd__winograd_tiles(j, j->block);
-    g.lda = g.ldb = j->places, g.ldc = j->channels;
-    g.alpha = 1, g.beta = j->block == 0 ? 0 : 1;
-    g.a = j->gradients + i * pd__winograd_plane(j->filters, j->places);
-    g.b = j->images + i * pd__winograd_plane(j->channels, j->places);
-    g.c = j->packed + i * pd__winograd_plane(j->filters, j->channels);
-    g.space = j->space + PD__THREAD_INDEX() * j->each;
-    g.across = 1;
-    pd__gemm_part(&g, 0);
-}
-
-static void pd__winograd_backward_filter(pd_device *d, pd__winograd *j) {
-    const pd__kernels *kernels = j->kernels;
-    const int64_t images = 36 * pd__winograd_plane(j->channels, j->places);
-    const int64_t gradients = 36 * pd__winograd_plane(j->filters, j->places);
-    int64_t sums = 36 * pd__winograd_plane(j->filters, j->channels);
-    int64_t tiles = j->lines * j->width, threads = pd__cpu_threads(d);
-    int64_t work = tiles * (j->channels + j->filters) * 36;
-    /* of a product's packed factors, or of phases */
-    j->each = pd__max((pd__min(kernels->mc, j->filters) + pd__min(PD__NC, j->channels + kernels->nr)) *
-                          pd__depth(kernels, tiles),
-                      46 * j->stride);
-    j->each = pd__ceil_div(j->each, 16) * 16 + 32;
-    sums = pd__ceil_div(sums, 16) * 16;
-    j->packed = (pd_real *)pd__scratch(d, sums + images + gradients + threads * j->each, sizeof(pd_real));
-    if (!j->packed) return;
-    j->images = j->packed + sums;
-    j->gradients = j->images + images;
-    j->space = j->gradients + gradients;
-    for (j->group = 0; j->group < j->groups; j->group++) {
-        for (j->block = 0; j->block < j->blocks; j->block++) {
-            PD__TEAM(d, work, unit, j->channels + j->filters, pd__winograd_transform(j, unit));
-            PD__TEAM(d, work * 16, unit, 36, pd__winograd_sum(j, unit));
-        }
-        PD__TEAM(d, sums, unit, j->filters, kernels->winograd_filter_unit(j, unit));
-    }
-}
-
-/* ---- convolution: one way or the other ---- */
-
-static void pd__cpu_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
-                         pd_real *y, const pd_epilogue *after) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__conv_job j;
-    int64_t images = s->rows * s->groups, form[6] = { 0 };
-    pd__kept *kept;
-    bool ready;
-    if (images == 0) return;
-    if (pd__winograd_fits(s)) {
-        pd__winograd fast;
-        pd__winograd_sizes(&fast, kernels, s, false, 64, pd__cpu_threads(d));
-        fast.x = x, fast.w = w, fast.out = y, fast.beta = beta, fast.after = after;
-        pd__winograd_run(d, &fast);
-        return;
-    }
-    pd__conv_sizes(&j, kernels, s);
-    j.x = x, j.w = w, j.out = y, j.beta = beta, j.after = after;
-    pd__conv_parts(d, &j, images, j.filters, kernels->mr);
-    if (j.parts > 1 && j.filters < j.area) { /* the less is read by all threads */
-        j.across = j.parts;
-        j.columns = pd__ceil_div(pd__ceil_div(j.area, j.across), kernels->nr) * kernels->nr;
-        j.parts = 1;
-        j.per_part = j.filters;
-    }
-    j.block_n = pd__min(PD__NC, pd__ceil_div(j.columns, kernels->nr) * kernels->nr);
-    form[0] = PD__FORM_CONV, form[1] = s->groups, form[2] = j.filters, form[3] = j.depth, form[4] = j.per_part;
-    kept = pd__kept_form(d, w, form, s->out_c * j.depth, &ready);
-    if (!pd__conv_space(d, &j, kept ? 0 : s->out_c * j.depth, pd__is_padded(&j) ? j.channels : 0,
-                        pd__depth(kernels, j.depth) * j.block_n))
-        return;
-    if (kept) j.packed = kept->numbers;
-    PD__TEAM(d, ready ? 0 : s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts,
-             pd__pack_filters_forward(&j, unit));
-    if (kept) memcpy(kept->form, form, sizeof form);
-    PD__TEAM(d, pd__product_work(images, j.filters, j.area, j.depth), unit, images * j.parts * j.across,
-             pd__conv_unit(&j, unit));
-}
-
-static void pd__cpu_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
-                                       pd_real *dx) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__conv_job j;
-    int64_t images = s->rows * s->groups;
-    if (images == 0) return;
-    if (pd__winograd_fits(s)) {
-        pd__winograd fast;
-        pd__winograd_sizes(&fast, kernels, s, true, 64, pd__cpu_threads(d));
-        fast.x = dy, fast.w = w, fast.out = dx, fast.beta = 1;
-        pd__winograd_run(d, &fast);
-        return;
-    }
-    pd__conv_sizes(&j, kernels, s);
-    j.w = w, j.dy = dy, j.out = dx;
-    pd__conv_parts(d, &j, images, j.depth, s->filter_h * s->filter_w);
-    j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, kernels->nr) * kernels->nr);
-    if (!pd__conv_space(d, &j, s->out_c * j.depth, pd__is_padded(&j) ? j.channels : 0,
-                        pd__depth(kernels, j.filters) * j.block_n))
-        return;
-    PD__TEAM(d, s->out_c * j.depth, unit, s->groups * j.parts, pd__pack_filters_back(&j, unit));
-    PD__TEAM(d, pd__product_work(images, j.depth, j.area, j.filters), unit, images * j.parts,
-             pd__conv_back_unit(&j, unit));
-}
-
-static void pd__cpu_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
-                                         pd_real *dw) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__conv_job j;
-    if (s->rows == 0) return;
-    if (pd__winograd_fits(s)) {
-        pd__winograd fast;
-        pd__winograd_sizes(&fast, kernels, s, false,
-                           pd__max(64, pd__min(512, 2000000 / (36 * (s->in_c + s->out_c) / s->groups))), 1);
-        fast.x = x, fast.dy = dy, fast.out = dw;
-        pd__winograd_backward_filter(d, &fast);
-        return;
-    }
-    pd__conv_sizes(&j, kernels, s);
-    j.x = x, j.dy = dy, j.out = dw;
-    pd__conv_parts(d, &j, s->groups, j.depth, kernels->nr);
-    j.together = pd__max(1, pd__min(s->rows, kernels->kc / j.area));
-    j.block_k = j.together > 1 ? j.together * j.area : pd__depth(kernels, j.area);
-    j.block_n = pd__min(PD__NC, j.per_part);
-    if (!pd__conv_space(d, &j, 0, pd__is_padded(&j) ? j.together * j.channels : 0,
-                        (pd__min(kernels->mc, j.filters) + j.block_n) * j.block_k))
-        return;
-    PD__TEAM(d, pd__product_work(s->rows * s->groups, j.filters, j.depth, j.area), unit, s->groups * j.parts,
-             pd__conv_filter_unit(&j, unit));
-}
-
-/* ---- optimizers' arithmetic ---- */
-
-struct pd__update_job {
-    const pd_update *u;
-    double correct1, correct2, l2;
-    pd_real *w;
-    const pd_real *g;
-    const unsigned char *mask;
-    pd_real *const *states;
-};
-
-static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
-                           const unsigned char *mask, pd_real *const *states) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__update_job j;
-    j.u = u;
-    j.correct1 = 1 - pow(u->optimizer.beta1, (double)u->step);
-    j.correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
-    j.l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2;
-    j.w = w, j.g = g, j.mask = mask, j.states = states;
-    PD__TEAM_STEPS(d, n * 4, i, n, PD__PIECE, kernels->update_piece(&j, i, pd__min(n, i + PD__PIECE)));
-}
-
-/* Arguments of update_rows and gather_rows. */
-typedef struct pd__rows_job {
-    const pd__kernels *kernels;
-    const pd_update *u;
-    int64_t count, width;
-    const int64_t *rows, *state_rows;
-    const double *carry;
-    const pd_real *w, *g, *state;
-    pd_real *new_w, *new_state; /* the table and its state, or copies of rows in the order of `rows` and NULL */
-    bool copy;
-} pd__rows_job;
-
-/* Rows of a large table come from memory, so the next ones are sent for. */
-static void pd__send_for_row(const pd__rows_job *j, int64_t i) {
-    if (i >= j->count) return;
-    PD__PREFETCH(j->w + j->rows[i] * j->width);
-    PD__PREFETCH(j->w + (j->rows[i] + 1) * j->width - 1);
-    if (!j->state) return;
-    PD__PREFETCH(j->state + j->state_rows[i] * j->width);
-    PD__PREFETCH(j->state + (j->state_rows[i] + 1) * j->width - 1);
-}
-
-static void pd__row(const pd__rows_job *j, int64_t i) {
-    int64_t at = j->rows[i] * j->width, state_at = j->state ? j->state_rows[i] * j->width : 0;
-    pd__send_for_row(j, i + 8);
-    j->kernels->update_row(j->u, j->width, j->carry ? j->carry + 4 * i : NULL, j->w + at,
-                           j->g ? j->g + i * j->width : NULL, j->state ? j->state + state_at : NULL,
-                           j->new_w + (j->copy ? i * j->width : at), j->new_state ? j->new_state + state_at : NULL);
-}
-
-static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
-                                const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
-                                pd_real *state) {
-    pd__rows_job j = PD__ZERO;
-    j.kernels = pd__cpu_kernels(d);
-    j.u = u, j.count = count, j.width = width, j.rows = rows, j.state_rows = state_rows, j.carry = carry, j.g = g;
-    j.w = j.new_w = w;
-    j.state = j.new_state = state;
-    PD__TEAM(d, count * width * 4, i, count, pd__row(&j, i));
-}
-
-static void pd__cpu_gather_rows(pd_device *d, int64_t count, int64_t width, const int64_t *rows,
-                                const int64_t *state_rows, const double *carry, const pd_real *w, const pd_real *state,
-                                pd_real *y) {
-    pd__rows_job j = PD__ZERO;
-    j.kernels = pd__cpu_kernels(d);
-    j.count = count, j.width = width, j.rows = rows, j.state_rows = state_rows, j.carry = carry, j.w = w;
-    j.state = carry ? state : NULL;
-    j.new_w = y;
-    j.copy = true;
-    PD__TEAM(d, count * width * 2, i, count, pd__row(&j, i));
-}
-
-/* ---- activations ---- */
-
-static const double pd__stanh_a = 1.7159, pd__stanh_b = 2.0 / 3.0;
-
-static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
-                             pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    int64_t n = rows * width;
-    if (act == PD_SOFTMAX) {
-        PD__TEAM(d, n * 8, r, rows, kernels->softmax_row(width, x + r * width, y + r * width));
-        return;
-    }
-    PD__TEAM_STEPS(d, n * 2, i, n, PD__PIECE,
-                   kernels->activate_piece(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i));
-}
-
-static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
-                                      const pd_real *x, const pd_real *y, pd_real *grad) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    int64_t n = rows * width;
-    if (act == PD_SOFTMAX) {
-        PD__TEAM(d, n * 2, r, rows, kernels->softmax_backward_row(width, y + r * width, grad + r * width));
-        return;
-    }
-    PD__TEAM_STEPS(
-        d, n * 2, i, n, PD__PIECE,
-        kernels->activate_backward_piece(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i));
-}
-
-/* ---- pooling ---- */
-
-/* The cells of output (oh, ow) that lie inside the image: rows h0 .. h1 - 1, columns w0 .. w1 - 1. */
-typedef struct pd__window {
-    int64_t h0, h1, w0, w1;
-} pd__window;
-
-static pd__window pd__pool_window(const pd_pool_shape *s, int64_t oh, int64_t ow) {
-    pd__window v;
-    v.h0 = oh * s->stride_h - s->pad_h;
-    v.w0 = ow * s->stride_w - s->pad_w;
-    v.h1 = pd__min(v.h0 + s->size_h, s->in_h);
-    v.w1 = pd__min(v.w0 + s->size_w, s->in_w);
-    v.h0 = pd__max(v.h0, 0);
-    v.w0 = pd__max(v.w0, 0);
-    return v;
-}
-
-/* What a sum over the window is multiplied with. */
-static pd_real pd__pool_factor(const pd_pool_shape *s, const pd__window *v) {
-    double cells = (double)((v->h1 - v->h0) * (v->w1 - v->w0));
-    if (s->method == PD_AVERAGE) return (pd_real)(1 / cells);
-    return s->method == PD_SQRT_N ? (pd_real)(1 / sqrt(cells)) : 1;
-}
-
-struct pd__pool_job {
-    const pd__kernels *kernels;
-    const pd_pool_shape *s;
-    const pd_real *x, *y, *dy;
-    pd_real *out, *space; /* for each thread a line of the image, and `lines` of phases */
-    int64_t each, line, lines;
-    int64_t begin, stop; /* of a window's columns, those that are inside the image for some output */
-    /* Column w is number w / stride of phase w % stride. Phases are `wide`, and begin `lead` numbers before column 0; there
-       are none beyond `phases`, where nothing of the image is. */
-    int64_t stride, phases, lead, wide;
-};
-
-static bool pd__pool_space(pd_device *d, pd__pool_job *j) {
-    const pd__kernels *kernels = j->kernels;
-    const pd_pool_shape *s = j->s;
-    j->stride = s->out_w > 1 ? s->stride_w : 1;
-    j->phases = pd__min(j->stride, s->in_w + 1);
-    j->begin = pd__max(0, s->pad_w - (s->out_w - 1) * j->stride);
-    j->stop = pd__min(s->size_w, s->in_w + s->pad_w);
-    j->lead = pd__ceil_div(s->pad_w - j->begin, j->stride);
-    j->wide = j->lead + kernels->lanes + 1 +
-              pd__max(pd__ceil_div(s->in_w, j->stride), s->out_w + pd__ceil_div(j->stop - j->begin, j->stride));
-    j->line = pd__ceil_div(s->in_w, 16) * 16 + 16;
-    j->lines = pd__min(s->out_h, 8);
-    j->each = pd__ceil_div(j->line + j->lines * j->phases * j->wide, 16) * 16;
-    j->space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * j->each, sizeof(pd_real));
-    return j->space != NULL;
-}
-
-static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__pool_job j;
-    memset(&j, 0, sizeof j);
-    j.kernels = kernels, j.s = s, j.x = x, j.out = y;
-    if (kernels->lanes > 1 && s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 &&
-        s->in_h == 2 * s->out_h && s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 &&
-        (s->in_w % kernels->lanes == 0 || (2 * s->in_w == kernels->lanes && s->out_h % 2 == 0))) {
-        const int64_t maps = s->rows * s->channels, area = s->in_h * s->in_w;
-        const int64_t together = pd__max(1, PD__PIECE / pd__max(1, area));
-        PD__TEAM_STEPS(d, maps * area / 2, map, maps, together,
-                       kernels->pool_pairs(&j, map, pd__min(together, maps - map)));
-        return;
-    }
-    if (!pd__pool_space(d, &j)) return;
-    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, kernels->pool_map(&j, map));
-}
-
-/* Where the gradient of a maximum goes: to the first of the cells that have it, of NaNs too, if one has; without branches,
-   because nothing foretells them. */
-static int64_t pd__pool_first(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y) {
-    int64_t at = -1;
-    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
-        for (int64_t w = v->w1 - 1; w >= v->w0; w--) at = map[h * s->in_w + w] == y ? h * s->in_w + w : at;
-    if (at >= 0 || y == y) return at;
-    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
-        for (int64_t w = v->w1 - 1; w >= v->w0; w--)
-            at = map[h * s->in_w + w] != map[h * s->in_w + w] ? h * s->in_w + w : at;
-    return at;
-}
-
-static void pd__pool_map_back(const pd__pool_job *j, int64_t map) {
-    const pd__kernels *kernels = j->kernels;
-    const pd_pool_shape *s = j->s;
-    const pd_real *x = j->x + map * s->in_h * s->in_w, *y = j->y + map * s->out_h * s->out_w;
-    const pd_real *dy = j->dy + map * s->out_h * s->out_w;
-    pd_real *dx = j->out + map * s->in_h * s->in_w, *line = j->space + PD__THREAD_INDEX() * j->each;
-    for (int64_t oh = 0; oh < s->out_h; oh++) {
-        pd__window v = pd__pool_window(s, oh, 0);
-        memset(line, 0, (size_t)j->line * sizeof *line);
-        for (int64_t ow = 0; ow < s->out_w; ow++, y++, dy++) {
-            v = pd__pool_window(s, oh, ow);
-            if (s->method == PD_MAX) {
-                int64_t at = pd__pool_first(s, &v, x, *y);
-                if (at >= 0) dx[at] += *dy;
-            } else {
-                pd_real part = *dy * pd__pool_factor(s, &v);
-                for (int64_t w = v.w0; w < v.w1; w++) line[w] += part;
-            }
-        }
-        for (int64_t h = v.h0; s->method != PD_MAX && h < v.h1; h++)
-            kernels->contract_line(s->in_w, 1, line, 1, NULL, 0, dx + h * s->in_w, 1);
-    }
-}
-
-static void pd__cpu_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
-                                  const pd_real *dy, pd_real *dx) {
-    pd__pool_job j;
-    memset(&j, 0, sizeof j);
-    j.kernels = pd__cpu_kernels(d), j.s = s, j.x = x, j.y = y, j.dy = dy, j.out = dx;
-    if (!pd__pool_space(d, &j)) return;
-    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, pd__pool_map_back(&j, map));
-}
-
-/* ---- cross-entropy ---- */
-
-/* The smallest probability that a cost sees, so that a logarithm stays finite. */
-static inline pd_real pd__at_least_tiny(pd_real p) { return p > PD__REAL_MIN || p != p ? p : PD__REAL_MIN; }
-
-static void pd__cpu_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
-                                  const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
-                                  const pd_real *class_weights, pd_real *cost) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    PD__PARALLEL(d, rows * (x ? width * 2 : 8) + (soft ? rows * width * 8 : 0))
-    for (int64_t r = 0; r < rows; r++) {
-        const pd_real *row = x ? x + r * width : NULL;
-        double weight = row_weights ? (double)row_weights[r] : 1, sum = 0, top = 0, least = 0;
-        if (row) least = kernels->softmax_cost(width, row, p + r * width, &top);
-        for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
-            double t = (double)(soft ? soft[r * width + c] : 1) * (double)(class_weights ? class_weights[c] : 1);
-            if (t != 0)
-                sum += t * (row ? top - (double)row[c] + least : -log((double)pd__at_least_tiny(p[r * width + c])));
-        }
-        cost[r] = weight != 0 ? (pd_real)(weight * sum) : 0;
-    }
-}
-
-static void pd__cpu_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
-                                           const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
-                                           const pd_real *dcost, bool by_x, pd_real *dx) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    PD__PARALLEL(d, rows * width * 2)
-    for (int64_t r = 0; r < rows; r++) {
-        const pd_real *row = p + r * width;
-        pd_real *to = dx + r * width, total = 0;
-        if (dcost[r] == 0) continue;
-        for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
-            pd_real t = (soft ? soft[r * width + c] : 1) * (class_weights ? class_weights[c] : 1);
-            to[c] -= dcost[r] * (by_x ? t : t / pd__at_least_tiny(row[c]));
-            total += t;
-        }
-        if (by_x) kernels->contract_line(width, dcost[r] * total, row, 1, NULL, 0, to, 1);
-    }
-}
-
-/* ---- dropout ---- */
-
-static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double p, const pd_real *x, pd_real *y) {
-    pd_real factor = (pd_real)(1 / (1 - p));
-    (void)d;
-    PD__PARALLEL(d, n * 2)
-    for (int64_t start = 0; start < n; start += PD__PIECE)
-        for (int64_t i = start; i < pd__min(n, start + PD__PIECE); i++)
-            if (pd__uniform(key, (uint64_t)i) >= p) y[i] += factor * x[i];
-}
-
-/* ---- normalisation ---- */
-
-/* What batch norm needs of one channel, over rows and `area` positions. */
-struct pd__channel_job {
-    int64_t rows, channels, area;
-    const pd_real *x, *dy, *mean, *rest, *variance, *weight, *bias;
-    double epsilon;
-    bool batch_moments;
-    pd_real *moments, *y, *dx, *dweight, *dbias;
-};
-
-static void pd__cpu_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                    pd_real *moments) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__channel_job j;
-    memset(&j, 0, sizeof j);
-    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moments = moments;
-    PD__TEAM(d, rows * channels * area, c, channels, kernels->moments_of(&j, c));
-}
-
-static void pd__cpu_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                               const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
-                               const pd_real *weight, const pd_real *bias, pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__channel_job j;
-    memset(&j, 0, sizeof j);
-    j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.rest = rest, j.variance = variance;
-    j.epsilon = epsilon;
-    j.weight = weight, j.bias = bias, j.y = y;
-    PD__TEAM(d, rows * channels * area, m, rows * channels, kernels->batch_norm_map(&j, m));
-}
-
-static void pd__cpu_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
-                                        const pd_real *mean, const pd_real *rest, const pd_real *variance,
-                                        double epsilon, bool batch_moments, const pd_real *weight, const pd_real *dy,
-                                        pd_real *dx, pd_real *dweight, pd_real *dbias) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__channel_job j;
-    memset(&j, 0, sizeof j);
-    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.rest = rest;
-    j.variance = variance, j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
-    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
-    PD__TEAM(d, rows * channels * area, c, channels, kernels->batch_norm_back(&j, c));
-}
-
-/* Response norm runs along the channels of a strip of positions. */
-struct pd__response_job {
-    int64_t channels, area, size, strip, strips; /* numbers of a strip; strips of each row */
-    double alpha, beta, k;
-    const pd_real *x, *scale, *dy;
-    pd_real *scales, *y, *dx, *space;
-};
-
-static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
-                                  double alpha, double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__response_job j;
-    memset(&j, 0, sizeof j);
-    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta, j.k = k;
-    j.x = x, j.scales = scales, j.y = y;
-    j.strip = 8 * kernels->lanes, j.strips = pd__ceil_div(area, j.strip);
-    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, kernels->response_strip(&j, unit));
-}
-
-static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
-                                           double alpha, double beta, const pd_real *x, const pd_real *scales,
-                                           const pd_real *dy, pd_real *dx) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__response_job j;
-    memset(&j, 0, sizeof j);
-    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta;
-    j.x = x, j.scale = scales, j.dy = dy, j.dx = dx;
-    j.strip = 8 * kernels->lanes, j.strips = pd__ceil_div(area, j.strip);
-    j.space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * channels * j.strip, sizeof(pd_real));
-    if (!j.space) return;
-    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, kernels->response_strip_back(&j, unit));
-}
-
-struct pd__layer_norm_job {
-    int64_t rows, width;
-    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each row, see pd_device */
-    double epsilon;
-    pd_real *moments, *y, *dx, *dweight, *dbias;
-};
-enum { PD__COLUMNS = 64 }; /* that layer norm's sums over rows are made of at a time */
-
-static void pd__cpu_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
-                               const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__layer_norm_job j;
-    memset(&j, 0, sizeof j);
-    j.rows = rows, j.width = width, j.x = x, j.epsilon = epsilon, j.weight = weight, j.bias = bias;
-    j.moments = moments, j.y = y;
-    PD__TEAM(d, rows * width, r, rows, kernels->layer_norm_row(&j, r));
-}
-
-static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *x,
-                                        const pd_real *moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
-                                        pd_real *dweight, pd_real *dbias) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    pd__layer_norm_job j;
-    memset(&j, 0, sizeof j);
-    j.rows = rows, j.width = width, j.x = x, j.means = moments, j.weight = weight, j.dy = dy;
-    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
-    PD__TEAM(d, rows * width, r, dx ? rows : 0, kernels->layer_norm_back_row(&j, r));
-    PD__TEAM(d, rows * width, unit, dweight || dbias ? pd__ceil_div(width, PD__COLUMNS) : 0,
-             kernels->layer_norm_back_columns(&j, unit));
-}
-
-/* ---- sparse rows ---- */
-
-static void pd__sparse_row(const pd__kernels *kernels, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y,
-                           int64_t r) {
-    int64_t first = s->starts ? s->starts[r] : r, end = s->starts ? s->starts[r + 1] : r + 1;
-    for (int64_t k = first; k < end; k++)
-        kernels->contract_line(width, s->values ? s->values[k] : 1, x + s->columns[k] * width, 1, NULL, 0,
-                               y + r * width, 1);
-}
-
-static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    int64_t entries = s->starts && s->rows > 0 ? s->starts[s->rows] - s->starts[0] : s->rows;
-    PD__TEAM(d, entries * width, r, s->rows, pd__sparse_row(kernels, s, width, x, y, r));
-}
-
-/* ---- recurrent units ---- */
-
-static void pd__cpu_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
-                        const pd_real *before, pd_real *after) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    PD__TEAM(d, rows * width * 16, r, rows,
-             kernels->gru_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
-                              before ? before + r * width : NULL, after + r * width));
-}
-
-static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
-                                 const pd_real *before, const pd_real *dafter, pd_real *dbefore) {
-    const pd__kernels *kernels = pd__cpu_kernels(d);
-    PD__TEAM(d, rows * width * 16, r, rows,
-             kernels->gru_back_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
-                                   before ? before + r * width : NULL, dafter + r * width,
-                                   dbefore ? dbefore + r * width : NULL));
-}
-
-/* ---- instruction sets: the heavy operations (>>kernels) are compiled for several, and chosen when a net is made ---- */
-
-#ifdef PADDLE_DOUBLE
-#define PD__REAL_BYTES 8
-#define PD__INT int64_t
-#define PD__X86(function) function##_pd
-#define PD__X86_TYPE(type) type##d
-#else
-#define PD__REAL_BYTES 4
-#define PD__INT int32_t
-#define PD__X86(function) function##_ps
-#define PD__X86_TYPE(type) type
-#endif
-
-#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 9 && !defined(__TINYC__))
-#define PD__VECTORS 1 /* the compiler has them */
-#define PD__INLINE inline __attribute__((always_inline))
-#define PD__FORGET(pointer) __asm__("" : "+r"(pointer)) /* nothing is known of it any more */
-#if defined(__clang__)
-#define PD__UNROLL _Pragma("unroll")
-#define PD__BEGIN_TARGET(text) PD__PRAGMA(clang attribute push(__attribute__((target(text))), apply_to = function))
-#define PD__END_TARGET PD__PRAGMA(clang attribute pop)
-#else
-#define PD__UNROLL PD__PRAGMA(GCC unroll 16)
-#define PD__BEGIN_TARGET(text) PD__PRAGMA(GCC push_options) PD__PRAGMA(GCC target(text))
-#define PD__END_TARGET PD__PRAGMA(GCC pop_options)
-#endif
-#if defined(__x86_64__) && !defined(PADDLE_NO_AVX)
-#define PD__AVX 1
-#endif
-typedef pd_real pd__square_row __attribute__((vector_size(16), aligned(PD__REAL_BYTES), may_alias));
-#if defined(__clang__) || __GNUC__ >= 12
-#define PD__SHUFFLE_2(a, b, i, k) __builtin_shufflevector(a, b, i, k)
-#define PD__SHUFFLE_4(a, b, i, k, m, n) __builtin_shufflevector(a, b, i, k, m, n)
-#else
-typedef int64_t pd__shuffle_2 __attribute__((vector_size(16)));
-typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
-#define PD__SHUFFLE_2(a, b, i, k) __builtin_shuffle(a, b, __extension__(pd__shuffle_2){ i, k })
-#define PD__SHUFFLE_4(a, b, i, k, m, n) __builtin_shuffle(a, b, __extension__(pd__shuffle_4){ i, k, m, n })
-#endif
-#else
-#define PD__INLINE inline
-#define PD__FORGET(pointer) ((void)0)
-#define PD__UNROLL
-#endif
-
-#define PD__KERNEL_ROW(name) PD__K(pd__##name),
-#define PD__JOIN_NAMES(a, b) a##b
-#define PD__JOIN(a, b) PD__JOIN_NAMES(a, b)
-#define PD__K(name) PD__JOIN(name, PD__LEVEL)
-#define PD__TIMES_2(x) x, x
-#define PD__TIMES_4(x) PD__TIMES_2(x), PD__TIMES_2(x)
-#define PD__TIMES_8(x) PD__TIMES_4(x), PD__TIMES_4(x)
-#define PD__TIMES_16(x) PD__TIMES_8(x), PD__TIMES_8(x)
-#define PD__TIMES_1(x) x
-#define PD__TIMES(n, x) PD__JOIN(PD__TIMES_, n)(x)
-
-/* 1 / i!, for the series of e^x. */
-static const double pd__factorial_inverse[] = {
-    1,          1,           1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-    1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800
-};
-
-#define PD__LEVEL _scalar
-#define PD__BYTES 0
-#include PADDLE_FILE
-#undef PD__LEVEL
-#undef PD__BYTES
-
-#if defined(PD__VECTORS)
-#define PD__LEVEL _baseline
-#define PD__BYTES 16
-#include PADDLE_FILE
-#undef PD__LEVEL
-#undef PD__BYTES
-#endif
-
-#if defined(PD__AVX)
-PD__BEGIN_TARGET("avx2,fma")
-#define PD__LEVEL _avx2
-#define PD__BYTES 32
-#include PADDLE_FILE
-#undef PD__LEVEL
-#undef PD__BYTES
-PD__END_TARGET
-
-PD__BEGIN_TARGET("avx512f,avx2,fma")
-#define PD__LEVEL _avx512
-#define PD__BYTES 64
-#include PADDLE_FILE
-#undef PD__LEVEL
-#undef PD__BYTES
-PD__END_TARGET
-#endif
-
-static const struct pd__level {
-    const char *name;
-    const pd__kernels *kernels; /* NULL: not compiled */
-} pd__levels[PD_SIMD_COUNT] = {
-    { "best", NULL },
-    { "scalar", &pd__kernels_scalar },
-#if defined(PD__VECTORS)
-    { "baseline", &pd__kernels_baseline },
-#else
-    { "baseline", NULL },
-#endif
-#if defined(PD__AVX)
-    { "avx2", &pd__kernels_avx2 },
-    { "avx512", &pd__kernels_avx512 },
-#else
-    { "avx2", NULL },     { "avx512", NULL },
-#endif
-};
-
-/* Does the processor have it, and does the system keep its registers? Intel 64 and IA-32 Architectures Software
-   Developer's Manual, volume 1, sections 14.3 and 15.2. */
-static bool pd__cpu_has(pd_simd level) {
-#if defined(PD__AVX)
-    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX2 = 1 << 5, AVX512F = 1 << 16, YMM = 6, ZMM = 0xe6 };
-    unsigned a, b, c = 0, d, kept;
-    if (level >= PD_SIMD_AVX2) {
-        if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (FMA | OSXSAVE)) != (FMA | OSXSAVE)) return false;
-        __asm__ volatile("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
-        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & AVX2) || (kept & YMM) != YMM) return false;
-        if (level == PD_SIMD_AVX512 && (!(b & AVX512F) || (kept & ZMM) != ZMM)) return false;
-    }
-#endif
-    return pd__levels[level].kernels != NULL;
-}
-
-static pd_simd pd__best_simd(void) {
-    int level = PD_SIMD_COUNT - 1;
-    while (level > PD_SIMD_SCALAR && !pd__cpu_has((pd_simd)level)) level--;
-    return (pd_simd)level;
-}
-
-/* The level for a net: what its options ask for, else PADDLE_SIMD in the environment, else the best. What can't be had
-   is an error, not replaced: PD_SIMD_COUNT, and *asked is its name. */
-static pd_simd pd__choose_simd(pd_simd wanted, const char **asked) {
-    const char *text = getenv("PADDLE_SIMD");
-    *asked = "an unknown level";
-    if ((unsigned)wanted >= PD_SIMD_COUNT) return PD_SIMD_COUNT;
-    if (wanted == PD_SIMD_BEST && text && *text) {
-        *asked = text;
-        while ((unsigned)wanted < PD_SIMD_COUNT && strcmp(text, pd__levels[wanted].name) != 0)
-            wanted = (pd_simd)(wanted + 1);
-        if (wanted == PD_SIMD_COUNT) return PD_SIMD_COUNT;
-    }
-    if (wanted == PD_SIMD_BEST) return pd__best_simd();
-    *asked = pd__levels[wanted].name;
-    return pd__cpu_has(wanted) ? wanted : PD_SIMD_COUNT;
-}
-
-/* ---- the table ---- */
-
-/* Takes every member that `d` lacks from `from`. */
-static void pd__complete_device(pd_device *d, const pd_device *from) {
-    if (!d->alloc || !d->free) d->alloc = from->alloc, d->free = from->free;
-    if (!d->upload) d->upload = from->upload;
-    if (!d->download) d->download = from->download;
-    if (!d->wait) d->wait = from->wait;
-    if (!d->freeze) d->freeze = from->freeze;
-#define PD__COMPLETE(name)                                                                                             \
-    if (!d->name) d->name = from->name;
-    PD_OPERATIONS(PD__COMPLETE)
-#undef PD__COMPLETE
-}
-
-/* The bits of the operations that a device has. */
-static uint64_t pd__operations_of(const pd_device *d) {
-    uint64_t has = 0;
-#define PD__HAS(name)                                                                                                  \
-    if (d->name) has |= PD_OP(name);
-    PD_OPERATIONS(PD__HAS)
-#undef PD__HAS
-    return has;
-}
-
-static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
-    while (pd__cpu_of(d)->kept) pd__cpu_freeze(d, pd__cpu_of(d)->kept->of, false);
-    pd_free(allocator, pd__cpu_of(d)->busy);
-    pd_free(allocator, pd__cpu_of(d)->scratch);
-    pd_free(allocator, d->self);
-    pd_free(allocator, d);
-}
-
-/* A CPU device for one net; threads 0: all; simd: one that the processor has. NULL when out of memory. */
-static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_simd simd) {
-    pd_device *d = (pd_device *)pd_alloc(allocator, 1, sizeof *d);
-    pd__cpu *cpu = d ? (pd__cpu *)pd_alloc(allocator, 1, sizeof *cpu) : NULL;
-    if (!cpu) {
-        pd_free(allocator, d);
-        return NULL;
-    }
-    d->api_version = PD_API_VERSION;
-    d->name = "cpu";
-    d->self = d->cpu = cpu;
-    d->host_memory = true;
-    d->alloc = pd__cpu_alloc;
-    d->free = pd__cpu_free_memory;
-    d->upload = d->download = pd__cpu_copy;
-    d->wait = pd__cpu_wait;
-    d->freeze = pd__cpu_freeze;
-#define PD__CPU_OPERATION(name) d->name = pd__cpu_##name;
-    PD_OPERATIONS(PD__CPU_OPERATION)
-#undef PD__CPU_OPERATION
-    cpu->allocator = allocator;
-    cpu->simd = simd;
-    cpu->kernels = pd__levels[simd].kernels;
-#if defined(_OPENMP)
-    if (threads == 0) threads = omp_get_max_threads();
-#else
-    threads = 1;
-#endif
-    cpu->pace.threads = cpu->pace.team = threads;
-    if (threads > 1) cpu->busy = (pd__busy *)pd_alloc(allocator, threads, sizeof *cpu->busy);
-    if (threads > 1 && !cpu->busy) {
-        pd__cpu_free(allocator, d);
-        return NULL;
-    }
-    return d;
-}
 /* ======================================================================================================== */
-/* >>net                                                                                                    */
+/* >>net.c                                                                                                 */
+
+/* Defined in later sections. */
+static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_simd simd);
+static void pd__cpu_free(const pd_allocator *allocator, pd_device *d);
+static void pd__complete_device(pd_device *d, const pd_device *from);
+static const char *pd__simd_name(pd_simd simd);
+static pd_simd pd__best_simd(void);
+static pd_simd pd__choose_simd(pd_simd wanted, const char **asked);
+static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                               int count, const void *opts, pd_layer *origin);
+static bool pd__name_ok(const char *name);
+static bool pd__row_size(pd_shape s, int64_t *size);
+static bool pd__layer_learns(const pd_layer *l);
+static bool pd__is_carried(const pd_layer *l);
+static bool pd__pass_on(pd_layer *l);
+static const pd_real *pd__read_before(const pd_layer *cost, pd_real **grad);
 
 static void pd__evaluators_free(pd_net *net);
 static void pd__touched_free(pd_net *net, struct pd__touched *touched);
@@ -3939,13 +2604,13 @@ static bool pd__is_view(const pd_param *p);
 static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
 
 /* Says that values are about to be changed, by training or, if `given`, by others: those in the net are then what trainers
-   go on from. Defined with >>trainer. */
+   go on from. Defined with >>trainer.c. */
 static void pd__begin_anew(pd_net *net, bool given);
 /* Makes every value current that trainers' updaters, but for that of `besides`, have left for later. Defined with
-   >>trainer. */
+   >>trainer.c. */
 static pd_status pd__sync_all(pd_net *net, const pd_trainer *besides);
 /* Rows of a sparse parameter as they are now: with the steps that a trainer has left for later. Defined with
-   >>optimizers. */
+   >>updater.c. */
 static void pd__read_current(pd_net *net, const pd_param *p, int64_t count, const int64_t *rows, pd_real *to);
 /* All of them, to host memory. */
 static pd_status pd__download_table(pd_net *net, const pd_param *p, pd_real *values);
@@ -3999,7 +2664,7 @@ PD_DEF pd_net *pd_net_new(const pd_net_opts *opts) {
         pd__fail_build(
             net, PD_E_ARGUMENT,
             "pd_net_new: the instruction set is %.50s, expected best, scalar, baseline, avx2 or avx512, at most %s here",
-            asked, pd__levels[simd].name);
+            asked, pd__simd_name(simd));
     }
     net->cpu = pd__cpu_new(&net->allocator, o->threads, simd);
     if (!net->cpu) {
@@ -4116,7 +2781,7 @@ PD_DEF size_t pd_info(const pd_net *net, char *text, size_t size) {
     pd__append(text, size, &length, "paddle.h " PD_VERSION ", %s", sizeof(pd_real) == 8 ? "double" : "float");
     if (!net) return length;
     pd__append(text, size, &length, ", device %s, %s kernels, %d threads", net->device->name,
-               pd__levels[pd__cpu_of(net->cpu)->simd].name, pd__cpu_threads(net->cpu));
+               pd__simd_name(pd__cpu_of(net->cpu)->simd), pd__cpu_threads(net->cpu));
     for (int64_t i = 0; net->device != net->cpu && i < net->layer_count; i++) {
         const pd_layer *l = net->layers[i];
         if (l->own->slot >= 0 || l->device == net->device) continue;
@@ -4124,315 +2789,6 @@ PD_DEF size_t pd_info(const pd_net *net, char *text, size_t size) {
         before = ", ";
     }
     return length;
-}
-
-/* ---- layers ---- */
-
-/* Names stand in files and messages: 1 to 200 printable characters, neither quotes nor backslashes. */
-static bool pd__name_ok(const char *name) {
-    size_t n = strlen(name);
-    for (size_t i = 0; i < n; i++)
-        if ((unsigned char)name[i] < 32 || name[i] == '"' || name[i] == '\\' || name[i] == 127) return false;
-    return n >= 1 && n <= 200;
-}
-
-/* "fc1", "fc2", ..: the type's name and the first number that makes a name not used yet. */
-static char *pd__default_name(pd_net *net, const pd_layer_type *type) {
-    char name[256];
-    int number = 1;
-    for (int64_t i = 0; i < net->layer_count; i++) number += net->layers[i]->type == type;
-    do snprintf(name, sizeof name, "%.200s%d", type->name, number++);
-    while (pd_layer_find(net, name));
-    return pd__copy_text(&net->allocator, name);
-}
-
-static const char *const pd__rows_of[] = { "has one row per sample", "carries sequences" };
-
-static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
-                                 int count) {
-    const char *who = name ? name : type && type->name ? type->name : "layer";
-    if (!type || !type->name || !type->setup || !type->forward)
-        return pd__fail_build(net, PD_E_ARGUMENT, "%s: its type lacks a name, setup or forward", who);
-    if (type->api_version != PD_API_VERSION)
-        return pd__fail_build(net, PD_E_ARGUMENT, "%s: layer type \"%s\" has interface version %d, expected %d", who,
-                              type->name, type->api_version, PD_API_VERSION);
-    if (name && !pd__name_ok(name))
-        return pd__fail_build(net, PD_E_ARGUMENT,
-                              "%s: a name has 1 to 200 characters, no quotes, backslashes or control characters", who);
-    if (name && pd_layer_find(net, name))
-        return pd__fail_build(net, PD_E_ARGUMENT, "%s: the name is already used by another layer (%s)", who,
-                              pd_layer_find(net, name)->type->name);
-    if (count < type->min_inputs || (type->max_inputs >= 0 && count > type->max_inputs))
-        return pd__fail_build(net, PD_E_ARGUMENT, "%s: %d inputs, but %s takes %s%d", who, count, type->name,
-                              type->max_inputs == type->min_inputs ? "" : "at least ", type->min_inputs);
-    for (int i = 0; i < count; i++) {
-        if (!inputs || !inputs[i]) return pd__fail_build(net, PD_E_ARGUMENT, "%s: input %d is NULL", who, i);
-        if (inputs[i]->net != net)
-            return pd__fail_build(net, PD_E_ARGUMENT, "%s: input %d, \"%s\", belongs to another net", who, i,
-                                  inputs[i]->name);
-        if (inputs[i]->is_sparse && !type->prefetch)
-            return pd__fail_build(net, PD_E_SHAPE, "%s: %s takes no sparse input such as \"%.100s\"; pd_fc does", who,
-                                  type->name, inputs[i]->name);
-        if (inputs[i]->is_sequence != inputs[0]->is_sequence && !type->resize)
-            return pd__fail_build(net, PD_E_SHAPE, "%s: input \"%.100s\" %s, but \"%.100s\" %s", who, inputs[i]->name,
-                                  pd__rows_of[inputs[i]->is_sequence], inputs[0]->name,
-                                  pd__rows_of[inputs[0]->is_sequence]);
-    }
-    return PD_OK;
-}
-
-/* Gives the net a layer that still has to be set up. NULL when out of memory. */
-static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
-                               int count, const void *opts) {
-    const pd_allocator *a = &net->allocator;
-    pd_layer *l;
-    if (!pd_grow(a, (void **)&net->layers, &net->layer_capacity, net->layer_count + 1, sizeof *net->layers))
-        return NULL;
-    l = (pd_layer *)pd_alloc(a, 1, sizeof *l);
-    if (!l) return NULL;
-    l->type = type;
-    l->net = net;
-    l->name = name ? pd__copy_text(a, name) : pd__default_name(net, type);
-    l->own = (struct pd__layer *)pd_alloc(a, 1, sizeof *l->own);
-    l->inputs = (pd_layer **)pd_alloc(a, count, sizeof *l->inputs);
-    l->opts = pd_alloc(a, (int64_t)type->opts_size, 1);
-    if (l->name && l->own && l->inputs && l->opts) l->state = pd_alloc(a, (int64_t)type->state_size, 1);
-    if (!l->state) {
-        pd__layer_free(l);
-        return NULL;
-    }
-    l->own->index = (int)net->layer_count;
-    l->own->slot = -1;
-    if (opts && type->opts_size) memcpy(l->opts, opts, type->opts_size);
-    for (int i = 0; i < count; i++) l->inputs[i] = inputs[i];
-    l->input_count = count;
-    l->is_sequence = count > 0 && inputs[0]->is_sequence;
-    net->layers[net->layer_count++] = l;
-    return l;
-}
-
-/* Where a layer, which is set up, runs. With host memory the device has everything. */
-static pd_device *pd__device_for(const pd_layer *l) {
-    pd_device *d = l->net->device;
-    bool able = l->type->needs != 0 && (l->type->needs & ~pd__operations_of(d)) == 0;
-    bool refused = l->input_count > 0 && d->accepts && !d->accepts(d, l);
-    return (d->host_memory || able) && !refused ? d : l->net->cpu;
-}
-
-/* Does the layer run on the CPU, and its numbers are not there? */
-static bool pd__is_carried(const pd_layer *l) { return !l->net->device->host_memory && l->device != l->net->device; }
-
-/* Something that learns is at or below the layer, and it can pass the gradient on. */
-static bool pd__layer_learns(const pd_layer *l) {
-    if (l->own->wants_input_grad) return true;
-    if (!l->type->backward) return false;
-    for (int i = 0; i < l->input_count; i++)
-        if (l->inputs[i]->wants_grad) return true;
-    for (int i = 0; i < l->param_count; i++)
-        if (!l->params[i]->opts.is_static) return true;
-    return false;
-}
-
-#define PD__ROW_MAX (INT64_MAX / 64) /* numbers in a row */
-
-/* The numbers in a row of this shape; false when they can't be counted. */
-static bool pd__row_size(pd_shape s, int64_t *size) {
-    return pd__multiply_sizes(s.channels, s.height, size) && pd__multiply_sizes(*size, s.width, size);
-}
-
-static const char *const pd__act_names[PD_ACT_COUNT] = {
-#define PD__TEXT(name, text, needs) text,
-    PD_ACTIVATIONS(PD__TEXT)
-#undef PD__TEXT
-};
-PD_DEF const char *pd_act_text(pd_act act) {
-    return (unsigned)act < PD_ACT_COUNT ? pd__act_names[act] : "unknown activation";
-}
-
-/* Makes the number of what setup has left as the activation's alpha. */
-static pd_status pd__take_alpha(pd_layer *l) {
-    bool slope = l->act == PD_LEAKY_RELU, bound = l->act == PD_BRELU;
-    double alpha = pd__or(l->act_alpha, slope ? 0.01 : bound ? 24 : 0);
-    if (!slope && !bound && l->act_alpha != 0)
-        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, but %s has none", alpha, pd__act_names[l->act]);
-    if (!(alpha >= 0 && pd__finite((double)(pd_real)alpha)) || (bound && alpha == 0)) /* a slope < 0: see below */
-        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, expected a finite number %s 0", alpha,
-                             bound ? "above" : "of at least");
-    if (slope && (pd_real)alpha == 0) l->act = PD_RELU; /* the derivative is told from the output's sign */
-    l->act_alpha = alpha;
-    return PD_OK;
-}
-
-/* What setup must have left behind. */
-static pd_status pd__check_setup(pd_layer *l) {
-    int64_t width;
-    if (l->shape.channels < 1 || l->shape.height < 1 || l->shape.width < 1)
-        return pd_layer_fail(l, PD_E_SHAPE, "output would have the empty shape %s", pd_shape_text(l, l->shape));
-    if (!pd__row_size(l->shape, &width) || (!l->is_ids && width > PD__ROW_MAX)) /* ids may be any number */
-        return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
-    if ((unsigned)l->act >= PD_ACT_COUNT) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown activation %d", (int)l->act);
-    if (l->act != PD_LINEAR && l->is_ids) return pd_layer_fail(l, PD_E_ARGUMENT, "ids take no activation");
-    l->out.width = width;
-    return pd__take_alpha(l);
-}
-
-/* pd_layer_add; `origin` is the layer's twin if the net is becoming a shared one, else NULL. */
-static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
-                               int count, const void *opts, pd_layer *origin) {
-    pd_layer *l;
-    pd_status status;
-    pd_failure earlier; /* of some other call: success here doesn't forget it */
-    if (!pd__check_net(net) || pd__check_layer(net, type, name, inputs, count) != PD_OK) return NULL;
-    earlier = net->failure;
-    l = pd__new_layer(net, type, name, inputs, count, opts);
-    if (!l) {
-        pd__fail_build(net, PD_E_MEMORY, "%s: out of memory for the layer", name ? name : type->name);
-        return NULL;
-    }
-    l->own->origin = origin;
-    net->failure.status = PD_OK;
-    status = type->setup(l);
-    if (status == PD_OK) status = pd__check_setup(l);
-    if (status != PD_OK) {
-        if (net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
-        net->broken = true;
-        return NULL;
-    }
-    net->failure = earlier;
-    l->device = pd__device_for(l);
-    l->wants_grad = pd__layer_learns(l);
-    return l;
-}
-
-PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
-                              int count, const void *opts) {
-    if (net && net->origin) {
-        pd__fail_build(net, PD_E_STATE, "%.100s: a shared net takes no more layers", name ? name : "layer");
-        return NULL;
-    }
-    return pd__add_layer(net, type, name, inputs, count, opts, NULL);
-}
-
-PD_DEF pd_status pd_layer_fail(pd_layer *layer, pd_status status, const char *format, ...) {
-    char text[400];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    return pd__fail(layer->net, status, "%.100s: %s", layer->name, text);
-}
-
-PD_DEF const char *pd_shape_text(pd_layer *layer, pd_shape shape) {
-    pd_net *net = layer->net;
-    char *text = net->texts[net->text_turn = (net->text_turn + 1) % PD__COUNT(net->texts)];
-    if (shape.height == 1 && shape.width == 1) snprintf(text, sizeof net->texts[0], "%lld", (long long)shape.channels);
-    else
-        snprintf(text, sizeof net->texts[0], "%lldx%lldx%lld", (long long)shape.channels, (long long)shape.height,
-                 (long long)shape.width);
-    return text;
-}
-
-PD_DEF pd_mode pd_layer_mode(const pd_layer *layer) { return layer->net->mode; }
-
-PD_DEF uint64_t pd_layer_key(const pd_layer *layer) {
-    return pd__subkey(pd__subkey(layer->net->seed, (uint64_t)layer->own->index), layer->net->step);
-}
-
-PD_DEF bool pd_device_grow(pd_device *d, pd_real **memory, int64_t *capacity, int64_t count) {
-    size_t bytes;
-    pd_real *bigger;
-    if (count <= *capacity && *memory) return true;
-    count = pd__max(count, 1);
-    if (!pd__bytes(count, sizeof(pd_real), &bytes)) return false;
-    bigger = (pd_real *)d->alloc(d, bytes);
-    if (!bigger) return false;
-    if (*memory) d->free(d, *memory);
-    *memory = bigger;
-    *capacity = count;
-    return true;
-}
-
-static bool pd__grow_numbers(pd_net *net, pd_real **memory, int64_t *capacity, int64_t count) {
-    return pd_device_grow(net->device, memory, capacity, count);
-}
-
-/* A layer type's mistake else. */
-static bool pd__slot_exists(pd_layer *layer, int slot, int slots) {
-    if (slot >= 0 && slot < slots) return true;
-    pd_layer_fail(layer, PD_E_ARGUMENT, "memory slot %d is not one of 0 .. %d", slot, slots - 1);
-    return false;
-}
-
-/* `count` numbers in a slot: `per_row` for each row, or, if that is 0, for something else. */
-static pd_real *pd__slot_memory(pd_layer *layer, int slot, int64_t count, int64_t per_row) {
-    pd__memory *m = layer->own->memory;
-    if (!layer->device || !pd__slot_exists(layer, slot, PD__COUNT(layer->own->memory))) return NULL;
-    m += slot;
-    if (m->data && m->per_row != per_row) {
-        pd_layer_fail(layer, PD_E_ARGUMENT, "memory slot %d is in use for %lld numbers per row", slot,
-                      (long long)m->per_row);
-        return NULL;
-    }
-    if (!pd_device_grow(layer->device, &m->data, &m->capacity, count)) {
-        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
-        return NULL;
-    }
-    m->per_row = per_row;
-    return m->data;
-}
-
-PD_DEF pd_real *pd_layer_row_memory(pd_layer *layer, int slot, int64_t per_row) {
-    int64_t count;
-    if (per_row < 1) pd_layer_fail(layer, PD_E_ARGUMENT, "memory for %lld numbers per row", (long long)per_row);
-    else if (!pd__multiply_sizes(layer->out.rows, per_row, &count))
-        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)layer->out.rows,
-                      (long long)per_row);
-    else return pd__slot_memory(layer, slot, count, per_row);
-    return NULL;
-}
-
-PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
-    return pd__slot_memory(layer, slot, count, 0);
-}
-
-/* The same in host memory, of `count` things of `size` bytes. */
-static void *pd__host_memory(pd_layer *layer, void **memory, int64_t *capacity, int64_t count, size_t size) {
-    if (pd_grow(&layer->net->allocator, memory, capacity, pd__max(count, 1), size)) return *memory;
-    pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
-    return NULL;
-}
-
-PD_DEF int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count) {
-    struct pd__layer *own = layer->own;
-    if (!pd__slot_exists(layer, slot, PD__COUNT(own->integers))) return NULL;
-    return (int64_t *)pd__host_memory(layer, (void **)&own->integers[slot], &own->integer_capacity[slot], count,
-                                      sizeof(int64_t));
-}
-
-PD_DEF double *pd_layer_doubles(pd_layer *layer, int slot, int64_t count) {
-    struct pd__layer *own = layer->own;
-    if (!pd__slot_exists(layer, slot, PD__COUNT(own->doubles))) return NULL;
-    return (double *)pd__host_memory(layer, (void **)&own->doubles[slot], &own->double_capacity[slot], count,
-                                     sizeof(double));
-}
-
-PD_DEF pd_real *pd_layer_values(pd_layer *layer, int64_t count) {
-    struct pd__layer *own = layer->own;
-    return (pd_real *)pd__host_memory(layer, (void **)&own->values, &own->value_capacity, count, sizeof(pd_real));
-}
-
-PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
-    pd__copy *c = size <= (size_t)PTRDIFF_MAX - sizeof(pd__copy)
-                      ? (pd__copy *)pd_alloc(&layer->net->allocator, (int64_t)(size + sizeof(pd__copy)), 1)
-                      : NULL;
-    if (!c) {
-        pd_layer_fail(layer, PD_E_MEMORY, "out of memory");
-        return NULL;
-    }
-    c->next = layer->own->copies;
-    layer->own->copies = c;
-    memcpy(c + 1, bytes, size);
-    return c + 1;
 }
 
 /* ---- shared nets ---- */
@@ -4494,7 +2850,7 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
 }
 
 /* ======================================================================================================== */
-/* >>parameters                                                                                             */
+/* >>parameters.c                                                                                          */
 
 static pd_init pd__init(pd_init_kind kind, double a, double b) {
     pd_init init;
@@ -4612,7 +2968,7 @@ static bool pd__layer_takes(pd_layer *l, pd_param *p) {
    behind the last row is always zero. */
 struct pd__touched {
     pd_param *of;                    /* in a shared net: the parameter that has the values; else NULL */
-    bool plain;                      /* what is stored is not to be made up for: see >>gradient check */
+    bool plain;                      /* what is stored is not to be made up for: see >>gradient_check.c */
     int64_t *ids;                    /* by place */
     int64_t *slots;                  /* by place: where it stands .. */
     int64_t *places;                 /* .. by slot */
@@ -5008,7 +3364,9 @@ PD_DEF pd_status pd_zero_grads(pd_net *net) {
 }
 
 /* ======================================================================================================== */
-/* >>inputs                                                                                                 */
+/* >>inputs.c                                                                                              */
+
+static const char *const pd__rows_of[] = { "has one row per sample", "carries sequences" };
 
 typedef struct pd__input_opts {
     pd_shape shape; /* ids: {count, 1, 1} */
@@ -5096,7 +3454,7 @@ PD_DEF pd_status pd_want_gradient(pd_layer *input) {
 }
 
 /* ======================================================================================================== */
-/* >>running                                                                                                */
+/* >>activations.c                                                                                         */
 
 #define PD__FROM_Y false
 #define PD__FROM_X true
@@ -5105,6 +3463,2946 @@ static const bool pd__act_needs_x[PD_ACT_COUNT] = {
     PD_ACTIVATIONS(PD__NEEDS)
 #undef PD__NEEDS
 };
+
+static const char *const pd__act_names[PD_ACT_COUNT] = {
+#define PD__TEXT(name, text, needs) text,
+    PD_ACTIVATIONS(PD__TEXT)
+#undef PD__TEXT
+};
+PD_DEF const char *pd_act_text(pd_act act) {
+    return (unsigned)act < PD_ACT_COUNT ? pd__act_names[act] : "unknown activation";
+}
+
+/* ======================================================================================================== */
+/* >>layers.c                                                                                              */
+
+/* Each layer: what its builder hands over, shape rule, forward, backward, type, builder. */
+
+#define PD__TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward)                       \
+    PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, NULL)
+/* .. whose parameters may be sparse */
+#define PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, prefetch)       \
+    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state,    needs,  \
+                                            setup,          resize, forward, backward, NULL,         prefetch, NULL }
+
+/* Declares a zeroed spec `s` whose first member `o` is the user's options. */
+#define PD__SPEC(type)                                                                                                 \
+    type s;                                                                                                            \
+    memset(&s, 0, sizeof s);                                                                                           \
+    if (opts) s.o = *opts
+
+static pd_shape pd__shape(int64_t channels, int64_t height, int64_t width) {
+    pd_shape s;
+    s.channels = channels;
+    s.height = height;
+    s.width = width;
+    return s;
+}
+
+static bool pd__same_shape(pd_shape a, pd_shape b) {
+    return a.channels == b.channels && a.height == b.height && a.width == b.width;
+}
+
+static const pd_tensor *pd__in(const pd_layer *l, int k) { return &l->inputs[k]->out; }
+
+/* For setup: inputs must hold numbers, not ids. */
+static pd_status pd__want_numbers(pd_layer *l) {
+    for (int k = 0; k < l->input_count; k++)
+        if (l->inputs[k]->is_ids)
+            return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" holds ids, expected numbers", l->inputs[k]->name);
+    return PD_OK;
+}
+
+/* For setup: input k has this shape. */
+static pd_status pd__want_shape(pd_layer *l, int k, pd_shape shape) {
+    if (pd__same_shape(l->inputs[k]->shape, shape)) return PD_OK;
+    return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, expected %s", l->inputs[k]->name,
+                         pd_shape_text(l, l->inputs[k]->shape), pd_shape_text(l, shape));
+}
+
+/* For setup: the option must be at least `least`. */
+static pd_status pd__want_least(pd_layer *l, const char *what, int64_t value, int64_t least) {
+    if (value >= least) return PD_OK;
+    return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %lld, expected at least %lld", what, (long long)value,
+                         (long long)least);
+}
+
+/* For setup: both sides of a window, a step or a border are at least `least`, and so small that the product of two
+   fits an int64_t. */
+static pd_status pd__want_sides(pd_layer *l, const char *what, int64_t h, int64_t w, int64_t least) {
+    if (pd__max(h, w) > INT32_MAX)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %lld, expected below 2^31", what, (long long)pd__max(h, w));
+    return pd__want_least(l, what, pd__min(h, w), least);
+}
+
+/* For setup: the option is neither infinite nor NaN. */
+static pd_status pd__want_finite(pd_layer *l, const char *what, double value) {
+    if (pd__finite(value)) return PD_OK;
+    return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %g, expected a finite number", what, value);
+}
+
+/* y += alpha a [b] for a 2-D box rows x columns: the usual case of contract. Each pointer with its two strides. */
+static void pd__contract2(pd_layer *l, int64_t rows, int64_t columns, double alpha, const pd_real *a, int64_t ar,
+                          int64_t ac, const pd_real *b, int64_t br, int64_t bc, pd_real *y, int64_t yr, int64_t yc) {
+    int64_t size[4] = { 1, 1, 0, 0 }, as[4] = { 0, 0, 0, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4] = { 0, 0, 0, 0 };
+    size[2] = rows, size[3] = columns;
+    as[2] = ar, as[3] = ac;
+    bs[2] = br, bs[3] = bc;
+    ys[2] = yr, ys[3] = yc;
+    l->device->contract(l->device, size, (pd_real)alpha, a, as, b, bs, y, ys);
+}
+
+/* y += alpha a [b] for n numbers in a line. */
+static void pd__contract1(pd_layer *l, int64_t n, double alpha, const pd_real *a, const pd_real *b, pd_real *y) {
+    pd__contract2(l, 1, n, alpha, a, 0, 1, b, 0, 1, y, 0, 1);
+}
+
+static int64_t pd__numbers(const pd_layer *l) { return l->out.rows * l->out.width; }
+
+static void pd__clear_output(pd_layer *l) { l->device->fill(l->device, pd__numbers(l), 0, l->out.data); }
+
+/* Adds the layer's bias (one per column) to its output, and its gradient to the bias'. */
+static void pd__add_bias(pd_layer *l, const pd_param *bias) {
+    pd__contract2(l, l->out.rows, l->out.width, 1, bias->value, 0, 1, NULL, 0, 0, l->out.data, l->out.width, 1);
+}
+static void pd__add_bias_grad(pd_layer *l, pd_param *bias) {
+    if (bias->grad)
+        pd__contract2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
+}
+
+/* ---- tables: parameters of which ids or sparse rows pick rows; for fc and embedding ---- */
+
+/* The first row whose id is out of range, or -1: a user's layer may have made them. */
+static int64_t pd__bad_id(const pd_layer *input) {
+    int64_t count = pd_shape_size(input->shape);
+    for (int64_t r = 0; input->is_ids && r < input->out.rows; r++)
+        if (input->out.ids[r] < 0 || input->out.ids[r] >= count) return r;
+    return -1;
+}
+
+/* For forward: input k's ids, if it has ids, are in range. */
+static pd_status pd__check_ids(pd_layer *l, int k) {
+    const pd_layer *input = l->inputs[k];
+    int64_t r = pd__bad_id(input);
+    if (r < 0) return PD_OK;
+    return pd_layer_fail(l, PD_E_FORMAT, "row %lld of \"%.100s\": expected an id below %lld, got %lld", (long long)r,
+                         input->name, (long long)pd_shape_size(input->shape), (long long)input->out.ids[r]);
+}
+
+static int64_t pd__entries(const pd_tensor *x) { return x->row_starts ? x->row_starts[x->rows] : x->rows; }
+
+/* The matrix that the ids or sparse rows of a layer are: row by row, a number for each row of the table. */
+static pd_csr pd__picked(const pd_tensor *x) {
+    pd_csr s;
+    s.rows = x->rows;
+    s.starts = x->row_starts;
+    s.columns = x->ids;
+    s.values = x->values;
+    return s;
+}
+
+/* For setup: a sparse parameter is read by input k's ids, which must be known before the first layer runs. */
+static pd_status pd__want_picked(pd_layer *l, int k, const pd_param *table) {
+    if (!table->opts.sparse || (l->inputs[k]->is_ids && l->inputs[k]->own->slot >= 0)) return PD_OK;
+    return pd_layer_fail(l, PD_E_ARGUMENT,
+                         "parameter \"%.100s\" is sparse, but \"%.100s\" is not an input of ids or sparse rows",
+                         table->name, l->inputs[k]->name);
+}
+
+/* Where the rows that input k picks of the parameter k stand, by entry. */
+static const int64_t *pd__places(const pd_layer *l, int k) {
+    const int64_t *places = l->own->integers[3];
+    if (!l->params[k]->opts.sparse) return pd__in(l, k)->ids;
+    for (int i = 0; i < k; i++)
+        if (l->params[i]->opts.sparse) places += pd__entries(pd__in(l, i));
+    return places;
+}
+
+/* For prefetch: input k reads the table in the parameter k. */
+static pd_status pd__touch_tables(pd_layer *l) {
+    int64_t entries = 0, *places;
+    pd_status status = PD_OK;
+    for (int k = 0; k < l->input_count; k++)
+        if (l->params[k]->opts.sparse) entries += pd__entries(pd__in(l, k));
+    places = pd_layer_integers(l, 3, entries);
+    if (!places) return PD_E_MEMORY;
+    for (int k = 0; status == PD_OK && k < l->input_count; k++)
+        if (l->params[k]->opts.sparse) {
+            const pd_tensor *x = pd__in(l, k);
+            status = pd_param_touch(l->params[k], x->ids, pd__entries(x), places);
+            places += pd__entries(x);
+        }
+    return status;
+}
+
+/* y += S W for input k and the parameter k */
+static void pd__add_picked(pd_layer *l, int k) {
+    const pd_param *table = l->params[k];
+    pd_csr s = pd__picked(pd__in(l, k));
+    s.columns = pd__places(l, k);
+    l->device->sparse_product(l->device, &s, l->out.width, table->opts.sparse ? table->row_values : table->value,
+                              l->out.data);
+}
+
+/* dW += S^T dy, S transposed by counting: starts[r + 1] is where the next entry of the gradient's row r goes, at first
+   the start of row r, at last that of row r + 1. */
+static pd_status pd__add_picked_grad(pd_layer *l, int k) {
+    const pd_tensor *x = pd__in(l, k);
+    const pd_param *table = l->params[k];
+    const int64_t *places = pd__places(l, k);
+    int64_t entries = pd__entries(x), rows = table->opts.sparse ? table->rows.count : table->dims[0];
+    int64_t *starts = pd_layer_integers(l, 0, rows + 2), *columns = pd_layer_integers(l, 1, entries);
+    pd_real *values = x->values ? pd_layer_values(l, entries) : NULL;
+    pd_csr t;
+    if (!starts || !columns || (x->values && !values)) return PD_E_MEMORY;
+    memset(starts, 0, (size_t)(rows + 2) * sizeof *starts);
+    for (int64_t e = 0; e < entries; e++) starts[places[e] + 2]++;
+    for (int64_t r = 0; r < rows; r++) starts[r + 2] += starts[r + 1];
+    for (int64_t r = 0, e = 0; r < x->rows; r++)
+        for (int64_t end = x->row_starts ? x->row_starts[r + 1] : r + 1; e < end; e++) {
+            int64_t to = starts[places[e] + 1]++;
+            columns[to] = r;
+            if (values) values[to] = x->values[e];
+        }
+    t.rows = rows;
+    t.starts = starts;
+    t.columns = columns;
+    t.values = values;
+    l->device->sparse_product(l->device, &t, l->out.width, l->out.grad, table->grad);
+    return PD_OK;
+}
+
+/* ---- >>layer:fc ---- */
+
+typedef struct pd__fc_spec {
+    pd_fc_opts o;
+    int64_t size;
+} pd__fc_spec;
+
+static pd_status pd__fc_setup(pd_layer *l) {
+    const pd__fc_spec *s = (const pd__fc_spec *)l->opts;
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK) return PD_E_ARGUMENT;
+    for (int k = 0; k < l->input_count; k++) {
+        pd_param *w;
+        pd_param_opts o = s->o.weight;
+        int64_t dims[2] = { l->inputs[k]->out.width, 0 };
+        char suffix[32];
+        dims[1] = s->size;
+        snprintf(suffix, sizeof suffix, k ? "weight%d" : "weight", k);
+        if (k) o.name = NULL;
+        if (l->inputs[k]->is_ids && !l->inputs[k]->is_sparse)
+            return pd_layer_fail(l, PD_E_SHAPE,
+                                 "input \"%.100s\" holds ids, expected numbers; pd_embedding makes them of ids",
+                                 l->inputs[k]->name);
+        w = pd_layer_param(l, suffix, 2, dims, dims[0], dims[1], pd_normal(0, 1 / sqrt((double)dims[0])), &o);
+        if (!w || pd__want_picked(l, k, w) != PD_OK) return pd_error_status(l->net);
+    }
+    if (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias))
+        return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    l->act = s->o.act;
+    return PD_OK;
+}
+
+/* The last product adds the bias and applies the activation, if there is one. */
+static pd_status pd__fc_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_param *bias = l->param_count > l->input_count ? l->params[l->input_count] : NULL;
+    const int last = l->input_count - 1;
+    pd_epilogue after;
+    if (!l->inputs[last]->is_sparse && pd_layer_epilogue(l, bias ? bias->value : NULL, &after) != PD_OK)
+        return pd_error_status(l->net);
+    for (int k = 0; k <= last; k++) {
+        const pd_tensor *x = pd__in(l, k);
+        if (l->inputs[k]->is_sparse) {
+            if (k == 0) pd__clear_output(l);
+            pd__add_picked(l, k);
+        } else {
+            d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
+                    l->out.width, k > 0, l->out.data, l->out.width, k == last ? &after : NULL);
+        }
+    }
+    if (bias && l->inputs[last]->is_sparse) pd__add_bias(l, bias);
+    return PD_OK;
+}
+
+/* dx += dy W^T, dW += x^T dy, db += column sums of dy */
+static pd_status pd__fc_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    int64_t size = l->out.width;
+    for (int k = 0; k < l->input_count; k++) {
+        const pd_tensor *x = pd__in(l, k);
+        pd_param *w = l->params[k];
+        if (l->inputs[k]->is_sparse) {
+            if (w->grad && pd__add_picked_grad(l, k) != PD_OK) return PD_E_MEMORY;
+            continue;
+        }
+        if (w->grad)
+            d->gemm(d, true, false, x->width, size, x->rows, 1, x->data, x->width, l->out.grad, size, 1, w->grad, size,
+                    NULL);
+        if (x->grad)
+            d->gemm(d, false, true, x->rows, x->width, size, 1, l->out.grad, size, w->value, size, 1, x->grad, x->width,
+                    NULL);
+    }
+    if (l->param_count > l->input_count) pd__add_bias_grad(l, l->params[l->input_count]);
+    return PD_OK;
+}
+
+PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(contract), pd__fc_setup, NULL, pd__fc_forward,
+         pd__fc_backward);
+
+/* The same with sparse inputs among others, which asks more of the device. */
+PD__TABLE_TYPE(pd__sparse_fc_type, "fc", 1, -1, pd__fc_spec, 0,
+               PD_OP(gemm) | PD_OP(contract) | PD_OP(fill) | PD_OP(sparse_product), pd__fc_setup, NULL, pd__fc_forward,
+               pd__fc_backward, pd__touch_tables);
+
+PD_DEF pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts) {
+    bool sparse = false;
+    PD__SPEC(pd__fc_spec);
+    s.size = size;
+    for (int k = 0; inputs && k < count; k++) sparse = sparse || (inputs[k] && inputs[k]->is_sparse);
+    return pd_layer_add(net, sparse ? &pd__sparse_fc_type : &pd__fc_type, s.o.name, inputs, count, &s);
+}
+PD_DEF pd_layer *pd_fc(pd_net *net, pd_layer *input, int64_t size, const pd_fc_opts *opts) {
+    return pd_fc_sum(net, &input, 1, size, opts);
+}
+
+/* ---- >>layer:conv, >>layer:conv_transpose ---- */
+
+typedef struct pd__conv_spec {
+    pd_conv_opts o;
+    int64_t filters, filter;
+} pd__conv_spec;
+
+/* Defaults of the options, and what both kinds must satisfy. */
+static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
+    const pd__conv_spec *spec = (const pd__conv_spec *)l->opts;
+    const pd_conv_opts *o = &spec->o;
+    memset(s, 0, sizeof *s);
+    s->filter_w = spec->filter;
+    s->filter_h = o->filter_h ? o->filter_h : spec->filter;
+    s->stride_w = o->stride ? o->stride : 1;
+    s->stride_h = o->stride_h ? o->stride_h : s->stride_w;
+    s->pad_w = o->pad;
+    s->pad_h = pd__or_count(o->pad_h, o->pad);
+    s->dilation_w = o->dilation ? o->dilation : 1;
+    s->dilation_h = o->dilation_h ? o->dilation_h : s->dilation_w;
+    s->groups = o->groups ? o->groups : 1;
+    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "number of filters", spec->filters, 1) != PD_OK ||
+        pd__want_sides(l, "filter", s->filter_h, s->filter_w, 1) != PD_OK ||
+        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
+        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK ||
+        pd__want_sides(l, "dilation", s->dilation_h, s->dilation_w, 1) != PD_OK ||
+        pd__want_least(l, "groups", s->groups, 1) != PD_OK)
+        return pd_error_status(l->net);
+    if (l->inputs[0]->shape.channels % s->groups || spec->filters % s->groups)
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "%lld groups do not divide the %lld channels of \"%.100s\" and the %lld filters",
+                             (long long)s->groups, (long long)l->inputs[0]->shape.channels, l->inputs[0]->name,
+                             (long long)spec->filters);
+    l->act = o->act;
+    return PD_OK;
+}
+
+/* The weight, out_c x in_c/groups x filter_h x filter_w of the convolution, and a bias per channel of the output. */
+static pd_status pd__conv_params(pd_layer *l, const pd_conv_shape *s) {
+    const pd_conv_opts *o = &((const pd__conv_spec *)l->opts)->o;
+    int64_t cells = s->filter_h * s->filter_w, in, out, dims[4];
+    if (!pd__multiply_sizes(pd__max(s->in_c, s->out_c), cells, &in))
+        return pd_layer_fail(l, PD_E_SHAPE, "%lldx%lld filters for %lld and %lld channels are too large",
+                             (long long)s->filter_h, (long long)s->filter_w, (long long)s->in_c, (long long)s->out_c);
+    in = l->inputs[0]->shape.channels / s->groups * cells;
+    out = l->shape.channels / s->groups * cells;
+    dims[0] = s->out_c, dims[1] = s->in_c / s->groups, dims[2] = s->filter_h, dims[3] = s->filter_w;
+    if (!pd_layer_param(l, "weight", 4, dims, in, out, pd_normal(0, 1 / sqrt((double)in)), &o->weight) ||
+        (!o->no_bias && !pd_layer_param(l, "bias", 1, &l->shape.channels, 1, 1, pd_constant(0), &o->bias)))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+/* The state, for the rows at hand. */
+static pd_conv_shape pd__conv_of(const pd_layer *l) {
+    pd_conv_shape s = *(const pd_conv_shape *)l->state;
+    s.rows = l->out.rows;
+    s.one_answer = pd_layer_mode(l) == PD_PREDICT;
+    return s;
+}
+
+static pd_status pd__conv_setup(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    int64_t reach_h, reach_w, padded_h, padded_w;
+    if (pd__conv_options(l, s) != PD_OK) return pd_error_status(l->net);
+    reach_h = s->dilation_h * (s->filter_h - 1) + 1, reach_w = s->dilation_w * (s->filter_w - 1) + 1;
+    padded_h = in.height + 2 * s->pad_h, padded_w = in.width + 2 * s->pad_w;
+    if (reach_h > padded_h || reach_w > padded_w)
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "filter %lldx%lld does not fit the padded input %lldx%lld coming from "
+                             "\"%.100s\" (%s)",
+                             (long long)reach_h, (long long)reach_w, (long long)padded_h, (long long)padded_w,
+                             l->inputs[0]->name, pd_shape_text(l, in));
+    s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
+    s->out_c = ((const pd__conv_spec *)l->opts)->filters;
+    s->out_h = (padded_h - reach_h) / s->stride_h + 1;
+    s->out_w = (padded_w - reach_w) / s->stride_w + 1;
+    l->shape = pd__shape(s->out_c, s->out_h, s->out_w);
+    return pd__conv_params(l, s);
+}
+
+/* For the transpose: sets each channel of the output to its bias, or to 0. */
+static void pd__channel_bias(pd_layer *l) {
+    int64_t c = l->shape.channels, area = l->shape.height * l->shape.width;
+    int64_t size[4], as[4] = { 0, 0, 1, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4];
+    size[0] = 1, size[1] = l->out.rows, size[2] = c, size[3] = area;
+    ys[0] = 0, ys[1] = c * area, ys[2] = area, ys[3] = 1;
+    pd__clear_output(l);
+    if (l->param_count > 1) l->device->contract(l->device, size, 1, l->params[1]->value, as, NULL, bs, l->out.data, ys);
+}
+
+static void pd__channel_bias_grad(pd_layer *l) {
+    int64_t c = l->shape.channels, area = l->shape.height * l->shape.width;
+    int64_t size[4], as[4], bs[4] = { 0, 0, 0, 0 }, ys[4] = { 0, 1, 0, 0 };
+    size[0] = 1, size[1] = c, size[2] = l->out.rows, size[3] = area;
+    as[0] = 0, as[1] = area, as[2] = c * area, as[3] = 1;
+    if (l->param_count > 1 && l->params[1]->grad)
+        l->device->contract(l->device, size, 1, l->out.grad, as, NULL, bs, l->params[1]->grad, ys);
+}
+
+static pd_status pd__conv_forward(pd_layer *l) {
+    pd_conv_shape s = pd__conv_of(l);
+    pd_epilogue after;
+    if (pd_layer_epilogue(l, l->param_count > 1 ? l->params[1]->value : NULL, &after) != PD_OK)
+        return pd_error_status(l->net);
+    l->device->conv(l->device, &s, pd__in(l, 0)->data, l->params[0]->value, 0, l->out.data, &after);
+    return PD_OK;
+}
+
+static pd_status pd__conv_backward(pd_layer *l) {
+    pd_conv_shape s = pd__conv_of(l);
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    if (l->params[0]->grad) d->conv_backward_filter(d, &s, x->data, l->out.grad, l->params[0]->grad);
+    if (x->grad) d->conv_backward_data(d, &s, l->params[0]->value, l->out.grad, x->grad);
+    pd__channel_bias_grad(l);
+    return PD_OK;
+}
+
+PD__TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
+         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract), pd__conv_setup, NULL,
+         pd__conv_forward, pd__conv_backward);
+
+/* The state describes the convolution whose data gradient this is: its input is our output. */
+static pd_status pd__conv_transpose_setup(pd_layer *l) {
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    if (pd__conv_options(l, s) != PD_OK) return pd_error_status(l->net);
+    s->out_c = in.channels, s->out_h = in.height, s->out_w = in.width;
+    s->in_c = ((const pd__conv_spec *)l->opts)->filters;
+    if (!pd__multiply_sizes(in.height - 1, s->stride_h, &s->in_h) || s->in_h > INT64_MAX / 4 ||
+        !pd__multiply_sizes(in.width - 1, s->stride_w, &s->in_w) || s->in_w > INT64_MAX / 4)
+        return pd_layer_fail(l, PD_E_SHAPE, "stride %lldx%lld makes the output of \"%.100s\" (%s) too large",
+                             (long long)s->stride_h, (long long)s->stride_w, l->inputs[0]->name, pd_shape_text(l, in));
+    s->in_h += s->dilation_h * (s->filter_h - 1) + 1 - 2 * s->pad_h;
+    s->in_w += s->dilation_w * (s->filter_w - 1) + 1 - 2 * s->pad_w;
+    l->shape = pd__shape(s->in_c, s->in_h, s->in_w);
+    if (s->in_h < 1 || s->in_w < 1)
+        return pd_layer_fail(l, PD_E_SHAPE, "padding %lldx%lld leaves nothing of the output %s", (long long)s->pad_h,
+                             (long long)s->pad_w, pd_shape_text(l, l->shape));
+    return pd__conv_params(l, s);
+}
+
+static pd_status pd__conv_transpose_forward(pd_layer *l) {
+    pd_conv_shape s = pd__conv_of(l);
+    pd__channel_bias(l);
+    l->device->conv_backward_data(l->device, &s, l->params[0]->value, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__conv_transpose_backward(pd_layer *l) {
+    pd_conv_shape s = pd__conv_of(l);
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    if (l->params[0]->grad) d->conv_backward_filter(d, &s, l->out.grad, x->data, l->params[0]->grad);
+    if (x->grad) d->conv(d, &s, l->out.grad, l->params[0]->value, 1, x->grad, NULL);
+    pd__channel_bias_grad(l);
+    return PD_OK;
+}
+
+PD__TYPE(pd__conv_transpose_type, "conv_transpose", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
+         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract),
+         pd__conv_transpose_setup, NULL, pd__conv_transpose_forward, pd__conv_transpose_backward);
+
+static pd_layer *pd__add_conv(pd_net *net, const pd_layer_type *type, pd_layer *input, int64_t filters, int64_t filter,
+                              const pd_conv_opts *opts) {
+    PD__SPEC(pd__conv_spec);
+    s.filters = filters;
+    s.filter = filter;
+    return pd_layer_add(net, type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_conv(pd_net *net, pd_layer *input, int64_t filters, int64_t filter, const pd_conv_opts *opts) {
+    return pd__add_conv(net, &pd__conv_type, input, filters, filter, opts);
+}
+PD_DEF pd_layer *pd_conv_transpose(pd_net *net, pd_layer *input, int64_t filters, int64_t filter,
+                                   const pd_conv_opts *opts) {
+    return pd__add_conv(net, &pd__conv_transpose_type, input, filters, filter, opts);
+}
+
+/* ---- >>layer:pool ---- */
+
+typedef struct pd__pool_spec {
+    pd_pool_opts o;
+    int64_t size;
+} pd__pool_spec;
+
+/* With `ceil` a last window that would begin beyond the image and its left padding is left out. */
+static int64_t pd__pooled(int64_t in, int64_t size, int64_t stride, int64_t pad, bool ceil_size) {
+    int64_t space = in + 2 * pad - size;
+    int64_t out = (ceil_size ? pd__ceil_div(space, stride) : space / stride) + 1;
+    return ceil_size && (out - 1) * stride >= in + pad ? out - 1 : out;
+}
+
+static pd_status pd__pool_setup(pd_layer *l) {
+    const pd__pool_spec *spec = (const pd__pool_spec *)l->opts;
+    const pd_pool_opts *o = &spec->o;
+    pd_pool_shape *s = (pd_pool_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    s->size_w = spec->size;
+    s->size_h = o->size_h ? o->size_h : spec->size;
+    s->stride_w = o->stride ? o->stride : s->size_w;
+    s->stride_h = o->stride_h ? o->stride_h : o->stride ? o->stride : s->size_h;
+    s->pad_w = o->pad;
+    s->pad_h = pd__or_count(o->pad_h, o->pad);
+    s->method = o->method;
+    s->channels = in.channels, s->in_h = in.height, s->in_w = in.width;
+    if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "size", s->size_h, s->size_w, 1) != PD_OK ||
+        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
+        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK)
+        return pd_error_status(l->net);
+    if (o->method == PD_FIRST || o->method == PD_LAST)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "%s is a method of pd_sequence_pool, not of pd_pool",
+                             o->method == PD_FIRST ? "PD_FIRST" : "PD_LAST");
+    if ((unsigned)o->method > PD_SQRT_N) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)o->method);
+    if (s->pad_h >= s->size_h || s->pad_w >= s->size_w)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "padding %lldx%lld must be below the size %lldx%lld",
+                             (long long)s->pad_h, (long long)s->pad_w, (long long)s->size_h, (long long)s->size_w);
+    if (s->size_h > in.height + 2 * s->pad_h || s->size_w > in.width + 2 * s->pad_w)
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "window %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
+                             (long long)s->size_h, (long long)s->size_w, l->inputs[0]->name, pd_shape_text(l, in));
+    s->out_h = pd__pooled(in.height, s->size_h, s->stride_h, s->pad_h, o->ceil);
+    s->out_w = pd__pooled(in.width, s->size_w, s->stride_w, s->pad_w, o->ceil);
+    l->shape = pd__shape(in.channels, s->out_h, s->out_w);
+    l->act = o->act;
+    return PD_OK;
+}
+
+/* The state, for the rows at hand. */
+static pd_pool_shape pd__pool_of(const pd_layer *l) {
+    pd_pool_shape s = *(const pd_pool_shape *)l->state;
+    s.rows = l->out.rows;
+    return s;
+}
+
+static pd_status pd__pool_forward(pd_layer *l) {
+    pd_pool_shape s = pd__pool_of(l);
+    l->device->pool(l->device, &s, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+/* A maximum is found again by comparing with the output; after an activation that is no longer the maximum itself, so
+   the outputs are pooled anew. */
+static pd_status pd__pool_backward(pd_layer *l) {
+    pd_pool_shape s = pd__pool_of(l);
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    const pd_real *y = l->out.data;
+    if (!x->grad) return PD_OK;
+    if (l->act != PD_LINEAR && s.method == PD_MAX) {
+        pd_real *again = pd_layer_row_memory(l, 0, l->out.width);
+        if (!again) return PD_E_MEMORY;
+        d->pool(d, &s, x->data, again);
+        y = again;
+    }
+    d->pool_backward(d, &s, x->data, y, l->out.grad, x->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__pool_type, "pool", 1, 1, pd__pool_spec, sizeof(pd_pool_shape), PD_OP(pool) | PD_OP(pool_backward),
+         pd__pool_setup, NULL, pd__pool_forward, pd__pool_backward);
+
+PD_DEF pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_pool_opts *opts) {
+    PD__SPEC(pd__pool_spec);
+    s.size = size;
+    return pd_layer_add(net, &pd__pool_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:batch_norm ---- */
+
+/* weight and bias, if wanted, come first among the parameters. */
+static pd_status pd__scale_and_shift(pd_layer *l, int64_t size, bool wanted, const pd_param_opts *weight,
+                                     const pd_param_opts *bias) {
+    if (wanted && (!pd_layer_param(l, "weight", 1, &size, 1, 1, pd_constant(1), weight) ||
+                   !pd_layer_param(l, "bias", 1, &size, 1, 1, pd_constant(0), bias)))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static pd_status pd__want_epsilon(pd_layer *l, double epsilon) {
+    if (epsilon >= 0 && epsilon <= DBL_MAX) return PD_OK; /* 0: the default */
+    return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon is %g, expected a positive number", pd__or(epsilon, 1));
+}
+
+static pd_status pd__batch_norm_setup(pd_layer *l) {
+    const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
+    int64_t channels = l->inputs[0]->shape.channels;
+    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
+    if (pd__want_epsilon(l, o->epsilon) != PD_OK) return PD_E_ARGUMENT;
+    if (!(pd__or(o->momentum, 0.1) >= 0 && o->momentum <= 1))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "momentum is %g, expected 0 (PD_ZERO) .. 1", o->momentum);
+    l->shape = l->inputs[0]->shape;
+    l->act = o->act;
+    if (pd__scale_and_shift(l, channels, !o->no_affine, &o->weight, &o->bias) != PD_OK ||
+        !pd_layer_buffer(l, "running_mean", channels, 0) || !pd_layer_buffer(l, "running_var", channels, 1))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static bool pd__batch_norm_by_batch(const pd_layer *l) {
+    return !((const pd_batch_norm_opts *)l->opts)->use_running && pd_layer_mode(l) != PD_PREDICT;
+}
+
+/* running = (1 - momentum) running + momentum batch; the variance unbiased, as for a sample of n: one number has none, and leaves
+   it as it is. A batch that isn't finite, which the trainer will refuse once it sees the cost, must not spoil what was
+   learned. */
+static void pd__batch_norm_track(pd_layer *l, const pd_real *moments, double n) {
+    double momentum = pd__or(((const pd_batch_norm_opts *)l->opts)->momentum, 0.1);
+    int64_t channels = l->shape.channels;
+    pd_real *mean = l->params[l->param_count - 2]->value, *variance = l->params[l->param_count - 1]->value;
+    if (!pd__finite(l->device->norm(l->device, 3 * channels, moments))) return;
+    pd__contract1(l, channels, -momentum, mean, NULL, mean);
+    pd__contract1(l, channels, momentum, moments, NULL, mean);
+    if (n == 1) return;
+    pd__contract1(l, channels, -momentum, variance, NULL, variance);
+    pd__contract1(l, channels, momentum * n / (n - 1), moments + 2 * channels, NULL, variance);
+}
+
+/* What forward and backward hand to the device. */
+typedef struct pd__batch_norm_view {
+    const pd_real *mean, *rest, *variance; /* rest NULL: of the running mean */
+    pd_param *weight, *bias;               /* NULL without */
+    double epsilon;
+    int64_t area;
+} pd__batch_norm_view;
+
+static pd__batch_norm_view pd__batch_norm_see(pd_layer *l, const pd_real *moments) {
+    const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
+    pd__batch_norm_view v;
+    v.mean = moments ? moments : l->params[l->param_count - 2]->value;
+    v.rest = moments ? moments + l->shape.channels : NULL;
+    v.variance = moments ? moments + 2 * l->shape.channels : l->params[l->param_count - 1]->value;
+    v.weight = o->no_affine ? NULL : l->params[0];
+    v.bias = o->no_affine ? NULL : l->params[1];
+    v.epsilon = pd__or(o->epsilon, 1e-5);
+    v.area = l->shape.height * l->shape.width;
+    return v;
+}
+
+static pd_status pd__batch_norm_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    pd_real *moments = NULL;
+    pd__batch_norm_view v;
+    if (pd__batch_norm_by_batch(l)) {
+        moments = pd_layer_memory(l, 0, 3 * l->shape.channels);
+        if (!moments) return PD_E_MEMORY;
+    }
+    v = pd__batch_norm_see(l, moments);
+    if (moments) d->channel_moments(d, x->rows, l->shape.channels, v.area, x->data, moments);
+    d->batch_norm(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.rest, v.variance, v.epsilon,
+                  v.weight ? v.weight->value : NULL, v.bias ? v.bias->value : NULL, l->out.data);
+    if (moments && x->rows > 0 && pd_layer_mode(l) == PD_TRAIN)
+        pd__batch_norm_track(l, moments, (double)(x->rows * v.area));
+    return PD_OK;
+}
+
+static pd_status pd__batch_norm_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    bool by_batch = pd__batch_norm_by_batch(l);
+    pd__batch_norm_view v = pd__batch_norm_see(l, by_batch ? pd_layer_memory(l, 0, 3 * l->shape.channels) : NULL);
+    d->batch_norm_backward(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.rest, v.variance, v.epsilon,
+                           by_batch, v.weight ? v.weight->value : NULL, l->out.grad, x->grad,
+                           v.weight ? v.weight->grad : NULL, v.bias ? v.bias->grad : NULL);
+    return PD_OK;
+}
+
+/* The scale is the norm of 1 with mean 0. */
+static pd_status pd__batch_norm_fold(pd_layer *l, pd_real *scale, pd_real *center, pd_real *shift) {
+    pd_device *d = l->device;
+    int64_t channels = l->shape.channels;
+    pd__batch_norm_view v = pd__batch_norm_see(l, NULL);
+    d->fill(d, channels, 0, center);
+    d->fill(d, channels, 0, shift);
+    d->fill(d, channels, 1, scale);
+    d->batch_norm(d, 1, channels, 1, scale, center, NULL, v.variance, v.epsilon, v.weight ? v.weight->value : NULL,
+                  NULL, scale);
+    pd__contract1(l, channels, 1, v.mean, NULL, center);
+    if (v.bias) pd__contract1(l, channels, 1, v.bias->value, NULL, shift);
+    return PD_OK;
+}
+
+static const pd_layer_type pd__batch_norm_type = { PD_API_VERSION,
+                                                   "batch_norm",
+                                                   1,
+                                                   1,
+                                                   sizeof(pd_batch_norm_opts),
+                                                   0,
+                                                   PD_OP(fill) | PD_OP(contract) | PD_OP(channel_moments) |
+                                                       PD_OP(batch_norm) | PD_OP(batch_norm_backward),
+                                                   pd__batch_norm_setup,
+                                                   NULL,
+                                                   pd__batch_norm_forward,
+                                                   pd__batch_norm_backward,
+                                                   NULL,
+                                                   NULL,
+                                                   pd__batch_norm_fold };
+
+PD_DEF pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm_opts *opts) {
+    return pd_layer_add(net, &pd__batch_norm_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- >>layer:layer_norm ---- */
+
+static pd_status pd__layer_norm_setup(pd_layer *l) {
+    const pd_layer_norm_opts *o = (const pd_layer_norm_opts *)l->opts;
+    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
+    if (pd__want_epsilon(l, o->epsilon) != PD_OK) return PD_E_ARGUMENT;
+    l->shape = l->inputs[0]->shape;
+    l->act = o->act;
+    return pd__scale_and_shift(l, l->inputs[0]->out.width, !o->no_affine, &o->weight, &o->bias);
+}
+
+static pd_status pd__layer_norm_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    pd_real *moments = pd_layer_row_memory(l, 0, 3);
+    if (!moments) return PD_E_MEMORY;
+    d->layer_norm(d, x->rows, x->width, x->data, pd__or(((const pd_layer_norm_opts *)l->opts)->epsilon, 1e-5),
+                  l->param_count ? l->params[0]->value : NULL, l->param_count ? l->params[1]->value : NULL, moments,
+                  l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__layer_norm_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *x = pd__in(l, 0);
+    d->layer_norm_backward(d, x->rows, x->width, x->data, pd_layer_row_memory(l, 0, 3),
+                           l->param_count ? l->params[0]->value : NULL, l->out.grad, x->grad,
+                           l->param_count ? l->params[0]->grad : NULL, l->param_count ? l->params[1]->grad : NULL);
+    return PD_OK;
+}
+
+PD__TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0, PD_OP(layer_norm) | PD_OP(layer_norm_backward),
+         pd__layer_norm_setup, NULL, pd__layer_norm_forward, pd__layer_norm_backward);
+
+PD_DEF pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts) {
+    return pd_layer_add(net, &pd__layer_norm_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- >>layer:response_norm ---- */
+
+static pd_status pd__response_norm_setup(pd_layer *l) {
+    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
+    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "size", o->size, 0) != PD_OK ||
+        pd__want_finite(l, "alpha", o->alpha) != PD_OK || pd__want_finite(l, "beta", o->beta) != PD_OK ||
+        pd__want_finite(l, "k", o->k) != PD_OK)
+        return pd_error_status(l->net);
+    if (!(pd__or(o->k, 1) > 0 && pd__or(o->alpha, 1e-4) >= 0))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "k is %g, expected above 0, and alpha %g, expected at least 0",
+                             pd__or(o->k, 1), pd__or(o->alpha, 1e-4));
+    l->shape = l->inputs[0]->shape;
+    l->act = o->act;
+    return PD_OK;
+}
+
+static pd_status pd__response_norm_forward(pd_layer *l) {
+    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
+    pd_real *scales = pd_layer_row_memory(l, 0, l->out.width);
+    if (!scales) return PD_E_MEMORY;
+    l->device->response_norm(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
+                             o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), pd__or(o->k, 1),
+                             pd__in(l, 0)->data, scales, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__response_norm_backward(pd_layer *l) {
+    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
+    const pd_tensor *x = pd__in(l, 0);
+    if (x->grad)
+        l->device->response_norm_backward(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
+                                          o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), x->data,
+                                          pd_layer_row_memory(l, 0, l->out.width), l->out.grad, x->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__response_norm_type, "response_norm", 1, 1, pd_response_norm_opts, 0,
+         PD_OP(response_norm) | PD_OP(response_norm_backward), pd__response_norm_setup, NULL, pd__response_norm_forward,
+         pd__response_norm_backward);
+
+PD_DEF pd_layer *pd_response_norm(pd_net *net, pd_layer *input, const pd_response_norm_opts *opts) {
+    return pd_layer_add(net, &pd__response_norm_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- >>layer:dropout ---- */
+
+/* The spec of layers whose options are a pd_layer_opts and a few numbers. */
+typedef struct pd__spec {
+    pd_layer_opts o;
+    double a, b;
+    int64_t n[6];
+} pd__spec;
+
+static const pd__spec *pd__spec_of(const pd_layer *l) { return (const pd__spec *)l->opts; }
+
+/* Shape and activation of layers whose output looks like input k. */
+static pd_status pd__like_input(pd_layer *l, int k) {
+    l->shape = l->inputs[k]->shape;
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__dropout_setup(pd_layer *l) {
+    double p = pd__spec_of(l)->a;
+    if (!(p >= 0 && p < 1)) return pd_layer_fail(l, PD_E_ARGUMENT, "p is %g, expected 0 <= p < 1", p);
+    return pd__like_input(l, 0);
+}
+
+/* Outside training p is 0. */
+static void pd__dropout_apply(pd_layer *l, const pd_real *from, pd_real *to) {
+    double p = pd_layer_mode(l) == PD_PREDICT ? 0 : pd__spec_of(l)->a;
+    if (p > 0) l->device->dropout(l->device, pd__numbers(l), pd_layer_key(l), p, from, to);
+    else pd__contract1(l, pd__numbers(l), 1, from, NULL, to);
+}
+
+static pd_status pd__dropout_forward(pd_layer *l) {
+    if (pd__pass_on(l)) return PD_OK;
+    pd__clear_output(l);
+    pd__dropout_apply(l, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__dropout_backward(pd_layer *l) {
+    if (pd__in(l, 0)->grad) pd__dropout_apply(l, l->out.grad, pd__in(l, 0)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract) | PD_OP(dropout),
+         pd__dropout_setup, NULL, pd__dropout_forward, pd__dropout_backward);
+
+PD_DEF pd_layer *pd_dropout(pd_net *net, pd_layer *input, double p, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.a = p;
+    return pd_layer_add(net, &pd__dropout_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:add, >>layer:multiply ---- */
+
+static pd_status pd__equal_inputs_setup(pd_layer *l) {
+    for (int k = 1; k < l->input_count; k++)
+        if (pd__want_shape(l, k, l->inputs[0]->shape) != PD_OK) return PD_E_SHAPE;
+    return pd__like_input(l, 0);
+}
+
+static pd_status pd__add_forward(pd_layer *l) {
+    pd__clear_output(l);
+    for (int k = 0; k < l->input_count; k++) pd__contract1(l, pd__numbers(l), 1, pd__in(l, k)->data, NULL, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__add_backward(pd_layer *l) {
+    for (int k = 0; k < l->input_count; k++)
+        if (pd__in(l, k)->grad) pd__contract1(l, pd__numbers(l), 1, l->out.grad, NULL, pd__in(l, k)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
+         pd__add_forward, pd__add_backward);
+
+PD_DEF pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    return pd_layer_add(net, &pd__add_type, s.o.name, inputs, count, &s);
+}
+
+static pd_status pd__multiply_forward(pd_layer *l) {
+    pd__clear_output(l);
+    pd__contract1(l, pd__numbers(l), 1, pd__in(l, 0)->data, pd__in(l, 1)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__multiply_backward(pd_layer *l) {
+    for (int k = 0; k < 2; k++)
+        if (pd__in(l, k)->grad)
+            pd__contract1(l, pd__numbers(l), 1, l->out.grad, pd__in(l, 1 - k)->data, pd__in(l, k)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
+         pd__multiply_forward, pd__multiply_backward);
+
+/* The builder's work for layers of two inputs; `number` is the spec's a. */
+static pd_layer *pd__add_pair(pd_net *net, const pd_layer_type *type, pd_layer *first, pd_layer *second, double number,
+                              const pd_layer_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__spec);
+    s.a = number;
+    inputs[0] = first, inputs[1] = second;
+    return pd_layer_add(net, type, s.o.name, inputs, 2, &s);
+}
+
+PD_DEF pd_layer *pd_multiply(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+    return pd__add_pair(net, &pd__multiply_type, a, b, 0, opts);
+}
+
+/* ---- >>layer:concat ---- */
+
+static pd_status pd__concat_setup(pd_layer *l) {
+    pd_shape shape = l->inputs[0]->shape;
+    for (int k = 1; k < l->input_count; k++) {
+        pd_shape other = l->inputs[k]->shape;
+        if (other.height != shape.height || other.width != shape.width)
+            return pd_layer_fail(
+                l, PD_E_SHAPE, "input \"%.100s\" is %s, \"%.100s\" is %s: heights and widths must be equal",
+                l->inputs[k]->name, pd_shape_text(l, other), l->inputs[0]->name, pd_shape_text(l, l->inputs[0]->shape));
+        if (other.channels > INT64_MAX - shape.channels)
+            return pd_layer_fail(l, PD_E_SHAPE, "its inputs have too many channels");
+        shape.channels += other.channels;
+    }
+    l->act = pd__spec_of(l)->o.act;
+    l->shape = shape;
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__concat_forward(pd_layer *l) {
+    pd_real *to = l->out.data;
+    pd__clear_output(l);
+    for (int k = 0; k < l->input_count; to += pd__in(l, k)->width, k++) {
+        const pd_tensor *x = pd__in(l, k);
+        pd__contract2(l, x->rows, x->width, 1, x->data, x->width, 1, NULL, 0, 0, to, l->out.width, 1);
+    }
+    return PD_OK;
+}
+
+static pd_status pd__concat_backward(pd_layer *l) {
+    const pd_real *from = l->out.grad;
+    for (int k = 0; k < l->input_count; from += pd__in(l, k)->width, k++) {
+        const pd_tensor *x = pd__in(l, k);
+        if (x->grad) pd__contract2(l, x->rows, x->width, 1, from, l->out.width, 1, NULL, 0, 0, x->grad, x->width, 1);
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__concat_setup, NULL,
+         pd__concat_forward, pd__concat_backward);
+
+PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    return pd_layer_add(net, &pd__concat_type, s.o.name, inputs, count, &s);
+}
+
+/* ---- >>layer:slice, >>layer:reshape, >>layer:transpose, >>layer:pad: a box of the input moves to a box of the output ---- */
+
+typedef struct pd__box {
+    int64_t size[4];        /* of three axes; the first stays 0 */
+    int64_t x[4], y[4];     /* strides in input and output */
+    int64_t x_from, y_from; /* where the box begins in a row */
+} pd__box;
+
+/* Strides of a row-major row of this shape, behind that of the rows. */
+static void pd__row_strides(pd_shape s, int64_t strides[4]) {
+    strides[0] = pd_shape_size(s);
+    strides[1] = s.height * s.width;
+    strides[2] = s.width;
+    strides[3] = 1;
+}
+
+/* Moves `box` channels x height x width with plain strides on both sides; setups then change what differs. */
+static void pd__plain_box(pd_layer *l, pd_shape box) {
+    pd__box *b = (pd__box *)l->state;
+    b->size[1] = box.channels, b->size[2] = box.height, b->size[3] = box.width;
+    pd__row_strides(l->inputs[0]->shape, b->x);
+    pd__row_strides(l->shape, b->y);
+    l->act = pd__spec_of(l)->o.act;
+}
+
+/* y += x for the box of every row, from the input's side to the output's, or, if `back`, from there. */
+static void pd__move_box(pd_layer *l, const pd_real *from, pd_real *to, bool back) {
+    const pd__box *b = (const pd__box *)l->state;
+    static const int64_t none[4] = { 0, 0, 0, 0 };
+    int64_t size[4];
+    memcpy(size, b->size, sizeof size);
+    size[0] = l->out.rows;
+    from += back ? b->y_from : b->x_from;
+    to += back ? b->x_from : b->y_from;
+    l->device->contract(l->device, size, 1, from, back ? b->y : b->x, NULL, none, to, back ? b->x : b->y);
+}
+
+static pd_status pd__box_forward(pd_layer *l) {
+    pd__clear_output(l);
+    pd__move_box(l, pd__in(l, 0)->data, l->out.data, false);
+    return PD_OK;
+}
+
+static pd_status pd__box_backward(pd_layer *l) {
+    if (pd__in(l, 0)->grad) pd__move_box(l, l->out.grad, pd__in(l, 0)->grad, true);
+    return PD_OK;
+}
+
+static pd_status pd__slice_setup(pd_layer *l) {
+    const int64_t *n = pd__spec_of(l)->n; /* first, count */
+    pd_shape in = l->inputs[0]->shape;
+    if (n[0] < 0 || n[1] < 1 || n[0] > in.channels || n[1] > in.channels - n[0])
+        return pd_layer_fail(l, PD_E_SHAPE, "%lld channels from %lld on are not all in \"%.100s\" (%s)",
+                             (long long)n[1], (long long)n[0], l->inputs[0]->name, pd_shape_text(l, in));
+    l->shape = pd__shape(n[1], in.height, in.width);
+    pd__plain_box(l, l->shape);
+    ((pd__box *)l->state)->x_from = n[0] * in.height * in.width;
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__reshape_setup(pd_layer *l) {
+    const int64_t *n = pd__spec_of(l)->n;
+    int64_t size = 1;
+    l->shape = pd__shape(n[0], n[1], n[2]);
+    for (int i = 0; i < 3; i++)
+        if (n[i] < 1 || !pd__multiply_sizes(size, n[i], &size)) size = 0;
+    if (size != l->inputs[0]->out.width)
+        return pd_layer_fail(l, PD_E_SHAPE, "%s is not as many numbers as \"%.100s\" has (%s)",
+                             pd_shape_text(l, l->shape), l->inputs[0]->name, pd_shape_text(l, l->inputs[0]->shape));
+    pd__plain_box(l, l->shape);
+    pd__row_strides(l->shape, ((pd__box *)l->state)->x);
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__transpose_setup(pd_layer *l) {
+    const int64_t *order = pd__spec_of(l)->n;
+    pd_shape in = l->inputs[0]->shape;
+    int64_t sizes[3], strides[4], *x = ((pd__box *)l->state)->x;
+    bool seen[3] = { false, false, false };
+    for (int i = 0; i < 3; i++) {
+        if (order[i] < 0 || order[i] > 2 || seen[order[i]])
+            return pd_layer_fail(l, PD_E_ARGUMENT, "order {%lld, %lld, %lld} is not a permutation of 0, 1, 2",
+                                 (long long)order[0], (long long)order[1], (long long)order[2]);
+        seen[order[i]] = true;
+    }
+    sizes[0] = in.channels, sizes[1] = in.height, sizes[2] = in.width;
+    pd__row_strides(in, strides);
+    l->shape = pd__shape(sizes[order[0]], sizes[order[1]], sizes[order[2]]);
+    pd__plain_box(l, l->shape);
+    for (int i = 0; i < 3; i++) x[i + 1] = strides[order[i] + 1];
+    return pd__want_numbers(l);
+}
+
+static pd_status pd__pad_setup(pd_layer *l) {
+    const int64_t *pad = pd__spec_of(l)->n;
+    pd_shape in = l->inputs[0]->shape;
+    int64_t size;
+    for (int i = 0; i < 6; i++)
+        if (pd__want_sides(l, "pad", pad[i], pad[i], 0) != PD_OK) return PD_E_ARGUMENT;
+    l->shape = pd__shape(in.channels + pad[0] + pad[1], in.height + pad[2] + pad[3], in.width + pad[4] + pad[5]);
+    if (!pd__row_size(l->shape, &size))
+        return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
+    pd__plain_box(l, in);
+    ((pd__box *)l->state)->y_from = (pad[0] * l->shape.height + pad[2]) * l->shape.width + pad[4];
+    return pd__want_numbers(l);
+}
+
+PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__slice_setup, NULL,
+         pd__box_forward, pd__box_backward);
+PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__reshape_setup,
+         NULL, pd__box_forward, pd__box_backward);
+PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract),
+         pd__transpose_setup, NULL, pd__box_forward, pd__box_backward);
+PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__pad_setup, NULL,
+         pd__box_forward, pd__box_backward);
+
+PD_DEF pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t count, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = first, s.n[1] = count;
+    return pd_layer_add(net, &pd__slice_type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_reshape(pd_net *net, pd_layer *input, pd_shape shape, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = shape.channels, s.n[1] = shape.height, s.n[2] = shape.width;
+    return pd_layer_add(net, &pd__reshape_type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_transpose(pd_net *net, pd_layer *input, const int order[3], const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    for (int i = 0; i < 3; i++) s.n[i] = order ? order[i] : -1;
+    return pd_layer_add(net, &pd__transpose_type, s.o.name, &input, 1, &s);
+}
+PD_DEF pd_layer *pd_pad(pd_net *net, pd_layer *input, const int64_t pad[6], const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    for (int i = 0; i < 6; i++) s.n[i] = pad ? pad[i] : -1;
+    return pd_layer_add(net, &pd__pad_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:scale, >>layer:interpolate: where w is one number per row, its "column stride" is 0 ---- */
+
+static pd_status pd__scale_setup(pd_layer *l) {
+    if (pd__want_shape(l, 0, pd__shape(1, 1, 1)) != PD_OK) return PD_E_SHAPE;
+    return pd__like_input(l, 1);
+}
+
+static pd_status pd__scale_forward(pd_layer *l) {
+    int64_t n = l->out.width;
+    pd__clear_output(l);
+    pd__contract2(l, l->out.rows, n, 1, pd__in(l, 1)->data, n, 1, pd__in(l, 0)->data, 1, 0, l->out.data, n, 1);
+    return PD_OK;
+}
+
+static pd_status pd__scale_backward(pd_layer *l) {
+    int64_t n = l->out.width, rows = l->out.rows;
+    const pd_tensor *w = pd__in(l, 0), *x = pd__in(l, 1);
+    if (w->grad) pd__contract2(l, rows, n, 1, l->out.grad, n, 1, x->data, n, 1, w->grad, 1, 0);
+    if (x->grad) pd__contract2(l, rows, n, 1, l->out.grad, n, 1, w->data, 1, 0, x->grad, n, 1);
+    return PD_OK;
+}
+
+PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__scale_setup, NULL,
+         pd__scale_forward, pd__scale_backward);
+
+PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts) {
+    return pd__add_pair(net, &pd__scale_type, w, x, 0, opts);
+}
+
+static pd_status pd__interpolate_setup(pd_layer *l) {
+    pd_shape w = l->inputs[0]->shape, shape = l->inputs[1]->shape;
+    if (!pd__same_shape(w, pd__shape(1, 1, 1)) && !pd__same_shape(w, shape))
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, expected 1 or %s", l->inputs[0]->name,
+                             pd_shape_text(l, w), pd_shape_text(l, shape));
+    if (pd__want_shape(l, 2, shape) != PD_OK) return PD_E_SHAPE;
+    return pd__like_input(l, 1);
+}
+
+/* 1 - w: b + w (a - b), or w a + b - w b, would round to the larger of the two. */
+static pd_real *pd__interpolate_rest(pd_layer *l) {
+    const pd_tensor *w = pd__in(l, 0);
+    pd_real *rest = pd_layer_row_memory(l, 0, w->width);
+    if (!rest) return NULL;
+    l->device->fill(l->device, w->rows * w->width, 1, rest);
+    pd__contract1(l, w->rows * w->width, -1, w->data, NULL, rest);
+    return rest;
+}
+
+static pd_status pd__interpolate_forward(pd_layer *l) {
+    const pd_tensor *w = pd__in(l, 0);
+    int64_t n = l->out.width, rows = l->out.rows, wr = w->width, wc = w->width > 1;
+    const pd_real *rest = pd__interpolate_rest(l);
+    if (!rest) return PD_E_MEMORY;
+    pd__clear_output(l);
+    pd__contract2(l, rows, n, 1, pd__in(l, 1)->data, n, 1, w->data, wr, wc, l->out.data, n, 1);
+    pd__contract2(l, rows, n, 1, pd__in(l, 2)->data, n, 1, rest, wr, wc, l->out.data, n, 1);
+    return PD_OK;
+}
+
+static pd_status pd__interpolate_backward(pd_layer *l) {
+    const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
+    int64_t n = l->out.width, rows = l->out.rows, wr = w->width, wc = w->width > 1;
+    const pd_real *dy = l->out.grad, *rest = pd__interpolate_rest(l);
+    if (!rest) return PD_E_MEMORY;
+    if (w->grad) { /* of a - b, not of each */
+        pd_real *difference = pd_layer_row_memory(l, 1, n);
+        if (!difference) return PD_E_MEMORY;
+        l->device->fill(l->device, rows * n, 0, difference);
+        pd__contract1(l, rows * n, 1, a->data, NULL, difference);
+        pd__contract1(l, rows * n, -1, b->data, NULL, difference);
+        pd__contract2(l, rows, n, 1, dy, n, 1, difference, n, 1, w->grad, wr, wc);
+    }
+    if (a->grad) pd__contract2(l, rows, n, 1, dy, n, 1, w->data, wr, wc, a->grad, n, 1);
+    if (b->grad) pd__contract2(l, rows, n, 1, dy, n, 1, rest, wr, wc, b->grad, n, 1);
+    return PD_OK;
+}
+
+PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__interpolate_setup,
+         NULL, pd__interpolate_forward, pd__interpolate_backward);
+
+PD_DEF pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+    pd_layer *inputs[3];
+    PD__SPEC(pd__spec);
+    inputs[0] = w, inputs[1] = a, inputs[2] = b;
+    return pd_layer_add(net, &pd__interpolate_type, s.o.name, inputs, 3, &s);
+}
+
+/* ---- >>layer:affine ---- */
+
+static pd_status pd__affine_setup(pd_layer *l) {
+    if (pd__want_finite(l, "slope", pd__spec_of(l)->a) != PD_OK ||
+        pd__want_finite(l, "intercept", pd__spec_of(l)->b) != PD_OK)
+        return PD_E_ARGUMENT;
+    return pd__like_input(l, 0);
+}
+
+static pd_status pd__affine_forward(pd_layer *l) {
+    l->device->fill(l->device, pd__numbers(l), (pd_real)pd__spec_of(l)->b, l->out.data);
+    pd__contract1(l, pd__numbers(l), pd__spec_of(l)->a, pd__in(l, 0)->data, NULL, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__affine_backward(pd_layer *l) {
+    if (pd__in(l, 0)->grad) pd__contract1(l, pd__numbers(l), pd__spec_of(l)->a, l->out.grad, NULL, pd__in(l, 0)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__affine_setup, NULL,
+         pd__affine_forward, pd__affine_backward);
+
+PD_DEF pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double intercept, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.a = slope, s.b = intercept;
+    return pd_layer_add(net, &pd__affine_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:maxout ---- */
+
+static pd_status pd__maxout_setup(pd_layer *l) {
+    int64_t groups = pd__spec_of(l)->n[0];
+    pd_shape in = l->inputs[0]->shape;
+    if (groups < 1 || in.channels % groups)
+        return pd_layer_fail(l, PD_E_SHAPE, "%lld groups do not divide the %lld channels of \"%.100s\"",
+                             (long long)groups, (long long)in.channels, l->inputs[0]->name);
+    l->shape = pd__shape(in.channels / groups, in.height, in.width);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* Where in x the number stands that output i takes: the first largest of its group, or the first NaN. */
+static int64_t pd__maxout_source(const pd_layer *l, int64_t i) {
+    int64_t area = l->shape.height * l->shape.width, groups = pd__spec_of(l)->n[0];
+    const pd_real *x = pd__in(l, 0)->data;
+    int64_t best = i / area * groups * area + i % area, first = best;
+    for (int64_t g = 1; g < groups; g++)
+        if (!(x[first + g * area] <= x[best]) && x[best] == x[best]) best = first + g * area;
+    return best;
+}
+
+static pd_status pd__maxout_forward(pd_layer *l) {
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < pd__numbers(l); i++) l->out.data[i] = pd__in(l, 0)->data[pd__maxout_source(l, i)];
+    return PD_OK;
+}
+
+static pd_status pd__maxout_backward(pd_layer *l) {
+    pd_real *dx = pd__in(l, 0)->grad;
+    if (!dx) return PD_OK;
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < pd__numbers(l); i++) dx[pd__maxout_source(l, i)] += l->out.grad[i];
+    return PD_OK;
+}
+
+PD__TYPE(pd__maxout_type, "maxout", 1, 1, pd__spec, 0, 0, pd__maxout_setup, NULL, pd__maxout_forward,
+         pd__maxout_backward);
+
+PD_DEF pd_layer *pd_maxout(pd_net *net, pd_layer *input, int64_t groups, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = groups;
+    return pd_layer_add(net, &pd__maxout_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:resize ---- */
+
+static pd_status pd__resize_setup(pd_layer *l) {
+    const int64_t *n = pd__spec_of(l)->n; /* height, width */
+    if (pd__want_least(l, "height", n[0], 1) != PD_OK || pd__want_least(l, "width", n[1], 1) != PD_OK)
+        return pd_error_status(l->net);
+    l->shape = pd__shape(l->inputs[0]->shape.channels, n[0], n[1]);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* The four cells that output (h, w) mixes, and their weights. */
+static void pd__resize_taps(const pd_layer *l, int64_t h, int64_t w, int64_t cell[4], pd_real weight[4]) {
+    pd_shape in = l->inputs[0]->shape, out = l->shape;
+    double y = out.height > 1 ? (double)h * (double)(in.height - 1) / (double)(out.height - 1) : 0;
+    double x = out.width > 1 ? (double)w * (double)(in.width - 1) / (double)(out.width - 1) : 0;
+    int64_t top = (int64_t)y, left = (int64_t)x;
+    int64_t bottom = pd__min(top + 1, in.height - 1), right = pd__min(left + 1, in.width - 1);
+    double b = y - (double)top, r = x - (double)left;
+    cell[0] = top * in.width + left, weight[0] = (pd_real)((1 - b) * (1 - r));
+    cell[1] = top * in.width + right, weight[1] = (pd_real)((1 - b) * r);
+    cell[2] = bottom * in.width + left, weight[2] = (pd_real)(b * (1 - r));
+    cell[3] = bottom * in.width + right, weight[3] = (pd_real)(b * r);
+}
+
+/* One map: from x to y, or, if dx isn't NULL, from dy into dx. */
+static void pd__resize_map(const pd_layer *l, const pd_real *x, pd_real *y, const pd_real *dy, pd_real *dx) {
+    int64_t cell[4];
+    pd_real weight[4];
+    for (int64_t i = 0; i < l->shape.height * l->shape.width; i++) {
+        pd__resize_taps(l, i / l->shape.width, i % l->shape.width, cell, weight);
+        if (!dx) y[i] = 0;
+        for (int k = 0; k < 4; k++) {
+            if (dx) dx[cell[k]] += weight[k] * dy[i];
+            else y[i] += weight[k] * x[cell[k]];
+        }
+    }
+}
+
+static pd_status pd__resize_forward(pd_layer *l) {
+    pd_shape in = l->inputs[0]->shape;
+    int64_t in_area = in.height * in.width, area = l->shape.height * l->shape.width;
+    PD__PARALLEL(l->device, pd__numbers(l) * 4)
+    for (int64_t m = 0; m < l->out.rows * in.channels; m++)
+        pd__resize_map(l, pd__in(l, 0)->data + m * in_area, l->out.data + m * area, NULL, NULL);
+    return PD_OK;
+}
+
+static pd_status pd__resize_backward(pd_layer *l) {
+    pd_shape in = l->inputs[0]->shape;
+    int64_t in_area = in.height * in.width, area = l->shape.height * l->shape.width;
+    if (!pd__in(l, 0)->grad) return PD_OK;
+    PD__PARALLEL(l->device, pd__numbers(l) * 4)
+    for (int64_t m = 0; m < l->out.rows * in.channels; m++)
+        pd__resize_map(l, NULL, NULL, l->out.grad + m * area, pd__in(l, 0)->grad + m * in_area);
+    return PD_OK;
+}
+
+PD__TYPE(pd__resize_type, "resize", 1, 1, pd__spec, 0, 0, pd__resize_setup, NULL, pd__resize_forward,
+         pd__resize_backward);
+
+PD_DEF pd_layer *pd_resize(pd_net *net, pd_layer *input, int64_t height, int64_t width, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = height, s.n[1] = width;
+    return pd_layer_add(net, &pd__resize_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:block_expand ---- */
+
+typedef struct pd__block_expand_spec {
+    pd_block_expand_opts o;
+    int64_t height, width;
+} pd__block_expand_spec;
+
+/* The state is the convolution whose patches the blocks are; their number per image is out_h * out_w. */
+static pd_status pd__block_expand_setup(pd_layer *l) {
+    const pd__block_expand_spec *spec = (const pd__block_expand_spec *)l->opts;
+    pd_conv_shape *s = (pd_conv_shape *)l->state;
+    pd_shape in = l->inputs[0]->shape;
+    int64_t blocks, size;
+    s->filter_h = spec->height, s->filter_w = spec->width;
+    s->stride_w = spec->o.stride ? spec->o.stride : spec->width;
+    s->stride_h = spec->o.stride_h ? spec->o.stride_h : spec->o.stride ? spec->o.stride : spec->height;
+    s->pad_w = spec->o.pad;
+    s->pad_h = pd__or_count(spec->o.pad_h, spec->o.pad);
+    s->dilation_h = s->dilation_w = s->groups = 1;
+    s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
+    if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "block", s->filter_h, s->filter_w, 1) != PD_OK ||
+        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
+        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK)
+        return pd_error_status(l->net);
+    if (l->inputs[0]->is_sequence)
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" already carries sequences", l->inputs[0]->name);
+    if (s->filter_h > in.height + 2 * s->pad_h || s->filter_w > in.width + 2 * s->pad_w)
+        return pd_layer_fail(l, PD_E_SHAPE, "block %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
+                             (long long)s->filter_h, (long long)s->filter_w, l->inputs[0]->name, pd_shape_text(l, in));
+    s->out_h = (in.height + 2 * s->pad_h - s->filter_h) / s->stride_h + 1;
+    s->out_w = (in.width + 2 * s->pad_w - s->filter_w) / s->stride_w + 1;
+    if (!pd__multiply_sizes(s->out_h, s->out_w, &blocks) ||
+        !pd__multiply_sizes(in.channels, s->filter_h * s->filter_w, &size))
+        return pd_layer_fail(l, PD_E_SHAPE, "%lldx%lld blocks of %lldx%lldx%lld are too many or too large",
+                             (long long)s->out_h, (long long)s->out_w, (long long)in.channels, (long long)s->filter_h,
+                             (long long)s->filter_w);
+    l->shape = pd__shape(size, 1, 1);
+    l->is_sequence = true;
+    l->act = spec->o.act;
+    return PD_OK;
+}
+
+static pd_status pd__block_expand_resize(pd_layer *l) {
+    const pd_conv_shape *s = (const pd_conv_shape *)l->state;
+    int64_t images = pd__in(l, 0)->rows, blocks = s->out_h * s->out_w, rows;
+    int64_t *starts = pd_layer_integers(l, 0, images + 1);
+    if (!starts) return PD_E_MEMORY;
+    if (!pd__multiply_sizes(images, blocks, &rows))
+        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld blocks of each of %lld images", (long long)blocks,
+                             (long long)images);
+    for (int64_t i = 0; i <= images; i++) starts[i] = i * blocks;
+    l->out.rows = rows;
+    l->out.sequences = images;
+    l->out.starts = starts;
+    return PD_OK;
+}
+
+/* Row `row` of the output from its image, or back into the image's gradient. */
+static void pd__block_expand_row(const pd_layer *l, int64_t row, bool back) {
+    const pd_conv_shape *s = (const pd_conv_shape *)l->state;
+    int64_t block = row % (s->out_h * s->out_w), image = row / (s->out_h * s->out_w);
+    int64_t top = block / s->out_w * s->stride_h - s->pad_h, left = block % s->out_w * s->stride_w - s->pad_w;
+    int64_t from = image * s->in_c * s->in_h * s->in_w, i = row * l->out.width;
+    for (int64_t c = 0; c < s->in_c; c++)
+        for (int64_t h = top; h < top + s->filter_h; h++)
+            for (int64_t w = left; w < left + s->filter_w; w++, i++) {
+                bool inside = h >= 0 && h < s->in_h && w >= 0 && w < s->in_w;
+                int64_t cell = from + (c * s->in_h + h) * s->in_w + w;
+                if (!back) l->out.data[i] = inside ? pd__in(l, 0)->data[cell] : 0;
+                else if (inside) pd__in(l, 0)->grad[cell] += l->out.grad[i];
+            }
+}
+
+static pd_status pd__block_expand_forward(pd_layer *l) {
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t r = 0; r < l->out.rows; r++) pd__block_expand_row(l, r, false);
+    return PD_OK;
+}
+
+/* Blocks of one image may overlap, so each image is one thread's. */
+static pd_status pd__block_expand_backward(pd_layer *l) {
+    int64_t images = l->out.sequences;
+    if (!pd__in(l, 0)->grad) return PD_OK;
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < images; i++)
+        for (int64_t r = l->out.starts[i]; r < l->out.starts[i + 1]; r++) pd__block_expand_row(l, r, true);
+    return PD_OK;
+}
+
+PD__TYPE(pd__block_expand_type, "block_expand", 1, 1, pd__block_expand_spec, sizeof(pd_conv_shape), 0,
+         pd__block_expand_setup, pd__block_expand_resize, pd__block_expand_forward, pd__block_expand_backward);
+
+PD_DEF pd_layer *pd_block_expand(pd_net *net, pd_layer *input, int64_t height, int64_t width,
+                                 const pd_block_expand_opts *opts) {
+    PD__SPEC(pd__block_expand_spec);
+    s.height = height, s.width = width;
+    return pd_layer_add(net, &pd__block_expand_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:cosine ---- */
+
+static pd_status pd__cosine_setup(pd_layer *l) {
+    int64_t a = l->inputs[0]->out.width, b = l->inputs[1]->out.width;
+    if (b % a)
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" (%s) does not hold whole vectors of \"%.100s\" (%s)",
+                             l->inputs[1]->name, pd_shape_text(l, l->inputs[1]->shape), l->inputs[0]->name,
+                             pd_shape_text(l, l->inputs[0]->shape));
+    if (pd__want_finite(l, "scale", pd__spec_of(l)->a) != PD_OK) return PD_E_ARGUMENT;
+    l->shape = pd__shape(b / a, 1, 1);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* A vector, and what makes its largest number about 1: then no square is too large or too small for a number. */
+typedef struct pd__scaled {
+    const pd_real *numbers;
+    double scale, square; /* of the scaled vector */
+} pd__scaled;
+
+static pd__scaled pd__scale_vector(int64_t n, const pd_real *numbers) {
+    pd__scaled v = { numbers, 1, 0 };
+    double largest = 0;
+    int exponent;
+    for (int64_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)numbers[i]));
+    if (largest > 0 && largest <= DBL_MAX) {
+        frexp(largest, &exponent);
+        v.scale = ldexp(1, -exponent > 1000 ? 1000 : -exponent);
+    }
+    for (int64_t i = 0; i < n; i++) v.square += (double)numbers[i] * v.scale * ((double)numbers[i] * v.scale);
+    return v;
+}
+
+static double pd__scaled_dot(int64_t n, const pd__scaled *a, const pd__scaled *b) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (double)a->numbers[i] * a->scale * ((double)b->numbers[i] * b->scale);
+    return sum;
+}
+
+static pd_status pd__cosine_forward(pd_layer *l) {
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t each = l->out.width;
+    PD__PARALLEL(l->device, b->rows * b->width)
+    for (int64_t i = 0; i < pd__numbers(l); i++) {
+        pd__scaled x = pd__scale_vector(a->width, a->data + i / each * a->width);
+        pd__scaled y = pd__scale_vector(a->width, b->data + i * a->width);
+        double dot = pd__scaled_dot(a->width, &x, &y), norms = sqrt(x.square) * sqrt(y.square);
+        l->out.data[i] = norms == 0 ? 0 : (pd_real)(pd__spec_of(l)->a * dot / norms);
+    }
+    return PD_OK;
+}
+
+/* With c = s a.b / (|a||b|): dc/da = s b / (|a||b|) - c a / |a|^2, and the same for b. */
+static pd_status pd__cosine_backward(pd_layer *l) {
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t n = a->width, each = l->out.width;
+    PD__PARALLEL(l->device, b->rows * b->width)
+    for (int64_t r = 0; r < l->out.rows; r++)
+        for (int64_t i = r * each; i < (r + 1) * each; i++) {
+            pd__scaled x = pd__scale_vector(n, a->data + r * n), y = pd__scale_vector(n, b->data + i * n);
+            double dot = pd__scaled_dot(n, &x, &y), norms = sqrt(x.square) * sqrt(y.square);
+            double slope = (double)l->out.grad[i] * pd__spec_of(l)->a / norms;
+            for (int64_t k = 0; norms != 0 && k < n; k++) {
+                double p = (double)x.numbers[k] * x.scale, q = (double)y.numbers[k] * y.scale;
+                if (a->grad) a->grad[r * n + k] += (pd_real)(slope * x.scale * (q - dot / x.square * p));
+                if (b->grad) b->grad[i * n + k] += (pd_real)(slope * y.scale * (p - dot / y.square * q));
+            }
+        }
+    return PD_OK;
+}
+
+PD__TYPE(pd__cosine_type, "cosine", 2, 2, pd__spec, 0, 0, pd__cosine_setup, NULL, pd__cosine_forward,
+         pd__cosine_backward);
+
+PD_DEF pd_layer *pd_cosine(pd_net *net, pd_layer *a, pd_layer *b, double scale, const pd_layer_opts *opts) {
+    return pd__add_pair(net, &pd__cosine_type, a, b, scale, opts);
+}
+
+/* ---- >>layer:outer ---- */
+
+static pd_status pd__outer_setup(pd_layer *l) {
+    l->shape = pd__shape(1, l->inputs[0]->out.width, l->inputs[1]->out.width);
+    l->act = pd__spec_of(l)->o.act;
+    return pd__want_numbers(l);
+}
+
+/* The box rows x |a| x |b|, and the strides of a, b and y in it. */
+typedef struct pd__outer_box {
+    int64_t size[4], a[4], b[4], y[4];
+} pd__outer_box;
+
+static pd__outer_box pd__outer_box_of(const pd_layer *l) {
+    int64_t m = pd__in(l, 0)->width, n = pd__in(l, 1)->width;
+    pd__outer_box o;
+    memset(&o, 0, sizeof o);
+    o.size[0] = 1, o.size[1] = l->out.rows, o.size[2] = m, o.size[3] = n;
+    o.a[1] = m, o.a[2] = 1;
+    o.b[1] = n, o.b[3] = 1;
+    o.y[1] = m * n, o.y[2] = n, o.y[3] = 1;
+    return o;
+}
+
+static pd_status pd__outer_forward(pd_layer *l) {
+    pd__outer_box o = pd__outer_box_of(l);
+    pd__clear_output(l);
+    l->device->contract(l->device, o.size, 1, pd__in(l, 1)->data, o.b, pd__in(l, 0)->data, o.a, l->out.data, o.y);
+    return PD_OK;
+}
+
+static pd_status pd__outer_backward(pd_layer *l) {
+    pd__outer_box o = pd__outer_box_of(l);
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    if (a->grad) l->device->contract(l->device, o.size, 1, l->out.grad, o.y, b->data, o.b, a->grad, o.a);
+    if (b->grad) l->device->contract(l->device, o.size, 1, l->out.grad, o.y, a->data, o.a, b->grad, o.b);
+    return PD_OK;
+}
+
+PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__outer_setup, NULL,
+         pd__outer_forward, pd__outer_backward);
+
+PD_DEF pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
+    return pd__add_pair(net, &pd__outer_type, a, b, 0, opts);
+}
+
+/* ---- >>layer:bilinear ---- */
+
+static pd_status pd__bilinear_setup(pd_layer *l) {
+    const pd__fc_spec *s = (const pd__fc_spec *)l->opts;
+    int64_t dims[3];
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK || pd__want_numbers(l) != PD_OK) return pd_error_status(l->net);
+    dims[0] = s->size, dims[1] = l->inputs[0]->out.width, dims[2] = l->inputs[1]->out.width;
+    if (!pd_layer_param(l, "weight", 3, dims, dims[1], s->size, pd_normal(0, 1 / sqrt((double)dims[1])),
+                        &s->o.weight) ||
+        (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias)))
+        return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    l->act = s->o.act;
+    return PD_OK;
+}
+
+/* For each k: t = a W_k (rows x |b|), then y_k = row sums of t b. */
+static pd_status pd__bilinear_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t rows = l->out.rows, m = a->width, n = b->width, size = l->out.width;
+    pd_real *t = pd_layer_row_memory(l, 0, pd__max(m, n));
+    if (!t) return PD_E_MEMORY;
+    pd__clear_output(l);
+    for (int64_t k = 0; k < size; k++) {
+        d->gemm(d, false, false, rows, n, m, 1, a->data, m, l->params[0]->value + k * m * n, n, 0, t, n, NULL);
+        pd__contract2(l, rows, n, 1, t, n, 1, b->data, n, 1, l->out.data + k, size, 0);
+    }
+    if (l->param_count > 1) pd__add_bias(l, l->params[1]);
+    return PD_OK;
+}
+
+/* t = dy_k x, row by row */
+static void pd__bilinear_weigh(pd_layer *l, int64_t k, const pd_tensor *x, pd_real *t) {
+    l->device->fill(l->device, x->rows * x->width, 0, t);
+    pd__contract2(l, x->rows, x->width, 1, x->data, x->width, 1, l->out.grad + k, l->out.width, 0, t, x->width, 1);
+}
+
+/* With t = dy_k a: dW_k += t^T b and db += t W_k. With t = dy_k b: da += t W_k^T. */
+static pd_status pd__bilinear_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
+    int64_t rows = l->out.rows, m = a->width, n = b->width;
+    pd_real *t = pd_layer_row_memory(l, 0, pd__max(m, n));
+    for (int64_t k = 0; k < l->out.width; k++) {
+        const pd_real *w = l->params[0]->value + k * m * n;
+        pd__bilinear_weigh(l, k, a, t);
+        if (l->params[0]->grad)
+            d->gemm(d, true, false, m, n, rows, 1, t, m, b->data, n, 1, l->params[0]->grad + k * m * n, n, NULL);
+        if (b->grad) d->gemm(d, false, false, rows, n, m, 1, t, m, w, n, 1, b->grad, n, NULL);
+        if (!a->grad) continue;
+        pd__bilinear_weigh(l, k, b, t);
+        d->gemm(d, false, true, rows, m, n, 1, t, n, w, n, 1, a->grad, m, NULL);
+    }
+    if (l->param_count > 1) pd__add_bias_grad(l, l->params[1]);
+    return PD_OK;
+}
+
+PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(fill) | PD_OP(contract),
+         pd__bilinear_setup, NULL, pd__bilinear_forward, pd__bilinear_backward);
+
+PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__fc_spec);
+    s.size = size;
+    inputs[0] = a, inputs[1] = b;
+    return pd_layer_add(net, &pd__bilinear_type, s.o.name, inputs, 2, &s);
+}
+
+/* ---- >>layer:activation, >>layer:prelu ---- */
+
+/* The output starts as a copy of the input; the net applies the activation, as after any layer. */
+static pd_status pd__activation_setup(pd_layer *l) {
+    l->act_alpha = pd__spec_of(l)->a;
+    return pd__like_input(l, 0);
+}
+
+PD__TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0,
+         PD_OP(fill) | PD_OP(contract) | PD_OP(activate) | PD_OP(activate_backward), pd__activation_setup, NULL,
+         pd__add_forward, pd__add_backward);
+
+PD_DEF pd_layer *pd_activation(pd_net *net, pd_layer *input, pd_act act, const pd_activation_opts *opts) {
+    pd__spec s;
+    memset(&s, 0, sizeof s);
+    s.o.act = act;
+    s.a = opts ? opts->alpha : 0;
+    return pd_layer_add(net, &pd__activation_type, opts ? opts->name : NULL, &input, 1, &s);
+}
+
+static pd_status pd__prelu_setup(pd_layer *l) {
+    const pd_prelu_opts *o = (const pd_prelu_opts *)l->opts;
+    l->shape = l->inputs[0]->shape;
+    if (pd__want_numbers(l) != PD_OK ||
+        !pd_layer_param(l, "weight", 1, &l->shape.channels, 1, 1, pd_constant(0.25), &o->weight))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static pd_status pd__prelu_forward(pd_layer *l) {
+    int64_t area = l->shape.height * l->shape.width;
+    const pd_real *x = pd__in(l, 0)->data;
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t i = 0; i < pd__numbers(l); i++)
+        l->out.data[i] = x[i] < 0 ? x[i] * l->params[0]->value[i / area % l->shape.channels] : x[i];
+    return PD_OK;
+}
+
+static pd_status pd__prelu_backward(pd_layer *l) {
+    int64_t area = l->shape.height * l->shape.width, channels = l->shape.channels;
+    const pd_tensor *x = pd__in(l, 0);
+    pd_param *slope = l->params[0];
+    PD__PARALLEL(l->device, pd__numbers(l))
+    for (int64_t c = 0; c < channels; c++) {
+        double sum = 0;
+        for (int64_t r = 0; r < l->out.rows; r++)
+            for (int64_t i = (r * channels + c) * area; i < (r * channels + c + 1) * area; i++) {
+                if (x->data[i] < 0) sum += (double)x->data[i] * (double)l->out.grad[i];
+                if (x->grad) x->grad[i] += l->out.grad[i] * (x->data[i] < 0 ? slope->value[c] : 1);
+            }
+        if (slope->grad) slope->grad[c] += (pd_real)sum;
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__prelu_type, "prelu", 1, 1, pd_prelu_opts, 0, 0, pd__prelu_setup, NULL, pd__prelu_forward,
+         pd__prelu_backward);
+
+PD_DEF pd_layer *pd_prelu(pd_net *net, pd_layer *input, const pd_prelu_opts *opts) {
+    return pd_layer_add(net, &pd__prelu_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- >>layer:embedding ---- */
+
+typedef struct pd__embedding_spec {
+    pd_embedding_opts o;
+    int64_t size;
+} pd__embedding_spec;
+
+static pd_status pd__embedding_setup(pd_layer *l) {
+    const pd__embedding_spec *s = (const pd__embedding_spec *)l->opts;
+    const pd_layer *ids = l->inputs[0];
+    int64_t dims[2];
+    pd_param *table;
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK) return PD_E_ARGUMENT;
+    if (!ids->is_ids || ids->is_sparse)
+        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" holds %s, expected ids; pd_fc takes them", ids->name,
+                             ids->is_sparse ? "sparse rows" : "numbers");
+    dims[0] = ids->out.width, dims[1] = s->size;
+    table = pd_layer_param(l, "weight", 2, dims, 1, s->size, pd_normal(0, 1 / sqrt((double)s->size)), &s->o.weight);
+    if (!table || pd__want_picked(l, 0, table) != PD_OK) return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    l->act = s->o.act;
+    return PD_OK;
+}
+
+static pd_status pd__embedding_forward(pd_layer *l) {
+    pd_status status = pd__check_ids(l, 0);
+    if (status != PD_OK) return status;
+    pd__clear_output(l);
+    pd__add_picked(l, 0);
+    return PD_OK;
+}
+
+static pd_status pd__embedding_backward(pd_layer *l) { return l->params[0]->grad ? pd__add_picked_grad(l, 0) : PD_OK; }
+
+PD__TABLE_TYPE(pd__embedding_type, "embedding", 1, 1, pd__embedding_spec, 0, PD_OP(fill) | PD_OP(sparse_product),
+               pd__embedding_setup, NULL, pd__embedding_forward, pd__embedding_backward, pd__touch_tables);
+
+PD_DEF pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd_embedding_opts *opts) {
+    PD__SPEC(pd__embedding_spec);
+    s.size = size;
+    return pd_layer_add(net, &pd__embedding_type, s.o.name, &ids, 1, &s);
+}
+
+/* ---- >>layer:gru ---- */
+
+/* Inside, rows lie in order of time: step t has row t (from the end if reversed) of every sequence that is longer than
+   t, longer sequences first. So each step's sequences are the first ones of the step before, and what a step needs of
+   it stands in one piece. */
+typedef struct pd__gru {
+    int64_t steps;
+    const int64_t *begins; /* steps + 1 offsets of the steps' rows */
+    const int64_t *order;  /* for each row inside, the one outside, */
+    const int64_t *places; /* and the reverse */
+    const int64_t *before; /* for each row inside from step 1 on, the one of its sequence in the step before */
+} pd__gru;
+
+typedef struct pd__gru_spec {
+    pd_gru_opts o;
+    int64_t size;
+} pd__gru_spec;
+
+enum { PD__GRU_WEIGHT, PD__GRU_RECURRENT, PD__GRU_BIAS, PD__GRU_RECURRENT_BIAS }; /* parameters */
+
+/* For setup: input 0 carries sequences. */
+static pd_status pd__want_sequences(pd_layer *l) {
+    if (l->inputs[0]->is_sequence) return PD_OK;
+    return pd_layer_fail(l, PD_E_SHAPE,
+                         "input \"%.100s\" carries no sequences; pd_sequence makes a net's input carry them",
+                         l->inputs[0]->name);
+}
+
+static pd_status pd__gru_setup(pd_layer *l) {
+    const pd__gru_spec *s = (const pd__gru_spec *)l->opts;
+    int64_t in = l->inputs[0]->out.width, dims[2];
+    if (pd__want_least(l, "size", s->size, 1) != PD_OK || pd__want_numbers(l) != PD_OK ||
+        pd__want_sequences(l) != PD_OK)
+        return pd_error_status(l->net);
+    if (!pd__multiply_sizes(3, s->size, &dims[1]))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "size %lld is too large", (long long)s->size);
+    dims[0] = in;
+    if (!pd_layer_param(l, "weight", 2, dims, in, s->size, pd_normal(0, 1 / sqrt((double)in)), &s->o.weight))
+        return pd_error_status(l->net);
+    dims[0] = s->size;
+    if (!pd_layer_param(l, "recurrent", 2, dims, s->size, s->size, pd_normal(0, 1 / sqrt((double)s->size)),
+                        &s->o.recurrent) ||
+        !pd_layer_param(l, "bias", 1, &dims[1], 1, 1, pd_constant(0), &s->o.bias) ||
+        !pd_layer_param(l, "recurrent_bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.recurrent_bias))
+        return pd_error_status(l->net);
+    l->shape = pd__shape(s->size, 1, 1);
+    return PD_OK;
+}
+
+/* Puts the rows in order, with sequences sorted by counting their lengths. */
+static pd_status pd__gru_resize(pd_layer *l) {
+    pd__gru *g = (pd__gru *)l->state;
+    const pd_tensor *x = pd__in(l, 0);
+    bool reverse = ((const pd__gru_spec *)l->opts)->o.reverse;
+    int64_t *begins, *order, *places, *next, longer = 0;
+    g->steps = 0;
+    for (int64_t q = 0; q < x->sequences; q++) g->steps = pd__max(g->steps, x->starts[q + 1] - x->starts[q]);
+    g->begins = begins = pd_layer_integers(l, 0, g->steps + 1);
+    g->order = order = pd_layer_integers(l, 1, x->rows);
+    g->places = places = pd_layer_integers(l, 2, x->rows);
+    g->before = next = pd_layer_integers(l, 3, pd__max(g->steps + 1, x->rows));
+    if (!begins || !order || !places || !next) return PD_E_MEMORY;
+    memset(next, 0, (size_t)(g->steps + 1) * sizeof *next);
+    for (int64_t q = 0; q < x->sequences; q++) next[x->starts[q + 1] - x->starts[q]]++;
+    for (int64_t length = g->steps; length >= 0; length--) { /* next: the sequences longer than that */
+        int64_t equal = next[length];
+        next[length] = longer;
+        longer += equal;
+    }
+    begins[0] = 0;
+    for (int64_t t = 0; t < g->steps; t++) begins[t + 1] = begins[t] + next[t];
+    for (int64_t q = 0; q < x->sequences; q++) {
+        int64_t length = x->starts[q + 1] - x->starts[q], at = next[length]++;
+        for (int64_t t = 0; t < length; t++) {
+            int64_t row = x->starts[q] + (reverse ? length - 1 - t : t);
+            order[begins[t] + at] = row;
+            places[row] = begins[t] + at;
+        }
+    }
+    for (int64_t t = 1; t < g->steps; t++)
+        for (int64_t i = begins[t]; i < begins[t + 1]; i++) next[i] = i - begins[t] + begins[t - 1];
+    return PD_OK;
+}
+
+/* y (rows x width) = rows `columns` of x, or, with `add`, += */
+static void pd__take_rows(pd_layer *l, int64_t rows, const int64_t *columns, int64_t width, const pd_real *x,
+                          pd_real *y, bool add) {
+    pd_csr s;
+    s.rows = rows;
+    s.starts = NULL;
+    s.columns = columns;
+    s.values = NULL;
+    if (!add) l->device->fill(l->device, rows * width, 0, y);
+    l->device->sparse_product(l->device, &s, width, x, y);
+}
+
+/* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_device.gru. */
+typedef struct pd__gru_memory {
+    pd_real *x, *gates, *recurrent, *h;
+} pd__gru_memory;
+
+static bool pd__gru_remember(pd_layer *l, pd__gru_memory *m) {
+    m->x = pd_layer_row_memory(l, 0, pd__in(l, 0)->width);
+    m->gates = pd_layer_row_memory(l, 1, 3 * l->out.width);
+    m->recurrent = pd_layer_row_memory(l, 2, 3 * l->out.width);
+    m->h = pd_layer_row_memory(l, 3, l->out.width);
+    return m->x && m->gates && m->recurrent && m->h;
+}
+
+static pd_status pd__gru_forward(pd_layer *l) {
+    const pd__gru *g = (const pd__gru *)l->state;
+    pd_device *d = l->device;
+    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
+    pd_epilogue bias = PD__ZERO;
+    pd__gru_memory m;
+    if (!pd__gru_remember(l, &m)) return PD_E_MEMORY;
+    pd__take_rows(l, rows, g->order, in, pd__in(l, 0)->data, m.x, false);
+    bias.bias = l->params[PD__GRU_BIAS]->value;
+    d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n,
+            &bias);
+    d->fill(d, rows * 3 * n, 0, m.recurrent);
+    pd__contract2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
+                  1);
+    for (int64_t t = 0; t < g->steps; t++) {
+        int64_t first = g->begins[t], count = g->begins[t + 1] - first;
+        const pd_real *before = t ? m.h + g->begins[t - 1] * n : NULL;
+        if (t)
+            d->gemm(d, false, false, count, 3 * n, n, 1, before, n, l->params[PD__GRU_RECURRENT]->value, 3 * n, 1,
+                    m.recurrent + first * 3 * n, 3 * n, NULL);
+        d->gru(d, count, n, m.gates + first * 3 * n, m.recurrent + first * 3 * n, before, m.h + first * n);
+    }
+    pd__take_rows(l, rows, g->places, n, m.h, l->out.data, false);
+    return PD_OK;
+}
+
+/* From the last step to the first, gates and recurrent become their own gradients, and dh the whole gradient of h. */
+static void pd__gru_backward_steps(pd_layer *l, const pd__gru_memory *m, pd_real *dh) {
+    const pd__gru *g = (const pd__gru *)l->state;
+    pd_device *d = l->device;
+    int64_t n = l->out.width;
+    for (int64_t t = g->steps; t-- > 0;) {
+        int64_t first = g->begins[t], count = g->begins[t + 1] - first, last = t ? g->begins[t - 1] : 0;
+        pd_real *drecurrent = m->recurrent + first * 3 * n, *dbefore = t ? dh + last * n : NULL;
+        d->gru_backward(d, count, n, m->gates + first * 3 * n, drecurrent, t ? m->h + last * n : NULL, dh + first * n,
+                        dbefore);
+        if (t)
+            d->gemm(d, false, true, count, n, 3 * n, 1, drecurrent, 3 * n, l->params[PD__GRU_RECURRENT]->value, 3 * n,
+                    1, dbefore, n, NULL);
+    }
+}
+
+/* Once dh and x have done their duty, they are reused: for the h that each row began with, and for dx. */
+static pd_status pd__gru_backward(pd_layer *l) {
+    const pd__gru *g = (const pd__gru *)l->state;
+    pd_device *d = l->device;
+    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width, later = g->steps > 1 ? g->begins[1] : rows;
+    pd_real *dh = pd_layer_row_memory(l, 4, n);
+    pd_param *const *p = l->params;
+    pd__gru_memory m;
+    if (!dh || !pd__gru_remember(l, &m)) return PD_E_MEMORY;
+    pd__take_rows(l, rows, g->order, n, l->out.grad, dh, false);
+    pd__gru_backward_steps(l, &m, dh);
+    if (p[PD__GRU_BIAS]->grad)
+        pd__contract2(l, rows, 3 * n, 1, m.gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
+    if (p[PD__GRU_RECURRENT_BIAS]->grad)
+        pd__contract2(l, rows, n, 1, m.recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
+    if (p[PD__GRU_WEIGHT]->grad)
+        d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
+    if (p[PD__GRU_RECURRENT]->grad) {
+        pd__take_rows(l, rows - later, g->before + later, n, m.h, dh, false);
+        d->gemm(d, true, false, n, 3 * n, rows - later, 1, dh, n, m.recurrent + later * 3 * n, 3 * n, 1,
+                p[PD__GRU_RECURRENT]->grad, 3 * n, NULL);
+    }
+    if (pd__in(l, 0)->grad) {
+        d->gemm(d, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, p[PD__GRU_WEIGHT]->value, 3 * n, 0, m.x, in, NULL);
+        pd__take_rows(l, rows, g->places, in, m.x, pd__in(l, 0)->grad, true);
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__gru_type, "gru", 1, 1, pd__gru_spec, sizeof(pd__gru),
+         PD_OP(gemm) | PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product) | PD_OP(gru) | PD_OP(gru_backward),
+         pd__gru_setup, pd__gru_resize, pd__gru_forward, pd__gru_backward);
+
+PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts) {
+    PD__SPEC(pd__gru_spec);
+    s.size = size;
+    return pd_layer_add(net, &pd__gru_type, s.o.name, &input, 1, &s);
+}
+
+/* ---- >>layer:sequence_pool: the method is n[0] ---- */
+
+static pd_status pd__sequence_pool_setup(pd_layer *l) {
+    int64_t method = pd__spec_of(l)->n[0];
+    if (pd__like_input(l, 0) != PD_OK || pd__want_sequences(l) != PD_OK) return pd_error_status(l->net);
+    if (method < 0 || method > PD_LAST) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)method);
+    l->is_sequence = false;
+    return PD_OK;
+}
+
+static pd_status pd__sequence_pool_resize(pd_layer *l) {
+    l->out.rows = pd__in(l, 0)->sequences;
+    return PD_OK;
+}
+
+/* Pooling as a matrix with a row per sequence and a column per row of the input, or its transpose. */
+static pd_status pd__sequence_pool_matrix(pd_layer *l, bool transposed, pd_csr *s) {
+    const pd_tensor *x = pd__in(l, 0);
+    int64_t method = pd__spec_of(l)->n[0], rows = transposed ? x->rows : x->sequences, entries = 0;
+    int64_t *starts = pd_layer_integers(l, 0, rows + 1), *columns = pd_layer_integers(l, 1, x->rows);
+    pd_real *values = pd_layer_values(l, x->rows);
+    if (!starts || !columns || !values) return PD_E_MEMORY;
+    for (int64_t q = 0; q < x->sequences; q++) {
+        int64_t first = x->starts[q], end = x->starts[q + 1];
+        double n = (double)pd__max(end - first, 1), value = method == PD_AVERAGE  ? 1 / n
+                                                            : method == PD_SQRT_N ? 1 / sqrt(n)
+                                                                                  : 1;
+        if (!transposed) starts[q] = entries;
+        for (int64_t r = first; r < end; r++) {
+            if (transposed) starts[r] = entries;
+            if ((method == PD_FIRST && r > first) || (method == PD_LAST && r < end - 1)) continue;
+            columns[entries] = transposed ? q : r;
+            values[entries++] = (pd_real)value;
+        }
+    }
+    starts[rows] = entries;
+    s->rows = rows;
+    s->starts = starts;
+    s->columns = columns;
+    s->values = values;
+    return PD_OK;
+}
+
+static pd_status pd__sequence_pool_forward(pd_layer *l) {
+    pd_csr s;
+    if (pd__sequence_pool_matrix(l, false, &s) != PD_OK) return PD_E_MEMORY;
+    pd__clear_output(l);
+    l->device->sparse_product(l->device, &s, l->out.width, pd__in(l, 0)->data, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__sequence_pool_backward(pd_layer *l) {
+    pd_csr s;
+    if (!pd__in(l, 0)->grad) return PD_OK;
+    if (pd__sequence_pool_matrix(l, true, &s) != PD_OK) return PD_E_MEMORY;
+    l->device->sparse_product(l->device, &s, l->out.width, l->out.grad, pd__in(l, 0)->grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__sequence_pool_type, "sequence_pool", 1, 1, pd__spec, 0,
+         PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product), pd__sequence_pool_setup, pd__sequence_pool_resize,
+         pd__sequence_pool_forward, pd__sequence_pool_backward);
+
+/* The element of a column that is a sequence's largest, the first of equals or NaNs; -1 in an empty sequence. */
+static int64_t pd__sequence_largest(const pd_tensor *x, int64_t sequence, int64_t column) {
+    int64_t best = -1;
+    for (int64_t r = x->starts[sequence]; r < x->starts[sequence + 1]; r++) {
+        int64_t i = r * x->width + column;
+        if (best < 0 || x->data[i] > x->data[best] || (x->data[i] != x->data[i] && x->data[best] == x->data[best]))
+            best = i;
+    }
+    return best;
+}
+
+static pd_status pd__sequence_max_forward(pd_layer *l) {
+    const pd_tensor *x = pd__in(l, 0);
+    PD__PARALLEL(l->device, x->rows * x->width)
+    for (int64_t i = 0; i < pd__numbers(l); i++) {
+        int64_t largest = pd__sequence_largest(x, i / x->width, i % x->width);
+        l->out.data[i] = largest >= 0 ? x->data[largest] : 0;
+    }
+    return PD_OK;
+}
+
+static pd_status pd__sequence_max_backward(pd_layer *l) {
+    const pd_tensor *x = pd__in(l, 0);
+    if (!x->grad) return PD_OK;
+    PD__PARALLEL(l->device, x->rows * x->width)
+    for (int64_t i = 0; i < pd__numbers(l); i++) {
+        int64_t largest = pd__sequence_largest(x, i / x->width, i % x->width);
+        if (largest >= 0) x->grad[largest] += l->out.grad[i];
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__sequence_max_type, "sequence_pool", 1, 1, pd__spec, 0, 0, pd__sequence_pool_setup,
+         pd__sequence_pool_resize, pd__sequence_max_forward, pd__sequence_max_backward);
+
+PD_DEF pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method method, const pd_layer_opts *opts) {
+    PD__SPEC(pd__spec);
+    s.n[0] = (int64_t)method;
+    return pd_layer_add(net, method == PD_MAX ? &pd__sequence_max_type : &pd__sequence_pool_type, s.o.name, &input, 1,
+                        &s);
+}
+
+/* ======================================================================================================== */
+/* >>costs.c                                                                                               */
+
+/* Inputs of a cost: the prediction, the target (if the cost has one; rank_cost has two), then the sample weights if
+   there are any. Forward hands each row's plain cost to pd__put_cost, and backward gets its scale from pd__cost_scales,
+   where the weights come in. What has no weight counts for nothing, even if it is infinite. */
+
+enum { PD__COST_PROBABILITIES = 0, PD__COST_CLASS_WEIGHTS = 1, PD__COST_SCALES = 2 }; /* slots of pd_layer_memory */
+enum {
+    PD__HAS_CLASS_WEIGHTS = 1,
+    PD__HAS_PROBABILITIES = 2,
+    PD__HAS_DELTA = 4,
+    PD__HAS_ZERO_DELTA = 8, /* 0 will do */
+    PD__HAS_TOP = 16
+};
+
+/* A builder's one line: min_inputs of a, b, c and the sample weights if given. */
+static pd_layer *pd__add_cost(pd_net *net, const pd_layer_type *type, pd_layer *a, pd_layer *b, pd_layer *c,
+                              const pd_cost_opts *opts) {
+    pd_layer *inputs[4];
+    int count = type->min_inputs;
+    inputs[0] = a, inputs[1] = b, inputs[2] = c;
+    if (opts && opts->weight) inputs[count++] = opts->weight;
+    return pd_layer_add(net, type, opts ? opts->name : NULL, inputs, count, opts);
+}
+
+/* The layer of sample weights, or NULL. */
+static const pd_layer *pd__cost_weight(const pd_layer *l) {
+    int index = l->type->min_inputs;
+    return l->input_count > index ? l->inputs[index] : NULL;
+}
+
+/* Element i of a target of width 1 or of numbers, whichever it is. */
+static double pd__number(const pd_tensor *t, int64_t i) { return t->ids ? (double)t->ids[i] : (double)t->data[i]; }
+
+/* True if a layer holds ids (or numbers) as many as `size`; else fills `text` with what was expected and what came. */
+static bool pd__holds(pd_layer *input, bool ids, int64_t size, char text[256]) {
+    const char *kinds[] = { "numbers of shape", "ids below" };
+    if (input->is_ids == ids && pd_shape_size(input->shape) == size) return true;
+    snprintf(text, 256, "expected %s %lld, got \"%.100s\" with %s %s", kinds[ids], (long long)size, input->name,
+             kinds[input->is_ids], pd_shape_text(input, input->shape));
+    return false;
+}
+
+static pd_status pd__cost_input(pd_layer *l, int k, bool ids, int64_t size) {
+    char text[256];
+    if (pd__holds(l->inputs[k], ids, size, text)) return PD_OK;
+    return pd_layer_fail(l, PD_E_SHAPE, "input %d: %s", k, text);
+}
+
+/* What all costs check: a prediction of numbers, weights of width 1, and no option that this cost does not have. */
+static pd_status pd__cost_setup(pd_layer *l, unsigned has) {
+    pd_cost_opts *o = (pd_cost_opts *)l->opts;
+    const char *stray = o->class_weights && !(has & PD__HAS_CLASS_WEIGHTS)   ? "class_weights"
+                        : o->probabilities && !(has & PD__HAS_PROBABILITIES) ? "probabilities"
+                        : o->delta != 0 && !(has & PD__HAS_DELTA)            ? "delta"
+                        : o->top != 0 && !(has & PD__HAS_TOP)                ? "top"
+                                                                             : NULL;
+    double delta = pd__or(o->delta, 1);
+    pd_status status = pd__cost_input(l, 0, false, pd_shape_size(l->inputs[0]->shape));
+    l->shape.channels = l->shape.height = l->shape.width = 1;
+    if (status == PD_OK && pd__cost_weight(l)) status = pd__cost_input(l, l->type->min_inputs, false, 1);
+    if (status != PD_OK) return status;
+    if (stray) return pd_layer_fail(l, PD_E_ARGUMENT, "%s has no option %s", l->type->name, stray);
+    if (!(has & PD__HAS_ZERO_DELTA ? delta >= 0 : delta > 0) || delta > DBL_MAX)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "expected delta > 0, got %g", delta);
+    if (o->top < 0) return pd_layer_fail(l, PD_E_ARGUMENT, "expected top > 0, got %lld", (long long)o->top);
+    if (o->top == 0 && (has & PD__HAS_TOP)) o->top = 5;
+    return PD_OK;
+}
+
+/* The start of every forward. The net has checked that rows fit. */
+static pd_status pd__cost_begin(pd_layer *l) {
+    pd_status status = PD_OK;
+    for (int k = 1; status == PD_OK && k < l->input_count; k++) status = pd__check_ids(l, k);
+    return status;
+}
+
+/* The cost of row r, for layers on the host. */
+static void pd__put_cost(pd_layer *l, int64_t r, double cost) {
+    const pd_layer *weight = pd__cost_weight(l);
+    pd_real times = weight ? weight->out.data[r] : 1;
+    l->out.data[r] = times != 0 ? (pd_real)((double)times * cost) : 0;
+}
+
+/* The start of every backward: d(total)/d(plain cost) of each row. */
+static pd_status pd__cost_scales(pd_layer *l, pd_real **scales) {
+    const pd_layer *weight = pd__cost_weight(l);
+    int64_t size[4] = { 1, 1, 1, 0 };
+    const int64_t steps[4] = { 0, 0, 0, 1 };
+    *scales = pd_layer_row_memory(l, PD__COST_SCALES, 1);
+    if (!*scales) return PD_E_MEMORY;
+    size[3] = l->out.rows;
+    l->device->fill(l->device, l->out.rows, 0, *scales);
+    l->device->contract(l->device, size, 1, l->out.grad, steps, weight ? weight->out.data : NULL, steps, *scales,
+                        steps);
+    return PD_OK;
+}
+
+/* ---- >>cost:cross_entropy ---- */
+
+typedef struct pd__cross_entropy_state {
+    bool weighted; /* the class weights are in the device's memory */
+} pd__cross_entropy_state;
+
+/* Copies the user's class weights, since pd_net_share builds the layer again from its options. */
+static pd_status pd__copy_class_weights(pd_layer *l, int64_t classes) {
+    pd_cost_opts *o = (pd_cost_opts *)l->opts;
+    for (int64_t c = 0; c < classes; c++)
+        if (!(o->class_weights[c] > 0 && o->class_weights[c] <= DBL_MAX))
+            return pd_layer_fail(l, PD_E_ARGUMENT, "expected class_weights > 0, got %g for class %lld",
+                                 o->class_weights[c], (long long)c);
+    o->class_weights = (double *)pd_layer_copy(l, o->class_weights, (size_t)classes * sizeof(double));
+    return o->class_weights ? PD_OK : PD_E_MEMORY;
+}
+
+/* The class weights in the device's memory; *weights NULL: there are none. */
+static pd_status pd__class_weights(pd_layer *l, const pd_real **weights) {
+    pd__cross_entropy_state *state = (pd__cross_entropy_state *)l->state;
+    const double *given = ((const pd_cost_opts *)l->opts)->class_weights;
+    int64_t classes = l->inputs[0]->out.width;
+    pd_real *memory = given ? pd_layer_memory(l, PD__COST_CLASS_WEIGHTS, classes) : NULL;
+    *weights = memory;
+    if (given && !memory) return PD_E_MEMORY;
+    for (int64_t c = 0; given && !state->weighted && c < classes; c++) {
+        pd_real weight = (pd_real)given[c];
+        l->device->upload(l->device, memory + c, &weight, sizeof weight);
+    }
+    state->weighted = true;
+    return PD_OK;
+}
+
+static pd_status pd__cross_entropy_setup(pd_layer *l) {
+    const pd_layer *label = l->inputs[1];
+    int64_t classes = pd_shape_size(l->inputs[0]->shape);
+    pd_status status = pd__cost_setup(l, PD__HAS_CLASS_WEIGHTS | PD__HAS_PROBABILITIES);
+    if (status == PD_OK) status = pd__cost_input(l, 1, label->is_ids, classes);
+    if (status != PD_OK) return status;
+    l->own->reads_before = l->inputs[0]->act == PD_SOFTMAX;
+    if (label->wants_grad)
+        return pd_layer_fail(l, PD_E_UNSUPPORTED, "no gradient can flow into the labels, but \"%.100s\" learns",
+                             label->name);
+    return ((pd_cost_opts *)l->opts)->class_weights ? pd__copy_class_weights(l, classes) : PD_OK;
+}
+
+/* What the costs are of: *x, and *p = softmax(x), by the layer below or, by forward, in memory of this one's; or *p
+   alone, where that is all that is given (*x NULL). */
+static pd_status pd__cross_entropy_see(pd_layer *l, bool forward, const pd_real **x, const pd_real **p,
+                                       pd_real **grad) {
+    const pd_tensor *t = &l->inputs[0]->out;
+    bool softmax = l->own->reads_before, given = !softmax && ((const pd_cost_opts *)l->opts)->probabilities;
+    pd_real *own;
+    *x = pd__read_before(l, grad);
+    *p = t->data;
+    if (given) *x = NULL;
+    if (given || softmax) return PD_OK;
+    *p = own = pd_layer_row_memory(l, PD__COST_PROBABILITIES, t->width);
+    if (!own) return PD_E_MEMORY;
+    if (forward) l->device->activate(l->device, PD_SOFTMAX, 0, t->rows, t->width, *x, own);
+    return PD_OK;
+}
+
+static pd_status pd__cross_entropy_forward(pd_layer *l) {
+    const pd_tensor *in = &l->inputs[0]->out, *t = &l->inputs[1]->out;
+    const pd_layer *weight = pd__cost_weight(l);
+    const pd_real *x, *p, *class_weights;
+    pd_real *grad;
+    pd_status status = pd__cost_begin(l);
+    if (status != PD_OK || in->rows == 0) return status;
+    status = pd__class_weights(l, &class_weights);
+    if (status == PD_OK) status = pd__cross_entropy_see(l, true, &x, &p, &grad);
+    if (status != PD_OK) return status;
+    l->device->cross_entropy(l->device, in->rows, in->width, x, p, t->ids, t->data, weight ? weight->out.data : NULL,
+                             class_weights, l->out.data);
+    return PD_OK;
+}
+
+/* d/dx of softmax and cost as one, p - t for weights of 1; of given probabilities d/dp. */
+static pd_status pd__cross_entropy_backward(pd_layer *l) {
+    const pd_tensor *in = &l->inputs[0]->out, *t = &l->inputs[1]->out;
+    const pd_real *x, *p, *class_weights;
+    pd_real *scales, *grad;
+    pd_status status;
+    if (!in->grad || in->rows == 0) return PD_OK;
+    status = pd__cost_scales(l, &scales);
+    if (status == PD_OK) status = pd__class_weights(l, &class_weights);
+    if (status == PD_OK) status = pd__cross_entropy_see(l, false, &x, &p, &grad);
+    if (status != PD_OK) return status;
+    l->device->cross_entropy_backward(l->device, in->rows, in->width, p, t->ids, t->data, class_weights, scales,
+                                      x != NULL, grad);
+    return PD_OK;
+}
+
+static const pd_layer_type pd__cross_entropy_type = { PD_API_VERSION,
+                                                      "cross_entropy",
+                                                      2,
+                                                      3,
+                                                      sizeof(pd_cost_opts),
+                                                      sizeof(pd__cross_entropy_state),
+                                                      PD_OP(activate) | PD_OP(cross_entropy) |
+                                                          PD_OP(cross_entropy_backward),
+                                                      pd__cross_entropy_setup,
+                                                      NULL,
+                                                      pd__cross_entropy_forward,
+                                                      pd__cross_entropy_backward,
+                                                      NULL,
+                                                      NULL,
+                                                      NULL };
+
+PD_DEF pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__cross_entropy_type, input, label, NULL, opts);
+}
+
+/* ---- costs that are a sum over the elements of the row ---- */
+
+/* The cost of one element x with target t, and its derivatives by x and by t. */
+typedef double (*pd__element_cost)(double x, double t, double delta, double slopes[2]);
+
+typedef struct pd__element_state {
+    pd__element_cost cost;
+} pd__element_state;
+
+/* Both directions in one text: puts out costs, or adds the derivatives times `scales` if that is not NULL. */
+static void pd__element_rows(pd_layer *l, const pd_real *scales) {
+    const pd__element_cost cost = ((pd__element_state *)l->state)->cost;
+    const pd_tensor *in = &l->inputs[0]->out, *t = l->type->min_inputs > 1 ? &l->inputs[1]->out : NULL;
+    double delta = pd__or(((const pd_cost_opts *)l->opts)->delta, 1);
+    pd_real *grad;
+    const pd_real *x = pd__read_before(l, &grad);
+    for (int64_t r = 0; r < in->rows; r++) {
+        double sum = 0, slopes[2] = { 0, 0 };
+        if (scales && scales[r] == 0) continue;
+        for (int64_t i = r * in->width; i < (r + 1) * in->width; i++) {
+            sum += cost((double)x[i], t ? pd__number(t, i) : 0, delta, slopes);
+            if (scales && grad) grad[i] += (pd_real)((double)scales[r] * slopes[0]);
+            if (scales && t && t->grad) t->grad[i] += (pd_real)((double)scales[r] * slopes[1]);
+        }
+        if (!scales) pd__put_cost(l, r, sum);
+    }
+}
+
+static pd_status pd__element_forward(pd_layer *l) {
+    pd_status status = pd__cost_begin(l);
+    if (status == PD_OK) pd__element_rows(l, NULL);
+    return status;
+}
+
+static pd_status pd__element_backward(pd_layer *l) {
+    pd_real *scales;
+    pd_status status = pd__cost_scales(l, &scales);
+    if (status == PD_OK) pd__element_rows(l, scales);
+    return status;
+}
+
+/* Shape rule of the costs that compare numbers with as many numbers. */
+static pd_status pd__element_setup(pd_layer *l, unsigned has, pd__element_cost cost) {
+    pd_status status = pd__cost_setup(l, has);
+    if (status == PD_OK) status = pd__cost_input(l, 1, false, pd_shape_size(l->inputs[0]->shape));
+    ((pd__element_state *)l->state)->cost = cost;
+    return status;
+}
+
+#define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                            \
+    {                                                                                                                  \
+        PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, setup,   \
+            NULL, pd__element_forward, backward, NULL, NULL, NULL                                                      \
+    }
+
+/* log(1 + e^x) - t x without overflow: binary cross-entropy of sigmoid(x). */
+static double pd__logistic_cost(double x, double t, double delta, double slopes[2]) {
+    double e = exp(-fabs(x));
+    (void)delta;
+    slopes[0] = (x >= 0 ? 1 : e) / (1 + e) - t;
+    slopes[1] = -x;
+    return (x > 0 ? x : 0) - x * t + log1p(e);
+}
+
+/* ---- >>cost:binary_cross_entropy ---- */
+
+static pd_status pd__binary_cross_entropy_setup(pd_layer *l) {
+    l->own->reads_before = l->inputs[0]->act == PD_SIGMOID;
+    return pd__element_setup(l, 0, pd__logistic_cost);
+}
+
+static const pd_layer_type pd__binary_cross_entropy_type =
+    PD__ELEMENT_TYPE("binary_cross_entropy", 2, pd__binary_cross_entropy_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_binary_cross_entropy(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__binary_cross_entropy_type, input, target, NULL, opts);
+}
+
+static double pd__squared_cost(double x, double t, double delta, double slopes[2]) {
+    (void)delta;
+    slopes[0] = 2 * (x - t);
+    slopes[1] = -slopes[0];
+    return (x - t) * (x - t);
+}
+
+/* ---- >>cost:squared_error ---- */
+
+static pd_status pd__squared_error_setup(pd_layer *l) { return pd__element_setup(l, 0, pd__squared_cost); }
+
+static const pd_layer_type pd__squared_error_type =
+    PD__ELEMENT_TYPE("squared_error", 2, pd__squared_error_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_squared_error(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__squared_error_type, input, target, NULL, opts);
+}
+
+/* ---- >>cost:huber ---- */
+
+/* Huber 1964. */
+static double pd__huber_cost(double x, double t, double delta, double slopes[2]) {
+    double d = x - t;
+    slopes[0] = d > delta ? delta : d < -delta ? -delta : d;
+    slopes[1] = -slopes[0];
+    return fabs(d) <= delta ? d * d / 2 : delta * (fabs(d) - delta / 2);
+}
+
+static pd_status pd__huber_setup(pd_layer *l) { return pd__element_setup(l, PD__HAS_DELTA, pd__huber_cost); }
+
+static const pd_layer_type pd__huber_type = PD__ELEMENT_TYPE("huber", 2, pd__huber_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_huber(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__huber_type, input, target, NULL, opts);
+}
+
+/* ---- >>cost:smooth_l1 ---- */
+
+/* Huber's cost divided by delta, which may be 0; Girshick 2015. */
+static double pd__smooth_l1_cost(double x, double t, double delta, double slopes[2]) {
+    double d = x - t;
+    bool square = fabs(d) < delta;
+    slopes[0] = square ? d / delta : (d > 0) - (d < 0);
+    slopes[1] = -slopes[0];
+    return square ? d * d / (2 * delta) : fabs(d) - delta / 2;
+}
+
+static pd_status pd__smooth_l1_setup(pd_layer *l) {
+    return pd__element_setup(l, PD__HAS_DELTA | PD__HAS_ZERO_DELTA, pd__smooth_l1_cost);
+}
+
+static const pd_layer_type pd__smooth_l1_type =
+    PD__ELEMENT_TYPE("smooth_l1", 2, pd__smooth_l1_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_smooth_l1(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__smooth_l1_type, input, target, NULL, opts);
+}
+
+static double pd__identity_cost(double x, double t, double delta, double slopes[2]) {
+    (void)t;
+    (void)delta;
+    slopes[0] = 1;
+    return x;
+}
+
+/* ---- >>cost:sum_cost ---- */
+
+static pd_status pd__sum_cost_setup(pd_layer *l) {
+    ((pd__element_state *)l->state)->cost = pd__identity_cost;
+    return pd__cost_setup(l, 0);
+}
+
+static const pd_layer_type pd__sum_cost_type =
+    PD__ELEMENT_TYPE("sum_cost", 1, pd__sum_cost_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_sum_cost(pd_net *net, pd_layer *input, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__sum_cost_type, input, NULL, NULL, opts);
+}
+
+/* ---- costs of a margin: x of width 1, t the label 0 or 1 ---- */
+
+static pd_status pd__two_class_setup(pd_layer *l, pd__element_cost cost) {
+    pd_status status = pd__cost_setup(l, 0);
+    if (status == PD_OK) status = pd__cost_input(l, 0, false, 1);
+    if (status == PD_OK) status = pd__cost_input(l, 1, true, 2);
+    ((pd__element_state *)l->state)->cost = cost;
+    return status;
+}
+
+static double pd__huber_margin_cost(double x, double t, double delta, double slopes[2]) {
+    double y = 2 * t - 1, m = y * x;
+    (void)delta;
+    slopes[0] = m >= 1 ? 0 : m >= -1 ? -2 * y * (1 - m) : -4 * y;
+    return m >= 1 ? 0 : m >= -1 ? (1 - m) * (1 - m) : -4 * m;
+}
+
+/* ---- >>cost:huber_two_class ---- */
+
+static pd_status pd__huber_two_class_setup(pd_layer *l) { return pd__two_class_setup(l, pd__huber_margin_cost); }
+
+static const pd_layer_type pd__huber_two_class_type =
+    PD__ELEMENT_TYPE("huber_two_class", 2, pd__huber_two_class_setup, pd__element_backward);
+
+PD_DEF pd_layer *pd_huber_two_class(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__huber_two_class_type, input, label, NULL, opts);
+}
+
+/* ---- >>cost:hinge ---- */
+
+static double pd__hinge_margin_cost(double x, double t, double delta, double slopes[2]) {
+    double y = 2 * t - 1, m = y * x;
+    (void)delta;
+    slopes[0] = m < 1 ? -y : 0;
+    return m < 1 ? 1 - m : 0;
+}
+
+static pd_status pd__hinge_setup(pd_layer *l) {
+    int64_t classes = pd_shape_size(l->inputs[0]->shape);
+    pd_status status;
+    if (classes == 1) return pd__two_class_setup(l, pd__hinge_margin_cost);
+    status = pd__cost_setup(l, 0);
+    return status != PD_OK ? status : pd__cost_input(l, 1, true, classes);
+}
+
+static pd_status pd__hinge_forward(pd_layer *l) {
+    const pd_tensor *x = &l->inputs[0]->out, *label = &l->inputs[1]->out;
+    pd_status status;
+    if (x->width == 1) return pd__element_forward(l);
+    status = pd__cost_begin(l);
+    if (status != PD_OK) return status;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const pd_real *row = x->data + r * x->width;
+        double sum = 0, base = 1 - (double)row[label->ids[r]];
+        for (int64_t j = 0; j < x->width; j++)
+            if (j != label->ids[r] && base + (double)row[j] > 0) sum += base + (double)row[j];
+        pd__put_cost(l, r, sum);
+    }
+    return PD_OK;
+}
+
+static pd_status pd__hinge_backward(pd_layer *l) {
+    const pd_tensor *x = &l->inputs[0]->out, *label = &l->inputs[1]->out;
+    pd_real *scales;
+    pd_status status;
+    if (x->width == 1) return pd__element_backward(l);
+    if (!x->grad) return PD_OK;
+    status = pd__cost_scales(l, &scales);
+    for (int64_t r = 0; status == PD_OK && r < x->rows; r++) {
+        const pd_real *row = x->data + r * x->width;
+        pd_real *grad = x->grad + r * x->width;
+        double base = 1 - (double)row[label->ids[r]];
+        for (int64_t j = 0; j < x->width; j++)
+            if (j != label->ids[r] && base + (double)row[j] > 0) {
+                grad[j] += scales[r];
+                grad[label->ids[r]] -= scales[r];
+            }
+    }
+    return status;
+}
+
+static const pd_layer_type pd__hinge_type = { PD_API_VERSION,
+                                              "hinge",
+                                              2,
+                                              3,
+                                              sizeof(pd_cost_opts),
+                                              sizeof(pd__element_state),
+                                              0,
+                                              pd__hinge_setup,
+                                              NULL,
+                                              pd__hinge_forward,
+                                              pd__hinge_backward,
+                                              NULL,
+                                              NULL,
+                                              NULL };
+
+PD_DEF pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__hinge_type, input, label, NULL, opts);
+}
+
+/* ---- >>cost:rank_cost ---- */
+
+static pd_status pd__rank_cost_setup(pd_layer *l) {
+    pd_status status = pd__cost_setup(l, 0);
+    for (int k = 0; status == PD_OK && k < 3; k++) status = pd__cost_input(l, k, false, 1);
+    return status;
+}
+
+static pd_status pd__rank_cost_forward(pd_layer *l) {
+    const pd_tensor *left = &l->inputs[0]->out, *right = &l->inputs[1]->out, *p = &l->inputs[2]->out;
+    double slopes[2];
+    pd_status status = pd__cost_begin(l);
+    for (int64_t r = 0; status == PD_OK && r < left->rows; r++)
+        pd__put_cost(l, r,
+                     pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes));
+    return status;
+}
+
+static pd_status pd__rank_cost_backward(pd_layer *l) {
+    const pd_tensor *left = &l->inputs[0]->out, *right = &l->inputs[1]->out, *p = &l->inputs[2]->out;
+    double slopes[2];
+    pd_real *scales;
+    pd_status status = pd__cost_scales(l, &scales);
+    for (int64_t r = 0; status == PD_OK && r < left->rows; r++) {
+        if (scales[r] == 0) continue;
+        pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes);
+        if (left->grad) left->grad[r] += (pd_real)((double)scales[r] * slopes[0]);
+        if (right->grad) right->grad[r] -= (pd_real)((double)scales[r] * slopes[0]);
+        if (p->grad) p->grad[r] += (pd_real)((double)scales[r] * slopes[1]);
+    }
+    return status;
+}
+
+static const pd_layer_type pd__rank_cost_type = { PD_API_VERSION,
+                                                  "rank_cost",
+                                                  3,
+                                                  4,
+                                                  sizeof(pd_cost_opts),
+                                                  0,
+                                                  0,
+                                                  pd__rank_cost_setup,
+                                                  NULL,
+                                                  pd__rank_cost_forward,
+                                                  pd__rank_cost_backward,
+                                                  NULL,
+                                                  NULL,
+                                                  NULL };
+
+PD_DEF pd_layer *pd_rank_cost(pd_net *net, pd_layer *left, pd_layer *right, pd_layer *p, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__rank_cost_type, left, right, p, opts);
+}
+
+/* ---- >>cost:lambda_rank ---- */
+
+/* Fills order[0 .. n - 1] with the rows first .. first + n - 1 by falling key, equal ones by rising row: a bottom-up
+   merge sort, which is stable. `spare` is n more. */
+static void pd__sort_rows(const pd_tensor *keys, int64_t first, int64_t n, int64_t *order, int64_t *spare) {
+    int64_t *from = order, *to = spare, *swap;
+    for (int64_t i = 0; i < n; i++) order[i] = first + i;
+    for (int64_t length = 1; length < n; length *= 2) {
+        for (int64_t i = 0; i < n; i += 2 * length) {
+            int64_t a = i, b = pd__min(i + length, n), a_end = b, b_end = pd__min(i + 2 * length, n);
+            for (int64_t k = i; k < b_end; k++) {
+                bool second = a == a_end || (b < b_end && pd__number(keys, from[b]) > pd__number(keys, from[a]));
+                to[k] = from[second ? b++ : a++];
+            }
+        }
+        swap = from, from = to, to = swap;
+    }
+    if (from != order) memcpy(order, from, (size_t)n * sizeof *order);
+}
+
+/* Rows first .. first + n - 1 are query q. Rows without sequences are one query. */
+static int64_t pd__query(const pd_tensor *t, int64_t q, int64_t *first) {
+    *first = t->starts ? t->starts[q] : 0;
+    return t->starts ? t->starts[q + 1] - *first : t->rows;
+}
+
+static int64_t pd__query_count(const pd_tensor *t) { return t->starts ? t->sequences : 1; }
+
+static double pd__gain(double relevance) { return exp2(relevance) - 1; }
+
+static double pd__discount(int64_t rank, int64_t top) { return rank < top ? 1 / log2(2 + (double)rank) : 0; }
+
+/* The discounted gain of the best `top` rows of a query when sorted by `keys`; leaves that order in integers 0. */
+static double pd__dcg(pd_layer *l, const pd_tensor *keys, int64_t first, int64_t n) {
+    int64_t top = ((const pd_cost_opts *)l->opts)->top;
+    int64_t *order = pd_layer_integers(l, 0, l->out.rows);
+    double sum = 0;
+    pd__sort_rows(keys, first, n, order, pd_layer_integers(l, 1, l->out.rows));
+    for (int64_t k = 0; k < n && k < top; k++)
+        sum += pd__gain(pd__number(&l->inputs[1]->out, order[k])) * pd__discount(k, top);
+    return sum;
+}
+
+static pd_status pd__lambda_rank_setup(pd_layer *l) {
+    const pd_layer *relevance = l->inputs[1];
+    pd_status status = pd__cost_setup(l, PD__HAS_TOP);
+    if (status == PD_OK) status = pd__cost_input(l, 0, false, 1);
+    if (status == PD_OK && !relevance->is_ids) status = pd__cost_input(l, 1, false, 1);
+    return status;
+}
+
+/* Checks the relevances, and takes the memory that pd__dcg will use. */
+static pd_status pd__lambda_rank_begin(pd_layer *l) {
+    const pd_tensor *relevance = &l->inputs[1]->out;
+    pd_status status = pd__cost_begin(l);
+    for (int64_t r = 0; status == PD_OK && r < relevance->rows; r++) {
+        double value = pd__number(relevance, r);
+        if (!(value >= 0 && value <= 1000)) /* 2^1000 is within a double's range */
+            return pd_layer_fail(l, PD_E_FORMAT, "row %lld of \"%.100s\": expected relevance 0 to 1000, got %g",
+                                 (long long)r, l->inputs[1]->name, value);
+    }
+    if (status != PD_OK || relevance->rows == 0) return status;
+    for (int slot = 0; slot < 2; slot++)
+        if (!pd_layer_integers(l, slot, relevance->rows)) return PD_E_MEMORY;
+    return PD_OK;
+}
+
+static pd_status pd__lambda_rank_forward(pd_layer *l) {
+    const pd_tensor *score = &l->inputs[0]->out, *relevance = &l->inputs[1]->out;
+    int64_t first;
+    pd_status status = pd__lambda_rank_begin(l);
+    if (status != PD_OK || score->rows == 0) return status;
+    for (int64_t q = 0; q < pd__query_count(score); q++) {
+        int64_t n = pd__query(score, q, &first);
+        double best = pd__dcg(l, relevance, first, n), dcg = pd__dcg(l, score, first, n);
+        for (int64_t r = first; r < first + n; r++) pd__put_cost(l, r, best > 0 ? (1 - dcg / best) / (double)n : 0);
+    }
+    return PD_OK;
+}
+
+/* For each pair, with i more relevant than j, lambda = |change of NDCG if i and j traded places| / (1 + e^(s_i - s_j))
+   pushes i up and j down. Pairs beyond the first `top` ranks change nothing, which leaves top x n of them. */
+static pd_status pd__lambda_rank_backward(pd_layer *l) {
+    const pd_tensor *score = &l->inputs[0]->out, *relevance = &l->inputs[1]->out;
+    int64_t top = ((const pd_cost_opts *)l->opts)->top, first;
+    double *sums = pd_layer_doubles(l, 0, score->rows); /* each of up to as many lambdas as a query has rows */
+    pd_real *scales;
+    if (!score->grad || score->rows == 0) return PD_OK;
+    if (!sums || pd__cost_scales(l, &scales) != PD_OK) return PD_E_MEMORY;
+    memset(sums, 0, (size_t)score->rows * sizeof *sums);
+    for (int64_t q = 0; q < pd__query_count(score); q++) {
+        int64_t n = pd__query(score, q, &first);
+        double best = pd__dcg(l, relevance, first, n);
+        const int64_t *order = pd_layer_integers(l, 0, score->rows);
+        pd__dcg(l, score, first, n);
+        for (int64_t a = 0; best > 0 && a < n && a < top; a++)
+            for (int64_t b = a + 1; b < n; b++) {
+                double gain = pd__gain(pd__number(relevance, order[a])) - pd__gain(pd__number(relevance, order[b]));
+                int64_t i = order[gain > 0 ? a : b], j = order[gain > 0 ? b : a];
+                double change = fabs(gain) * (pd__discount(a, top) - pd__discount(b, top)) / best;
+                double lambda = change / (1 + exp((double)score->data[i] - (double)score->data[j]));
+                sums[i] -= lambda;
+                sums[j] += lambda;
+            }
+    }
+    for (int64_t r = 0; r < score->rows; r++) score->grad[r] += (pd_real)((double)scales[r] * sums[r]);
+    return PD_OK;
+}
+
+static const pd_layer_type pd__lambda_rank_type = { PD_API_VERSION,
+                                                    "lambda_rank",
+                                                    2,
+                                                    3,
+                                                    sizeof(pd_cost_opts),
+                                                    0,
+                                                    0,
+                                                    pd__lambda_rank_setup,
+                                                    NULL,
+                                                    pd__lambda_rank_forward,
+                                                    pd__lambda_rank_backward,
+                                                    NULL,
+                                                    NULL,
+                                                    NULL };
+
+PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevance, const pd_cost_opts *opts) {
+    return pd__add_cost(net, &pd__lambda_rank_type, score, relevance, NULL, opts);
+}
+
+/* ======================================================================================================== */
+/* >>batches.c                                                                                             */
+
+/* Rows of the samples that have ended are 0 .. pd__ended_rows - 1 of each slot; what comes after belongs to the
+   unfinished one. A slot without sequences has as many of them as there are samples, or none: then the input was
+   left out, which pd_batch_add_row and pd_batch_add_id hold it to until the batch is cleared. */
+
+PD_PRINTF(3, 4) static pd_status pd__batch_fail(pd_batch *batch, pd_status status, const char *format, ...) {
+    va_list args;
+    batch->refused = true;
+    va_start(args, format);
+    pd__set_failure(&batch->error, status, format, args);
+    va_end(args);
+    return status;
+}
+
+static bool pd__slot_init(const pd_allocator *a, pd_slot *slot, const pd_layer *input) {
+    bool sparse = input->is_sparse;
+    slot->kind = sparse ? PD_SLOT_SPARSE : input->is_ids ? PD_SLOT_IDS : PD_SLOT_DENSE;
+    slot->sequence = input->is_sequence;
+    slot->width = input->out.width;
+    slot->name = input->name;
+    return (!slot->sequence || pd_grow(a, (void **)&slot->starts, &slot->start_capacity, 1, sizeof *slot->starts)) &&
+           (!sparse || pd_grow(a, (void **)&slot->row_starts, &slot->row_capacity, 1, sizeof *slot->row_starts));
+}
+
+PD_DEF pd_batch *pd_batch_new(pd_net *net) {
+    pd_batch *batch;
+    bool ok;
+    if (!pd__check_net(net)) return NULL;
+    batch = (pd_batch *)pd_alloc(&net->allocator, 1, sizeof *batch);
+    if (batch) {
+        batch->net = net;
+        batch->slots = (pd_slot *)pd_alloc(&net->allocator, net->slot_count, sizeof *batch->slots);
+    }
+    ok = batch && batch->slots;
+    if (ok) batch->slot_count = net->slot_count;
+    for (int64_t i = 0; ok && i < net->layer_count; i++)
+        if (net->layers[i]->own->slot >= 0)
+            ok = pd__slot_init(&net->allocator, &batch->slots[net->layers[i]->own->slot], net->layers[i]);
+    if (ok) return batch;
+    pd__no_memory(net, "a batch");
+    pd_batch_free(batch);
+    return NULL;
+}
+
+PD_DEF void pd_batch_free(pd_batch *batch) {
+    const pd_allocator *a;
+    if (!batch) return;
+    a = &batch->net->allocator;
+    for (int i = 0; i < batch->slot_count; i++) {
+        pd_free(a, batch->slots[i].data);
+        pd_free(a, batch->slots[i].ids);
+        pd_free(a, batch->slots[i].row_starts);
+        pd_free(a, batch->slots[i].values);
+        pd_free(a, batch->slots[i].starts);
+    }
+    pd_free(a, batch->slots);
+    pd_free(a, batch);
+}
+
+PD_DEF void pd_batch_clear(pd_batch *batch) {
+    if (!batch) return;
+    batch->samples = 0;
+    batch->refused = false;
+    for (int i = 0; i < batch->slot_count; i++) batch->slots[i].rows = 0;
+}
+
+static int64_t pd__ended_rows(const pd_batch *batch, const pd_slot *slot) {
+    return slot->sequence ? slot->starts[batch->samples] : pd__min(slot->rows, batch->samples);
+}
+
+/* Number of rows of sample `index`, an ended one, and the first of them. */
+static int64_t pd__sample_rows(const pd_slot *slot, int64_t index, int64_t *first) {
+    *first = slot->sequence ? slot->starts[index] : index;
+    return slot->sequence ? slot->starts[index + 1] - *first : slot->rows > 0;
+}
+
+static const char *const pd__slot_kinds[] = { "numbers", "ids", "sparse rows" };
+
+/* Makes room for `more` rows (their entries apart); false when there is none. */
+static bool pd__slot_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
+    void **memory = slot->kind == PD_SLOT_DENSE ? (void **)&slot->data
+                    : slot->kind == PD_SLOT_IDS ? (void **)&slot->ids
+                                                : (void **)&slot->row_starts;
+    size_t size = sizeof(int64_t);
+    int64_t extra = slot->kind == PD_SLOT_SPARSE;
+    return (slot->kind != PD_SLOT_DENSE || pd__bytes(slot->width, sizeof(pd_real), &size)) &&
+           more < INT64_MAX - slot->rows && pd_grow(a, memory, &slot->row_capacity, slot->rows + more + extra, size);
+}
+
+/* The slot, of this kind and with room for `more` rows; NULL (batch->error) when it can't be had. */
+static pd_slot *pd__slot_open(pd_batch *batch, int index, pd_slot_kind kind, int64_t more) {
+    pd_slot *slot = batch && index >= 0 && index < batch->slot_count ? &batch->slots[index] : NULL;
+    if (!batch) return NULL;
+    if (!slot || slot->kind != kind) {
+        pd__batch_fail(batch, PD_E_ARGUMENT, "slot %d is not an input of %s; the batch has %d slots", index,
+                       pd__slot_kinds[kind], batch->slot_count);
+        return NULL;
+    }
+    if (!slot->sequence && slot->rows < batch->samples) {
+        pd__batch_fail(batch, PD_E_SHAPE, "input \"%.100s\" was left out of the samples before this one", slot->name);
+        return NULL;
+    }
+    if (!pd__slot_grow(&batch->net->allocator, slot, more)) {
+        pd__batch_fail(batch, PD_E_MEMORY, "out of memory for row %lld of input \"%.100s\"", (long long)slot->rows + 1,
+                       slot->name);
+        return NULL;
+    }
+    return slot;
+}
+
+PD_DEF pd_real *pd_batch_add_row(pd_batch *batch, int slot) {
+    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_DENSE, 1);
+    return s ? s->data + s->rows++ * s->width : NULL;
+}
+
+PD_DEF pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id) {
+    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_IDS, 1);
+    if (!s) return batch ? batch->error.status : PD_E_ARGUMENT;
+    if (id < 0 || id >= s->width)
+        return pd__batch_fail(batch, PD_E_FORMAT, "input \"%.100s\": id %lld, expected 0 to %lld", s->name,
+                              (long long)id, (long long)s->width - 1);
+    s->ids[s->rows++] = id;
+    return PD_OK;
+}
+
+/* Room for `more` entries behind those of the last row. */
+static bool pd__entries_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
+    int64_t used = slot->row_starts[slot->rows];
+    return more <= INT64_MAX / 2 - used &&
+           pd_grow(a, (void **)&slot->ids, &slot->entry_capacity, used + more, sizeof *slot->ids) &&
+           pd_grow(a, (void **)&slot->values, &slot->value_capacity, used + more, sizeof *slot->values);
+}
+
+PD_DEF pd_status pd_batch_add_sparse(pd_batch *batch, int slot, const int64_t *columns, const pd_real *values,
+                                     int64_t count) {
+    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_SPARSE, 1);
+    int64_t first;
+    if (!s) return batch ? batch->error.status : PD_E_ARGUMENT;
+    if (count < 0 || (count > 0 && !columns))
+        return pd__batch_fail(batch, PD_E_ARGUMENT, "input \"%.100s\": %lld entries%s", s->name, (long long)count,
+                              columns ? "" : " at NULL");
+    if (!pd__entries_grow(&batch->net->allocator, s, count))
+        return pd__batch_fail(batch, PD_E_MEMORY, "out of memory for %lld entries of input \"%.100s\"",
+                              (long long)count, s->name);
+    first = s->row_starts[s->rows];
+    for (int64_t k = 0; k < count; k++) {
+        if (columns[k] < 0 || columns[k] >= s->width)
+            return pd__batch_fail(batch, PD_E_FORMAT, "input \"%.100s\": column %lld, expected 0 to %lld", s->name,
+                                  (long long)columns[k], (long long)s->width - 1);
+        if (values && !pd__finite((double)values[k]))
+            return pd__batch_fail(batch, PD_E_NUMERIC, "input \"%.100s\": the number in column %lld is not finite",
+                                  s->name, (long long)columns[k]);
+        s->ids[first + k] = columns[k];
+        s->values[first + k] = values ? values[k] : 1;
+    }
+    s->row_starts[++s->rows] = first + count;
+    return PD_OK;
+}
+
+PD_DEF void pd_batch_drop_sample(pd_batch *batch) {
+    if (batch) batch->refused = false;
+    for (int i = 0; batch && i < batch->slot_count; i++) batch->slots[i].rows = pd__ended_rows(batch, &batch->slots[i]);
+}
+
+/* Has every input its rows? An input that got none is left out if no sample before had it. */
+static pd_status pd__check_sample(pd_batch *batch) {
+    bool any = false;
+    for (int i = 0; i < batch->slot_count; i++) {
+        const pd_slot *slot = &batch->slots[i];
+        int64_t rows = slot->rows - pd__ended_rows(batch, slot);
+        any = any || slot->sequence || rows > 0;
+        if (!slot->sequence && rows != 1 && slot->rows > 0)
+            return pd__batch_fail(batch, PD_E_SHAPE,
+                                  "sample %lld of the batch: input \"%.100s\" got %lld rows, expected 1",
+                                  (long long)batch->samples + 1, slot->name, (long long)rows);
+    }
+    if (!any)
+        return pd__batch_fail(batch, PD_E_SHAPE, "sample %lld of the batch: no input got a row",
+                              (long long)batch->samples + 1);
+    return PD_OK;
+}
+
+static pd_status pd__reserve_starts(pd_batch *batch) {
+    for (int i = 0; i < batch->slot_count; i++) {
+        pd_slot *slot = &batch->slots[i];
+        if (slot->sequence && !pd_grow(&batch->net->allocator, (void **)&slot->starts, &slot->start_capacity,
+                                       batch->samples + 2, sizeof *slot->starts))
+            return pd__batch_fail(batch, PD_E_MEMORY, "out of memory for sample %lld of the batch",
+                                  (long long)batch->samples + 1);
+    }
+    return PD_OK;
+}
+
+PD_DEF pd_status pd_batch_end_sample(pd_batch *batch) {
+    pd_status status;
+    if (!batch) return PD_E_ARGUMENT;
+    status = batch->refused ? batch->error.status : pd__check_sample(batch);
+    if (status == PD_OK) status = pd__reserve_starts(batch);
+    if (status != PD_OK) {
+        pd_batch_drop_sample(batch);
+        return status;
+    }
+    batch->samples++;
+    for (int i = 0; i < batch->slot_count; i++)
+        if (batch->slots[i].sequence) batch->slots[i].starts[batch->samples] = batch->slots[i].rows;
+    return PD_OK;
+}
+
+/* Were both made for the same inputs? */
+static bool pd__batches_alike(const pd_batch *a, const pd_batch *b) {
+    bool alike = a->slot_count == b->slot_count;
+    for (int i = 0; alike && i < a->slot_count; i++) {
+        const pd_slot *s = &a->slots[i], *t = &b->slots[i];
+        alike = s->kind == t->kind && s->sequence == t->sequence && s->width == t->width;
+    }
+    return alike;
+}
+
+/* Copies rows within one kind of slot, also onto themselves or down. Sparse rows need room for their entries. */
+static void pd__copy_rows(pd_slot *to, int64_t to_row, const pd_slot *from, int64_t from_row, int64_t rows) {
+    if (rows == 0) return;
+    if (to->kind == PD_SLOT_SPARSE) {
+        int64_t first = from->row_starts[from_row], n = from->row_starts[from_row + rows] - first;
+        int64_t at = to->row_starts[to_row];
+        if (n > 0) memmove(to->ids + at, from->ids + first, (size_t)n * sizeof *to->ids);
+        if (n > 0) memmove(to->values + at, from->values + first, (size_t)n * sizeof *to->values);
+        for (int64_t i = 1; i <= rows; i++) to->row_starts[to_row + i] = from->row_starts[from_row + i] - first + at;
+    } else if (to->kind == PD_SLOT_IDS) memmove(to->ids + to_row, from->ids + from_row, (size_t)rows * sizeof *to->ids);
+    else
+        memmove(to->data + to_row * to->width, from->data + from_row * to->width,
+                (size_t)(rows * to->width) * sizeof *to->data);
+}
+
+PD_DEF pd_status pd_batch_copy_sample(pd_batch *batch, const pd_batch *from, int64_t index) {
+    if (!batch || !from) return PD_E_ARGUMENT;
+    if (!pd__batches_alike(batch, from))
+        return pd__batch_fail(batch, PD_E_SHAPE, "the batches are of nets with different inputs");
+    if (index < 0 || index >= from->samples)
+        return pd__batch_fail(batch, PD_E_ARGUMENT, "sample %lld does not exist: the batch copied from has %lld",
+                              (long long)index, (long long)from->samples);
+    for (int i = 0; i < batch->slot_count; i++) {
+        int64_t first, rows = pd__sample_rows(&from->slots[i], index, &first);
+        const pd_slot *source = &from->slots[i];
+        pd_slot *slot = rows == 0 ? NULL : pd__slot_open(batch, i, source->kind, rows);
+        if (slot && slot->kind == PD_SLOT_SPARSE &&
+            !pd__entries_grow(&batch->net->allocator, slot,
+                              source->row_starts[first + rows] - source->row_starts[first])) {
+            pd__batch_fail(batch, PD_E_MEMORY, "out of memory for the entries of input \"%.100s\"", slot->name);
+            slot = NULL;
+        }
+        if (rows > 0 && !slot) {
+            pd_batch_drop_sample(batch);
+            return batch->error.status;
+        }
+        if (slot) {
+            pd__copy_rows(slot, slot->rows, source, first, rows);
+            slot->rows += rows;
+        }
+    }
+    return pd_batch_end_sample(batch);
+}
+
+/* Takes the samples with a mark out of the batch; the others close up in their order. */
+static void pd__remove_samples(pd_batch *batch, const unsigned char *marks) {
+    int64_t kept = 0;
+    for (int i = 0; i < batch->slot_count; i++) {
+        pd_slot *slot = &batch->slots[i];
+        int64_t to = 0;
+        kept = 0;
+        for (int64_t k = 0; k < batch->samples; k++) {
+            int64_t first, rows = pd__sample_rows(slot, k, &first);
+            if (marks[k]) continue;
+            pd__copy_rows(slot, to, slot, first, rows);
+            to += rows;
+            kept++;
+            if (slot->sequence) slot->starts[kept] = to; /* kept <= k + 1: starts not yet read stay as they are */
+        }
+        slot->rows = to;
+    }
+    batch->samples = kept;
+}
+
+/* ======================================================================================================== */
+/* >>running.c                                                                                             */
 
 enum { PD__OUT, PD__BEFORE }; /* a layer's two tensors: its output, after and before its activation */
 
@@ -5744,2638 +7042,9 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
     slot->rows = net->predict_batch->samples = 0;
     return status == PD_OK ? pd_output(output, NULL, NULL) : NULL;
 }
+
 /* ======================================================================================================== */
-/* >>layers                                                                                                 */
-
-/* Each layer: what its builder hands over, shape rule, forward, backward, type, builder. */
-
-#define PD__TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward)                       \
-    PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, NULL)
-/* .. whose parameters may be sparse */
-#define PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, prefetch)       \
-    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state,    needs,  \
-                                            setup,          resize, forward, backward, NULL,         prefetch, NULL }
-
-/* Declares a zeroed spec `s` whose first member `o` is the user's options. */
-#define PD__SPEC(type)                                                                                                 \
-    type s;                                                                                                            \
-    memset(&s, 0, sizeof s);                                                                                           \
-    if (opts) s.o = *opts
-
-static pd_shape pd__shape(int64_t channels, int64_t height, int64_t width) {
-    pd_shape s;
-    s.channels = channels;
-    s.height = height;
-    s.width = width;
-    return s;
-}
-
-static bool pd__same_shape(pd_shape a, pd_shape b) {
-    return a.channels == b.channels && a.height == b.height && a.width == b.width;
-}
-
-static const pd_tensor *pd__in(const pd_layer *l, int k) { return &l->inputs[k]->out; }
-
-/* For setup: inputs must hold numbers, not ids. */
-static pd_status pd__want_numbers(pd_layer *l) {
-    for (int k = 0; k < l->input_count; k++)
-        if (l->inputs[k]->is_ids)
-            return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" holds ids, expected numbers", l->inputs[k]->name);
-    return PD_OK;
-}
-
-/* For setup: input k has this shape. */
-static pd_status pd__want_shape(pd_layer *l, int k, pd_shape shape) {
-    if (pd__same_shape(l->inputs[k]->shape, shape)) return PD_OK;
-    return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, expected %s", l->inputs[k]->name,
-                         pd_shape_text(l, l->inputs[k]->shape), pd_shape_text(l, shape));
-}
-
-/* For setup: the option must be at least `least`. */
-static pd_status pd__want_least(pd_layer *l, const char *what, int64_t value, int64_t least) {
-    if (value >= least) return PD_OK;
-    return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %lld, expected at least %lld", what, (long long)value,
-                         (long long)least);
-}
-
-/* For setup: both sides of a window, a step or a border are at least `least`, and so small that the product of two
-   fits an int64_t. */
-static pd_status pd__want_sides(pd_layer *l, const char *what, int64_t h, int64_t w, int64_t least) {
-    if (pd__max(h, w) > INT32_MAX)
-        return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %lld, expected below 2^31", what, (long long)pd__max(h, w));
-    return pd__want_least(l, what, pd__min(h, w), least);
-}
-
-/* For setup: the option is neither infinite nor NaN. */
-static pd_status pd__want_finite(pd_layer *l, const char *what, double value) {
-    if (pd__finite(value)) return PD_OK;
-    return pd_layer_fail(l, PD_E_ARGUMENT, "%s is %g, expected a finite number", what, value);
-}
-
-/* y += alpha a [b] for a 2-D box rows x columns: the usual case of contract. Each pointer with its two strides. */
-static void pd__contract2(pd_layer *l, int64_t rows, int64_t columns, double alpha, const pd_real *a, int64_t ar,
-                          int64_t ac, const pd_real *b, int64_t br, int64_t bc, pd_real *y, int64_t yr, int64_t yc) {
-    int64_t size[4] = { 1, 1, 0, 0 }, as[4] = { 0, 0, 0, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4] = { 0, 0, 0, 0 };
-    size[2] = rows, size[3] = columns;
-    as[2] = ar, as[3] = ac;
-    bs[2] = br, bs[3] = bc;
-    ys[2] = yr, ys[3] = yc;
-    l->device->contract(l->device, size, (pd_real)alpha, a, as, b, bs, y, ys);
-}
-
-/* y += alpha a [b] for n numbers in a line. */
-static void pd__contract1(pd_layer *l, int64_t n, double alpha, const pd_real *a, const pd_real *b, pd_real *y) {
-    pd__contract2(l, 1, n, alpha, a, 0, 1, b, 0, 1, y, 0, 1);
-}
-
-static int64_t pd__numbers(const pd_layer *l) { return l->out.rows * l->out.width; }
-
-static void pd__clear_output(pd_layer *l) { l->device->fill(l->device, pd__numbers(l), 0, l->out.data); }
-
-/* Adds the layer's bias (one per column) to its output, and its gradient to the bias'. */
-static void pd__add_bias(pd_layer *l, const pd_param *bias) {
-    pd__contract2(l, l->out.rows, l->out.width, 1, bias->value, 0, 1, NULL, 0, 0, l->out.data, l->out.width, 1);
-}
-static void pd__add_bias_grad(pd_layer *l, pd_param *bias) {
-    if (bias->grad)
-        pd__contract2(l, l->out.rows, l->out.width, 1, l->out.grad, l->out.width, 1, NULL, 0, 0, bias->grad, 0, 1);
-}
-
-/* ---- tables: parameters of which ids or sparse rows pick rows; for fc and embedding ---- */
-
-/* The first row whose id is out of range, or -1: a user's layer may have made them. */
-static int64_t pd__bad_id(const pd_layer *input) {
-    int64_t count = pd_shape_size(input->shape);
-    for (int64_t r = 0; input->is_ids && r < input->out.rows; r++)
-        if (input->out.ids[r] < 0 || input->out.ids[r] >= count) return r;
-    return -1;
-}
-
-/* For forward: input k's ids, if it has ids, are in range. */
-static pd_status pd__check_ids(pd_layer *l, int k) {
-    const pd_layer *input = l->inputs[k];
-    int64_t r = pd__bad_id(input);
-    if (r < 0) return PD_OK;
-    return pd_layer_fail(l, PD_E_FORMAT, "row %lld of \"%.100s\": expected an id below %lld, got %lld", (long long)r,
-                         input->name, (long long)pd_shape_size(input->shape), (long long)input->out.ids[r]);
-}
-
-static int64_t pd__entries(const pd_tensor *x) { return x->row_starts ? x->row_starts[x->rows] : x->rows; }
-
-/* The matrix that the ids or sparse rows of a layer are: row by row, a number for each row of the table. */
-static pd_csr pd__picked(const pd_tensor *x) {
-    pd_csr s;
-    s.rows = x->rows;
-    s.starts = x->row_starts;
-    s.columns = x->ids;
-    s.values = x->values;
-    return s;
-}
-
-/* For setup: a sparse parameter is read by input k's ids, which must be known before the first layer runs. */
-static pd_status pd__want_picked(pd_layer *l, int k, const pd_param *table) {
-    if (!table->opts.sparse || (l->inputs[k]->is_ids && l->inputs[k]->own->slot >= 0)) return PD_OK;
-    return pd_layer_fail(l, PD_E_ARGUMENT,
-                         "parameter \"%.100s\" is sparse, but \"%.100s\" is not an input of ids or sparse rows",
-                         table->name, l->inputs[k]->name);
-}
-
-/* Where the rows that input k picks of the parameter k stand, by entry. */
-static const int64_t *pd__places(const pd_layer *l, int k) {
-    const int64_t *places = l->own->integers[3];
-    if (!l->params[k]->opts.sparse) return pd__in(l, k)->ids;
-    for (int i = 0; i < k; i++)
-        if (l->params[i]->opts.sparse) places += pd__entries(pd__in(l, i));
-    return places;
-}
-
-/* For prefetch: input k reads the table in the parameter k. */
-static pd_status pd__touch_tables(pd_layer *l) {
-    int64_t entries = 0, *places;
-    pd_status status = PD_OK;
-    for (int k = 0; k < l->input_count; k++)
-        if (l->params[k]->opts.sparse) entries += pd__entries(pd__in(l, k));
-    places = pd_layer_integers(l, 3, entries);
-    if (!places) return PD_E_MEMORY;
-    for (int k = 0; status == PD_OK && k < l->input_count; k++)
-        if (l->params[k]->opts.sparse) {
-            const pd_tensor *x = pd__in(l, k);
-            status = pd_param_touch(l->params[k], x->ids, pd__entries(x), places);
-            places += pd__entries(x);
-        }
-    return status;
-}
-
-/* y += S W for input k and the parameter k */
-static void pd__add_picked(pd_layer *l, int k) {
-    const pd_param *table = l->params[k];
-    pd_csr s = pd__picked(pd__in(l, k));
-    s.columns = pd__places(l, k);
-    l->device->sparse_product(l->device, &s, l->out.width, table->opts.sparse ? table->row_values : table->value,
-                              l->out.data);
-}
-
-/* dW += S^T dy, S transposed by counting: starts[r + 1] is where the next entry of the gradient's row r goes, at first
-   the start of row r, at last that of row r + 1. */
-static pd_status pd__add_picked_grad(pd_layer *l, int k) {
-    const pd_tensor *x = pd__in(l, k);
-    const pd_param *table = l->params[k];
-    const int64_t *places = pd__places(l, k);
-    int64_t entries = pd__entries(x), rows = table->opts.sparse ? table->rows.count : table->dims[0];
-    int64_t *starts = pd_layer_integers(l, 0, rows + 2), *columns = pd_layer_integers(l, 1, entries);
-    pd_real *values = x->values ? pd_layer_values(l, entries) : NULL;
-    pd_csr t;
-    if (!starts || !columns || (x->values && !values)) return PD_E_MEMORY;
-    memset(starts, 0, (size_t)(rows + 2) * sizeof *starts);
-    for (int64_t e = 0; e < entries; e++) starts[places[e] + 2]++;
-    for (int64_t r = 0; r < rows; r++) starts[r + 2] += starts[r + 1];
-    for (int64_t r = 0, e = 0; r < x->rows; r++)
-        for (int64_t end = x->row_starts ? x->row_starts[r + 1] : r + 1; e < end; e++) {
-            int64_t to = starts[places[e] + 1]++;
-            columns[to] = r;
-            if (values) values[to] = x->values[e];
-        }
-    t.rows = rows;
-    t.starts = starts;
-    t.columns = columns;
-    t.values = values;
-    l->device->sparse_product(l->device, &t, l->out.width, l->out.grad, table->grad);
-    return PD_OK;
-}
-
-/* ---- fc ---- */
-
-typedef struct pd__fc_spec {
-    pd_fc_opts o;
-    int64_t size;
-} pd__fc_spec;
-
-static pd_status pd__fc_setup(pd_layer *l) {
-    const pd__fc_spec *s = (const pd__fc_spec *)l->opts;
-    if (pd__want_least(l, "size", s->size, 1) != PD_OK) return PD_E_ARGUMENT;
-    for (int k = 0; k < l->input_count; k++) {
-        pd_param *w;
-        pd_param_opts o = s->o.weight;
-        int64_t dims[2] = { l->inputs[k]->out.width, 0 };
-        char suffix[32];
-        dims[1] = s->size;
-        snprintf(suffix, sizeof suffix, k ? "weight%d" : "weight", k);
-        if (k) o.name = NULL;
-        if (l->inputs[k]->is_ids && !l->inputs[k]->is_sparse)
-            return pd_layer_fail(l, PD_E_SHAPE,
-                                 "input \"%.100s\" holds ids, expected numbers; pd_embedding makes them of ids",
-                                 l->inputs[k]->name);
-        w = pd_layer_param(l, suffix, 2, dims, dims[0], dims[1], pd_normal(0, 1 / sqrt((double)dims[0])), &o);
-        if (!w || pd__want_picked(l, k, w) != PD_OK) return pd_error_status(l->net);
-    }
-    if (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias))
-        return pd_error_status(l->net);
-    l->shape = pd__shape(s->size, 1, 1);
-    l->act = s->o.act;
-    return PD_OK;
-}
-
-/* The last product adds the bias and applies the activation, if there is one. */
-static pd_status pd__fc_forward(pd_layer *l) {
-    pd_device *d = l->device;
-    const pd_param *bias = l->param_count > l->input_count ? l->params[l->input_count] : NULL;
-    const int last = l->input_count - 1;
-    pd_epilogue after;
-    if (!l->inputs[last]->is_sparse && pd_layer_epilogue(l, bias ? bias->value : NULL, &after) != PD_OK)
-        return pd_error_status(l->net);
-    for (int k = 0; k <= last; k++) {
-        const pd_tensor *x = pd__in(l, k);
-        if (l->inputs[k]->is_sparse) {
-            if (k == 0) pd__clear_output(l);
-            pd__add_picked(l, k);
-        } else {
-            d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
-                    l->out.width, k > 0, l->out.data, l->out.width, k == last ? &after : NULL);
-        }
-    }
-    if (bias && l->inputs[last]->is_sparse) pd__add_bias(l, bias);
-    return PD_OK;
-}
-
-/* dx += dy W^T, dW += x^T dy, db += column sums of dy */
-static pd_status pd__fc_backward(pd_layer *l) {
-    pd_device *d = l->device;
-    int64_t size = l->out.width;
-    for (int k = 0; k < l->input_count; k++) {
-        const pd_tensor *x = pd__in(l, k);
-        pd_param *w = l->params[k];
-        if (l->inputs[k]->is_sparse) {
-            if (w->grad && pd__add_picked_grad(l, k) != PD_OK) return PD_E_MEMORY;
-            continue;
-        }
-        if (w->grad)
-            d->gemm(d, true, false, x->width, size, x->rows, 1, x->data, x->width, l->out.grad, size, 1, w->grad, size,
-                    NULL);
-        if (x->grad)
-            d->gemm(d, false, true, x->rows, x->width, size, 1, l->out.grad, size, w->value, size, 1, x->grad, x->width,
-                    NULL);
-    }
-    if (l->param_count > l->input_count) pd__add_bias_grad(l, l->params[l->input_count]);
-    return PD_OK;
-}
-
-PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(contract), pd__fc_setup, NULL, pd__fc_forward,
-         pd__fc_backward);
-
-/* The same with sparse inputs among others, which asks more of the device. */
-PD__TABLE_TYPE(pd__sparse_fc_type, "fc", 1, -1, pd__fc_spec, 0,
-               PD_OP(gemm) | PD_OP(contract) | PD_OP(fill) | PD_OP(sparse_product), pd__fc_setup, NULL, pd__fc_forward,
-               pd__fc_backward, pd__touch_tables);
-
-PD_DEF pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts) {
-    bool sparse = false;
-    PD__SPEC(pd__fc_spec);
-    s.size = size;
-    for (int k = 0; inputs && k < count; k++) sparse = sparse || (inputs[k] && inputs[k]->is_sparse);
-    return pd_layer_add(net, sparse ? &pd__sparse_fc_type : &pd__fc_type, s.o.name, inputs, count, &s);
-}
-PD_DEF pd_layer *pd_fc(pd_net *net, pd_layer *input, int64_t size, const pd_fc_opts *opts) {
-    return pd_fc_sum(net, &input, 1, size, opts);
-}
-
-/* ---- conv, conv_transpose ---- */
-
-typedef struct pd__conv_spec {
-    pd_conv_opts o;
-    int64_t filters, filter;
-} pd__conv_spec;
-
-/* Defaults of the options, and what both kinds must satisfy. */
-static pd_status pd__conv_options(pd_layer *l, pd_conv_shape *s) {
-    const pd__conv_spec *spec = (const pd__conv_spec *)l->opts;
-    const pd_conv_opts *o = &spec->o;
-    memset(s, 0, sizeof *s);
-    s->filter_w = spec->filter;
-    s->filter_h = o->filter_h ? o->filter_h : spec->filter;
-    s->stride_w = o->stride ? o->stride : 1;
-    s->stride_h = o->stride_h ? o->stride_h : s->stride_w;
-    s->pad_w = o->pad;
-    s->pad_h = pd__or_count(o->pad_h, o->pad);
-    s->dilation_w = o->dilation ? o->dilation : 1;
-    s->dilation_h = o->dilation_h ? o->dilation_h : s->dilation_w;
-    s->groups = o->groups ? o->groups : 1;
-    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "number of filters", spec->filters, 1) != PD_OK ||
-        pd__want_sides(l, "filter", s->filter_h, s->filter_w, 1) != PD_OK ||
-        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
-        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK ||
-        pd__want_sides(l, "dilation", s->dilation_h, s->dilation_w, 1) != PD_OK ||
-        pd__want_least(l, "groups", s->groups, 1) != PD_OK)
-        return pd_error_status(l->net);
-    if (l->inputs[0]->shape.channels % s->groups || spec->filters % s->groups)
-        return pd_layer_fail(l, PD_E_SHAPE,
-                             "%lld groups do not divide the %lld channels of \"%.100s\" and the %lld filters",
-                             (long long)s->groups, (long long)l->inputs[0]->shape.channels, l->inputs[0]->name,
-                             (long long)spec->filters);
-    l->act = o->act;
-    return PD_OK;
-}
-
-/* The weight, out_c x in_c/groups x filter_h x filter_w of the convolution, and a bias per channel of the output. */
-static pd_status pd__conv_params(pd_layer *l, const pd_conv_shape *s) {
-    const pd_conv_opts *o = &((const pd__conv_spec *)l->opts)->o;
-    int64_t cells = s->filter_h * s->filter_w, in, out, dims[4];
-    if (!pd__multiply_sizes(pd__max(s->in_c, s->out_c), cells, &in))
-        return pd_layer_fail(l, PD_E_SHAPE, "%lldx%lld filters for %lld and %lld channels are too large",
-                             (long long)s->filter_h, (long long)s->filter_w, (long long)s->in_c, (long long)s->out_c);
-    in = l->inputs[0]->shape.channels / s->groups * cells;
-    out = l->shape.channels / s->groups * cells;
-    dims[0] = s->out_c, dims[1] = s->in_c / s->groups, dims[2] = s->filter_h, dims[3] = s->filter_w;
-    if (!pd_layer_param(l, "weight", 4, dims, in, out, pd_normal(0, 1 / sqrt((double)in)), &o->weight) ||
-        (!o->no_bias && !pd_layer_param(l, "bias", 1, &l->shape.channels, 1, 1, pd_constant(0), &o->bias)))
-        return pd_error_status(l->net);
-    return PD_OK;
-}
-
-/* The state, for the rows at hand. */
-static pd_conv_shape pd__conv_of(const pd_layer *l) {
-    pd_conv_shape s = *(const pd_conv_shape *)l->state;
-    s.rows = l->out.rows;
-    s.one_answer = pd_layer_mode(l) == PD_PREDICT;
-    return s;
-}
-
-static pd_status pd__conv_setup(pd_layer *l) {
-    pd_conv_shape *s = (pd_conv_shape *)l->state;
-    pd_shape in = l->inputs[0]->shape;
-    int64_t reach_h, reach_w, padded_h, padded_w;
-    if (pd__conv_options(l, s) != PD_OK) return pd_error_status(l->net);
-    reach_h = s->dilation_h * (s->filter_h - 1) + 1, reach_w = s->dilation_w * (s->filter_w - 1) + 1;
-    padded_h = in.height + 2 * s->pad_h, padded_w = in.width + 2 * s->pad_w;
-    if (reach_h > padded_h || reach_w > padded_w)
-        return pd_layer_fail(l, PD_E_SHAPE,
-                             "filter %lldx%lld does not fit the padded input %lldx%lld coming from "
-                             "\"%.100s\" (%s)",
-                             (long long)reach_h, (long long)reach_w, (long long)padded_h, (long long)padded_w,
-                             l->inputs[0]->name, pd_shape_text(l, in));
-    s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
-    s->out_c = ((const pd__conv_spec *)l->opts)->filters;
-    s->out_h = (padded_h - reach_h) / s->stride_h + 1;
-    s->out_w = (padded_w - reach_w) / s->stride_w + 1;
-    l->shape = pd__shape(s->out_c, s->out_h, s->out_w);
-    return pd__conv_params(l, s);
-}
-
-/* For the transpose: sets each channel of the output to its bias, or to 0. */
-static void pd__channel_bias(pd_layer *l) {
-    int64_t c = l->shape.channels, area = l->shape.height * l->shape.width;
-    int64_t size[4], as[4] = { 0, 0, 1, 0 }, bs[4] = { 0, 0, 0, 0 }, ys[4];
-    size[0] = 1, size[1] = l->out.rows, size[2] = c, size[3] = area;
-    ys[0] = 0, ys[1] = c * area, ys[2] = area, ys[3] = 1;
-    pd__clear_output(l);
-    if (l->param_count > 1) l->device->contract(l->device, size, 1, l->params[1]->value, as, NULL, bs, l->out.data, ys);
-}
-
-static void pd__channel_bias_grad(pd_layer *l) {
-    int64_t c = l->shape.channels, area = l->shape.height * l->shape.width;
-    int64_t size[4], as[4], bs[4] = { 0, 0, 0, 0 }, ys[4] = { 0, 1, 0, 0 };
-    size[0] = 1, size[1] = c, size[2] = l->out.rows, size[3] = area;
-    as[0] = 0, as[1] = area, as[2] = c * area, as[3] = 1;
-    if (l->param_count > 1 && l->params[1]->grad)
-        l->device->contract(l->device, size, 1, l->out.grad, as, NULL, bs, l->params[1]->grad, ys);
-}
-
-static pd_status pd__conv_forward(pd_layer *l) {
-    pd_conv_shape s = pd__conv_of(l);
-    pd_epilogue after;
-    if (pd_layer_epilogue(l, l->param_count > 1 ? l->params[1]->value : NULL, &after) != PD_OK)
-        return pd_error_status(l->net);
-    l->device->conv(l->device, &s, pd__in(l, 0)->data, l->params[0]->value, 0, l->out.data, &after);
-    return PD_OK;
-}
-
-static pd_status pd__conv_backward(pd_layer *l) {
-    pd_conv_shape s = pd__conv_of(l);
-    pd_device *d = l->device;
-    const pd_tensor *x = pd__in(l, 0);
-    if (l->params[0]->grad) d->conv_backward_filter(d, &s, x->data, l->out.grad, l->params[0]->grad);
-    if (x->grad) d->conv_backward_data(d, &s, l->params[0]->value, l->out.grad, x->grad);
-    pd__channel_bias_grad(l);
-    return PD_OK;
-}
-
-PD__TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
-         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract), pd__conv_setup, NULL,
-         pd__conv_forward, pd__conv_backward);
-
-/* The state describes the convolution whose data gradient this is: its input is our output. */
-static pd_status pd__conv_transpose_setup(pd_layer *l) {
-    pd_conv_shape *s = (pd_conv_shape *)l->state;
-    pd_shape in = l->inputs[0]->shape;
-    if (pd__conv_options(l, s) != PD_OK) return pd_error_status(l->net);
-    s->out_c = in.channels, s->out_h = in.height, s->out_w = in.width;
-    s->in_c = ((const pd__conv_spec *)l->opts)->filters;
-    if (!pd__multiply_sizes(in.height - 1, s->stride_h, &s->in_h) || s->in_h > INT64_MAX / 4 ||
-        !pd__multiply_sizes(in.width - 1, s->stride_w, &s->in_w) || s->in_w > INT64_MAX / 4)
-        return pd_layer_fail(l, PD_E_SHAPE, "stride %lldx%lld makes the output of \"%.100s\" (%s) too large",
-                             (long long)s->stride_h, (long long)s->stride_w, l->inputs[0]->name, pd_shape_text(l, in));
-    s->in_h += s->dilation_h * (s->filter_h - 1) + 1 - 2 * s->pad_h;
-    s->in_w += s->dilation_w * (s->filter_w - 1) + 1 - 2 * s->pad_w;
-    l->shape = pd__shape(s->in_c, s->in_h, s->in_w);
-    if (s->in_h < 1 || s->in_w < 1)
-        return pd_layer_fail(l, PD_E_SHAPE, "padding %lldx%lld leaves nothing of the output %s", (long long)s->pad_h,
-                             (long long)s->pad_w, pd_shape_text(l, l->shape));
-    return pd__conv_params(l, s);
-}
-
-static pd_status pd__conv_transpose_forward(pd_layer *l) {
-    pd_conv_shape s = pd__conv_of(l);
-    pd__channel_bias(l);
-    l->device->conv_backward_data(l->device, &s, l->params[0]->value, pd__in(l, 0)->data, l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__conv_transpose_backward(pd_layer *l) {
-    pd_conv_shape s = pd__conv_of(l);
-    pd_device *d = l->device;
-    const pd_tensor *x = pd__in(l, 0);
-    if (l->params[0]->grad) d->conv_backward_filter(d, &s, l->out.grad, x->data, l->params[0]->grad);
-    if (x->grad) d->conv(d, &s, l->out.grad, l->params[0]->value, 1, x->grad, NULL);
-    pd__channel_bias_grad(l);
-    return PD_OK;
-}
-
-PD__TYPE(pd__conv_transpose_type, "conv_transpose", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
-         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract),
-         pd__conv_transpose_setup, NULL, pd__conv_transpose_forward, pd__conv_transpose_backward);
-
-static pd_layer *pd__add_conv(pd_net *net, const pd_layer_type *type, pd_layer *input, int64_t filters, int64_t filter,
-                              const pd_conv_opts *opts) {
-    PD__SPEC(pd__conv_spec);
-    s.filters = filters;
-    s.filter = filter;
-    return pd_layer_add(net, type, s.o.name, &input, 1, &s);
-}
-PD_DEF pd_layer *pd_conv(pd_net *net, pd_layer *input, int64_t filters, int64_t filter, const pd_conv_opts *opts) {
-    return pd__add_conv(net, &pd__conv_type, input, filters, filter, opts);
-}
-PD_DEF pd_layer *pd_conv_transpose(pd_net *net, pd_layer *input, int64_t filters, int64_t filter,
-                                   const pd_conv_opts *opts) {
-    return pd__add_conv(net, &pd__conv_transpose_type, input, filters, filter, opts);
-}
-
-/* ---- pool ---- */
-
-typedef struct pd__pool_spec {
-    pd_pool_opts o;
-    int64_t size;
-} pd__pool_spec;
-
-/* With `ceil` a last window that would begin beyond the image and its left padding is left out. */
-static int64_t pd__pooled(int64_t in, int64_t size, int64_t stride, int64_t pad, bool ceil_size) {
-    int64_t space = in + 2 * pad - size;
-    int64_t out = (ceil_size ? pd__ceil_div(space, stride) : space / stride) + 1;
-    return ceil_size && (out - 1) * stride >= in + pad ? out - 1 : out;
-}
-
-static pd_status pd__pool_setup(pd_layer *l) {
-    const pd__pool_spec *spec = (const pd__pool_spec *)l->opts;
-    const pd_pool_opts *o = &spec->o;
-    pd_pool_shape *s = (pd_pool_shape *)l->state;
-    pd_shape in = l->inputs[0]->shape;
-    s->size_w = spec->size;
-    s->size_h = o->size_h ? o->size_h : spec->size;
-    s->stride_w = o->stride ? o->stride : s->size_w;
-    s->stride_h = o->stride_h ? o->stride_h : o->stride ? o->stride : s->size_h;
-    s->pad_w = o->pad;
-    s->pad_h = pd__or_count(o->pad_h, o->pad);
-    s->method = o->method;
-    s->channels = in.channels, s->in_h = in.height, s->in_w = in.width;
-    if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "size", s->size_h, s->size_w, 1) != PD_OK ||
-        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
-        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK)
-        return pd_error_status(l->net);
-    if (o->method == PD_FIRST || o->method == PD_LAST)
-        return pd_layer_fail(l, PD_E_ARGUMENT, "%s is a method of pd_sequence_pool, not of pd_pool",
-                             o->method == PD_FIRST ? "PD_FIRST" : "PD_LAST");
-    if ((unsigned)o->method > PD_SQRT_N) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)o->method);
-    if (s->pad_h >= s->size_h || s->pad_w >= s->size_w)
-        return pd_layer_fail(l, PD_E_ARGUMENT, "padding %lldx%lld must be below the size %lldx%lld",
-                             (long long)s->pad_h, (long long)s->pad_w, (long long)s->size_h, (long long)s->size_w);
-    if (s->size_h > in.height + 2 * s->pad_h || s->size_w > in.width + 2 * s->pad_w)
-        return pd_layer_fail(l, PD_E_SHAPE,
-                             "window %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
-                             (long long)s->size_h, (long long)s->size_w, l->inputs[0]->name, pd_shape_text(l, in));
-    s->out_h = pd__pooled(in.height, s->size_h, s->stride_h, s->pad_h, o->ceil);
-    s->out_w = pd__pooled(in.width, s->size_w, s->stride_w, s->pad_w, o->ceil);
-    l->shape = pd__shape(in.channels, s->out_h, s->out_w);
-    l->act = o->act;
-    return PD_OK;
-}
-
-/* The state, for the rows at hand. */
-static pd_pool_shape pd__pool_of(const pd_layer *l) {
-    pd_pool_shape s = *(const pd_pool_shape *)l->state;
-    s.rows = l->out.rows;
-    return s;
-}
-
-static pd_status pd__pool_forward(pd_layer *l) {
-    pd_pool_shape s = pd__pool_of(l);
-    l->device->pool(l->device, &s, pd__in(l, 0)->data, l->out.data);
-    return PD_OK;
-}
-
-/* A maximum is found again by comparing with the output; after an activation that is no longer the maximum itself, so
-   the outputs are pooled anew. */
-static pd_status pd__pool_backward(pd_layer *l) {
-    pd_pool_shape s = pd__pool_of(l);
-    pd_device *d = l->device;
-    const pd_tensor *x = pd__in(l, 0);
-    const pd_real *y = l->out.data;
-    if (!x->grad) return PD_OK;
-    if (l->act != PD_LINEAR && s.method == PD_MAX) {
-        pd_real *again = pd_layer_row_memory(l, 0, l->out.width);
-        if (!again) return PD_E_MEMORY;
-        d->pool(d, &s, x->data, again);
-        y = again;
-    }
-    d->pool_backward(d, &s, x->data, y, l->out.grad, x->grad);
-    return PD_OK;
-}
-
-PD__TYPE(pd__pool_type, "pool", 1, 1, pd__pool_spec, sizeof(pd_pool_shape), PD_OP(pool) | PD_OP(pool_backward),
-         pd__pool_setup, NULL, pd__pool_forward, pd__pool_backward);
-
-PD_DEF pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_pool_opts *opts) {
-    PD__SPEC(pd__pool_spec);
-    s.size = size;
-    return pd_layer_add(net, &pd__pool_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- batch_norm ---- */
-
-/* weight and bias, if wanted, come first among the parameters. */
-static pd_status pd__scale_and_shift(pd_layer *l, int64_t size, bool wanted, const pd_param_opts *weight,
-                                     const pd_param_opts *bias) {
-    if (wanted && (!pd_layer_param(l, "weight", 1, &size, 1, 1, pd_constant(1), weight) ||
-                   !pd_layer_param(l, "bias", 1, &size, 1, 1, pd_constant(0), bias)))
-        return pd_error_status(l->net);
-    return PD_OK;
-}
-
-static pd_status pd__want_epsilon(pd_layer *l, double epsilon) {
-    if (epsilon >= 0 && epsilon <= DBL_MAX) return PD_OK; /* 0: the default */
-    return pd_layer_fail(l, PD_E_ARGUMENT, "epsilon is %g, expected a positive number", pd__or(epsilon, 1));
-}
-
-static pd_status pd__batch_norm_setup(pd_layer *l) {
-    const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
-    int64_t channels = l->inputs[0]->shape.channels;
-    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
-    if (pd__want_epsilon(l, o->epsilon) != PD_OK) return PD_E_ARGUMENT;
-    if (!(pd__or(o->momentum, 0.1) >= 0 && o->momentum <= 1))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "momentum is %g, expected 0 (PD_ZERO) .. 1", o->momentum);
-    l->shape = l->inputs[0]->shape;
-    l->act = o->act;
-    if (pd__scale_and_shift(l, channels, !o->no_affine, &o->weight, &o->bias) != PD_OK ||
-        !pd_layer_buffer(l, "running_mean", channels, 0) || !pd_layer_buffer(l, "running_var", channels, 1))
-        return pd_error_status(l->net);
-    return PD_OK;
-}
-
-static bool pd__batch_norm_by_batch(const pd_layer *l) {
-    return !((const pd_batch_norm_opts *)l->opts)->use_running && pd_layer_mode(l) != PD_PREDICT;
-}
-
-/* running = (1 - momentum) running + momentum batch; the variance unbiased, as for a sample of n: one number has none, and leaves
-   it as it is. A batch that isn't finite, which the trainer will refuse once it sees the cost, must not spoil what was
-   learned. */
-static void pd__batch_norm_track(pd_layer *l, const pd_real *moments, double n) {
-    double momentum = pd__or(((const pd_batch_norm_opts *)l->opts)->momentum, 0.1);
-    int64_t channels = l->shape.channels;
-    pd_real *mean = l->params[l->param_count - 2]->value, *variance = l->params[l->param_count - 1]->value;
-    if (!pd__finite(l->device->norm(l->device, 3 * channels, moments))) return;
-    pd__contract1(l, channels, -momentum, mean, NULL, mean);
-    pd__contract1(l, channels, momentum, moments, NULL, mean);
-    if (n == 1) return;
-    pd__contract1(l, channels, -momentum, variance, NULL, variance);
-    pd__contract1(l, channels, momentum * n / (n - 1), moments + 2 * channels, NULL, variance);
-}
-
-/* What forward and backward hand to the device. */
-typedef struct pd__batch_norm_view {
-    const pd_real *mean, *rest, *variance; /* rest NULL: of the running mean */
-    pd_param *weight, *bias;               /* NULL without */
-    double epsilon;
-    int64_t area;
-} pd__batch_norm_view;
-
-static pd__batch_norm_view pd__batch_norm_see(pd_layer *l, const pd_real *moments) {
-    const pd_batch_norm_opts *o = (const pd_batch_norm_opts *)l->opts;
-    pd__batch_norm_view v;
-    v.mean = moments ? moments : l->params[l->param_count - 2]->value;
-    v.rest = moments ? moments + l->shape.channels : NULL;
-    v.variance = moments ? moments + 2 * l->shape.channels : l->params[l->param_count - 1]->value;
-    v.weight = o->no_affine ? NULL : l->params[0];
-    v.bias = o->no_affine ? NULL : l->params[1];
-    v.epsilon = pd__or(o->epsilon, 1e-5);
-    v.area = l->shape.height * l->shape.width;
-    return v;
-}
-
-static pd_status pd__batch_norm_forward(pd_layer *l) {
-    pd_device *d = l->device;
-    const pd_tensor *x = pd__in(l, 0);
-    pd_real *moments = NULL;
-    pd__batch_norm_view v;
-    if (pd__batch_norm_by_batch(l)) {
-        moments = pd_layer_memory(l, 0, 3 * l->shape.channels);
-        if (!moments) return PD_E_MEMORY;
-    }
-    v = pd__batch_norm_see(l, moments);
-    if (moments) d->channel_moments(d, x->rows, l->shape.channels, v.area, x->data, moments);
-    d->batch_norm(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.rest, v.variance, v.epsilon,
-                  v.weight ? v.weight->value : NULL, v.bias ? v.bias->value : NULL, l->out.data);
-    if (moments && x->rows > 0 && pd_layer_mode(l) == PD_TRAIN)
-        pd__batch_norm_track(l, moments, (double)(x->rows * v.area));
-    return PD_OK;
-}
-
-static pd_status pd__batch_norm_backward(pd_layer *l) {
-    pd_device *d = l->device;
-    const pd_tensor *x = pd__in(l, 0);
-    bool by_batch = pd__batch_norm_by_batch(l);
-    pd__batch_norm_view v = pd__batch_norm_see(l, by_batch ? pd_layer_memory(l, 0, 3 * l->shape.channels) : NULL);
-    d->batch_norm_backward(d, x->rows, l->shape.channels, v.area, x->data, v.mean, v.rest, v.variance, v.epsilon,
-                           by_batch, v.weight ? v.weight->value : NULL, l->out.grad, x->grad,
-                           v.weight ? v.weight->grad : NULL, v.bias ? v.bias->grad : NULL);
-    return PD_OK;
-}
-
-/* The scale is the norm of 1 with mean 0. */
-static pd_status pd__batch_norm_fold(pd_layer *l, pd_real *scale, pd_real *center, pd_real *shift) {
-    pd_device *d = l->device;
-    int64_t channels = l->shape.channels;
-    pd__batch_norm_view v = pd__batch_norm_see(l, NULL);
-    d->fill(d, channels, 0, center);
-    d->fill(d, channels, 0, shift);
-    d->fill(d, channels, 1, scale);
-    d->batch_norm(d, 1, channels, 1, scale, center, NULL, v.variance, v.epsilon, v.weight ? v.weight->value : NULL,
-                  NULL, scale);
-    pd__contract1(l, channels, 1, v.mean, NULL, center);
-    if (v.bias) pd__contract1(l, channels, 1, v.bias->value, NULL, shift);
-    return PD_OK;
-}
-
-static const pd_layer_type pd__batch_norm_type = { PD_API_VERSION,
-                                                   "batch_norm",
-                                                   1,
-                                                   1,
-                                                   sizeof(pd_batch_norm_opts),
-                                                   0,
-                                                   PD_OP(fill) | PD_OP(contract) | PD_OP(channel_moments) |
-                                                       PD_OP(batch_norm) | PD_OP(batch_norm_backward),
-                                                   pd__batch_norm_setup,
-                                                   NULL,
-                                                   pd__batch_norm_forward,
-                                                   pd__batch_norm_backward,
-                                                   NULL,
-                                                   NULL,
-                                                   pd__batch_norm_fold };
-
-PD_DEF pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm_opts *opts) {
-    return pd_layer_add(net, &pd__batch_norm_type, opts ? opts->name : NULL, &input, 1, opts);
-}
-
-/* ---- layer_norm ---- */
-
-static pd_status pd__layer_norm_setup(pd_layer *l) {
-    const pd_layer_norm_opts *o = (const pd_layer_norm_opts *)l->opts;
-    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
-    if (pd__want_epsilon(l, o->epsilon) != PD_OK) return PD_E_ARGUMENT;
-    l->shape = l->inputs[0]->shape;
-    l->act = o->act;
-    return pd__scale_and_shift(l, l->inputs[0]->out.width, !o->no_affine, &o->weight, &o->bias);
-}
-
-static pd_status pd__layer_norm_forward(pd_layer *l) {
-    pd_device *d = l->device;
-    const pd_tensor *x = pd__in(l, 0);
-    pd_real *moments = pd_layer_row_memory(l, 0, 3);
-    if (!moments) return PD_E_MEMORY;
-    d->layer_norm(d, x->rows, x->width, x->data, pd__or(((const pd_layer_norm_opts *)l->opts)->epsilon, 1e-5),
-                  l->param_count ? l->params[0]->value : NULL, l->param_count ? l->params[1]->value : NULL, moments,
-                  l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__layer_norm_backward(pd_layer *l) {
-    pd_device *d = l->device;
-    const pd_tensor *x = pd__in(l, 0);
-    d->layer_norm_backward(d, x->rows, x->width, x->data, pd_layer_row_memory(l, 0, 3),
-                           l->param_count ? l->params[0]->value : NULL, l->out.grad, x->grad,
-                           l->param_count ? l->params[0]->grad : NULL, l->param_count ? l->params[1]->grad : NULL);
-    return PD_OK;
-}
-
-PD__TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0, PD_OP(layer_norm) | PD_OP(layer_norm_backward),
-         pd__layer_norm_setup, NULL, pd__layer_norm_forward, pd__layer_norm_backward);
-
-PD_DEF pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts) {
-    return pd_layer_add(net, &pd__layer_norm_type, opts ? opts->name : NULL, &input, 1, opts);
-}
-
-/* ---- response_norm ---- */
-
-static pd_status pd__response_norm_setup(pd_layer *l) {
-    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
-    if (pd__want_numbers(l) != PD_OK || pd__want_least(l, "size", o->size, 0) != PD_OK ||
-        pd__want_finite(l, "alpha", o->alpha) != PD_OK || pd__want_finite(l, "beta", o->beta) != PD_OK ||
-        pd__want_finite(l, "k", o->k) != PD_OK)
-        return pd_error_status(l->net);
-    if (!(pd__or(o->k, 1) > 0 && pd__or(o->alpha, 1e-4) >= 0))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "k is %g, expected above 0, and alpha %g, expected at least 0",
-                             pd__or(o->k, 1), pd__or(o->alpha, 1e-4));
-    l->shape = l->inputs[0]->shape;
-    l->act = o->act;
-    return PD_OK;
-}
-
-static pd_status pd__response_norm_forward(pd_layer *l) {
-    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
-    pd_real *scales = pd_layer_row_memory(l, 0, l->out.width);
-    if (!scales) return PD_E_MEMORY;
-    l->device->response_norm(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
-                             o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), pd__or(o->k, 1),
-                             pd__in(l, 0)->data, scales, l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__response_norm_backward(pd_layer *l) {
-    const pd_response_norm_opts *o = (const pd_response_norm_opts *)l->opts;
-    const pd_tensor *x = pd__in(l, 0);
-    if (x->grad)
-        l->device->response_norm_backward(l->device, l->out.rows, l->shape.channels, l->shape.height * l->shape.width,
-                                          o->size ? o->size : 5, pd__or(o->alpha, 1e-4), pd__or(o->beta, 0.75), x->data,
-                                          pd_layer_row_memory(l, 0, l->out.width), l->out.grad, x->grad);
-    return PD_OK;
-}
-
-PD__TYPE(pd__response_norm_type, "response_norm", 1, 1, pd_response_norm_opts, 0,
-         PD_OP(response_norm) | PD_OP(response_norm_backward), pd__response_norm_setup, NULL, pd__response_norm_forward,
-         pd__response_norm_backward);
-
-PD_DEF pd_layer *pd_response_norm(pd_net *net, pd_layer *input, const pd_response_norm_opts *opts) {
-    return pd_layer_add(net, &pd__response_norm_type, opts ? opts->name : NULL, &input, 1, opts);
-}
-
-/* ---- dropout ---- */
-
-/* The spec of layers whose options are a pd_layer_opts and a few numbers. */
-typedef struct pd__spec {
-    pd_layer_opts o;
-    double a, b;
-    int64_t n[6];
-} pd__spec;
-
-static const pd__spec *pd__spec_of(const pd_layer *l) { return (const pd__spec *)l->opts; }
-
-/* Shape and activation of layers whose output looks like input k. */
-static pd_status pd__like_input(pd_layer *l, int k) {
-    l->shape = l->inputs[k]->shape;
-    l->act = pd__spec_of(l)->o.act;
-    return pd__want_numbers(l);
-}
-
-static pd_status pd__dropout_setup(pd_layer *l) {
-    double p = pd__spec_of(l)->a;
-    if (!(p >= 0 && p < 1)) return pd_layer_fail(l, PD_E_ARGUMENT, "p is %g, expected 0 <= p < 1", p);
-    return pd__like_input(l, 0);
-}
-
-/* Outside training p is 0. */
-static void pd__dropout_apply(pd_layer *l, const pd_real *from, pd_real *to) {
-    double p = pd_layer_mode(l) == PD_PREDICT ? 0 : pd__spec_of(l)->a;
-    if (p > 0) l->device->dropout(l->device, pd__numbers(l), pd_layer_key(l), p, from, to);
-    else pd__contract1(l, pd__numbers(l), 1, from, NULL, to);
-}
-
-static pd_status pd__dropout_forward(pd_layer *l) {
-    if (pd__pass_on(l)) return PD_OK;
-    pd__clear_output(l);
-    pd__dropout_apply(l, pd__in(l, 0)->data, l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__dropout_backward(pd_layer *l) {
-    if (pd__in(l, 0)->grad) pd__dropout_apply(l, l->out.grad, pd__in(l, 0)->grad);
-    return PD_OK;
-}
-
-PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract) | PD_OP(dropout),
-         pd__dropout_setup, NULL, pd__dropout_forward, pd__dropout_backward);
-
-PD_DEF pd_layer *pd_dropout(pd_net *net, pd_layer *input, double p, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    s.a = p;
-    return pd_layer_add(net, &pd__dropout_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- add, multiply ---- */
-
-static pd_status pd__equal_inputs_setup(pd_layer *l) {
-    for (int k = 1; k < l->input_count; k++)
-        if (pd__want_shape(l, k, l->inputs[0]->shape) != PD_OK) return PD_E_SHAPE;
-    return pd__like_input(l, 0);
-}
-
-static pd_status pd__add_forward(pd_layer *l) {
-    pd__clear_output(l);
-    for (int k = 0; k < l->input_count; k++) pd__contract1(l, pd__numbers(l), 1, pd__in(l, k)->data, NULL, l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__add_backward(pd_layer *l) {
-    for (int k = 0; k < l->input_count; k++)
-        if (pd__in(l, k)->grad) pd__contract1(l, pd__numbers(l), 1, l->out.grad, NULL, pd__in(l, k)->grad);
-    return PD_OK;
-}
-
-PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
-         pd__add_forward, pd__add_backward);
-
-PD_DEF pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    return pd_layer_add(net, &pd__add_type, s.o.name, inputs, count, &s);
-}
-
-static pd_status pd__multiply_forward(pd_layer *l) {
-    pd__clear_output(l);
-    pd__contract1(l, pd__numbers(l), 1, pd__in(l, 0)->data, pd__in(l, 1)->data, l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__multiply_backward(pd_layer *l) {
-    for (int k = 0; k < 2; k++)
-        if (pd__in(l, k)->grad)
-            pd__contract1(l, pd__numbers(l), 1, l->out.grad, pd__in(l, 1 - k)->data, pd__in(l, k)->grad);
-    return PD_OK;
-}
-
-PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
-         pd__multiply_forward, pd__multiply_backward);
-
-/* The builder's work for layers of two inputs; `number` is the spec's a. */
-static pd_layer *pd__add_pair(pd_net *net, const pd_layer_type *type, pd_layer *first, pd_layer *second, double number,
-                              const pd_layer_opts *opts) {
-    pd_layer *inputs[2];
-    PD__SPEC(pd__spec);
-    s.a = number;
-    inputs[0] = first, inputs[1] = second;
-    return pd_layer_add(net, type, s.o.name, inputs, 2, &s);
-}
-
-PD_DEF pd_layer *pd_multiply(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
-    return pd__add_pair(net, &pd__multiply_type, a, b, 0, opts);
-}
-
-/* ---- concat ---- */
-
-static pd_status pd__concat_setup(pd_layer *l) {
-    pd_shape shape = l->inputs[0]->shape;
-    for (int k = 1; k < l->input_count; k++) {
-        pd_shape other = l->inputs[k]->shape;
-        if (other.height != shape.height || other.width != shape.width)
-            return pd_layer_fail(
-                l, PD_E_SHAPE, "input \"%.100s\" is %s, \"%.100s\" is %s: heights and widths must be equal",
-                l->inputs[k]->name, pd_shape_text(l, other), l->inputs[0]->name, pd_shape_text(l, l->inputs[0]->shape));
-        if (other.channels > INT64_MAX - shape.channels)
-            return pd_layer_fail(l, PD_E_SHAPE, "its inputs have too many channels");
-        shape.channels += other.channels;
-    }
-    l->act = pd__spec_of(l)->o.act;
-    l->shape = shape;
-    return pd__want_numbers(l);
-}
-
-static pd_status pd__concat_forward(pd_layer *l) {
-    pd_real *to = l->out.data;
-    pd__clear_output(l);
-    for (int k = 0; k < l->input_count; to += pd__in(l, k)->width, k++) {
-        const pd_tensor *x = pd__in(l, k);
-        pd__contract2(l, x->rows, x->width, 1, x->data, x->width, 1, NULL, 0, 0, to, l->out.width, 1);
-    }
-    return PD_OK;
-}
-
-static pd_status pd__concat_backward(pd_layer *l) {
-    const pd_real *from = l->out.grad;
-    for (int k = 0; k < l->input_count; from += pd__in(l, k)->width, k++) {
-        const pd_tensor *x = pd__in(l, k);
-        if (x->grad) pd__contract2(l, x->rows, x->width, 1, from, l->out.width, 1, NULL, 0, 0, x->grad, x->width, 1);
-    }
-    return PD_OK;
-}
-
-PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__concat_setup, NULL,
-         pd__concat_forward, pd__concat_backward);
-
-PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    return pd_layer_add(net, &pd__concat_type, s.o.name, inputs, count, &s);
-}
-
-/* ---- slice, reshape, transpose, pad: a box of the input moves to a box of the output ---- */
-
-typedef struct pd__box {
-    int64_t size[4];        /* of three axes; the first stays 0 */
-    int64_t x[4], y[4];     /* strides in input and output */
-    int64_t x_from, y_from; /* where the box begins in a row */
-} pd__box;
-
-/* Strides of a row-major row of this shape, behind that of the rows. */
-static void pd__row_strides(pd_shape s, int64_t strides[4]) {
-    strides[0] = pd_shape_size(s);
-    strides[1] = s.height * s.width;
-    strides[2] = s.width;
-    strides[3] = 1;
-}
-
-/* Moves `box` channels x height x width with plain strides on both sides; setups then change what differs. */
-static void pd__plain_box(pd_layer *l, pd_shape box) {
-    pd__box *b = (pd__box *)l->state;
-    b->size[1] = box.channels, b->size[2] = box.height, b->size[3] = box.width;
-    pd__row_strides(l->inputs[0]->shape, b->x);
-    pd__row_strides(l->shape, b->y);
-    l->act = pd__spec_of(l)->o.act;
-}
-
-/* y += x for the box of every row, from the input's side to the output's, or, if `back`, from there. */
-static void pd__move_box(pd_layer *l, const pd_real *from, pd_real *to, bool back) {
-    const pd__box *b = (const pd__box *)l->state;
-    static const int64_t none[4] = { 0, 0, 0, 0 };
-    int64_t size[4];
-    memcpy(size, b->size, sizeof size);
-    size[0] = l->out.rows;
-    from += back ? b->y_from : b->x_from;
-    to += back ? b->x_from : b->y_from;
-    l->device->contract(l->device, size, 1, from, back ? b->y : b->x, NULL, none, to, back ? b->x : b->y);
-}
-
-static pd_status pd__box_forward(pd_layer *l) {
-    pd__clear_output(l);
-    pd__move_box(l, pd__in(l, 0)->data, l->out.data, false);
-    return PD_OK;
-}
-
-static pd_status pd__box_backward(pd_layer *l) {
-    if (pd__in(l, 0)->grad) pd__move_box(l, l->out.grad, pd__in(l, 0)->grad, true);
-    return PD_OK;
-}
-
-static pd_status pd__slice_setup(pd_layer *l) {
-    const int64_t *n = pd__spec_of(l)->n; /* first, count */
-    pd_shape in = l->inputs[0]->shape;
-    if (n[0] < 0 || n[1] < 1 || n[0] > in.channels || n[1] > in.channels - n[0])
-        return pd_layer_fail(l, PD_E_SHAPE, "%lld channels from %lld on are not all in \"%.100s\" (%s)",
-                             (long long)n[1], (long long)n[0], l->inputs[0]->name, pd_shape_text(l, in));
-    l->shape = pd__shape(n[1], in.height, in.width);
-    pd__plain_box(l, l->shape);
-    ((pd__box *)l->state)->x_from = n[0] * in.height * in.width;
-    return pd__want_numbers(l);
-}
-
-static pd_status pd__reshape_setup(pd_layer *l) {
-    const int64_t *n = pd__spec_of(l)->n;
-    int64_t size = 1;
-    l->shape = pd__shape(n[0], n[1], n[2]);
-    for (int i = 0; i < 3; i++)
-        if (n[i] < 1 || !pd__multiply_sizes(size, n[i], &size)) size = 0;
-    if (size != l->inputs[0]->out.width)
-        return pd_layer_fail(l, PD_E_SHAPE, "%s is not as many numbers as \"%.100s\" has (%s)",
-                             pd_shape_text(l, l->shape), l->inputs[0]->name, pd_shape_text(l, l->inputs[0]->shape));
-    pd__plain_box(l, l->shape);
-    pd__row_strides(l->shape, ((pd__box *)l->state)->x);
-    return pd__want_numbers(l);
-}
-
-static pd_status pd__transpose_setup(pd_layer *l) {
-    const int64_t *order = pd__spec_of(l)->n;
-    pd_shape in = l->inputs[0]->shape;
-    int64_t sizes[3], strides[4], *x = ((pd__box *)l->state)->x;
-    bool seen[3] = { false, false, false };
-    for (int i = 0; i < 3; i++) {
-        if (order[i] < 0 || order[i] > 2 || seen[order[i]])
-            return pd_layer_fail(l, PD_E_ARGUMENT, "order {%lld, %lld, %lld} is not a permutation of 0, 1, 2",
-                                 (long long)order[0], (long long)order[1], (long long)order[2]);
-        seen[order[i]] = true;
-    }
-    sizes[0] = in.channels, sizes[1] = in.height, sizes[2] = in.width;
-    pd__row_strides(in, strides);
-    l->shape = pd__shape(sizes[order[0]], sizes[order[1]], sizes[order[2]]);
-    pd__plain_box(l, l->shape);
-    for (int i = 0; i < 3; i++) x[i + 1] = strides[order[i] + 1];
-    return pd__want_numbers(l);
-}
-
-static pd_status pd__pad_setup(pd_layer *l) {
-    const int64_t *pad = pd__spec_of(l)->n;
-    pd_shape in = l->inputs[0]->shape;
-    int64_t size;
-    for (int i = 0; i < 6; i++)
-        if (pd__want_sides(l, "pad", pad[i], pad[i], 0) != PD_OK) return PD_E_ARGUMENT;
-    l->shape = pd__shape(in.channels + pad[0] + pad[1], in.height + pad[2] + pad[3], in.width + pad[4] + pad[5]);
-    if (!pd__row_size(l->shape, &size))
-        return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
-    pd__plain_box(l, in);
-    ((pd__box *)l->state)->y_from = (pad[0] * l->shape.height + pad[2]) * l->shape.width + pad[4];
-    return pd__want_numbers(l);
-}
-
-PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__slice_setup, NULL,
-         pd__box_forward, pd__box_backward);
-PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__reshape_setup,
-         NULL, pd__box_forward, pd__box_backward);
-PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract),
-         pd__transpose_setup, NULL, pd__box_forward, pd__box_backward);
-PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__pad_setup, NULL,
-         pd__box_forward, pd__box_backward);
-
-PD_DEF pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t count, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    s.n[0] = first, s.n[1] = count;
-    return pd_layer_add(net, &pd__slice_type, s.o.name, &input, 1, &s);
-}
-PD_DEF pd_layer *pd_reshape(pd_net *net, pd_layer *input, pd_shape shape, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    s.n[0] = shape.channels, s.n[1] = shape.height, s.n[2] = shape.width;
-    return pd_layer_add(net, &pd__reshape_type, s.o.name, &input, 1, &s);
-}
-PD_DEF pd_layer *pd_transpose(pd_net *net, pd_layer *input, const int order[3], const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    for (int i = 0; i < 3; i++) s.n[i] = order ? order[i] : -1;
-    return pd_layer_add(net, &pd__transpose_type, s.o.name, &input, 1, &s);
-}
-PD_DEF pd_layer *pd_pad(pd_net *net, pd_layer *input, const int64_t pad[6], const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    for (int i = 0; i < 6; i++) s.n[i] = pad ? pad[i] : -1;
-    return pd_layer_add(net, &pd__pad_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- scale, interpolate: where w is one number per row, its "column stride" is 0 ---- */
-
-static pd_status pd__scale_setup(pd_layer *l) {
-    if (pd__want_shape(l, 0, pd__shape(1, 1, 1)) != PD_OK) return PD_E_SHAPE;
-    return pd__like_input(l, 1);
-}
-
-static pd_status pd__scale_forward(pd_layer *l) {
-    int64_t n = l->out.width;
-    pd__clear_output(l);
-    pd__contract2(l, l->out.rows, n, 1, pd__in(l, 1)->data, n, 1, pd__in(l, 0)->data, 1, 0, l->out.data, n, 1);
-    return PD_OK;
-}
-
-static pd_status pd__scale_backward(pd_layer *l) {
-    int64_t n = l->out.width, rows = l->out.rows;
-    const pd_tensor *w = pd__in(l, 0), *x = pd__in(l, 1);
-    if (w->grad) pd__contract2(l, rows, n, 1, l->out.grad, n, 1, x->data, n, 1, w->grad, 1, 0);
-    if (x->grad) pd__contract2(l, rows, n, 1, l->out.grad, n, 1, w->data, 1, 0, x->grad, n, 1);
-    return PD_OK;
-}
-
-PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__scale_setup, NULL,
-         pd__scale_forward, pd__scale_backward);
-
-PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts) {
-    return pd__add_pair(net, &pd__scale_type, w, x, 0, opts);
-}
-
-static pd_status pd__interpolate_setup(pd_layer *l) {
-    pd_shape w = l->inputs[0]->shape, shape = l->inputs[1]->shape;
-    if (!pd__same_shape(w, pd__shape(1, 1, 1)) && !pd__same_shape(w, shape))
-        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" is %s, expected 1 or %s", l->inputs[0]->name,
-                             pd_shape_text(l, w), pd_shape_text(l, shape));
-    if (pd__want_shape(l, 2, shape) != PD_OK) return PD_E_SHAPE;
-    return pd__like_input(l, 1);
-}
-
-/* 1 - w: b + w (a - b), or w a + b - w b, would round to the larger of the two. */
-static pd_real *pd__interpolate_rest(pd_layer *l) {
-    const pd_tensor *w = pd__in(l, 0);
-    pd_real *rest = pd_layer_row_memory(l, 0, w->width);
-    if (!rest) return NULL;
-    l->device->fill(l->device, w->rows * w->width, 1, rest);
-    pd__contract1(l, w->rows * w->width, -1, w->data, NULL, rest);
-    return rest;
-}
-
-static pd_status pd__interpolate_forward(pd_layer *l) {
-    const pd_tensor *w = pd__in(l, 0);
-    int64_t n = l->out.width, rows = l->out.rows, wr = w->width, wc = w->width > 1;
-    const pd_real *rest = pd__interpolate_rest(l);
-    if (!rest) return PD_E_MEMORY;
-    pd__clear_output(l);
-    pd__contract2(l, rows, n, 1, pd__in(l, 1)->data, n, 1, w->data, wr, wc, l->out.data, n, 1);
-    pd__contract2(l, rows, n, 1, pd__in(l, 2)->data, n, 1, rest, wr, wc, l->out.data, n, 1);
-    return PD_OK;
-}
-
-static pd_status pd__interpolate_backward(pd_layer *l) {
-    const pd_tensor *w = pd__in(l, 0), *a = pd__in(l, 1), *b = pd__in(l, 2);
-    int64_t n = l->out.width, rows = l->out.rows, wr = w->width, wc = w->width > 1;
-    const pd_real *dy = l->out.grad, *rest = pd__interpolate_rest(l);
-    if (!rest) return PD_E_MEMORY;
-    if (w->grad) { /* of a - b, not of each */
-        pd_real *difference = pd_layer_row_memory(l, 1, n);
-        if (!difference) return PD_E_MEMORY;
-        l->device->fill(l->device, rows * n, 0, difference);
-        pd__contract1(l, rows * n, 1, a->data, NULL, difference);
-        pd__contract1(l, rows * n, -1, b->data, NULL, difference);
-        pd__contract2(l, rows, n, 1, dy, n, 1, difference, n, 1, w->grad, wr, wc);
-    }
-    if (a->grad) pd__contract2(l, rows, n, 1, dy, n, 1, w->data, wr, wc, a->grad, n, 1);
-    if (b->grad) pd__contract2(l, rows, n, 1, dy, n, 1, rest, wr, wc, b->grad, n, 1);
-    return PD_OK;
-}
-
-PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__interpolate_setup,
-         NULL, pd__interpolate_forward, pd__interpolate_backward);
-
-PD_DEF pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
-    pd_layer *inputs[3];
-    PD__SPEC(pd__spec);
-    inputs[0] = w, inputs[1] = a, inputs[2] = b;
-    return pd_layer_add(net, &pd__interpolate_type, s.o.name, inputs, 3, &s);
-}
-
-/* ---- affine ---- */
-
-static pd_status pd__affine_setup(pd_layer *l) {
-    if (pd__want_finite(l, "slope", pd__spec_of(l)->a) != PD_OK ||
-        pd__want_finite(l, "intercept", pd__spec_of(l)->b) != PD_OK)
-        return PD_E_ARGUMENT;
-    return pd__like_input(l, 0);
-}
-
-static pd_status pd__affine_forward(pd_layer *l) {
-    l->device->fill(l->device, pd__numbers(l), (pd_real)pd__spec_of(l)->b, l->out.data);
-    pd__contract1(l, pd__numbers(l), pd__spec_of(l)->a, pd__in(l, 0)->data, NULL, l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__affine_backward(pd_layer *l) {
-    if (pd__in(l, 0)->grad) pd__contract1(l, pd__numbers(l), pd__spec_of(l)->a, l->out.grad, NULL, pd__in(l, 0)->grad);
-    return PD_OK;
-}
-
-PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__affine_setup, NULL,
-         pd__affine_forward, pd__affine_backward);
-
-PD_DEF pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double intercept, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    s.a = slope, s.b = intercept;
-    return pd_layer_add(net, &pd__affine_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- maxout ---- */
-
-static pd_status pd__maxout_setup(pd_layer *l) {
-    int64_t groups = pd__spec_of(l)->n[0];
-    pd_shape in = l->inputs[0]->shape;
-    if (groups < 1 || in.channels % groups)
-        return pd_layer_fail(l, PD_E_SHAPE, "%lld groups do not divide the %lld channels of \"%.100s\"",
-                             (long long)groups, (long long)in.channels, l->inputs[0]->name);
-    l->shape = pd__shape(in.channels / groups, in.height, in.width);
-    l->act = pd__spec_of(l)->o.act;
-    return pd__want_numbers(l);
-}
-
-/* Where in x the number stands that output i takes: the first largest of its group, or the first NaN. */
-static int64_t pd__maxout_source(const pd_layer *l, int64_t i) {
-    int64_t area = l->shape.height * l->shape.width, groups = pd__spec_of(l)->n[0];
-    const pd_real *x = pd__in(l, 0)->data;
-    int64_t best = i / area * groups * area + i % area, first = best;
-    for (int64_t g = 1; g < groups; g++)
-        if (!(x[first + g * area] <= x[best]) && x[best] == x[best]) best = first + g * area;
-    return best;
-}
-
-static pd_status pd__maxout_forward(pd_layer *l) {
-    PD__PARALLEL(l->device, pd__numbers(l))
-    for (int64_t i = 0; i < pd__numbers(l); i++) l->out.data[i] = pd__in(l, 0)->data[pd__maxout_source(l, i)];
-    return PD_OK;
-}
-
-static pd_status pd__maxout_backward(pd_layer *l) {
-    pd_real *dx = pd__in(l, 0)->grad;
-    if (!dx) return PD_OK;
-    PD__PARALLEL(l->device, pd__numbers(l))
-    for (int64_t i = 0; i < pd__numbers(l); i++) dx[pd__maxout_source(l, i)] += l->out.grad[i];
-    return PD_OK;
-}
-
-PD__TYPE(pd__maxout_type, "maxout", 1, 1, pd__spec, 0, 0, pd__maxout_setup, NULL, pd__maxout_forward,
-         pd__maxout_backward);
-
-PD_DEF pd_layer *pd_maxout(pd_net *net, pd_layer *input, int64_t groups, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    s.n[0] = groups;
-    return pd_layer_add(net, &pd__maxout_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- resize ---- */
-
-static pd_status pd__resize_setup(pd_layer *l) {
-    const int64_t *n = pd__spec_of(l)->n; /* height, width */
-    if (pd__want_least(l, "height", n[0], 1) != PD_OK || pd__want_least(l, "width", n[1], 1) != PD_OK)
-        return pd_error_status(l->net);
-    l->shape = pd__shape(l->inputs[0]->shape.channels, n[0], n[1]);
-    l->act = pd__spec_of(l)->o.act;
-    return pd__want_numbers(l);
-}
-
-/* The four cells that output (h, w) mixes, and their weights. */
-static void pd__resize_taps(const pd_layer *l, int64_t h, int64_t w, int64_t cell[4], pd_real weight[4]) {
-    pd_shape in = l->inputs[0]->shape, out = l->shape;
-    double y = out.height > 1 ? (double)h * (double)(in.height - 1) / (double)(out.height - 1) : 0;
-    double x = out.width > 1 ? (double)w * (double)(in.width - 1) / (double)(out.width - 1) : 0;
-    int64_t top = (int64_t)y, left = (int64_t)x;
-    int64_t bottom = pd__min(top + 1, in.height - 1), right = pd__min(left + 1, in.width - 1);
-    double b = y - (double)top, r = x - (double)left;
-    cell[0] = top * in.width + left, weight[0] = (pd_real)((1 - b) * (1 - r));
-    cell[1] = top * in.width + right, weight[1] = (pd_real)((1 - b) * r);
-    cell[2] = bottom * in.width + left, weight[2] = (pd_real)(b * (1 - r));
-    cell[3] = bottom * in.width + right, weight[3] = (pd_real)(b * r);
-}
-
-/* One map: from x to y, or, if dx isn't NULL, from dy into dx. */
-static void pd__resize_map(const pd_layer *l, const pd_real *x, pd_real *y, const pd_real *dy, pd_real *dx) {
-    int64_t cell[4];
-    pd_real weight[4];
-    for (int64_t i = 0; i < l->shape.height * l->shape.width; i++) {
-        pd__resize_taps(l, i / l->shape.width, i % l->shape.width, cell, weight);
-        if (!dx) y[i] = 0;
-        for (int k = 0; k < 4; k++) {
-            if (dx) dx[cell[k]] += weight[k] * dy[i];
-            else y[i] += weight[k] * x[cell[k]];
-        }
-    }
-}
-
-static pd_status pd__resize_forward(pd_layer *l) {
-    pd_shape in = l->inputs[0]->shape;
-    int64_t in_area = in.height * in.width, area = l->shape.height * l->shape.width;
-    PD__PARALLEL(l->device, pd__numbers(l) * 4)
-    for (int64_t m = 0; m < l->out.rows * in.channels; m++)
-        pd__resize_map(l, pd__in(l, 0)->data + m * in_area, l->out.data + m * area, NULL, NULL);
-    return PD_OK;
-}
-
-static pd_status pd__resize_backward(pd_layer *l) {
-    pd_shape in = l->inputs[0]->shape;
-    int64_t in_area = in.height * in.width, area = l->shape.height * l->shape.width;
-    if (!pd__in(l, 0)->grad) return PD_OK;
-    PD__PARALLEL(l->device, pd__numbers(l) * 4)
-    for (int64_t m = 0; m < l->out.rows * in.channels; m++)
-        pd__resize_map(l, NULL, NULL, l->out.grad + m * area, pd__in(l, 0)->grad + m * in_area);
-    return PD_OK;
-}
-
-PD__TYPE(pd__resize_type, "resize", 1, 1, pd__spec, 0, 0, pd__resize_setup, NULL, pd__resize_forward,
-         pd__resize_backward);
-
-PD_DEF pd_layer *pd_resize(pd_net *net, pd_layer *input, int64_t height, int64_t width, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    s.n[0] = height, s.n[1] = width;
-    return pd_layer_add(net, &pd__resize_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- block_expand ---- */
-
-typedef struct pd__block_expand_spec {
-    pd_block_expand_opts o;
-    int64_t height, width;
-} pd__block_expand_spec;
-
-/* The state is the convolution whose patches the blocks are; their number per image is out_h * out_w. */
-static pd_status pd__block_expand_setup(pd_layer *l) {
-    const pd__block_expand_spec *spec = (const pd__block_expand_spec *)l->opts;
-    pd_conv_shape *s = (pd_conv_shape *)l->state;
-    pd_shape in = l->inputs[0]->shape;
-    int64_t blocks, size;
-    s->filter_h = spec->height, s->filter_w = spec->width;
-    s->stride_w = spec->o.stride ? spec->o.stride : spec->width;
-    s->stride_h = spec->o.stride_h ? spec->o.stride_h : spec->o.stride ? spec->o.stride : spec->height;
-    s->pad_w = spec->o.pad;
-    s->pad_h = pd__or_count(spec->o.pad_h, spec->o.pad);
-    s->dilation_h = s->dilation_w = s->groups = 1;
-    s->in_c = in.channels, s->in_h = in.height, s->in_w = in.width;
-    if (pd__want_numbers(l) != PD_OK || pd__want_sides(l, "block", s->filter_h, s->filter_w, 1) != PD_OK ||
-        pd__want_sides(l, "stride", s->stride_h, s->stride_w, 1) != PD_OK ||
-        pd__want_sides(l, "pad", s->pad_h, s->pad_w, 0) != PD_OK)
-        return pd_error_status(l->net);
-    if (l->inputs[0]->is_sequence)
-        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" already carries sequences", l->inputs[0]->name);
-    if (s->filter_h > in.height + 2 * s->pad_h || s->filter_w > in.width + 2 * s->pad_w)
-        return pd_layer_fail(l, PD_E_SHAPE, "block %lldx%lld does not fit the padded input coming from \"%.100s\" (%s)",
-                             (long long)s->filter_h, (long long)s->filter_w, l->inputs[0]->name, pd_shape_text(l, in));
-    s->out_h = (in.height + 2 * s->pad_h - s->filter_h) / s->stride_h + 1;
-    s->out_w = (in.width + 2 * s->pad_w - s->filter_w) / s->stride_w + 1;
-    if (!pd__multiply_sizes(s->out_h, s->out_w, &blocks) ||
-        !pd__multiply_sizes(in.channels, s->filter_h * s->filter_w, &size))
-        return pd_layer_fail(l, PD_E_SHAPE, "%lldx%lld blocks of %lldx%lldx%lld are too many or too large",
-                             (long long)s->out_h, (long long)s->out_w, (long long)in.channels, (long long)s->filter_h,
-                             (long long)s->filter_w);
-    l->shape = pd__shape(size, 1, 1);
-    l->is_sequence = true;
-    l->act = spec->o.act;
-    return PD_OK;
-}
-
-static pd_status pd__block_expand_resize(pd_layer *l) {
-    const pd_conv_shape *s = (const pd_conv_shape *)l->state;
-    int64_t images = pd__in(l, 0)->rows, blocks = s->out_h * s->out_w, rows;
-    int64_t *starts = pd_layer_integers(l, 0, images + 1);
-    if (!starts) return PD_E_MEMORY;
-    if (!pd__multiply_sizes(images, blocks, &rows))
-        return pd_layer_fail(l, PD_E_MEMORY, "out of memory for %lld blocks of each of %lld images", (long long)blocks,
-                             (long long)images);
-    for (int64_t i = 0; i <= images; i++) starts[i] = i * blocks;
-    l->out.rows = rows;
-    l->out.sequences = images;
-    l->out.starts = starts;
-    return PD_OK;
-}
-
-/* Row `row` of the output from its image, or back into the image's gradient. */
-static void pd__block_expand_row(const pd_layer *l, int64_t row, bool back) {
-    const pd_conv_shape *s = (const pd_conv_shape *)l->state;
-    int64_t block = row % (s->out_h * s->out_w), image = row / (s->out_h * s->out_w);
-    int64_t top = block / s->out_w * s->stride_h - s->pad_h, left = block % s->out_w * s->stride_w - s->pad_w;
-    int64_t from = image * s->in_c * s->in_h * s->in_w, i = row * l->out.width;
-    for (int64_t c = 0; c < s->in_c; c++)
-        for (int64_t h = top; h < top + s->filter_h; h++)
-            for (int64_t w = left; w < left + s->filter_w; w++, i++) {
-                bool inside = h >= 0 && h < s->in_h && w >= 0 && w < s->in_w;
-                int64_t cell = from + (c * s->in_h + h) * s->in_w + w;
-                if (!back) l->out.data[i] = inside ? pd__in(l, 0)->data[cell] : 0;
-                else if (inside) pd__in(l, 0)->grad[cell] += l->out.grad[i];
-            }
-}
-
-static pd_status pd__block_expand_forward(pd_layer *l) {
-    PD__PARALLEL(l->device, pd__numbers(l))
-    for (int64_t r = 0; r < l->out.rows; r++) pd__block_expand_row(l, r, false);
-    return PD_OK;
-}
-
-/* Blocks of one image may overlap, so each image is one thread's. */
-static pd_status pd__block_expand_backward(pd_layer *l) {
-    int64_t images = l->out.sequences;
-    if (!pd__in(l, 0)->grad) return PD_OK;
-    PD__PARALLEL(l->device, pd__numbers(l))
-    for (int64_t i = 0; i < images; i++)
-        for (int64_t r = l->out.starts[i]; r < l->out.starts[i + 1]; r++) pd__block_expand_row(l, r, true);
-    return PD_OK;
-}
-
-PD__TYPE(pd__block_expand_type, "block_expand", 1, 1, pd__block_expand_spec, sizeof(pd_conv_shape), 0,
-         pd__block_expand_setup, pd__block_expand_resize, pd__block_expand_forward, pd__block_expand_backward);
-
-PD_DEF pd_layer *pd_block_expand(pd_net *net, pd_layer *input, int64_t height, int64_t width,
-                                 const pd_block_expand_opts *opts) {
-    PD__SPEC(pd__block_expand_spec);
-    s.height = height, s.width = width;
-    return pd_layer_add(net, &pd__block_expand_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- cosine ---- */
-
-static pd_status pd__cosine_setup(pd_layer *l) {
-    int64_t a = l->inputs[0]->out.width, b = l->inputs[1]->out.width;
-    if (b % a)
-        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" (%s) does not hold whole vectors of \"%.100s\" (%s)",
-                             l->inputs[1]->name, pd_shape_text(l, l->inputs[1]->shape), l->inputs[0]->name,
-                             pd_shape_text(l, l->inputs[0]->shape));
-    if (pd__want_finite(l, "scale", pd__spec_of(l)->a) != PD_OK) return PD_E_ARGUMENT;
-    l->shape = pd__shape(b / a, 1, 1);
-    l->act = pd__spec_of(l)->o.act;
-    return pd__want_numbers(l);
-}
-
-/* A vector, and what makes its largest number about 1: then no square is too large or too small for a number. */
-typedef struct pd__scaled {
-    const pd_real *numbers;
-    double scale, square; /* of the scaled vector */
-} pd__scaled;
-
-static pd__scaled pd__scale_vector(int64_t n, const pd_real *numbers) {
-    pd__scaled v = { numbers, 1, 0 };
-    double largest = 0;
-    int exponent;
-    for (int64_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)numbers[i]));
-    if (largest > 0 && largest <= DBL_MAX) {
-        frexp(largest, &exponent);
-        v.scale = ldexp(1, -exponent > 1000 ? 1000 : -exponent);
-    }
-    for (int64_t i = 0; i < n; i++) v.square += (double)numbers[i] * v.scale * ((double)numbers[i] * v.scale);
-    return v;
-}
-
-static double pd__scaled_dot(int64_t n, const pd__scaled *a, const pd__scaled *b) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += (double)a->numbers[i] * a->scale * ((double)b->numbers[i] * b->scale);
-    return sum;
-}
-
-static pd_status pd__cosine_forward(pd_layer *l) {
-    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
-    int64_t each = l->out.width;
-    PD__PARALLEL(l->device, b->rows * b->width)
-    for (int64_t i = 0; i < pd__numbers(l); i++) {
-        pd__scaled x = pd__scale_vector(a->width, a->data + i / each * a->width);
-        pd__scaled y = pd__scale_vector(a->width, b->data + i * a->width);
-        double dot = pd__scaled_dot(a->width, &x, &y), norms = sqrt(x.square) * sqrt(y.square);
-        l->out.data[i] = norms == 0 ? 0 : (pd_real)(pd__spec_of(l)->a * dot / norms);
-    }
-    return PD_OK;
-}
-
-/* With c = s a.b / (|a||b|): dc/da = s b / (|a||b|) - c a / |a|^2, and the same for b. */
-static pd_status pd__cosine_backward(pd_layer *l) {
-    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
-    int64_t n = a->width, each = l->out.width;
-    PD__PARALLEL(l->device, b->rows * b->width)
-    for (int64_t r = 0; r < l->out.rows; r++)
-        for (int64_t i = r * each; i < (r + 1) * each; i++) {
-            pd__scaled x = pd__scale_vector(n, a->data + r * n), y = pd__scale_vector(n, b->data + i * n);
-            double dot = pd__scaled_dot(n, &x, &y), norms = sqrt(x.square) * sqrt(y.square);
-            double slope = (double)l->out.grad[i] * pd__spec_of(l)->a / norms;
-            for (int64_t k = 0; norms != 0 && k < n; k++) {
-                double p = (double)x.numbers[k] * x.scale, q = (double)y.numbers[k] * y.scale;
-                if (a->grad) a->grad[r * n + k] += (pd_real)(slope * x.scale * (q - dot / x.square * p));
-                if (b->grad) b->grad[i * n + k] += (pd_real)(slope * y.scale * (p - dot / y.square * q));
-            }
-        }
-    return PD_OK;
-}
-
-PD__TYPE(pd__cosine_type, "cosine", 2, 2, pd__spec, 0, 0, pd__cosine_setup, NULL, pd__cosine_forward,
-         pd__cosine_backward);
-
-PD_DEF pd_layer *pd_cosine(pd_net *net, pd_layer *a, pd_layer *b, double scale, const pd_layer_opts *opts) {
-    return pd__add_pair(net, &pd__cosine_type, a, b, scale, opts);
-}
-
-/* ---- outer ---- */
-
-static pd_status pd__outer_setup(pd_layer *l) {
-    l->shape = pd__shape(1, l->inputs[0]->out.width, l->inputs[1]->out.width);
-    l->act = pd__spec_of(l)->o.act;
-    return pd__want_numbers(l);
-}
-
-/* The box rows x |a| x |b|, and the strides of a, b and y in it. */
-typedef struct pd__outer_box {
-    int64_t size[4], a[4], b[4], y[4];
-} pd__outer_box;
-
-static pd__outer_box pd__outer_box_of(const pd_layer *l) {
-    int64_t m = pd__in(l, 0)->width, n = pd__in(l, 1)->width;
-    pd__outer_box o;
-    memset(&o, 0, sizeof o);
-    o.size[0] = 1, o.size[1] = l->out.rows, o.size[2] = m, o.size[3] = n;
-    o.a[1] = m, o.a[2] = 1;
-    o.b[1] = n, o.b[3] = 1;
-    o.y[1] = m * n, o.y[2] = n, o.y[3] = 1;
-    return o;
-}
-
-static pd_status pd__outer_forward(pd_layer *l) {
-    pd__outer_box o = pd__outer_box_of(l);
-    pd__clear_output(l);
-    l->device->contract(l->device, o.size, 1, pd__in(l, 1)->data, o.b, pd__in(l, 0)->data, o.a, l->out.data, o.y);
-    return PD_OK;
-}
-
-static pd_status pd__outer_backward(pd_layer *l) {
-    pd__outer_box o = pd__outer_box_of(l);
-    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
-    if (a->grad) l->device->contract(l->device, o.size, 1, l->out.grad, o.y, b->data, o.b, a->grad, o.a);
-    if (b->grad) l->device->contract(l->device, o.size, 1, l->out.grad, o.y, a->data, o.a, b->grad, o.b);
-    return PD_OK;
-}
-
-PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__outer_setup, NULL,
-         pd__outer_forward, pd__outer_backward);
-
-PD_DEF pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
-    return pd__add_pair(net, &pd__outer_type, a, b, 0, opts);
-}
-
-/* ---- bilinear ---- */
-
-static pd_status pd__bilinear_setup(pd_layer *l) {
-    const pd__fc_spec *s = (const pd__fc_spec *)l->opts;
-    int64_t dims[3];
-    if (pd__want_least(l, "size", s->size, 1) != PD_OK || pd__want_numbers(l) != PD_OK) return pd_error_status(l->net);
-    dims[0] = s->size, dims[1] = l->inputs[0]->out.width, dims[2] = l->inputs[1]->out.width;
-    if (!pd_layer_param(l, "weight", 3, dims, dims[1], s->size, pd_normal(0, 1 / sqrt((double)dims[1])),
-                        &s->o.weight) ||
-        (!s->o.no_bias && !pd_layer_param(l, "bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.bias)))
-        return pd_error_status(l->net);
-    l->shape = pd__shape(s->size, 1, 1);
-    l->act = s->o.act;
-    return PD_OK;
-}
-
-/* For each k: t = a W_k (rows x |b|), then y_k = row sums of t b. */
-static pd_status pd__bilinear_forward(pd_layer *l) {
-    pd_device *d = l->device;
-    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
-    int64_t rows = l->out.rows, m = a->width, n = b->width, size = l->out.width;
-    pd_real *t = pd_layer_row_memory(l, 0, pd__max(m, n));
-    if (!t) return PD_E_MEMORY;
-    pd__clear_output(l);
-    for (int64_t k = 0; k < size; k++) {
-        d->gemm(d, false, false, rows, n, m, 1, a->data, m, l->params[0]->value + k * m * n, n, 0, t, n, NULL);
-        pd__contract2(l, rows, n, 1, t, n, 1, b->data, n, 1, l->out.data + k, size, 0);
-    }
-    if (l->param_count > 1) pd__add_bias(l, l->params[1]);
-    return PD_OK;
-}
-
-/* t = dy_k x, row by row */
-static void pd__bilinear_weigh(pd_layer *l, int64_t k, const pd_tensor *x, pd_real *t) {
-    l->device->fill(l->device, x->rows * x->width, 0, t);
-    pd__contract2(l, x->rows, x->width, 1, x->data, x->width, 1, l->out.grad + k, l->out.width, 0, t, x->width, 1);
-}
-
-/* With t = dy_k a: dW_k += t^T b and db += t W_k. With t = dy_k b: da += t W_k^T. */
-static pd_status pd__bilinear_backward(pd_layer *l) {
-    pd_device *d = l->device;
-    const pd_tensor *a = pd__in(l, 0), *b = pd__in(l, 1);
-    int64_t rows = l->out.rows, m = a->width, n = b->width;
-    pd_real *t = pd_layer_row_memory(l, 0, pd__max(m, n));
-    for (int64_t k = 0; k < l->out.width; k++) {
-        const pd_real *w = l->params[0]->value + k * m * n;
-        pd__bilinear_weigh(l, k, a, t);
-        if (l->params[0]->grad)
-            d->gemm(d, true, false, m, n, rows, 1, t, m, b->data, n, 1, l->params[0]->grad + k * m * n, n, NULL);
-        if (b->grad) d->gemm(d, false, false, rows, n, m, 1, t, m, w, n, 1, b->grad, n, NULL);
-        if (!a->grad) continue;
-        pd__bilinear_weigh(l, k, b, t);
-        d->gemm(d, false, true, rows, m, n, 1, t, n, w, n, 1, a->grad, m, NULL);
-    }
-    if (l->param_count > 1) pd__add_bias_grad(l, l->params[1]);
-    return PD_OK;
-}
-
-PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(fill) | PD_OP(contract),
-         pd__bilinear_setup, NULL, pd__bilinear_forward, pd__bilinear_backward);
-
-PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts) {
-    pd_layer *inputs[2];
-    PD__SPEC(pd__fc_spec);
-    s.size = size;
-    inputs[0] = a, inputs[1] = b;
-    return pd_layer_add(net, &pd__bilinear_type, s.o.name, inputs, 2, &s);
-}
-
-/* ---- activation, prelu ---- */
-
-/* The output starts as a copy of the input; the net applies the activation, as after any layer. */
-static pd_status pd__activation_setup(pd_layer *l) {
-    l->act_alpha = pd__spec_of(l)->a;
-    return pd__like_input(l, 0);
-}
-
-PD__TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0,
-         PD_OP(fill) | PD_OP(contract) | PD_OP(activate) | PD_OP(activate_backward), pd__activation_setup, NULL,
-         pd__add_forward, pd__add_backward);
-
-PD_DEF pd_layer *pd_activation(pd_net *net, pd_layer *input, pd_act act, const pd_activation_opts *opts) {
-    pd__spec s;
-    memset(&s, 0, sizeof s);
-    s.o.act = act;
-    s.a = opts ? opts->alpha : 0;
-    return pd_layer_add(net, &pd__activation_type, opts ? opts->name : NULL, &input, 1, &s);
-}
-
-static pd_status pd__prelu_setup(pd_layer *l) {
-    const pd_prelu_opts *o = (const pd_prelu_opts *)l->opts;
-    l->shape = l->inputs[0]->shape;
-    if (pd__want_numbers(l) != PD_OK ||
-        !pd_layer_param(l, "weight", 1, &l->shape.channels, 1, 1, pd_constant(0.25), &o->weight))
-        return pd_error_status(l->net);
-    return PD_OK;
-}
-
-static pd_status pd__prelu_forward(pd_layer *l) {
-    int64_t area = l->shape.height * l->shape.width;
-    const pd_real *x = pd__in(l, 0)->data;
-    PD__PARALLEL(l->device, pd__numbers(l))
-    for (int64_t i = 0; i < pd__numbers(l); i++)
-        l->out.data[i] = x[i] < 0 ? x[i] * l->params[0]->value[i / area % l->shape.channels] : x[i];
-    return PD_OK;
-}
-
-static pd_status pd__prelu_backward(pd_layer *l) {
-    int64_t area = l->shape.height * l->shape.width, channels = l->shape.channels;
-    const pd_tensor *x = pd__in(l, 0);
-    pd_param *slope = l->params[0];
-    PD__PARALLEL(l->device, pd__numbers(l))
-    for (int64_t c = 0; c < channels; c++) {
-        double sum = 0;
-        for (int64_t r = 0; r < l->out.rows; r++)
-            for (int64_t i = (r * channels + c) * area; i < (r * channels + c + 1) * area; i++) {
-                if (x->data[i] < 0) sum += (double)x->data[i] * (double)l->out.grad[i];
-                if (x->grad) x->grad[i] += l->out.grad[i] * (x->data[i] < 0 ? slope->value[c] : 1);
-            }
-        if (slope->grad) slope->grad[c] += (pd_real)sum;
-    }
-    return PD_OK;
-}
-
-PD__TYPE(pd__prelu_type, "prelu", 1, 1, pd_prelu_opts, 0, 0, pd__prelu_setup, NULL, pd__prelu_forward,
-         pd__prelu_backward);
-
-PD_DEF pd_layer *pd_prelu(pd_net *net, pd_layer *input, const pd_prelu_opts *opts) {
-    return pd_layer_add(net, &pd__prelu_type, opts ? opts->name : NULL, &input, 1, opts);
-}
-
-/* ---- embedding ---- */
-
-typedef struct pd__embedding_spec {
-    pd_embedding_opts o;
-    int64_t size;
-} pd__embedding_spec;
-
-static pd_status pd__embedding_setup(pd_layer *l) {
-    const pd__embedding_spec *s = (const pd__embedding_spec *)l->opts;
-    const pd_layer *ids = l->inputs[0];
-    int64_t dims[2];
-    pd_param *table;
-    if (pd__want_least(l, "size", s->size, 1) != PD_OK) return PD_E_ARGUMENT;
-    if (!ids->is_ids || ids->is_sparse)
-        return pd_layer_fail(l, PD_E_SHAPE, "input \"%.100s\" holds %s, expected ids; pd_fc takes them", ids->name,
-                             ids->is_sparse ? "sparse rows" : "numbers");
-    dims[0] = ids->out.width, dims[1] = s->size;
-    table = pd_layer_param(l, "weight", 2, dims, 1, s->size, pd_normal(0, 1 / sqrt((double)s->size)), &s->o.weight);
-    if (!table || pd__want_picked(l, 0, table) != PD_OK) return pd_error_status(l->net);
-    l->shape = pd__shape(s->size, 1, 1);
-    l->act = s->o.act;
-    return PD_OK;
-}
-
-static pd_status pd__embedding_forward(pd_layer *l) {
-    pd_status status = pd__check_ids(l, 0);
-    if (status != PD_OK) return status;
-    pd__clear_output(l);
-    pd__add_picked(l, 0);
-    return PD_OK;
-}
-
-static pd_status pd__embedding_backward(pd_layer *l) { return l->params[0]->grad ? pd__add_picked_grad(l, 0) : PD_OK; }
-
-PD__TABLE_TYPE(pd__embedding_type, "embedding", 1, 1, pd__embedding_spec, 0, PD_OP(fill) | PD_OP(sparse_product),
-               pd__embedding_setup, NULL, pd__embedding_forward, pd__embedding_backward, pd__touch_tables);
-
-PD_DEF pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd_embedding_opts *opts) {
-    PD__SPEC(pd__embedding_spec);
-    s.size = size;
-    return pd_layer_add(net, &pd__embedding_type, s.o.name, &ids, 1, &s);
-}
-
-/* ---- gru ---- */
-
-/* Inside, rows lie in order of time: step t has row t (from the end if reversed) of every sequence that is longer than
-   t, longer sequences first. So each step's sequences are the first ones of the step before, and what a step needs of
-   it stands in one piece. */
-typedef struct pd__gru {
-    int64_t steps;
-    const int64_t *begins; /* steps + 1 offsets of the steps' rows */
-    const int64_t *order;  /* for each row inside, the one outside, */
-    const int64_t *places; /* and the reverse */
-    const int64_t *before; /* for each row inside from step 1 on, the one of its sequence in the step before */
-} pd__gru;
-
-typedef struct pd__gru_spec {
-    pd_gru_opts o;
-    int64_t size;
-} pd__gru_spec;
-
-enum { PD__GRU_WEIGHT, PD__GRU_RECURRENT, PD__GRU_BIAS, PD__GRU_RECURRENT_BIAS }; /* parameters */
-
-/* For setup: input 0 carries sequences. */
-static pd_status pd__want_sequences(pd_layer *l) {
-    if (l->inputs[0]->is_sequence) return PD_OK;
-    return pd_layer_fail(l, PD_E_SHAPE,
-                         "input \"%.100s\" carries no sequences; pd_sequence makes a net's input carry them",
-                         l->inputs[0]->name);
-}
-
-static pd_status pd__gru_setup(pd_layer *l) {
-    const pd__gru_spec *s = (const pd__gru_spec *)l->opts;
-    int64_t in = l->inputs[0]->out.width, dims[2];
-    if (pd__want_least(l, "size", s->size, 1) != PD_OK || pd__want_numbers(l) != PD_OK ||
-        pd__want_sequences(l) != PD_OK)
-        return pd_error_status(l->net);
-    if (!pd__multiply_sizes(3, s->size, &dims[1]))
-        return pd_layer_fail(l, PD_E_ARGUMENT, "size %lld is too large", (long long)s->size);
-    dims[0] = in;
-    if (!pd_layer_param(l, "weight", 2, dims, in, s->size, pd_normal(0, 1 / sqrt((double)in)), &s->o.weight))
-        return pd_error_status(l->net);
-    dims[0] = s->size;
-    if (!pd_layer_param(l, "recurrent", 2, dims, s->size, s->size, pd_normal(0, 1 / sqrt((double)s->size)),
-                        &s->o.recurrent) ||
-        !pd_layer_param(l, "bias", 1, &dims[1], 1, 1, pd_constant(0), &s->o.bias) ||
-        !pd_layer_param(l, "recurrent_bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.recurrent_bias))
-        return pd_error_status(l->net);
-    l->shape = pd__shape(s->size, 1, 1);
-    return PD_OK;
-}
-
-/* Puts the rows in order, with sequences sorted by counting their lengths. */
-static pd_status pd__gru_resize(pd_layer *l) {
-    pd__gru *g = (pd__gru *)l->state;
-    const pd_tensor *x = pd__in(l, 0);
-    bool reverse = ((const pd__gru_spec *)l->opts)->o.reverse;
-    int64_t *begins, *order, *places, *next, longer = 0;
-    g->steps = 0;
-    for (int64_t q = 0; q < x->sequences; q++) g->steps = pd__max(g->steps, x->starts[q + 1] - x->starts[q]);
-    g->begins = begins = pd_layer_integers(l, 0, g->steps + 1);
-    g->order = order = pd_layer_integers(l, 1, x->rows);
-    g->places = places = pd_layer_integers(l, 2, x->rows);
-    g->before = next = pd_layer_integers(l, 3, pd__max(g->steps + 1, x->rows));
-    if (!begins || !order || !places || !next) return PD_E_MEMORY;
-    memset(next, 0, (size_t)(g->steps + 1) * sizeof *next);
-    for (int64_t q = 0; q < x->sequences; q++) next[x->starts[q + 1] - x->starts[q]]++;
-    for (int64_t length = g->steps; length >= 0; length--) { /* next: the sequences longer than that */
-        int64_t equal = next[length];
-        next[length] = longer;
-        longer += equal;
-    }
-    begins[0] = 0;
-    for (int64_t t = 0; t < g->steps; t++) begins[t + 1] = begins[t] + next[t];
-    for (int64_t q = 0; q < x->sequences; q++) {
-        int64_t length = x->starts[q + 1] - x->starts[q], at = next[length]++;
-        for (int64_t t = 0; t < length; t++) {
-            int64_t row = x->starts[q] + (reverse ? length - 1 - t : t);
-            order[begins[t] + at] = row;
-            places[row] = begins[t] + at;
-        }
-    }
-    for (int64_t t = 1; t < g->steps; t++)
-        for (int64_t i = begins[t]; i < begins[t + 1]; i++) next[i] = i - begins[t] + begins[t - 1];
-    return PD_OK;
-}
-
-/* y (rows x width) = rows `columns` of x, or, with `add`, += */
-static void pd__take_rows(pd_layer *l, int64_t rows, const int64_t *columns, int64_t width, const pd_real *x,
-                          pd_real *y, bool add) {
-    pd_csr s;
-    s.rows = rows;
-    s.starts = NULL;
-    s.columns = columns;
-    s.values = NULL;
-    if (!add) l->device->fill(l->device, rows * width, 0, y);
-    l->device->sparse_product(l->device, &s, width, x, y);
-}
-
-/* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_device.gru. */
-typedef struct pd__gru_memory {
-    pd_real *x, *gates, *recurrent, *h;
-} pd__gru_memory;
-
-static bool pd__gru_remember(pd_layer *l, pd__gru_memory *m) {
-    m->x = pd_layer_row_memory(l, 0, pd__in(l, 0)->width);
-    m->gates = pd_layer_row_memory(l, 1, 3 * l->out.width);
-    m->recurrent = pd_layer_row_memory(l, 2, 3 * l->out.width);
-    m->h = pd_layer_row_memory(l, 3, l->out.width);
-    return m->x && m->gates && m->recurrent && m->h;
-}
-
-static pd_status pd__gru_forward(pd_layer *l) {
-    const pd__gru *g = (const pd__gru *)l->state;
-    pd_device *d = l->device;
-    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
-    pd_epilogue bias = PD__ZERO;
-    pd__gru_memory m;
-    if (!pd__gru_remember(l, &m)) return PD_E_MEMORY;
-    pd__take_rows(l, rows, g->order, in, pd__in(l, 0)->data, m.x, false);
-    bias.bias = l->params[PD__GRU_BIAS]->value;
-    d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n,
-            &bias);
-    d->fill(d, rows * 3 * n, 0, m.recurrent);
-    pd__contract2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
-                  1);
-    for (int64_t t = 0; t < g->steps; t++) {
-        int64_t first = g->begins[t], count = g->begins[t + 1] - first;
-        const pd_real *before = t ? m.h + g->begins[t - 1] * n : NULL;
-        if (t)
-            d->gemm(d, false, false, count, 3 * n, n, 1, before, n, l->params[PD__GRU_RECURRENT]->value, 3 * n, 1,
-                    m.recurrent + first * 3 * n, 3 * n, NULL);
-        d->gru(d, count, n, m.gates + first * 3 * n, m.recurrent + first * 3 * n, before, m.h + first * n);
-    }
-    pd__take_rows(l, rows, g->places, n, m.h, l->out.data, false);
-    return PD_OK;
-}
-
-/* From the last step to the first, gates and recurrent become their own gradients, and dh the whole gradient of h. */
-static void pd__gru_backward_steps(pd_layer *l, const pd__gru_memory *m, pd_real *dh) {
-    const pd__gru *g = (const pd__gru *)l->state;
-    pd_device *d = l->device;
-    int64_t n = l->out.width;
-    for (int64_t t = g->steps; t-- > 0;) {
-        int64_t first = g->begins[t], count = g->begins[t + 1] - first, last = t ? g->begins[t - 1] : 0;
-        pd_real *drecurrent = m->recurrent + first * 3 * n, *dbefore = t ? dh + last * n : NULL;
-        d->gru_backward(d, count, n, m->gates + first * 3 * n, drecurrent, t ? m->h + last * n : NULL, dh + first * n,
-                        dbefore);
-        if (t)
-            d->gemm(d, false, true, count, n, 3 * n, 1, drecurrent, 3 * n, l->params[PD__GRU_RECURRENT]->value, 3 * n,
-                    1, dbefore, n, NULL);
-    }
-}
-
-/* Once dh and x have done their duty, they are reused: for the h that each row began with, and for dx. */
-static pd_status pd__gru_backward(pd_layer *l) {
-    const pd__gru *g = (const pd__gru *)l->state;
-    pd_device *d = l->device;
-    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width, later = g->steps > 1 ? g->begins[1] : rows;
-    pd_real *dh = pd_layer_row_memory(l, 4, n);
-    pd_param *const *p = l->params;
-    pd__gru_memory m;
-    if (!dh || !pd__gru_remember(l, &m)) return PD_E_MEMORY;
-    pd__take_rows(l, rows, g->order, n, l->out.grad, dh, false);
-    pd__gru_backward_steps(l, &m, dh);
-    if (p[PD__GRU_BIAS]->grad)
-        pd__contract2(l, rows, 3 * n, 1, m.gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
-    if (p[PD__GRU_RECURRENT_BIAS]->grad)
-        pd__contract2(l, rows, n, 1, m.recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
-    if (p[PD__GRU_WEIGHT]->grad)
-        d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
-    if (p[PD__GRU_RECURRENT]->grad) {
-        pd__take_rows(l, rows - later, g->before + later, n, m.h, dh, false);
-        d->gemm(d, true, false, n, 3 * n, rows - later, 1, dh, n, m.recurrent + later * 3 * n, 3 * n, 1,
-                p[PD__GRU_RECURRENT]->grad, 3 * n, NULL);
-    }
-    if (pd__in(l, 0)->grad) {
-        d->gemm(d, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, p[PD__GRU_WEIGHT]->value, 3 * n, 0, m.x, in, NULL);
-        pd__take_rows(l, rows, g->places, in, m.x, pd__in(l, 0)->grad, true);
-    }
-    return PD_OK;
-}
-
-PD__TYPE(pd__gru_type, "gru", 1, 1, pd__gru_spec, sizeof(pd__gru),
-         PD_OP(gemm) | PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product) | PD_OP(gru) | PD_OP(gru_backward),
-         pd__gru_setup, pd__gru_resize, pd__gru_forward, pd__gru_backward);
-
-PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts) {
-    PD__SPEC(pd__gru_spec);
-    s.size = size;
-    return pd_layer_add(net, &pd__gru_type, s.o.name, &input, 1, &s);
-}
-
-/* ---- sequence_pool: the method is n[0] ---- */
-
-static pd_status pd__sequence_pool_setup(pd_layer *l) {
-    int64_t method = pd__spec_of(l)->n[0];
-    if (pd__like_input(l, 0) != PD_OK || pd__want_sequences(l) != PD_OK) return pd_error_status(l->net);
-    if (method < 0 || method > PD_LAST) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown method %d", (int)method);
-    l->is_sequence = false;
-    return PD_OK;
-}
-
-static pd_status pd__sequence_pool_resize(pd_layer *l) {
-    l->out.rows = pd__in(l, 0)->sequences;
-    return PD_OK;
-}
-
-/* Pooling as a matrix with a row per sequence and a column per row of the input, or its transpose. */
-static pd_status pd__sequence_pool_matrix(pd_layer *l, bool transposed, pd_csr *s) {
-    const pd_tensor *x = pd__in(l, 0);
-    int64_t method = pd__spec_of(l)->n[0], rows = transposed ? x->rows : x->sequences, entries = 0;
-    int64_t *starts = pd_layer_integers(l, 0, rows + 1), *columns = pd_layer_integers(l, 1, x->rows);
-    pd_real *values = pd_layer_values(l, x->rows);
-    if (!starts || !columns || !values) return PD_E_MEMORY;
-    for (int64_t q = 0; q < x->sequences; q++) {
-        int64_t first = x->starts[q], end = x->starts[q + 1];
-        double n = (double)pd__max(end - first, 1), value = method == PD_AVERAGE  ? 1 / n
-                                                            : method == PD_SQRT_N ? 1 / sqrt(n)
-                                                                                  : 1;
-        if (!transposed) starts[q] = entries;
-        for (int64_t r = first; r < end; r++) {
-            if (transposed) starts[r] = entries;
-            if ((method == PD_FIRST && r > first) || (method == PD_LAST && r < end - 1)) continue;
-            columns[entries] = transposed ? q : r;
-            values[entries++] = (pd_real)value;
-        }
-    }
-    starts[rows] = entries;
-    s->rows = rows;
-    s->starts = starts;
-    s->columns = columns;
-    s->values = values;
-    return PD_OK;
-}
-
-static pd_status pd__sequence_pool_forward(pd_layer *l) {
-    pd_csr s;
-    if (pd__sequence_pool_matrix(l, false, &s) != PD_OK) return PD_E_MEMORY;
-    pd__clear_output(l);
-    l->device->sparse_product(l->device, &s, l->out.width, pd__in(l, 0)->data, l->out.data);
-    return PD_OK;
-}
-
-static pd_status pd__sequence_pool_backward(pd_layer *l) {
-    pd_csr s;
-    if (!pd__in(l, 0)->grad) return PD_OK;
-    if (pd__sequence_pool_matrix(l, true, &s) != PD_OK) return PD_E_MEMORY;
-    l->device->sparse_product(l->device, &s, l->out.width, l->out.grad, pd__in(l, 0)->grad);
-    return PD_OK;
-}
-
-PD__TYPE(pd__sequence_pool_type, "sequence_pool", 1, 1, pd__spec, 0,
-         PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product), pd__sequence_pool_setup, pd__sequence_pool_resize,
-         pd__sequence_pool_forward, pd__sequence_pool_backward);
-
-/* The element of a column that is a sequence's largest, the first of equals or NaNs; -1 in an empty sequence. */
-static int64_t pd__sequence_largest(const pd_tensor *x, int64_t sequence, int64_t column) {
-    int64_t best = -1;
-    for (int64_t r = x->starts[sequence]; r < x->starts[sequence + 1]; r++) {
-        int64_t i = r * x->width + column;
-        if (best < 0 || x->data[i] > x->data[best] || (x->data[i] != x->data[i] && x->data[best] == x->data[best]))
-            best = i;
-    }
-    return best;
-}
-
-static pd_status pd__sequence_max_forward(pd_layer *l) {
-    const pd_tensor *x = pd__in(l, 0);
-    PD__PARALLEL(l->device, x->rows * x->width)
-    for (int64_t i = 0; i < pd__numbers(l); i++) {
-        int64_t largest = pd__sequence_largest(x, i / x->width, i % x->width);
-        l->out.data[i] = largest >= 0 ? x->data[largest] : 0;
-    }
-    return PD_OK;
-}
-
-static pd_status pd__sequence_max_backward(pd_layer *l) {
-    const pd_tensor *x = pd__in(l, 0);
-    if (!x->grad) return PD_OK;
-    PD__PARALLEL(l->device, x->rows * x->width)
-    for (int64_t i = 0; i < pd__numbers(l); i++) {
-        int64_t largest = pd__sequence_largest(x, i / x->width, i % x->width);
-        if (largest >= 0) x->grad[largest] += l->out.grad[i];
-    }
-    return PD_OK;
-}
-
-PD__TYPE(pd__sequence_max_type, "sequence_pool", 1, 1, pd__spec, 0, 0, pd__sequence_pool_setup,
-         pd__sequence_pool_resize, pd__sequence_max_forward, pd__sequence_max_backward);
-
-PD_DEF pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method method, const pd_layer_opts *opts) {
-    PD__SPEC(pd__spec);
-    s.n[0] = (int64_t)method;
-    return pd_layer_add(net, method == PD_MAX ? &pd__sequence_max_type : &pd__sequence_pool_type, s.o.name, &input, 1,
-                        &s);
-}
-/* ======================================================================================================== */
-/* >>costs                                                                                                  */
-
-/* Inputs of a cost: the prediction, the target (if the cost has one; rank_cost has two), then the sample weights if
-   there are any. Forward hands each row's plain cost to pd__put_cost, and backward gets its scale from pd__cost_scales,
-   where the weights come in. What has no weight counts for nothing, even if it is infinite. */
-
-enum { PD__COST_PROBABILITIES = 0, PD__COST_CLASS_WEIGHTS = 1, PD__COST_SCALES = 2 }; /* slots of pd_layer_memory */
-enum {
-    PD__HAS_CLASS_WEIGHTS = 1,
-    PD__HAS_PROBABILITIES = 2,
-    PD__HAS_DELTA = 4,
-    PD__HAS_ZERO_DELTA = 8, /* 0 will do */
-    PD__HAS_TOP = 16
-};
-
-/* A builder's one line: min_inputs of a, b, c and the sample weights if given. */
-static pd_layer *pd__add_cost(pd_net *net, const pd_layer_type *type, pd_layer *a, pd_layer *b, pd_layer *c,
-                              const pd_cost_opts *opts) {
-    pd_layer *inputs[4];
-    int count = type->min_inputs;
-    inputs[0] = a, inputs[1] = b, inputs[2] = c;
-    if (opts && opts->weight) inputs[count++] = opts->weight;
-    return pd_layer_add(net, type, opts ? opts->name : NULL, inputs, count, opts);
-}
-
-/* The layer of sample weights, or NULL. */
-static const pd_layer *pd__cost_weight(const pd_layer *layer) {
-    int index = layer->type->min_inputs;
-    return layer->input_count > index ? layer->inputs[index] : NULL;
-}
-
-/* Element i of a target of width 1 or of numbers, whichever it is. */
-static double pd__number(const pd_tensor *t, int64_t i) { return t->ids ? (double)t->ids[i] : (double)t->data[i]; }
-
-/* True if a layer holds ids (or numbers) as many as `size`; else fills `text` with what was expected and what came. */
-static bool pd__holds(pd_layer *input, bool ids, int64_t size, char text[256]) {
-    const char *kinds[] = { "numbers of shape", "ids below" };
-    if (input->is_ids == ids && pd_shape_size(input->shape) == size) return true;
-    snprintf(text, 256, "expected %s %lld, got \"%.100s\" with %s %s", kinds[ids], (long long)size, input->name,
-             kinds[input->is_ids], pd_shape_text(input, input->shape));
-    return false;
-}
-
-static pd_status pd__cost_input(pd_layer *layer, int k, bool ids, int64_t size) {
-    char text[256];
-    if (pd__holds(layer->inputs[k], ids, size, text)) return PD_OK;
-    return pd_layer_fail(layer, PD_E_SHAPE, "input %d: %s", k, text);
-}
-
-/* What all costs check: a prediction of numbers, weights of width 1, and no option that this cost does not have. */
-static pd_status pd__cost_setup(pd_layer *layer, unsigned has) {
-    pd_cost_opts *o = (pd_cost_opts *)layer->opts;
-    const char *stray = o->class_weights && !(has & PD__HAS_CLASS_WEIGHTS)   ? "class_weights"
-                        : o->probabilities && !(has & PD__HAS_PROBABILITIES) ? "probabilities"
-                        : o->delta != 0 && !(has & PD__HAS_DELTA)            ? "delta"
-                        : o->top != 0 && !(has & PD__HAS_TOP)                ? "top"
-                                                                             : NULL;
-    double delta = pd__or(o->delta, 1);
-    pd_status status = pd__cost_input(layer, 0, false, pd_shape_size(layer->inputs[0]->shape));
-    layer->shape.channels = layer->shape.height = layer->shape.width = 1;
-    if (!status && pd__cost_weight(layer)) status = pd__cost_input(layer, layer->type->min_inputs, false, 1);
-    if (status) return status;
-    if (stray) return pd_layer_fail(layer, PD_E_ARGUMENT, "%s has no option %s", layer->type->name, stray);
-    if (!(has & PD__HAS_ZERO_DELTA ? delta >= 0 : delta > 0) || delta > DBL_MAX)
-        return pd_layer_fail(layer, PD_E_ARGUMENT, "expected delta > 0, got %g", delta);
-    if (o->top < 0) return pd_layer_fail(layer, PD_E_ARGUMENT, "expected top > 0, got %lld", (long long)o->top);
-    if (o->top == 0 && (has & PD__HAS_TOP)) o->top = 5;
-    return PD_OK;
-}
-
-/* The start of every forward. The net has checked that rows fit. */
-static pd_status pd__cost_begin(pd_layer *layer) {
-    pd_status status = PD_OK;
-    for (int k = 1; status == PD_OK && k < layer->input_count; k++) status = pd__check_ids(layer, k);
-    return status;
-}
-
-/* The cost of row r, for layers on the host. */
-static void pd__put_cost(pd_layer *layer, int64_t r, double cost) {
-    const pd_layer *weight = pd__cost_weight(layer);
-    pd_real times = weight ? weight->out.data[r] : 1;
-    layer->out.data[r] = times != 0 ? (pd_real)((double)times * cost) : 0;
-}
-
-/* The start of every backward: d(total)/d(plain cost) of each row. */
-static pd_status pd__cost_scales(pd_layer *layer, pd_real **scales) {
-    const pd_layer *weight = pd__cost_weight(layer);
-    int64_t size[4] = { 1, 1, 1, 0 };
-    const int64_t steps[4] = { 0, 0, 0, 1 };
-    *scales = pd_layer_row_memory(layer, PD__COST_SCALES, 1);
-    if (!*scales) return PD_E_MEMORY;
-    size[3] = layer->out.rows;
-    layer->device->fill(layer->device, layer->out.rows, 0, *scales);
-    layer->device->contract(layer->device, size, 1, layer->out.grad, steps, weight ? weight->out.data : NULL, steps,
-                            *scales, steps);
-    return PD_OK;
-}
-
-/* ---- cross_entropy ---- */
-
-typedef struct pd__cross_entropy_state {
-    bool weighted; /* the class weights are in the device's memory */
-} pd__cross_entropy_state;
-
-/* Copies the user's class weights, since pd_net_share builds the layer again from its options. */
-static pd_status pd__copy_class_weights(pd_layer *layer, int64_t classes) {
-    pd_cost_opts *o = (pd_cost_opts *)layer->opts;
-    for (int64_t c = 0; c < classes; c++)
-        if (!(o->class_weights[c] > 0 && o->class_weights[c] <= DBL_MAX))
-            return pd_layer_fail(layer, PD_E_ARGUMENT, "expected class_weights > 0, got %g for class %lld",
-                                 o->class_weights[c], (long long)c);
-    o->class_weights = (double *)pd_layer_copy(layer, o->class_weights, (size_t)classes * sizeof(double));
-    return o->class_weights ? PD_OK : PD_E_MEMORY;
-}
-
-/* The class weights in the device's memory; *weights NULL: there are none. */
-static pd_status pd__class_weights(pd_layer *layer, const pd_real **weights) {
-    pd__cross_entropy_state *state = (pd__cross_entropy_state *)layer->state;
-    const double *given = ((const pd_cost_opts *)layer->opts)->class_weights;
-    int64_t classes = layer->inputs[0]->out.width;
-    pd_real *memory = given ? pd_layer_memory(layer, PD__COST_CLASS_WEIGHTS, classes) : NULL;
-    *weights = memory;
-    if (given && !memory) return PD_E_MEMORY;
-    for (int64_t c = 0; given && !state->weighted && c < classes; c++) {
-        pd_real weight = (pd_real)given[c];
-        layer->device->upload(layer->device, memory + c, &weight, sizeof weight);
-    }
-    state->weighted = true;
-    return PD_OK;
-}
-
-static pd_status pd__cross_entropy_setup(pd_layer *layer) {
-    const pd_layer *label = layer->inputs[1];
-    int64_t classes = pd_shape_size(layer->inputs[0]->shape);
-    pd_status status = pd__cost_setup(layer, PD__HAS_CLASS_WEIGHTS | PD__HAS_PROBABILITIES);
-    if (!status) status = pd__cost_input(layer, 1, label->is_ids, classes);
-    if (status) return status;
-    layer->own->reads_before = layer->inputs[0]->act == PD_SOFTMAX;
-    if (label->wants_grad)
-        return pd_layer_fail(layer, PD_E_UNSUPPORTED, "no gradient can flow into the labels, but \"%.100s\" learns",
-                             label->name);
-    return ((pd_cost_opts *)layer->opts)->class_weights ? pd__copy_class_weights(layer, classes) : PD_OK;
-}
-
-/* What the costs are of: *x, and *p = softmax(x), by the layer below or, by forward, in memory of this one's; or *p
-   alone, where that is all that is given (*x NULL). */
-static pd_status pd__cross_entropy_see(pd_layer *layer, bool forward, const pd_real **x, const pd_real **p,
-                                       pd_real **grad) {
-    const pd_tensor *t = &layer->inputs[0]->out;
-    bool softmax = layer->own->reads_before, given = !softmax && ((const pd_cost_opts *)layer->opts)->probabilities;
-    pd_real *own;
-    *x = pd__read_before(layer, grad);
-    *p = t->data;
-    if (given) *x = NULL;
-    if (given || softmax) return PD_OK;
-    *p = own = pd_layer_row_memory(layer, PD__COST_PROBABILITIES, t->width);
-    if (!own) return PD_E_MEMORY;
-    if (forward) layer->device->activate(layer->device, PD_SOFTMAX, 0, t->rows, t->width, *x, own);
-    return PD_OK;
-}
-
-static pd_status pd__cross_entropy_forward(pd_layer *layer) {
-    const pd_tensor *in = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
-    const pd_layer *weight = pd__cost_weight(layer);
-    const pd_real *x, *p, *class_weights;
-    pd_real *grad;
-    pd_status status = pd__cost_begin(layer);
-    if (status || in->rows == 0) return status;
-    status = pd__class_weights(layer, &class_weights);
-    if (!status) status = pd__cross_entropy_see(layer, true, &x, &p, &grad);
-    if (status) return status;
-    layer->device->cross_entropy(layer->device, in->rows, in->width, x, p, t->ids, t->data,
-                                 weight ? weight->out.data : NULL, class_weights, layer->out.data);
-    return PD_OK;
-}
-
-/* d/dx of softmax and cost as one, p - t for weights of 1; of given probabilities d/dp. */
-static pd_status pd__cross_entropy_backward(pd_layer *layer) {
-    const pd_tensor *in = &layer->inputs[0]->out, *t = &layer->inputs[1]->out;
-    const pd_real *x, *p, *class_weights;
-    pd_real *scales, *grad;
-    pd_status status;
-    if (!in->grad || in->rows == 0) return PD_OK;
-    status = pd__cost_scales(layer, &scales);
-    if (!status) status = pd__class_weights(layer, &class_weights);
-    if (!status) status = pd__cross_entropy_see(layer, false, &x, &p, &grad);
-    if (status) return status;
-    layer->device->cross_entropy_backward(layer->device, in->rows, in->width, p, t->ids, t->data, class_weights, scales,
-                                          x != NULL, grad);
-    return PD_OK;
-}
-
-static const pd_layer_type pd__cross_entropy_type = { PD_API_VERSION,
-                                                      "cross_entropy",
-                                                      2,
-                                                      3,
-                                                      sizeof(pd_cost_opts),
-                                                      sizeof(pd__cross_entropy_state),
-                                                      PD_OP(activate) | PD_OP(cross_entropy) |
-                                                          PD_OP(cross_entropy_backward),
-                                                      pd__cross_entropy_setup,
-                                                      NULL,
-                                                      pd__cross_entropy_forward,
-                                                      pd__cross_entropy_backward,
-                                                      NULL,
-                                                      NULL,
-                                                      NULL };
-
-PD_DEF pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__cross_entropy_type, input, label, NULL, opts);
-}
-
-/* ---- costs that are a sum over the elements of the row ---- */
-
-/* The cost of one element x with target t, and its derivatives by x and by t. */
-typedef double (*pd__element_cost)(double x, double t, double delta, double slopes[2]);
-
-typedef struct pd__element_state {
-    pd__element_cost cost;
-} pd__element_state;
-
-/* Both directions in one text: puts out costs, or adds the derivatives times `scales` if that is not NULL. */
-static void pd__element_rows(pd_layer *layer, const pd_real *scales) {
-    const pd__element_cost cost = ((pd__element_state *)layer->state)->cost;
-    const pd_tensor *in = &layer->inputs[0]->out, *t = layer->type->min_inputs > 1 ? &layer->inputs[1]->out : NULL;
-    double delta = pd__or(((const pd_cost_opts *)layer->opts)->delta, 1);
-    pd_real *grad;
-    const pd_real *x = pd__read_before(layer, &grad);
-    for (int64_t r = 0; r < in->rows; r++) {
-        double sum = 0, slopes[2] = { 0, 0 };
-        if (scales && scales[r] == 0) continue;
-        for (int64_t i = r * in->width; i < (r + 1) * in->width; i++) {
-            sum += cost((double)x[i], t ? pd__number(t, i) : 0, delta, slopes);
-            if (scales && grad) grad[i] += (pd_real)((double)scales[r] * slopes[0]);
-            if (scales && t && t->grad) t->grad[i] += (pd_real)((double)scales[r] * slopes[1]);
-        }
-        if (!scales) pd__put_cost(layer, r, sum);
-    }
-}
-
-static pd_status pd__element_forward(pd_layer *layer) {
-    pd_status status = pd__cost_begin(layer);
-    if (!status) pd__element_rows(layer, NULL);
-    return status;
-}
-
-static pd_status pd__element_backward(pd_layer *layer) {
-    pd_real *scales;
-    pd_status status = pd__cost_scales(layer, &scales);
-    if (!status) pd__element_rows(layer, scales);
-    return status;
-}
-
-/* Shape rule of the costs that compare numbers with as many numbers. */
-static pd_status pd__element_setup(pd_layer *layer, unsigned has, pd__element_cost cost) {
-    pd_status status = pd__cost_setup(layer, has);
-    if (!status) status = pd__cost_input(layer, 1, false, pd_shape_size(layer->inputs[0]->shape));
-    ((pd__element_state *)layer->state)->cost = cost;
-    return status;
-}
-
-#define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                            \
-    {                                                                                                                  \
-        PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, setup,   \
-            NULL, pd__element_forward, backward, NULL, NULL, NULL                                                      \
-    }
-
-/* log(1 + e^x) - t x without overflow: binary cross-entropy of sigmoid(x). */
-static double pd__logistic_cost(double x, double t, double delta, double slopes[2]) {
-    double e = exp(-fabs(x));
-    (void)delta;
-    slopes[0] = (x >= 0 ? 1 : e) / (1 + e) - t;
-    slopes[1] = -x;
-    return (x > 0 ? x : 0) - x * t + log1p(e);
-}
-
-static pd_status pd__binary_cross_entropy_setup(pd_layer *layer) {
-    layer->own->reads_before = layer->inputs[0]->act == PD_SIGMOID;
-    return pd__element_setup(layer, 0, pd__logistic_cost);
-}
-
-static const pd_layer_type pd__binary_cross_entropy_type =
-    PD__ELEMENT_TYPE("binary_cross_entropy", 2, pd__binary_cross_entropy_setup, pd__element_backward);
-
-PD_DEF pd_layer *pd_binary_cross_entropy(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__binary_cross_entropy_type, input, target, NULL, opts);
-}
-
-static double pd__squared_cost(double x, double t, double delta, double slopes[2]) {
-    (void)delta;
-    slopes[0] = 2 * (x - t);
-    slopes[1] = -slopes[0];
-    return (x - t) * (x - t);
-}
-
-static pd_status pd__squared_error_setup(pd_layer *layer) { return pd__element_setup(layer, 0, pd__squared_cost); }
-
-static const pd_layer_type pd__squared_error_type =
-    PD__ELEMENT_TYPE("squared_error", 2, pd__squared_error_setup, pd__element_backward);
-
-PD_DEF pd_layer *pd_squared_error(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__squared_error_type, input, target, NULL, opts);
-}
-
-/* Huber 1964. */
-static double pd__huber_cost(double x, double t, double delta, double slopes[2]) {
-    double d = x - t;
-    slopes[0] = d > delta ? delta : d < -delta ? -delta : d;
-    slopes[1] = -slopes[0];
-    return fabs(d) <= delta ? d * d / 2 : delta * (fabs(d) - delta / 2);
-}
-
-static pd_status pd__huber_setup(pd_layer *layer) { return pd__element_setup(layer, PD__HAS_DELTA, pd__huber_cost); }
-
-static const pd_layer_type pd__huber_type = PD__ELEMENT_TYPE("huber", 2, pd__huber_setup, pd__element_backward);
-
-PD_DEF pd_layer *pd_huber(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__huber_type, input, target, NULL, opts);
-}
-
-/* Huber's cost divided by delta, which may be 0; Girshick 2015. */
-static double pd__smooth_l1_cost(double x, double t, double delta, double slopes[2]) {
-    double d = x - t;
-    bool square = fabs(d) < delta;
-    slopes[0] = square ? d / delta : (d > 0) - (d < 0);
-    slopes[1] = -slopes[0];
-    return square ? d * d / (2 * delta) : fabs(d) - delta / 2;
-}
-
-static pd_status pd__smooth_l1_setup(pd_layer *layer) {
-    return pd__element_setup(layer, PD__HAS_DELTA | PD__HAS_ZERO_DELTA, pd__smooth_l1_cost);
-}
-
-static const pd_layer_type pd__smooth_l1_type =
-    PD__ELEMENT_TYPE("smooth_l1", 2, pd__smooth_l1_setup, pd__element_backward);
-
-PD_DEF pd_layer *pd_smooth_l1(pd_net *net, pd_layer *input, pd_layer *target, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__smooth_l1_type, input, target, NULL, opts);
-}
-
-static double pd__identity_cost(double x, double t, double delta, double slopes[2]) {
-    (void)t;
-    (void)delta;
-    slopes[0] = 1;
-    return x;
-}
-
-static pd_status pd__sum_cost_setup(pd_layer *layer) {
-    ((pd__element_state *)layer->state)->cost = pd__identity_cost;
-    return pd__cost_setup(layer, 0);
-}
-
-static const pd_layer_type pd__sum_cost_type =
-    PD__ELEMENT_TYPE("sum_cost", 1, pd__sum_cost_setup, pd__element_backward);
-
-PD_DEF pd_layer *pd_sum_cost(pd_net *net, pd_layer *input, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__sum_cost_type, input, NULL, NULL, opts);
-}
-
-/* ---- costs of a margin: x of width 1, t the label 0 or 1 ---- */
-
-static pd_status pd__two_class_setup(pd_layer *layer, pd__element_cost cost) {
-    pd_status status = pd__cost_setup(layer, 0);
-    if (!status) status = pd__cost_input(layer, 0, false, 1);
-    if (!status) status = pd__cost_input(layer, 1, true, 2);
-    ((pd__element_state *)layer->state)->cost = cost;
-    return status;
-}
-
-static double pd__huber_margin_cost(double x, double t, double delta, double slopes[2]) {
-    double y = 2 * t - 1, m = y * x;
-    (void)delta;
-    slopes[0] = m >= 1 ? 0 : m >= -1 ? -2 * y * (1 - m) : -4 * y;
-    return m >= 1 ? 0 : m >= -1 ? (1 - m) * (1 - m) : -4 * m;
-}
-
-static pd_status pd__huber_two_class_setup(pd_layer *layer) {
-    return pd__two_class_setup(layer, pd__huber_margin_cost);
-}
-
-static const pd_layer_type pd__huber_two_class_type =
-    PD__ELEMENT_TYPE("huber_two_class", 2, pd__huber_two_class_setup, pd__element_backward);
-
-PD_DEF pd_layer *pd_huber_two_class(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__huber_two_class_type, input, label, NULL, opts);
-}
-
-static double pd__hinge_margin_cost(double x, double t, double delta, double slopes[2]) {
-    double y = 2 * t - 1, m = y * x;
-    (void)delta;
-    slopes[0] = m < 1 ? -y : 0;
-    return m < 1 ? 1 - m : 0;
-}
-
-static pd_status pd__hinge_setup(pd_layer *layer) {
-    int64_t classes = pd_shape_size(layer->inputs[0]->shape);
-    pd_status status;
-    if (classes == 1) return pd__two_class_setup(layer, pd__hinge_margin_cost);
-    status = pd__cost_setup(layer, 0);
-    return status ? status : pd__cost_input(layer, 1, true, classes);
-}
-
-static pd_status pd__hinge_forward(pd_layer *layer) {
-    const pd_tensor *x = &layer->inputs[0]->out, *label = &layer->inputs[1]->out;
-    pd_status status;
-    if (x->width == 1) return pd__element_forward(layer);
-    status = pd__cost_begin(layer);
-    if (status) return status;
-    for (int64_t r = 0; r < x->rows; r++) {
-        const pd_real *row = x->data + r * x->width;
-        double sum = 0, base = 1 - (double)row[label->ids[r]];
-        for (int64_t j = 0; j < x->width; j++)
-            if (j != label->ids[r] && base + (double)row[j] > 0) sum += base + (double)row[j];
-        pd__put_cost(layer, r, sum);
-    }
-    return PD_OK;
-}
-
-static pd_status pd__hinge_backward(pd_layer *layer) {
-    const pd_tensor *x = &layer->inputs[0]->out, *label = &layer->inputs[1]->out;
-    pd_real *scales;
-    pd_status status;
-    if (x->width == 1) return pd__element_backward(layer);
-    if (!x->grad) return PD_OK;
-    status = pd__cost_scales(layer, &scales);
-    for (int64_t r = 0; !status && r < x->rows; r++) {
-        const pd_real *row = x->data + r * x->width;
-        pd_real *grad = x->grad + r * x->width;
-        double base = 1 - (double)row[label->ids[r]];
-        for (int64_t j = 0; j < x->width; j++)
-            if (j != label->ids[r] && base + (double)row[j] > 0) {
-                grad[j] += scales[r];
-                grad[label->ids[r]] -= scales[r];
-            }
-    }
-    return status;
-}
-
-static const pd_layer_type pd__hinge_type = { PD_API_VERSION,
-                                              "hinge",
-                                              2,
-                                              3,
-                                              sizeof(pd_cost_opts),
-                                              sizeof(pd__element_state),
-                                              0,
-                                              pd__hinge_setup,
-                                              NULL,
-                                              pd__hinge_forward,
-                                              pd__hinge_backward,
-                                              NULL,
-                                              NULL,
-                                              NULL };
-
-PD_DEF pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__hinge_type, input, label, NULL, opts);
-}
-
-/* ---- rank_cost ---- */
-
-static pd_status pd__rank_cost_setup(pd_layer *layer) {
-    pd_status status = pd__cost_setup(layer, 0);
-    for (int k = 0; !status && k < 3; k++) status = pd__cost_input(layer, k, false, 1);
-    return status;
-}
-
-static pd_status pd__rank_cost_forward(pd_layer *layer) {
-    const pd_tensor *left = &layer->inputs[0]->out, *right = &layer->inputs[1]->out, *p = &layer->inputs[2]->out;
-    double slopes[2];
-    pd_status status = pd__cost_begin(layer);
-    for (int64_t r = 0; !status && r < left->rows; r++)
-        pd__put_cost(layer, r,
-                     pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes));
-    return status;
-}
-
-static pd_status pd__rank_cost_backward(pd_layer *layer) {
-    const pd_tensor *left = &layer->inputs[0]->out, *right = &layer->inputs[1]->out, *p = &layer->inputs[2]->out;
-    double slopes[2];
-    pd_real *scales;
-    pd_status status = pd__cost_scales(layer, &scales);
-    for (int64_t r = 0; !status && r < left->rows; r++) {
-        if (scales[r] == 0) continue;
-        pd__logistic_cost((double)left->data[r] - (double)right->data[r], (double)p->data[r], 0, slopes);
-        if (left->grad) left->grad[r] += (pd_real)((double)scales[r] * slopes[0]);
-        if (right->grad) right->grad[r] -= (pd_real)((double)scales[r] * slopes[0]);
-        if (p->grad) p->grad[r] += (pd_real)((double)scales[r] * slopes[1]);
-    }
-    return status;
-}
-
-static const pd_layer_type pd__rank_cost_type = { PD_API_VERSION,
-                                                  "rank_cost",
-                                                  3,
-                                                  4,
-                                                  sizeof(pd_cost_opts),
-                                                  0,
-                                                  0,
-                                                  pd__rank_cost_setup,
-                                                  NULL,
-                                                  pd__rank_cost_forward,
-                                                  pd__rank_cost_backward,
-                                                  NULL,
-                                                  NULL,
-                                                  NULL };
-
-PD_DEF pd_layer *pd_rank_cost(pd_net *net, pd_layer *left, pd_layer *right, pd_layer *p, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__rank_cost_type, left, right, p, opts);
-}
-
-/* ---- lambda_rank ---- */
-
-/* Fills order[0 .. n - 1] with the rows first .. first + n - 1 by falling key, equal ones by rising row: a bottom-up
-   merge sort, which is stable. `spare` is n more. */
-static void pd__sort_rows(const pd_tensor *keys, int64_t first, int64_t n, int64_t *order, int64_t *spare) {
-    int64_t *from = order, *to = spare, *swap;
-    for (int64_t i = 0; i < n; i++) order[i] = first + i;
-    for (int64_t length = 1; length < n; length *= 2) {
-        for (int64_t i = 0; i < n; i += 2 * length) {
-            int64_t a = i, b = pd__min(i + length, n), a_end = b, b_end = pd__min(i + 2 * length, n);
-            for (int64_t k = i; k < b_end; k++) {
-                bool second = a == a_end || (b < b_end && pd__number(keys, from[b]) > pd__number(keys, from[a]));
-                to[k] = from[second ? b++ : a++];
-            }
-        }
-        swap = from, from = to, to = swap;
-    }
-    if (from != order) memcpy(order, from, (size_t)n * sizeof *order);
-}
-
-/* Rows first .. first + n - 1 are query q. Rows without sequences are one query. */
-static int64_t pd__query(const pd_tensor *t, int64_t q, int64_t *first) {
-    *first = t->starts ? t->starts[q] : 0;
-    return t->starts ? t->starts[q + 1] - *first : t->rows;
-}
-
-static int64_t pd__query_count(const pd_tensor *t) { return t->starts ? t->sequences : 1; }
-
-static double pd__gain(double relevance) { return exp2(relevance) - 1; }
-
-static double pd__discount(int64_t rank, int64_t top) { return rank < top ? 1 / log2(2 + (double)rank) : 0; }
-
-/* The discounted gain of the best `top` rows of a query when sorted by `keys`; leaves that order in integers 0. */
-static double pd__dcg(pd_layer *layer, const pd_tensor *keys, int64_t first, int64_t n) {
-    int64_t top = ((const pd_cost_opts *)layer->opts)->top;
-    int64_t *order = pd_layer_integers(layer, 0, layer->out.rows);
-    double sum = 0;
-    pd__sort_rows(keys, first, n, order, pd_layer_integers(layer, 1, layer->out.rows));
-    for (int64_t k = 0; k < n && k < top; k++)
-        sum += pd__gain(pd__number(&layer->inputs[1]->out, order[k])) * pd__discount(k, top);
-    return sum;
-}
-
-static pd_status pd__lambda_rank_setup(pd_layer *layer) {
-    const pd_layer *relevance = layer->inputs[1];
-    pd_status status = pd__cost_setup(layer, PD__HAS_TOP);
-    if (!status) status = pd__cost_input(layer, 0, false, 1);
-    if (!status && !relevance->is_ids) status = pd__cost_input(layer, 1, false, 1);
-    return status;
-}
-
-/* Checks the relevances, and takes the memory that pd__dcg will use. */
-static pd_status pd__lambda_rank_begin(pd_layer *layer) {
-    const pd_tensor *relevance = &layer->inputs[1]->out;
-    pd_status status = pd__cost_begin(layer);
-    for (int64_t r = 0; !status && r < relevance->rows; r++) {
-        double value = pd__number(relevance, r);
-        if (!(value >= 0 && value <= 1000)) /* 2^1000 is within a double's range */
-            return pd_layer_fail(layer, PD_E_FORMAT, "row %lld of \"%.100s\": expected relevance 0 to 1000, got %g",
-                                 (long long)r, layer->inputs[1]->name, value);
-    }
-    if (status || relevance->rows == 0) return status;
-    for (int slot = 0; slot < 2; slot++)
-        if (!pd_layer_integers(layer, slot, relevance->rows)) return PD_E_MEMORY;
-    return PD_OK;
-}
-
-static pd_status pd__lambda_rank_forward(pd_layer *layer) {
-    const pd_tensor *score = &layer->inputs[0]->out, *relevance = &layer->inputs[1]->out;
-    int64_t first;
-    pd_status status = pd__lambda_rank_begin(layer);
-    if (status || score->rows == 0) return status;
-    for (int64_t q = 0; q < pd__query_count(score); q++) {
-        int64_t n = pd__query(score, q, &first);
-        double best = pd__dcg(layer, relevance, first, n), dcg = pd__dcg(layer, score, first, n);
-        for (int64_t r = first; r < first + n; r++) pd__put_cost(layer, r, best > 0 ? (1 - dcg / best) / (double)n : 0);
-    }
-    return PD_OK;
-}
-
-/* For each pair, with i more relevant than j, lambda = |change of NDCG if i and j traded places| / (1 + e^(s_i - s_j))
-   pushes i up and j down. Pairs beyond the first `top` ranks change nothing, which leaves top x n of them. */
-static pd_status pd__lambda_rank_backward(pd_layer *layer) {
-    const pd_tensor *score = &layer->inputs[0]->out, *relevance = &layer->inputs[1]->out;
-    int64_t top = ((const pd_cost_opts *)layer->opts)->top, first;
-    double *sums = pd_layer_doubles(layer, 0, score->rows); /* each of up to as many lambdas as a query has rows */
-    pd_real *scales;
-    if (!score->grad || score->rows == 0) return PD_OK;
-    if (!sums || pd__cost_scales(layer, &scales) != PD_OK) return PD_E_MEMORY;
-    memset(sums, 0, (size_t)score->rows * sizeof *sums);
-    for (int64_t q = 0; q < pd__query_count(score); q++) {
-        int64_t n = pd__query(score, q, &first);
-        double best = pd__dcg(layer, relevance, first, n);
-        const int64_t *order = pd_layer_integers(layer, 0, score->rows);
-        pd__dcg(layer, score, first, n);
-        for (int64_t a = 0; best > 0 && a < n && a < top; a++)
-            for (int64_t b = a + 1; b < n; b++) {
-                double gain = pd__gain(pd__number(relevance, order[a])) - pd__gain(pd__number(relevance, order[b]));
-                int64_t i = order[gain > 0 ? a : b], j = order[gain > 0 ? b : a];
-                double change = fabs(gain) * (pd__discount(a, top) - pd__discount(b, top)) / best;
-                double lambda = change / (1 + exp((double)score->data[i] - (double)score->data[j]));
-                sums[i] -= lambda;
-                sums[j] += lambda;
-            }
-    }
-    for (int64_t r = 0; r < score->rows; r++) score->grad[r] += (pd_real)((double)scales[r] * sums[r]);
-    return PD_OK;
-}
-
-static const pd_layer_type pd__lambda_rank_type = { PD_API_VERSION,
-                                                    "lambda_rank",
-                                                    2,
-                                                    3,
-                                                    sizeof(pd_cost_opts),
-                                                    0,
-                                                    0,
-                                                    pd__lambda_rank_setup,
-                                                    NULL,
-                                                    pd__lambda_rank_forward,
-                                                    pd__lambda_rank_backward,
-                                                    NULL,
-                                                    NULL,
-                                                    NULL };
-
-PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevance, const pd_cost_opts *opts) {
-    return pd__add_cost(net, &pd__lambda_rank_type, score, relevance, NULL, opts);
-}
-/* ======================================================================================================== */
-/* >>evaluators                                                                                             */
+/* >>evaluators.c                                                                                          */
 
 enum { PD__MAX_VALUES = 16 };
 
@@ -8420,7 +7089,7 @@ static double pd__ratio(double part, double whole) { return whole > 0 ? part / w
 
 static double pd__mean(double sum, double count) { return count > 0 ? sum / count : (double)NAN; }
 
-/* ---- error ---- */
+/* ---- >>evaluator:error ---- */
 
 static pd_status pd__error_setup(pd_evaluator *e) {
     int64_t width = pd_shape_size(e->inputs[0]->shape);
@@ -8463,7 +7132,7 @@ PD_DEF pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *labe
     return pd_evaluator_add(net, &pd__error_type, output, label, opts);
 }
 
-/* ---- precision_recall ---- */
+/* ---- >>evaluator:precision_recall ---- */
 
 /* Sums: three per class, the weights of true positives, false positives and false negatives. An output of width 1
    counts as two classes. */
@@ -8531,7 +7200,7 @@ PD_DEF pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_
     return pd_evaluator_add(net, &pd__precision_recall_type, output, label, opts);
 }
 
-/* ---- auc ---- */
+/* ---- >>evaluator:auc ---- */
 
 /* Sums: the number of bins, then for each a score, and the weights of negatives and of positives that have it. New rows are
    added at the end; when there is no more room for them, bins are sorted, and equal scores, or, if these are too few,
@@ -8632,7 +7301,7 @@ PD_DEF pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label,
     return pd_evaluator_add(net, &pd__auc_type, output, label, opts);
 }
 
-/* ---- pnpair ---- */
+/* ---- >>evaluator:pnpair ---- */
 
 static pd_status pd__pnpair_setup(pd_evaluator *e) {
     pd_status status = pd__eval_options(e, false, false);
@@ -8679,7 +7348,7 @@ PD_DEF pd_evaluator *pd_eval_pnpair(pd_net *net, pd_layer *score, pd_layer *labe
     return pd_evaluator_add(net, &pd__pnpair_type, score, label, opts);
 }
 
-/* ---- mean_error ---- */
+/* ---- >>evaluator:mean_error ---- */
 
 static pd_status pd__mean_error_setup(pd_evaluator *e) {
     pd_status status = pd__eval_options(e, false, false);
@@ -8915,8 +7584,9 @@ PD_DEF double pd_evaluator_value(const pd_evaluator *evaluator, int k) {
 }
 
 PD_DEF pd_evaluator *pd_evaluator_first(pd_net *net) { return net ? net->evaluators : NULL; }
+
 /* ======================================================================================================== */
-/* >>optimizers                                                                                             */
+/* >>optimizers.c                                                                                          */
 
 /* What a trainer keeps for one trained parameter. */
 typedef struct pd__trained {
@@ -9106,6 +7776,1683 @@ PD_DEF double pd_schedule_factor(const pd_schedule *schedule, double samples_see
     return s < schedule->warm_up ? factor * s / schedule->warm_up : factor;
 }
 
+/* ======================================================================================================== */
+/* >>device.c: the CPU's operations                                                                        */
+/* ---- >>op:contract: basics ---- */
+
+enum { PD__PIECE = 8192 }; /* numbers per piece of an elementwise operation */
+
+static void pd__cpu_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM_STEPS(d, n, i, n, PD__PIECE, kernels->fill_piece(pd__min(PD__PIECE, n - i), value, y + i));
+}
+
+/* A piece of the box along one axis. */
+static void pd__contract_piece(const pd__kernels *kernels, const int64_t size[4], int axis, int64_t start,
+                               int64_t piece, pd_real alpha, const pd_real *a, const int64_t as[4], const pd_real *b,
+                               const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    int64_t part[4];
+    memcpy(part, size, sizeof part);
+    part[axis] = pd__min(piece, size[axis] - start);
+    kernels->contract_box(part, alpha, a + start * as[axis], as, b ? b + start * bs[axis] : NULL, bs,
+                          y + start * ys[axis], ys);
+}
+
+/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
+static void pd__cpu_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                             const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    int axis = -1;
+    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
+    if (work == 0) return;
+    for (int i = 0; i < 4; i++)
+        if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
+    if (axis < 0) {
+        kernels->contract_box(size, alpha, a, as, b, bs, y, ys);
+        return;
+    }
+    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
+    pieces = pd__ceil_div(size[axis], piece);
+    PD__TEAM(d, work, p, pieces, pd__contract_piece(kernels, size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
+}
+
+static double pd__cpu_norm(pd_device *d, int64_t n, const pd_real *x) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    enum { PARTS = 64 };
+    double parts[PARTS], sum = 0, large = 0;
+    int64_t piece = pd__ceil_div(n, PARTS);
+    PD__TEAM(d, n, p, PARTS,
+             parts[p] = kernels->dot(pd__max(0, pd__min(piece, n - p * piece)), x + pd__min(n, p * piece),
+                                     x + pd__min(n, p * piece)));
+    for (int p = 0; p < PARTS; p++) sum += parts[p];
+    if (pd__finite(sum)) return sqrt(sum);
+    /* Is a number not finite, or is only its square too large? */
+    for (int64_t i = 0; i < n; i++) large += ldexp((double)x[i], -600) * ldexp((double)x[i], -600);
+    return pd__finite(large) ? fmin(sqrt(large) * ldexp(1, 600), DBL_MAX) : large;
+}
+
+/* ---- >>op:gemm: matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
+   Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
+
+enum { PD__NC = 1024 }; /* columns of a product's blocks */
+/* How many numbers ahead panels of A are fetched that may come from memory. (Beside the 48 KB of first-level cache that
+   come with 64-byte vectors it pays for others too.) */
+enum { PD__AHEAD = 512 };
+
+/* A product's panels: m x k in panels of h rows, times k x n, to C. */
+struct pd__block_job {
+    int64_t m, n, k, h;
+    const pd_real *a, *b;
+    pd_real alpha, beta, *c;
+    int64_t ldc;
+    const pd_epilogue *after; /* NULL: more is to come, or nothing is to be done */
+    int64_t channel;          /* of the first row, if `by_row`, else of the first column */
+    bool by_row;
+    /* Or, where row_at is not NULL, added to c[row_at[i] + column_at[j]]. */
+    const int64_t *row_at, *column_at;
+};
+
+struct pd__gemm_job {
+    const pd__kernels *kernels;
+    bool ta, tb;
+    int64_t m, n, k, lda, ldb, ldc;
+    pd_real alpha, beta;
+    const pd_real *a, *b;
+    pd_real *c, *space;
+    const pd_epilogue *after;
+    int64_t across, down, rows, columns, each; /* parts of so many rows and columns; working space of each */
+    pd_real *right;                            /* all of B, packed, if it is kept; `ready`: it is there already */
+    bool ready;
+};
+
+/* Rows in a panel of A so that all panels of m rows are about as high, at most MR, and as pd__tile wants them. */
+static int64_t pd__height(const pd__kernels *kernels, int64_t m) {
+    int64_t h = pd__ceil_div(m, pd__ceil_div(pd__max(m, 1), kernels->mr));
+    return kernels->mr > 6 ? pd__ceil_div(h, 4) * 4 : h;
+}
+
+/* Depth of the packed blocks: k in equal parts of at most KC. */
+static int64_t pd__depth(const pd__kernels *kernels, int64_t k) {
+    return pd__max(1, pd__ceil_div(k, pd__ceil_div(pd__max(k, 1), kernels->kc)));
+}
+
+static void pd__gemm_part(const pd__gemm_job *g, int64_t part) {
+    const pd__kernels *kernels = g->kernels;
+    int64_t i0 = part / g->across * g->rows, j0 = part % g->across * g->columns;
+    int64_t i1 = pd__min(g->m, i0 + g->rows), j1 = pd__min(g->n, j0 + g->columns);
+    int64_t ra = g->ta ? 1 : g->lda, ca = g->ta ? g->lda : 1, rb = g->tb ? 1 : g->ldb, cb = g->tb ? g->ldb : 1;
+    int64_t depth = pd__depth(kernels, g->k), padded = pd__ceil_div(j1 - j0, kernels->nr) * kernels->nr, h, mc, nc;
+    pd_real *packed_a = g->space + part * g->each, *packed_b;
+    if (i0 >= i1 || j0 >= j1) return;
+    h = pd__height(kernels, i1 - i0);
+    mc = pd__min(i1 - i0, kernels->mc / h * h);
+    /* B packed for one block of rows only is used at once, so that a few columns, still in the cache, do; of a B that is
+       read by rows, more. */
+    nc = mc < i1 - i0 ? PD__NC : g->tb ? 64 : 256;
+    packed_b = packed_a + pd__ceil_div(mc * depth, 16) * 16;
+    for (int64_t wide = j0; wide < j1; wide += PD__NC)
+        for (int64_t p = 0; p < g->k || p == 0; p += depth)
+            for (int64_t j = wide; j < pd__min(j1, wide + PD__NC); j += nc) {
+                pd__block_job b;
+                memset(&b, 0, sizeof b);
+                b.n = pd__min(pd__min(nc, wide + PD__NC - j), j1 - j), b.k = pd__min(depth, g->k - p), b.h = h;
+                b.alpha = g->alpha, b.beta = p ? 1 : g->beta, b.ldc = g->ldc;
+                b.after = p + depth >= g->k ? g->after : NULL, b.channel = j;
+                b.a = packed_a, b.b = packed_b;
+                if (g->right) b.b = packed_b = g->right + j0 * g->k + p * padded + (j - j0) * b.k;
+                if (!g->ready) kernels->pack_b(g->b + p * rb + j * cb, rb, cb, b.k, b.n, packed_b);
+                for (int64_t i = i0; i < i1; i += mc) {
+                    b.m = pd__min(mc, i1 - i);
+                    if (j == wide || mc < i1 - i0)
+                        kernels->pack_a(g->a + i * ra + p * ca, ra, ca, b.m, b.k, h, 0, b.k, packed_a);
+                    b.c = g->c + i * g->ldc + j;
+                    kernels->multiply(&b);
+                }
+            }
+}
+
+/* Each part packs its rows of A and its columns of B: chooses the grid of so many parts for which that is least. */
+static void pd__gemm_grid(pd__gemm_job *g, int64_t parts) {
+    const pd__kernels *kernels = g->kernels;
+    g->across = 1, g->down = parts;
+    for (int64_t across = 2; across <= parts; across++)
+        if (parts % across == 0 && across * g->m + parts / across * g->n < g->across * g->m + g->down * g->n)
+            g->across = across, g->down = parts / across;
+    g->rows = pd__ceil_div(pd__ceil_div(g->m, g->down), kernels->mr) * kernels->mr;
+    g->columns = pd__ceil_div(pd__ceil_div(g->n, g->across), kernels->nr) * kernels->nr;
+    g->each = (pd__min(kernels->mc, g->rows) + pd__min(PD__NC, g->columns)) * pd__depth(kernels, g->k) + 32;
+    g->each = pd__ceil_div(g->each, 16) * 16; /* whole cache lines */
+}
+
+static void pd__cpu_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha,
+                         const pd_real *a, int64_t lda, const pd_real *b, int64_t ldb, pd_real beta, pd_real *c,
+                         int64_t ldc, const pd_epilogue *after) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__gemm_job g;
+    int64_t work = m * n * k / 8, parts = pd__team(d, work), form[6] = { PD__FORM_RIGHT, tb, k, n, 0, 0 };
+    int64_t most = work < PD__TEAM_WORK ? 1 : pd__cpu_threads(d), space;
+    pd__kept *kept = NULL;
+    if (m <= 0 || n <= 0) return;
+    memset(&g, 0, sizeof g);
+    g.kernels = kernels;
+    g.ta = ta, g.tb = tb, g.m = m, g.n = n, g.k = k, g.lda = lda, g.ldb = ldb, g.ldc = ldc;
+    g.alpha = alpha, g.beta = beta, g.a = a, g.b = b, g.c = c, g.after = after;
+    pd__gemm_grid(&g, parts);
+    if (m == 1 && !tb) { /* then parts go across */
+        PD__TEAM(d, work, part, g.across, kernels->gemm_row(&g, part));
+        return;
+    }
+    form[4] = ldb, form[5] = g.columns;
+    if (g.down == 1) kept = pd__kept_form(d, b, form, k * (n + kernels->nr), &g.ready);
+    if (kept) g.right = kept->numbers;
+    space = parts * g.each;
+    if (most > parts) { /* also for when all threads are back, so that steps then take none; either may need more */
+        pd__gemm_grid(&g, most);
+        space = pd__max(space, most * g.each);
+        pd__gemm_grid(&g, parts);
+    }
+    g.space = (pd_real *)pd__scratch(d, space, sizeof(pd_real));
+    if (!g.space) return;
+    PD__TEAM(d, work, part, parts, pd__gemm_part(&g, part));
+    if (kept) memcpy(kept->form, form, sizeof form);
+}
+
+PD_DEF void pd_epilogue_apply(pd_device *d, const pd_epilogue *after, int64_t rows, int64_t columns, pd_real *c,
+                              int64_t ldc) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * columns, i, rows, kernels->finish(after, false, 0, 1, columns, c + i * ldc, ldc));
+}
+
+/* ---- >>op:conv: convolution as products of filters and patches, which are picked straight from the image ----
+   Element (k, j) of the patches, k = (channel, filter row, filter column) and j = (output row, output column), is at
+   image[k_at[k] + j_at[j]], in an image with its padding around it. Where patches are more than one column apart, the
+   image's columns are sorted by phase, their remainder modulo the stride: then outputs that are side by side are made
+   of numbers that are. Images are independent of each other and filters are packed once, so the forward pass and the
+   data gradient are cut by images and, for few of them, by filters, channels or columns; the filter gradient, a sum
+   over images, is cut by columns of its matrix. */
+
+/* The work of `count` products of m x n numbers, k deep each. A tile of them takes about as long to begin as 32 steps. */
+static int64_t pd__product_work(int64_t count, int64_t m, int64_t n, int64_t k) { return count * m * n * (k + 32) / 8; }
+
+typedef struct pd__conv_job {
+    const pd__kernels *kernels;
+    const pd_conv_shape *s;
+    int64_t channels, filters;                /* per group */
+    int64_t depth, area;                      /* of the patches of a group */
+    int64_t in_area, high, wide, padded_area; /* of an image's channel, and with its padding */
+    int64_t phases, per_phase;                /* of its columns: column c is at c % phases * per_phase + c / phases */
+    const int64_t *k_at, *j_at;
+    const pd_real *x, *w, *dy;
+    pd_real *out;             /* y, dx or dw */
+    pd_real beta;             /* of y .. */
+    const pd_epilogue *after; /* .. and what is made of it */
+    int64_t parts, per_part;  /* of a group's filters, channels or columns */
+    int64_t across, columns;  /* parts of the patches of an image, in the forward pass; columns of each */
+    int64_t block_n, block_k; /* columns and depth of the blocks that are packed at a time .. */
+    int64_t together;         /* .. and images */
+    pd_real *packed;          /* filters */
+    pd_real *space;
+    int64_t each; /* working space of one thread */
+} pd__conv_job;
+
+static void pd__conv_sizes(pd__conv_job *j, const pd__kernels *kernels, const pd_conv_shape *s) {
+    memset(j, 0, sizeof *j);
+    j->kernels = kernels;
+    j->s = s;
+    j->channels = s->in_c / s->groups;
+    j->filters = s->out_c / s->groups;
+    j->depth = j->channels * s->filter_h * s->filter_w;
+    j->area = s->out_h * s->out_w;
+    j->in_area = s->in_h * s->in_w;
+    j->high = pd__max(s->in_h + 2 * s->pad_h, (s->out_h - 1) * s->stride_h + (s->filter_h - 1) * s->dilation_h + 1);
+    j->wide = pd__max(s->in_w + 2 * s->pad_w, (s->out_w - 1) * s->stride_w + (s->filter_w - 1) * s->dilation_w + 1);
+    j->phases = s->filter_w > 1 ? s->stride_w : 1;
+    j->per_phase = pd__ceil_div(j->wide, j->phases);
+    j->wide = j->phases * j->per_phase;
+    j->padded_area = j->high * j->wide;
+    j->together = j->across = 1;
+    j->columns = j->area;
+}
+
+/* Is a copy made of images? */
+static bool pd__is_padded(const pd__conv_job *j) { return j->padded_area != j->in_area || j->phases > 1; }
+
+static int64_t pd__conv_column(const pd__conv_job *j, int64_t column) {
+    return column % j->phases * j->per_phase + column / j->phases;
+}
+
+/* Fills the offsets, and takes scratch for them, `packed` numbers of filters and, for each thread, a padded image of
+   so many channels and `block` numbers. False when out of memory. */
+static bool pd__conv_space(pd_device *d, pd__conv_job *j, int64_t packed, int64_t channels, int64_t block) {
+    const pd_conv_shape *s = j->s;
+    int64_t places = j->together * j->area, offsets = j->depth + places, *at, threads = pd__cpu_threads(d),
+            line = 64 / (int64_t)sizeof(pd_real);
+    int64_t image = pd__is_padded(j) ? j->channels * j->padded_area : s->in_c * j->in_area;
+    int64_t head = pd__ceil_div(offsets * (int64_t)sizeof *at, 64) * line;
+    packed = pd__ceil_div(packed, line) * line;
+    j->each = pd__ceil_div(channels * j->padded_area, line) * line + pd__ceil_div(block, line) * line;
+    at = (int64_t *)pd__scratch(d, head + packed + threads * j->each, sizeof(pd_real));
+    if (!at) return false;
+    j->k_at = at;
+    j->j_at = at + j->depth;
+    j->packed = (pd_real *)at + head;
+    for (int64_t channel = 0; channel < j->channels; channel++)
+        for (int64_t h = 0; h < s->filter_h; h++)
+            for (int64_t w = 0; w < s->filter_w; w++)
+                *at++ = channel * j->padded_area + h * s->dilation_h * j->wide + pd__conv_column(j, w * s->dilation_w);
+    for (int64_t i = 0; i < j->together; i++)
+        for (int64_t h = 0; h < s->out_h; h++)
+            for (int64_t w = 0; w < s->out_w; w++)
+                *at++ = i * image + h * s->stride_h * j->wide + pd__conv_column(j, w * s->stride_w);
+    j->space = j->packed + packed;
+    return true;
+}
+
+/* Copies channels with zeros around them, or, if `back`, adds what is inside to the channels. */
+static void pd__pad(const pd__conv_job *j, bool back, int64_t channels, pd_real *image, pd_real *padded) {
+    const pd_conv_shape *s = j->s;
+    if (!back) memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t h = 0; h < s->in_h; h++) {
+            pd_real *line = image + c * j->in_area + h * s->in_w;
+            pd_real *to = padded + c * j->padded_area + (h + s->pad_h) * j->wide;
+            for (int64_t phase = 0; phase < j->phases; phase++) {
+                int64_t w = (phase + j->phases - s->pad_w % j->phases) % j->phases; /* its first column */
+                pd_real *inside = to + pd__conv_column(j, w + s->pad_w);
+                if (back)
+                    for (; w < s->in_w; w += j->phases) line[w] += *inside++;
+                else if (j->phases == 1) memcpy(inside, line, (size_t)s->in_w * sizeof *line);
+                else
+                    for (; w < s->in_w; w += j->phases) *inside++ = line[w];
+            }
+        }
+}
+
+/* Packs rows first .. first + rows - 1 of a group's filter matrix (filters x depth), or of its transpose, block of k by
+   block. */
+static void pd__pack_filters(const pd__conv_job *j, bool transposed, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t group = unit / j->parts, m = transposed ? j->depth : j->filters, k = transposed ? j->filters : j->depth;
+    int64_t first = unit % j->parts * j->per_part, rows = pd__min(j->per_part, m - first), step = pd__depth(kernels, k);
+    int64_t rs = transposed ? 1 : j->depth, cs = transposed ? j->depth : 1;
+    const pd_real *w = j->w + group * j->filters * j->depth + first * rs;
+    pd_real *to = j->packed + (group * m + first) * k;
+    if (rows <= 0) return;
+    for (int64_t p = 0; p < k; p += step) {
+        int64_t steps = pd__min(step, k - p);
+        kernels->pack_a(w + p * cs, rs, cs, rows, steps, pd__height(kernels, rows), 0, steps, to + p * rows);
+    }
+}
+
+static void pd__pack_filters_forward(const pd__conv_job *j, int64_t unit) { pd__pack_filters(j, false, unit); }
+static void pd__pack_filters_back(const pd__conv_job *j, int64_t unit) { pd__pack_filters(j, true, unit); }
+
+/* One part of one group of one image: y = filters * patches + beta y. */
+static void pd__conv_unit(const pd__conv_job *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t left = unit % j->across * j->columns, right = pd__min(left + j->columns, j->area);
+    int64_t part = unit / j->across % j->parts, image = unit / j->across / j->parts, group = image % j->s->groups;
+    int64_t first = part * j->per_part, step = pd__depth(kernels, j->depth);
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *patches = padded;
+    const pd_real *x = j->x + image * j->channels * j->in_area;
+    pd__block_job b;
+    memset(&b, 0, sizeof b);
+    b.m = pd__min(j->per_part, j->filters - first);
+    if (b.m <= 0) return;
+    b.h = pd__height(kernels, b.m);
+    b.alpha = 1;
+    b.ldc = j->area;
+    b.by_row = true;
+    b.channel = group * j->filters + first;
+    if (pd__is_padded(j)) {
+        pd__pad(j, false, j->channels, (pd_real *)(uintptr_t)x, padded); /* only read */
+        x = padded;
+        patches += j->channels * j->padded_area;
+    }
+    b.b = patches;
+    for (int64_t at = left; at < right; at += j->block_n)
+        for (int64_t p = 0; p < j->depth; p += step) {
+            b.n = pd__min(j->block_n, right - at);
+            b.k = pd__min(step, j->depth - p);
+            b.beta = p ? 1 : j->beta;
+            b.after = p + step >= j->depth ? j->after : NULL;
+            b.a = j->packed + (group * j->filters + first) * j->depth + p * b.m;
+            b.c = j->out + (image * j->filters + first) * j->area + at;
+            for (int64_t c = 0; c < b.n; c += kernels->nr)
+                kernels->pick_b_panel(x, j->k_at + p, j->j_at + at + c, b.k, pd__min(kernels->nr, b.n - c),
+                                      patches + c * b.k);
+            kernels->multiply(&b);
+        }
+}
+
+/* One part, a number of whole channels, of one group of one image: dx += scattered (filters^T * dy). */
+static void pd__conv_back_unit(const pd__conv_job *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t part = unit % j->parts, image = unit / j->parts, group = image % j->s->groups;
+    int64_t window = j->s->filter_h * j->s->filter_w, first = part * j->per_part, step = pd__depth(kernels, j->filters);
+    int64_t channels = pd__min(j->per_part, j->depth - first) / window;
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed = padded;
+    pd_real *dx = j->out + (image * j->channels + first / window) * j->in_area;
+    const pd_real *dy = j->dy + image * j->filters * j->area;
+    pd__block_job b;
+    if (channels <= 0) return;
+    memset(&b, 0, sizeof b);
+    b.m = channels * window;
+    b.h = pd__height(kernels, b.m);
+    b.alpha = 1;
+    b.c = dx;
+    if (pd__is_padded(j)) {
+        memset(padded, 0, (size_t)(channels * j->padded_area) * sizeof *padded);
+        b.c = padded;
+        packed += channels * j->padded_area;
+    }
+    b.row_at = j->k_at; /* of the part's own channels, the first of which is at 0 */
+    b.b = packed;
+    for (int64_t at = 0; at < j->area; at += j->block_n)
+        for (int64_t p = 0; p < j->filters; p += step) {
+            b.n = pd__min(j->block_n, j->area - at);
+            b.k = pd__min(step, j->filters - p);
+            b.a = j->packed + (group * j->depth + first) * j->filters + p * b.m;
+            b.column_at = j->j_at + at;
+            kernels->pack_b(dy + p * j->area + at, j->area, 1, b.k, b.n, packed);
+            kernels->multiply(&b);
+        }
+    if (b.c == padded) pd__pad(j, true, channels, dx, padded);
+}
+
+/* One part, a number of columns, of one group of dw: dw += dy * patches^T, summed over all images in order. */
+static void pd__conv_filter_unit(const pd__conv_job *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t part = unit % j->parts, group = unit / j->parts, window = j->s->filter_h * j->s->filter_w;
+    int64_t first = part * j->per_part, columns = pd__min(j->per_part, j->depth - first);
+    int64_t channel = first / window, channels = (first + columns - 1) / window - channel + 1;
+    int64_t h = pd__height(kernels, j->filters), mc = pd__min(j->filters, kernels->mc / h * h), step = j->block_k;
+    pd_real *padded = j->space + PD__THREAD_INDEX() * j->each, *packed_a = padded, *packed_b;
+    pd__block_job b;
+    if (columns <= 0) return;
+    memset(&b, 0, sizeof b);
+    b.h = h;
+    b.alpha = b.beta = 1;
+    b.ldc = j->depth;
+    if (pd__is_padded(j)) packed_a += j->together * j->channels * j->padded_area;
+    packed_b = packed_a + mc * step;
+    b.a = packed_a;
+    b.b = packed_b;
+    for (int64_t row = 0; row < j->s->rows; row += j->together) {
+        int64_t rows = pd__min(j->together, j->s->rows - row), image = row * j->s->groups + group;
+        const pd_real *x = j->x + image * j->channels * j->in_area, *dy = j->dy + image * j->filters * j->area;
+        int64_t x_row = j->s->in_c * j->in_area, dy_row = j->s->out_c * j->area;
+        if (pd__is_padded(j)) {
+            for (int64_t r = 0; r < rows; r++)
+                pd__pad(j, false, channels, (pd_real *)(uintptr_t)x + r * x_row + channel * j->in_area,
+                        padded + (r * j->channels + channel) * j->padded_area);
+            x = padded;
+        }
+        for (int64_t p = 0; p < rows * j->area; p += step)
+            for (int64_t n = 0; n < columns; n += j->block_n) {
+                b.k = pd__min(step, rows * j->area - p);
+                b.n = pd__min(j->block_n, columns - n);
+                for (int64_t c = 0; c < b.n; c += kernels->nr)
+                    kernels->pick_b_panel(x, j->j_at + p, j->k_at + first + n + c, b.k, pd__min(kernels->nr, b.n - c),
+                                          packed_b + c * b.k);
+                for (int64_t i = 0; i < j->filters; i += mc) {
+                    b.m = pd__min(mc, j->filters - i);
+                    for (int64_t r = 0; r < rows; r++) /* of several rows all positions, of one a block of them */
+                        kernels->pack_a(dy + r * dy_row + i * j->area + p, j->area, 1, b.m, b.k / rows, h, r * j->area,
+                                        b.k, packed_a);
+                    b.c = j->out + (group * j->filters + i) * j->depth + first + n;
+                    kernels->multiply(&b);
+                }
+            }
+    }
+}
+
+/* Cuts `units` things of `size` into parts of whole multiples of `grain`, so that there is work for every thread. */
+static void pd__conv_parts(pd_device *d, pd__conv_job *j, int64_t units, int64_t size, int64_t grain) {
+    int64_t grains = pd__ceil_div(size, grain);
+    j->parts = pd__min(grains, pd__ceil_div(pd__cpu_threads(d), pd__max(units, 1)));
+    j->per_part = pd__ceil_div(grains, j->parts) * grain;
+}
+
+/* ---- >>op:winograd: convolution with 3 x 3 filters at stride 1, after Winograd: F(4 x 4, 3 x 3) of Lavin and Gray 2016 ----
+   A tile of 4 x 4 outputs needs 6 x 6 inputs. With B, G and A of that paper, B^T d B of each tile d of each channel and
+   G g G^T of each filter g are made once; their 36 places are multiplied like matrices of filters, channels and tiles;
+   and A^T m A of the sums m are the outputs: 36 multiplications instead of 144. The data gradient is the same with the
+   filters turned round and the channels as filters; the filter gradient is the transpose, G^T (A dy A^T * B^T d B) G. */
+
+/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
+   and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
+   are about what that costs, in multiplications, as measured. They round differently, so where one answer is asked for it
+   is judged as for three rows: where that is wrong, one row and many lose about equally. */
+static bool pd__winograd_fits(const pd_conv_shape *s) {
+    const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
+    const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4), rows = s->one_answer ? 3 : s->rows;
+    const int64_t products = channels * filters, transform = 8000 / pd__max(1, pd__min(8, rows * tiles));
+    return s->filter_h == 3 && s->filter_w == 3 && s->stride_h == 1 && s->stride_w == 1 && s->dilation_h == 1 &&
+           s->dilation_w == 1 && s->pad_h <= 2 && s->pad_w <= 2 &&
+           rows * tiles * (36 * products + transform * (channels + filters)) + 400 * products <
+               rows * outputs * products * 10;
+}
+
+/* Numbers in one of the 36 planes, with a gap: else the planes would often take each other's places in the cache. */
+static int64_t pd__winograd_plane(int64_t lines, int64_t length) { return lines * length + 16; }
+
+struct pd__winograd {
+    const pd__kernels *kernels;
+    int64_t rows, groups, channels, filters; /* of a group */
+    int64_t in_h, in_w, out_h, out_w, top, left;
+    int64_t high, wide; /* tiles of an image's channel */
+    /* A block takes `across` times `lines` of the rows of tiles, which follow each other in all images. Where one row
+       would leave vectors empty they are put side by side, the first `lines` in the first column: such a line of a
+       block has `width` tiles. Or, of many small images, `by_lane`: the same row of as many images as a vector has
+       lanes is a line, with the images of a tile side by side. */
+    bool by_lane;
+    int64_t across, width, lines, all_lines, blocks;
+    int64_t stride; /* columns of tiles in a line that is read, filled up with zeros */
+    int64_t places; /* for a block's tiles in one line of a matrix: `width` of each row, and what vectors run over */
+    int64_t height, panels;  /* of the filters */
+    int64_t parts, per_part; /* of the panels */
+    bool back;               /* the filters are those of the data gradient */
+    const pd_real *x, *w, *dy;
+    pd_real *out;                /* y, dx or dw */
+    pd_real beta;                /* of y or dx .. */
+    const pd_epilogue *after;    /* .. and what is made of y */
+    pd_real *packed;             /* [group][36][panel] of filters, or [36][filters][channels] of sums */
+    pd_real *images, *gradients; /* [36][channels or filters][places] */
+    pd_real *space;
+    int64_t each, group, block; /* working space of a thread; what is done at the moment */
+};
+
+/* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
+typedef struct pd__winograd_rows {
+    int64_t image[2 * 64 / sizeof(pd_real)], row[2 * 64 / sizeof(pd_real)]; /* nr of the widest vectors */
+} pd__winograd_rows;
+
+/* How many lines a block has. */
+static int64_t pd__winograd_lines(const pd__winograd *j, int64_t block) {
+    return pd__min(j->lines, j->all_lines - block * j->lines);
+}
+
+/* Those of the first line of a block, and of the line after. */
+static void pd__winograd_first(const pd__winograd *j, int64_t block, pd__winograd_rows *at) {
+    const int64_t lines = pd__winograd_lines(j, block), first = block * j->lines * (j->by_lane ? 1 : j->across);
+    const int64_t images = j->by_lane ? 1 : lines / j->high, rows = j->by_lane ? 0 : lines % j->high; /* to the next */
+    int64_t image = first / j->high * (j->by_lane ? j->across : 1), row = first % j->high;
+    for (int64_t i = 0; i < j->across; i++) {
+        at->image[i] = image, at->row[i] = row;
+        image += images, row += rows;
+        if (row >= j->high) row -= j->high, image++;
+    }
+}
+
+static void pd__winograd_next(const pd__winograd *j, pd__winograd_rows *at) {
+    for (int64_t i = 0; i < j->across; i++)
+        if (++at->row[i] == j->high) at->row[i] = 0, at->image[i] += j->by_lane ? j->across : 1;
+}
+
+/* Numbers of all channels of an image, and of its output. */
+static int64_t pd__winograd_in(const pd__winograd *j) { return j->groups * j->channels * j->in_h * j->in_w; }
+static int64_t pd__winograd_out(const pd__winograd *j) { return j->groups * j->filters * j->out_h * j->out_w; }
+
+/* How many tiles a block has. */
+static int64_t pd__winograd_tiles(const pd__winograd *j, int64_t block) {
+    return pd__winograd_lines(j, block) * j->width;
+}
+
+/* One block of tiles and one part of the filters. */
+static void pd__winograd_unit(const pd__winograd *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t part = unit % j->parts, group = unit / j->parts % j->groups, block = unit / j->parts / j->groups;
+    int64_t first = part * j->per_part, last = pd__min(first + j->per_part, j->panels), filter = first * j->height;
+    int64_t count = pd__min(last * j->height, j->filters) - filter, tiles = pd__winograd_tiles(j, block);
+    int64_t plane = pd__winograd_plane(j->channels, j->places), sum_plane = pd__winograd_plane(count, j->places);
+    int64_t panel = pd__winograd_plane(j->channels, j->height);
+    pd_real *images = j->space + PD__THREAD_INDEX() * j->each, *sums = images + 36 * plane;
+    if (count <= 0) return;
+    for (int64_t c = 0; c < j->channels; c++) /* the sums lie idle yet */
+        kernels->winograd_channel(j, false, group, block, c, sums, images + c * j->places, plane);
+    for (int64_t i = 0; i < 36; i++)
+        for (int64_t t = 0; t < tiles; t += kernels->nr)
+            for (int64_t p = first; p < last; p++)
+                kernels->tile((int)pd__min(j->height, j->filters - p * j->height),
+                              (int)(tiles - t <= kernels->lanes ? 1 : kernels->nr / kernels->lanes), j->channels, 1,
+                              j->packed + ((group * 36 + i) * j->panels + p) * panel, PD__AHEAD, images + i * plane + t,
+                              j->places, 0, sums + i * sum_plane + (p - first) * j->height * j->places + t, j->places);
+    for (int64_t k = 0; k < count; k++)
+        kernels->winograd_put(j, group, block, filter + k, sums + k * j->places, sum_plane, images);
+}
+
+/* Are images worth a lane each? Their rows must be short, and not many lanes be empty. */
+static bool pd__winograd_by_lane(const pd__kernels *kernels, int64_t rows, int64_t wide) {
+    return kernels->lanes > 1 && wide * kernels->lanes <= 64 &&
+           pd__ceil_div(rows, kernels->lanes) * kernels->lanes * 3 <= rows * 4;
+}
+
+/* Sizes, in the direction of the forward pass or of the data gradient; `tiles`: about so many in a block. */
+static void pd__winograd_sizes(pd__winograd *j, const pd__kernels *kernels, const pd_conv_shape *s, bool back,
+                               int64_t tiles, int64_t threads) {
+    memset(j, 0, sizeof *j);
+    j->kernels = kernels;
+    j->rows = s->rows, j->groups = s->groups, j->back = back;
+    j->channels = (back ? s->out_c : s->in_c) / s->groups, j->filters = (back ? s->in_c : s->out_c) / s->groups;
+    j->in_h = back ? s->out_h : s->in_h, j->in_w = back ? s->out_w : s->in_w;
+    j->out_h = back ? s->in_h : s->out_h, j->out_w = back ? s->in_w : s->out_w;
+    j->top = back ? 2 - s->pad_h : s->pad_h, j->left = back ? 2 - s->pad_w : s->pad_w;
+    j->high = pd__ceil_div(j->out_h, 4), j->wide = pd__ceil_div(j->out_w, 4);
+    j->across = 4 * j->wide < 3 * kernels->lanes ? pd__min(j->rows * j->high, kernels->nr / j->wide) : 1;
+    j->all_lines = pd__ceil_div(j->rows * j->high, j->across);
+    j->by_lane = pd__winograd_by_lane(kernels, j->rows, j->wide);
+    if (j->by_lane) j->across = kernels->lanes, j->all_lines = pd__ceil_div(j->rows, kernels->lanes) * j->high;
+    j->width = j->across * j->wide;
+    /* A block for each thread, as long as its tiles about fill a panel. */
+    j->lines = pd__ceil_div(j->all_lines, pd__ceil_div(threads, s->groups));
+    j->lines = pd__min(pd__max(j->lines, kernels->nr / j->width), tiles / j->width);
+    j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
+    j->blocks = pd__ceil_div(j->all_lines, j->lines);
+    j->stride = pd__ceil_div(j->width, kernels->lanes) * kernels->lanes + 4;
+    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles have in common; and an odd multiple
+       of 16, so that the same places of many lines do not take each other's in the cache. */
+    j->places = pd__ceil_div(j->lines * j->width + kernels->lanes + 2 + 16, 32) * 32 - 16;
+}
+
+static void pd__winograd_run(pd_device *d, pd__winograd *j) {
+    const pd__kernels *kernels = j->kernels;
+    int64_t threads = pd__cpu_threads(d), units = j->blocks * j->groups, filters;
+    int64_t form[6] = { PD__FORM_WINOGRAD, j->groups, j->filters, j->channels, j->back, 0 };
+    pd__kept *kept;
+    bool ready;
+    int64_t work = j->rows * j->groups * j->out_h * j->out_w * j->filters * j->channels;
+    j->height = pd__height(kernels, j->filters);
+    j->panels = pd__ceil_div(j->filters, j->height);
+    j->parts = pd__min(j->panels, pd__ceil_div(threads, units));
+    j->per_part = pd__ceil_div(j->panels, j->parts);
+    j->each =
+        36 * pd__winograd_plane(j->channels, j->places) + 36 * pd__winograd_plane(j->per_part * j->height, j->places);
+    filters = j->groups * j->panels * 36 * pd__winograd_plane(j->channels, j->height);
+    filters = pd__ceil_div(filters, 16) * 16;
+    kept = pd__kept_form(d, j->w, form, filters, &ready);
+    j->packed = (pd_real *)pd__scratch(d, (kept ? 0 : filters) + threads * j->each, sizeof(pd_real));
+    if (!j->packed) return;
+    j->space = j->packed + (kept ? 0 : filters);
+    if (kept) j->packed = kept->numbers;
+    PD__TEAM(d, ready ? 0 : j->groups * j->filters * j->channels * 36, unit, ready ? 0 : j->groups * j->panels,
+             kernels->winograd_panel(j, unit));
+    if (kept) memcpy(kept->form, form, sizeof form);
+    PD__TEAM(d, work, unit, units * j->parts, pd__winograd_unit(j, unit));
+}
+
+/* The filter gradient: one channel of a block's images, or one filter of its output gradients. */
+static void pd__winograd_transform(const pd__winograd *j, int64_t unit) {
+    const pd__kernels *kernels = j->kernels;
+    const bool gradient = unit >= j->channels;
+    const int64_t lines = gradient ? j->filters : j->channels, channel = gradient ? unit - j->channels : unit;
+    pd_real *to = (gradient ? j->gradients : j->images) + channel * j->places;
+    kernels->winograd_channel(j, gradient, j->group, j->block, channel, j->space + PD__THREAD_INDEX() * j->each, to,
+                              pd__winograd_plane(lines, j->places));
+}
+
+/* One of the 36 sums over a block's tiles, of filters x channels. */
+static void pd__winograd_sum(const pd__winograd *j, int64_t i) {
+    pd__gemm_job g;
+    memset(&g, 0, sizeof g);
+    g.kernels = j->kernels;
+    g.tb = true;
+    g.m = g.rows = j->filters, g.n = g.columns = j->channels;
+    g.k = pd__winograd_tiles(j, j->block);
+    g.lda = g.ldb = j->places, g.ldc = j->channels;
+    g.alpha = 1, g.beta = j->block == 0 ? 0 : 1;
+    g.a = j->gradients + i * pd__winograd_plane(j->filters, j->places);
+    g.b = j->images + i * pd__winograd_plane(j->channels, j->places);
+    g.c = j->packed + i * pd__winograd_plane(j->filters, j->channels);
+    g.space = j->space + PD__THREAD_INDEX() * j->each;
+    g.across = 1;
+    pd__gemm_part(&g, 0);
+}
+
+static void pd__winograd_backward_filter(pd_device *d, pd__winograd *j) {
+    const pd__kernels *kernels = j->kernels;
+    const int64_t images = 36 * pd__winograd_plane(j->channels, j->places);
+    const int64_t gradients = 36 * pd__winograd_plane(j->filters, j->places);
+    int64_t sums = 36 * pd__winograd_plane(j->filters, j->channels);
+    int64_t tiles = j->lines * j->width, threads = pd__cpu_threads(d);
+    int64_t work = tiles * (j->channels + j->filters) * 36;
+    /* of a product's packed factors, or of phases */
+    j->each = pd__max((pd__min(kernels->mc, j->filters) + pd__min(PD__NC, j->channels + kernels->nr)) *
+                          pd__depth(kernels, tiles),
+                      46 * j->stride);
+    j->each = pd__ceil_div(j->each, 16) * 16 + 32;
+    sums = pd__ceil_div(sums, 16) * 16;
+    j->packed = (pd_real *)pd__scratch(d, sums + images + gradients + threads * j->each, sizeof(pd_real));
+    if (!j->packed) return;
+    j->images = j->packed + sums;
+    j->gradients = j->images + images;
+    j->space = j->gradients + gradients;
+    for (j->group = 0; j->group < j->groups; j->group++) {
+        for (j->block = 0; j->block < j->blocks; j->block++) {
+            PD__TEAM(d, work, unit, j->channels + j->filters, pd__winograd_transform(j, unit));
+            PD__TEAM(d, work * 16, unit, 36, pd__winograd_sum(j, unit));
+        }
+        PD__TEAM(d, sums, unit, j->filters, kernels->winograd_filter_unit(j, unit));
+    }
+}
+
+/* ---- convolution: one way or the other ---- */
+
+static void pd__cpu_conv(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *w, pd_real beta,
+                         pd_real *y, const pd_epilogue *after) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__conv_job j;
+    int64_t images = s->rows * s->groups, form[6] = { 0 };
+    pd__kept *kept;
+    bool ready;
+    if (images == 0) return;
+    if (pd__winograd_fits(s)) {
+        pd__winograd fast;
+        pd__winograd_sizes(&fast, kernels, s, false, 64, pd__cpu_threads(d));
+        fast.x = x, fast.w = w, fast.out = y, fast.beta = beta, fast.after = after;
+        pd__winograd_run(d, &fast);
+        return;
+    }
+    pd__conv_sizes(&j, kernels, s);
+    j.x = x, j.w = w, j.out = y, j.beta = beta, j.after = after;
+    pd__conv_parts(d, &j, images, j.filters, kernels->mr);
+    if (j.parts > 1 && j.filters < j.area) { /* the less is read by all threads */
+        j.across = j.parts;
+        j.columns = pd__ceil_div(pd__ceil_div(j.area, j.across), kernels->nr) * kernels->nr;
+        j.parts = 1;
+        j.per_part = j.filters;
+    }
+    j.block_n = pd__min(PD__NC, pd__ceil_div(j.columns, kernels->nr) * kernels->nr);
+    form[0] = PD__FORM_CONV, form[1] = s->groups, form[2] = j.filters, form[3] = j.depth, form[4] = j.per_part;
+    kept = pd__kept_form(d, w, form, s->out_c * j.depth, &ready);
+    if (!pd__conv_space(d, &j, kept ? 0 : s->out_c * j.depth, pd__is_padded(&j) ? j.channels : 0,
+                        pd__depth(kernels, j.depth) * j.block_n))
+        return;
+    if (kept) j.packed = kept->numbers;
+    PD__TEAM(d, ready ? 0 : s->out_c * j.depth, unit, ready ? 0 : s->groups * j.parts,
+             pd__pack_filters_forward(&j, unit));
+    if (kept) memcpy(kept->form, form, sizeof form);
+    PD__TEAM(d, pd__product_work(images, j.filters, j.area, j.depth), unit, images * j.parts * j.across,
+             pd__conv_unit(&j, unit));
+}
+
+static void pd__cpu_conv_backward_data(pd_device *d, const pd_conv_shape *s, const pd_real *w, const pd_real *dy,
+                                       pd_real *dx) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__conv_job j;
+    int64_t images = s->rows * s->groups;
+    if (images == 0) return;
+    if (pd__winograd_fits(s)) {
+        pd__winograd fast;
+        pd__winograd_sizes(&fast, kernels, s, true, 64, pd__cpu_threads(d));
+        fast.x = dy, fast.w = w, fast.out = dx, fast.beta = 1;
+        pd__winograd_run(d, &fast);
+        return;
+    }
+    pd__conv_sizes(&j, kernels, s);
+    j.w = w, j.dy = dy, j.out = dx;
+    pd__conv_parts(d, &j, images, j.depth, s->filter_h * s->filter_w);
+    j.block_n = pd__min(PD__NC, pd__ceil_div(j.area, kernels->nr) * kernels->nr);
+    if (!pd__conv_space(d, &j, s->out_c * j.depth, pd__is_padded(&j) ? j.channels : 0,
+                        pd__depth(kernels, j.filters) * j.block_n))
+        return;
+    PD__TEAM(d, s->out_c * j.depth, unit, s->groups * j.parts, pd__pack_filters_back(&j, unit));
+    PD__TEAM(d, pd__product_work(images, j.depth, j.area, j.filters), unit, images * j.parts,
+             pd__conv_back_unit(&j, unit));
+}
+
+static void pd__cpu_conv_backward_filter(pd_device *d, const pd_conv_shape *s, const pd_real *x, const pd_real *dy,
+                                         pd_real *dw) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__conv_job j;
+    if (s->rows == 0) return;
+    if (pd__winograd_fits(s)) {
+        pd__winograd fast;
+        pd__winograd_sizes(&fast, kernels, s, false,
+                           pd__max(64, pd__min(512, 2000000 / (36 * (s->in_c + s->out_c) / s->groups))), 1);
+        fast.x = x, fast.dy = dy, fast.out = dw;
+        pd__winograd_backward_filter(d, &fast);
+        return;
+    }
+    pd__conv_sizes(&j, kernels, s);
+    j.x = x, j.dy = dy, j.out = dw;
+    pd__conv_parts(d, &j, s->groups, j.depth, kernels->nr);
+    j.together = pd__max(1, pd__min(s->rows, kernels->kc / j.area));
+    j.block_k = j.together > 1 ? j.together * j.area : pd__depth(kernels, j.area);
+    j.block_n = pd__min(PD__NC, j.per_part);
+    if (!pd__conv_space(d, &j, 0, pd__is_padded(&j) ? j.together * j.channels : 0,
+                        (pd__min(kernels->mc, j.filters) + j.block_n) * j.block_k))
+        return;
+    PD__TEAM(d, pd__product_work(s->rows * s->groups, j.filters, j.depth, j.area), unit, s->groups * j.parts,
+             pd__conv_filter_unit(&j, unit));
+}
+
+/* ---- >>op:update: optimizers' arithmetic ---- */
+
+struct pd__update_job {
+    const pd_update *u;
+    double correct1, correct2, l2;
+    pd_real *w;
+    const pd_real *g;
+    const unsigned char *mask;
+    pd_real *const *states;
+};
+
+static void pd__cpu_update(pd_device *d, const pd_update *u, int64_t n, pd_real *w, const pd_real *g,
+                           const unsigned char *mask, pd_real *const *states) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__update_job j;
+    j.u = u;
+    j.correct1 = 1 - pow(u->optimizer.beta1, (double)u->step);
+    j.correct2 = 1 - pow(u->optimizer.beta2, (double)u->step);
+    j.l2 = u->optimizer.kind == PD_OPT_ADAMW ? 0 : u->l2;
+    j.w = w, j.g = g, j.mask = mask, j.states = states;
+    PD__TEAM_STEPS(d, n * 4, i, n, PD__PIECE, kernels->update_piece(&j, i, pd__min(n, i + PD__PIECE)));
+}
+
+/* Arguments of update_rows and gather_rows. */
+typedef struct pd__rows_job {
+    const pd__kernels *kernels;
+    const pd_update *u;
+    int64_t count, width;
+    const int64_t *rows, *state_rows;
+    const double *carry;
+    const pd_real *w, *g, *state;
+    pd_real *new_w, *new_state; /* the table and its state, or copies of rows in the order of `rows` and NULL */
+    bool copy;
+} pd__rows_job;
+
+/* Rows of a large table come from memory, so the next ones are sent for. */
+static void pd__send_for_row(const pd__rows_job *j, int64_t i) {
+    if (i >= j->count) return;
+    PD__PREFETCH(j->w + j->rows[i] * j->width);
+    PD__PREFETCH(j->w + (j->rows[i] + 1) * j->width - 1);
+    if (!j->state) return;
+    PD__PREFETCH(j->state + j->state_rows[i] * j->width);
+    PD__PREFETCH(j->state + (j->state_rows[i] + 1) * j->width - 1);
+}
+
+static void pd__row(const pd__rows_job *j, int64_t i) {
+    int64_t at = j->rows[i] * j->width, state_at = j->state ? j->state_rows[i] * j->width : 0;
+    pd__send_for_row(j, i + 8);
+    j->kernels->update_row(j->u, j->width, j->carry ? j->carry + 4 * i : NULL, j->w + at,
+                           j->g ? j->g + i * j->width : NULL, j->state ? j->state + state_at : NULL,
+                           j->new_w + (j->copy ? i * j->width : at), j->new_state ? j->new_state + state_at : NULL);
+}
+
+static void pd__cpu_update_rows(pd_device *d, const pd_update *u, int64_t count, int64_t width, const int64_t *rows,
+                                const int64_t *state_rows, const double *carry, pd_real *w, const pd_real *g,
+                                pd_real *state) {
+    pd__rows_job j = PD__ZERO;
+    j.kernels = pd__cpu_kernels(d);
+    j.u = u, j.count = count, j.width = width, j.rows = rows, j.state_rows = state_rows, j.carry = carry, j.g = g;
+    j.w = j.new_w = w;
+    j.state = j.new_state = state;
+    PD__TEAM(d, count * width * 4, i, count, pd__row(&j, i));
+}
+
+static void pd__cpu_gather_rows(pd_device *d, int64_t count, int64_t width, const int64_t *rows,
+                                const int64_t *state_rows, const double *carry, const pd_real *w, const pd_real *state,
+                                pd_real *y) {
+    pd__rows_job j = PD__ZERO;
+    j.kernels = pd__cpu_kernels(d);
+    j.count = count, j.width = width, j.rows = rows, j.state_rows = state_rows, j.carry = carry, j.w = w;
+    j.state = carry ? state : NULL;
+    j.new_w = y;
+    j.copy = true;
+    PD__TEAM(d, count * width * 2, i, count, pd__row(&j, i));
+}
+
+/* ---- >>op:activate: activations ---- */
+
+static const double pd__stanh_a = 1.7159, pd__stanh_b = 2.0 / 3.0;
+
+static void pd__cpu_activate(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width, const pd_real *x,
+                             pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    int64_t n = rows * width;
+    if (act == PD_SOFTMAX) {
+        PD__TEAM(d, n * 8, r, rows, kernels->softmax_row(width, x + r * width, y + r * width));
+        return;
+    }
+    PD__TEAM_STEPS(d, n * 2, i, n, PD__PIECE,
+                   kernels->activate_piece(act, alpha, pd__min(PD__PIECE, n - i), x + i, y + i));
+}
+
+static void pd__cpu_activate_backward(pd_device *d, pd_act act, pd_real alpha, int64_t rows, int64_t width,
+                                      const pd_real *x, const pd_real *y, pd_real *grad) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    int64_t n = rows * width;
+    if (act == PD_SOFTMAX) {
+        PD__TEAM(d, n * 2, r, rows, kernels->softmax_backward_row(width, y + r * width, grad + r * width));
+        return;
+    }
+    PD__TEAM_STEPS(
+        d, n * 2, i, n, PD__PIECE,
+        kernels->activate_backward_piece(act, alpha, pd__min(PD__PIECE, n - i), x ? x + i : x, y + i, grad + i));
+}
+
+/* ---- >>op:pool: pooling ---- */
+
+/* The cells of output (oh, ow) that lie inside the image: rows h0 .. h1 - 1, columns w0 .. w1 - 1. */
+typedef struct pd__window {
+    int64_t h0, h1, w0, w1;
+} pd__window;
+
+static pd__window pd__pool_window(const pd_pool_shape *s, int64_t oh, int64_t ow) {
+    pd__window v;
+    v.h0 = oh * s->stride_h - s->pad_h;
+    v.w0 = ow * s->stride_w - s->pad_w;
+    v.h1 = pd__min(v.h0 + s->size_h, s->in_h);
+    v.w1 = pd__min(v.w0 + s->size_w, s->in_w);
+    v.h0 = pd__max(v.h0, 0);
+    v.w0 = pd__max(v.w0, 0);
+    return v;
+}
+
+/* What a sum over the window is multiplied with. */
+static pd_real pd__pool_factor(const pd_pool_shape *s, const pd__window *v) {
+    double cells = (double)((v->h1 - v->h0) * (v->w1 - v->w0));
+    if (s->method == PD_AVERAGE) return (pd_real)(1 / cells);
+    return s->method == PD_SQRT_N ? (pd_real)(1 / sqrt(cells)) : 1;
+}
+
+struct pd__pool_job {
+    const pd__kernels *kernels;
+    const pd_pool_shape *s;
+    const pd_real *x, *y, *dy;
+    pd_real *out, *space; /* for each thread a line of the image, and `lines` of phases */
+    int64_t each, line, lines;
+    int64_t begin, stop; /* of a window's columns, those that are inside the image for some output */
+    /* Column w is number w / stride of phase w % stride. Phases are `wide`, and begin `lead` numbers before column 0; there
+       are none beyond `phases`, where nothing of the image is. */
+    int64_t stride, phases, lead, wide;
+};
+
+static bool pd__pool_space(pd_device *d, pd__pool_job *j) {
+    const pd__kernels *kernels = j->kernels;
+    const pd_pool_shape *s = j->s;
+    j->stride = s->out_w > 1 ? s->stride_w : 1;
+    j->phases = pd__min(j->stride, s->in_w + 1);
+    j->begin = pd__max(0, s->pad_w - (s->out_w - 1) * j->stride);
+    j->stop = pd__min(s->size_w, s->in_w + s->pad_w);
+    j->lead = pd__ceil_div(s->pad_w - j->begin, j->stride);
+    j->wide = j->lead + kernels->lanes + 1 +
+              pd__max(pd__ceil_div(s->in_w, j->stride), s->out_w + pd__ceil_div(j->stop - j->begin, j->stride));
+    j->line = pd__ceil_div(s->in_w, 16) * 16 + 16;
+    j->lines = pd__min(s->out_h, 8);
+    j->each = pd__ceil_div(j->line + j->lines * j->phases * j->wide, 16) * 16;
+    j->space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * j->each, sizeof(pd_real));
+    return j->space != NULL;
+}
+
+static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__pool_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = kernels, j.s = s, j.x = x, j.out = y;
+    if (kernels->lanes > 1 && s->size_h == 2 && s->size_w == 2 && s->stride_h == 2 && s->stride_w == 2 &&
+        s->in_h == 2 * s->out_h && s->in_w == 2 * s->out_w && s->pad_h == 0 && s->pad_w == 0 &&
+        (s->in_w % kernels->lanes == 0 || (2 * s->in_w == kernels->lanes && s->out_h % 2 == 0))) {
+        const int64_t maps = s->rows * s->channels, area = s->in_h * s->in_w;
+        const int64_t together = pd__max(1, PD__PIECE / pd__max(1, area));
+        PD__TEAM_STEPS(d, maps * area / 2, map, maps, together,
+                       kernels->pool_pairs(&j, map, pd__min(together, maps - map)));
+        return;
+    }
+    if (!pd__pool_space(d, &j)) return;
+    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, kernels->pool_map(&j, map));
+}
+
+/* Where the gradient of a maximum goes: to the first of the cells that have it, of NaNs too, if one has; without branches,
+   because nothing foretells them. */
+static int64_t pd__pool_first(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y) {
+    int64_t at = -1;
+    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
+        for (int64_t w = v->w1 - 1; w >= v->w0; w--) at = map[h * s->in_w + w] == y ? h * s->in_w + w : at;
+    if (at >= 0 || y == y) return at;
+    for (int64_t h = v->h1 - 1; h >= v->h0; h--)
+        for (int64_t w = v->w1 - 1; w >= v->w0; w--)
+            at = map[h * s->in_w + w] != map[h * s->in_w + w] ? h * s->in_w + w : at;
+    return at;
+}
+
+static void pd__pool_map_back(const pd__pool_job *j, int64_t map) {
+    const pd__kernels *kernels = j->kernels;
+    const pd_pool_shape *s = j->s;
+    const pd_real *x = j->x + map * s->in_h * s->in_w, *y = j->y + map * s->out_h * s->out_w;
+    const pd_real *dy = j->dy + map * s->out_h * s->out_w;
+    pd_real *dx = j->out + map * s->in_h * s->in_w, *line = j->space + PD__THREAD_INDEX() * j->each;
+    for (int64_t oh = 0; oh < s->out_h; oh++) {
+        pd__window v = pd__pool_window(s, oh, 0);
+        memset(line, 0, (size_t)j->line * sizeof *line);
+        for (int64_t ow = 0; ow < s->out_w; ow++, y++, dy++) {
+            v = pd__pool_window(s, oh, ow);
+            if (s->method == PD_MAX) {
+                int64_t at = pd__pool_first(s, &v, x, *y);
+                if (at >= 0) dx[at] += *dy;
+            } else {
+                pd_real part = *dy * pd__pool_factor(s, &v);
+                for (int64_t w = v.w0; w < v.w1; w++) line[w] += part;
+            }
+        }
+        for (int64_t h = v.h0; s->method != PD_MAX && h < v.h1; h++)
+            kernels->contract_line(s->in_w, 1, line, 1, NULL, 0, dx + h * s->in_w, 1);
+    }
+}
+
+static void pd__cpu_pool_backward(pd_device *d, const pd_pool_shape *s, const pd_real *x, const pd_real *y,
+                                  const pd_real *dy, pd_real *dx) {
+    pd__pool_job j;
+    memset(&j, 0, sizeof j);
+    j.kernels = pd__cpu_kernels(d), j.s = s, j.x = x, j.y = y, j.dy = dy, j.out = dx;
+    if (!pd__pool_space(d, &j)) return;
+    PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, pd__pool_map_back(&j, map));
+}
+
+/* ---- >>op:cross_entropy: cross-entropy ---- */
+
+/* The smallest probability that a cost sees, so that a logarithm stays finite. */
+static inline pd_real pd__at_least_tiny(pd_real p) { return p > PD__REAL_MIN || p != p ? p : PD__REAL_MIN; }
+
+static void pd__cpu_cross_entropy(pd_device *d, int64_t rows, int64_t width, const pd_real *x, const pd_real *p,
+                                  const int64_t *ids, const pd_real *soft, const pd_real *row_weights,
+                                  const pd_real *class_weights, pd_real *cost) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__PARALLEL(d, rows * (x ? width * 2 : 8) + (soft ? rows * width * 8 : 0))
+    for (int64_t r = 0; r < rows; r++) {
+        const pd_real *row = x ? x + r * width : NULL;
+        double weight = row_weights ? (double)row_weights[r] : 1, sum = 0, top = 0, least = 0;
+        if (row) least = kernels->softmax_cost(width, row, p + r * width, &top);
+        for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
+            double t = (double)(soft ? soft[r * width + c] : 1) * (double)(class_weights ? class_weights[c] : 1);
+            if (t != 0)
+                sum += t * (row ? top - (double)row[c] + least : -log((double)pd__at_least_tiny(p[r * width + c])));
+        }
+        cost[r] = weight != 0 ? (pd_real)(weight * sum) : 0;
+    }
+}
+
+static void pd__cpu_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
+                                           const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
+                                           const pd_real *dcost, bool by_x, pd_real *dx) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__PARALLEL(d, rows * width * 2)
+    for (int64_t r = 0; r < rows; r++) {
+        const pd_real *row = p + r * width;
+        pd_real *to = dx + r * width, total = 0;
+        if (dcost[r] == 0) continue;
+        for (int64_t c = ids ? ids[r] : 0; c < (ids ? ids[r] + 1 : width); c++) {
+            pd_real t = (soft ? soft[r * width + c] : 1) * (class_weights ? class_weights[c] : 1);
+            to[c] -= dcost[r] * (by_x ? t : t / pd__at_least_tiny(row[c]));
+            total += t;
+        }
+        if (by_x) kernels->contract_line(width, dcost[r] * total, row, 1, NULL, 0, to, 1);
+    }
+}
+
+/* ---- >>op:dropout: dropout ---- */
+
+static void pd__cpu_dropout(pd_device *d, int64_t n, uint64_t key, double p, const pd_real *x, pd_real *y) {
+    pd_real factor = (pd_real)(1 / (1 - p));
+    (void)d;
+    PD__PARALLEL(d, n * 2)
+    for (int64_t start = 0; start < n; start += PD__PIECE)
+        for (int64_t i = start; i < pd__min(n, start + PD__PIECE); i++)
+            if (pd__uniform(key, (uint64_t)i) >= p) y[i] += factor * x[i];
+}
+
+/* ---- >>op:norm: normalisation ---- */
+
+/* What batch norm needs of one channel, over rows and `area` positions. */
+struct pd__channel_job {
+    int64_t rows, channels, area;
+    const pd_real *x, *dy, *mean, *rest, *variance, *weight, *bias;
+    double epsilon;
+    bool batch_moments;
+    pd_real *moments, *y, *dx, *dweight, *dbias;
+};
+
+static void pd__cpu_channel_moments(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                    pd_real *moments) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__channel_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.moments = moments;
+    PD__TEAM(d, rows * channels * area, c, channels, kernels->moments_of(&j, c));
+}
+
+static void pd__cpu_batch_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                               const pd_real *mean, const pd_real *rest, const pd_real *variance, double epsilon,
+                               const pd_real *weight, const pd_real *bias, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__channel_job j;
+    memset(&j, 0, sizeof j);
+    j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.rest = rest, j.variance = variance;
+    j.epsilon = epsilon;
+    j.weight = weight, j.bias = bias, j.y = y;
+    PD__TEAM(d, rows * channels * area, m, rows * channels, kernels->batch_norm_map(&j, m));
+}
+
+static void pd__cpu_batch_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, const pd_real *x,
+                                        const pd_real *mean, const pd_real *rest, const pd_real *variance,
+                                        double epsilon, bool batch_moments, const pd_real *weight, const pd_real *dy,
+                                        pd_real *dx, pd_real *dweight, pd_real *dbias) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__channel_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.channels = channels, j.area = area, j.x = x, j.mean = mean, j.rest = rest;
+    j.variance = variance, j.epsilon = epsilon, j.batch_moments = batch_moments, j.weight = weight, j.dy = dy;
+    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
+    PD__TEAM(d, rows * channels * area, c, channels, kernels->batch_norm_back(&j, c));
+}
+
+/* Response norm runs along the channels of a strip of positions. */
+struct pd__response_job {
+    int64_t channels, area, size, strip, strips; /* numbers of a strip; strips of each row */
+    double alpha, beta, k;
+    const pd_real *x, *scale, *dy;
+    pd_real *scales, *y, *dx, *space;
+};
+
+static void pd__cpu_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                  double alpha, double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__response_job j;
+    memset(&j, 0, sizeof j);
+    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta, j.k = k;
+    j.x = x, j.scales = scales, j.y = y;
+    j.strip = 8 * kernels->lanes, j.strips = pd__ceil_div(area, j.strip);
+    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, kernels->response_strip(&j, unit));
+}
+
+static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size,
+                                           double alpha, double beta, const pd_real *x, const pd_real *scales,
+                                           const pd_real *dy, pd_real *dx) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__response_job j;
+    memset(&j, 0, sizeof j);
+    j.channels = channels, j.area = area, j.size = size, j.alpha = alpha, j.beta = beta;
+    j.x = x, j.scale = scales, j.dy = dy, j.dx = dx;
+    j.strip = 8 * kernels->lanes, j.strips = pd__ceil_div(area, j.strip);
+    j.space = (pd_real *)pd__scratch(d, pd__cpu_threads(d) * channels * j.strip, sizeof(pd_real));
+    if (!j.space) return;
+    PD__TEAM(d, rows * channels * area * 8, unit, rows * j.strips, kernels->response_strip_back(&j, unit));
+}
+
+struct pd__layer_norm_job {
+    int64_t rows, width;
+    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each row, see pd_device */
+    double epsilon;
+    pd_real *moments, *y, *dx, *dweight, *dbias;
+};
+enum { PD__COLUMNS = 64 }; /* that layer norm's sums over rows are made of at a time */
+
+static void pd__cpu_layer_norm(pd_device *d, int64_t rows, int64_t width, const pd_real *x, double epsilon,
+                               const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__layer_norm_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.width = width, j.x = x, j.epsilon = epsilon, j.weight = weight, j.bias = bias;
+    j.moments = moments, j.y = y;
+    PD__TEAM(d, rows * width, r, rows, kernels->layer_norm_row(&j, r));
+}
+
+static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *x,
+                                        const pd_real *moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
+                                        pd_real *dweight, pd_real *dbias) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__layer_norm_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.width = width, j.x = x, j.means = moments, j.weight = weight, j.dy = dy;
+    j.dx = dx, j.dweight = dweight, j.dbias = dbias;
+    PD__TEAM(d, rows * width, r, dx ? rows : 0, kernels->layer_norm_back_row(&j, r));
+    PD__TEAM(d, rows * width, unit, dweight || dbias ? pd__ceil_div(width, PD__COLUMNS) : 0,
+             kernels->layer_norm_back_columns(&j, unit));
+}
+
+/* ---- >>op:sparse_product: sparse rows ---- */
+
+static void pd__sparse_row(const pd__kernels *kernels, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y,
+                           int64_t r) {
+    int64_t first = s->starts ? s->starts[r] : r, end = s->starts ? s->starts[r + 1] : r + 1;
+    for (int64_t k = first; k < end; k++)
+        kernels->contract_line(width, s->values ? s->values[k] : 1, x + s->columns[k] * width, 1, NULL, 0,
+                               y + r * width, 1);
+}
+
+static void pd__cpu_sparse_product(pd_device *d, const pd_csr *s, int64_t width, const pd_real *x, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    int64_t entries = s->starts && s->rows > 0 ? s->starts[s->rows] - s->starts[0] : s->rows;
+    PD__TEAM(d, entries * width, r, s->rows, pd__sparse_row(kernels, s, width, x, y, r));
+}
+
+/* ---- >>op:gru: recurrent units ---- */
+
+static void pd__cpu_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *recurrent,
+                        const pd_real *before, pd_real *after) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * width * 16, r, rows,
+             kernels->gru_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
+                              before ? before + r * width : NULL, after + r * width));
+}
+
+static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
+                                 const pd_real *before, const pd_real *dafter, pd_real *dbefore) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * width * 16, r, rows,
+             kernels->gru_back_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
+                                   before ? before + r * width : NULL, dafter + r * width,
+                                   dbefore ? dbefore + r * width : NULL));
+}
+
+/* ---- >>op:levels: instruction sets: the heavy operations (>>kernels.c) are compiled for several, and chosen when a net is made ---- */
+
+#ifdef PADDLE_DOUBLE
+#define PD__REAL_BYTES 8
+#define PD__INT int64_t
+#define PD__X86(function) function##_pd
+#define PD__X86_TYPE(type) type##d
+#else
+#define PD__REAL_BYTES 4
+#define PD__INT int32_t
+#define PD__X86(function) function##_ps
+#define PD__X86_TYPE(type) type
+#endif
+
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 9 && !defined(__TINYC__))
+#define PD__VECTORS 1 /* the compiler has them */
+#define PD__INLINE inline __attribute__((always_inline))
+#define PD__FORGET(pointer) __asm__("" : "+r"(pointer)) /* nothing is known of it any more */
+#if defined(__clang__)
+#define PD__UNROLL _Pragma("unroll")
+#define PD__BEGIN_TARGET(text) PD__PRAGMA(clang attribute push(__attribute__((target(text))), apply_to = function))
+#define PD__END_TARGET PD__PRAGMA(clang attribute pop)
+#else
+#define PD__UNROLL PD__PRAGMA(GCC unroll 16)
+#define PD__BEGIN_TARGET(text) PD__PRAGMA(GCC push_options) PD__PRAGMA(GCC target(text))
+#define PD__END_TARGET PD__PRAGMA(GCC pop_options)
+#endif
+#if defined(__x86_64__) && !defined(PADDLE_NO_AVX)
+#define PD__AVX 1
+#endif
+typedef pd_real pd__square_row __attribute__((vector_size(16), aligned(PD__REAL_BYTES), may_alias));
+#if defined(__clang__) || __GNUC__ >= 12
+#define PD__SHUFFLE_2(a, b, i, k) __builtin_shufflevector(a, b, i, k)
+#define PD__SHUFFLE_4(a, b, i, k, m, n) __builtin_shufflevector(a, b, i, k, m, n)
+#else
+typedef int64_t pd__shuffle_2 __attribute__((vector_size(16)));
+typedef int32_t pd__shuffle_4 __attribute__((vector_size(16)));
+#define PD__SHUFFLE_2(a, b, i, k) __builtin_shuffle(a, b, __extension__(pd__shuffle_2){ i, k })
+#define PD__SHUFFLE_4(a, b, i, k, m, n) __builtin_shuffle(a, b, __extension__(pd__shuffle_4){ i, k, m, n })
+#endif
+#else
+#define PD__INLINE inline
+#define PD__FORGET(pointer) ((void)0)
+#define PD__UNROLL
+#endif
+
+#define PD__KERNEL_ROW(name) PD__K(pd__##name),
+#define PD__JOIN_NAMES(a, b) a##b
+#define PD__JOIN(a, b) PD__JOIN_NAMES(a, b)
+#define PD__K(name) PD__JOIN(name, PD__LEVEL)
+#define PD__TIMES_2(x) x, x
+#define PD__TIMES_4(x) PD__TIMES_2(x), PD__TIMES_2(x)
+#define PD__TIMES_8(x) PD__TIMES_4(x), PD__TIMES_4(x)
+#define PD__TIMES_16(x) PD__TIMES_8(x), PD__TIMES_8(x)
+#define PD__TIMES_1(x) x
+#define PD__TIMES(n, x) PD__JOIN(PD__TIMES_, n)(x)
+
+/* 1 / i!, for the series of e^x. */
+static const double pd__factorial_inverse[] = {
+    1,          1,           1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+    1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800
+};
+
+#define PD__LEVEL _scalar
+#define PD__BYTES 0
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+
+#if defined(PD__VECTORS)
+#define PD__LEVEL _baseline
+#define PD__BYTES 16
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+#endif
+
+#if defined(PD__AVX)
+PD__BEGIN_TARGET("avx2,fma")
+#define PD__LEVEL _avx2
+#define PD__BYTES 32
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+PD__END_TARGET
+
+PD__BEGIN_TARGET("avx512f,avx2,fma")
+#define PD__LEVEL _avx512
+#define PD__BYTES 64
+#include PADDLE_FILE
+#undef PD__LEVEL
+#undef PD__BYTES
+PD__END_TARGET
+#endif
+
+static const struct pd__level {
+    const char *name;
+    const pd__kernels *kernels; /* NULL: not compiled */
+} pd__levels[PD_SIMD_COUNT] = {
+    { "best", NULL },
+    { "scalar", &pd__kernels_scalar },
+#if defined(PD__VECTORS)
+    { "baseline", &pd__kernels_baseline },
+#else
+    { "baseline", NULL },
+#endif
+#if defined(PD__AVX)
+    { "avx2", &pd__kernels_avx2 },
+    { "avx512", &pd__kernels_avx512 },
+#else
+    { "avx2", NULL },     { "avx512", NULL },
+#endif
+};
+
+static const char *pd__simd_name(pd_simd simd) { return pd__levels[simd].name; }
+
+/* Does the processor have it, and does the system keep its registers? Intel 64 and IA-32 Architectures Software
+   Developer's Manual, volume 1, sections 14.3 and 15.2. */
+static bool pd__cpu_has(pd_simd level) {
+#if defined(PD__AVX)
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX2 = 1 << 5, AVX512F = 1 << 16, YMM = 6, ZMM = 0xe6 };
+    unsigned a, b, c = 0, d, kept;
+    if (level >= PD_SIMD_AVX2) {
+        if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (FMA | OSXSAVE)) != (FMA | OSXSAVE)) return false;
+        __asm__ volatile("xgetbv" : "=a"(kept), "=d"(d) : "c"(0));
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & AVX2) || (kept & YMM) != YMM) return false;
+        if (level == PD_SIMD_AVX512 && (!(b & AVX512F) || (kept & ZMM) != ZMM)) return false;
+    }
+#endif
+    return pd__levels[level].kernels != NULL;
+}
+
+static pd_simd pd__best_simd(void) {
+    int level = PD_SIMD_COUNT - 1;
+    while (level > PD_SIMD_SCALAR && !pd__cpu_has((pd_simd)level)) level--;
+    return (pd_simd)level;
+}
+
+/* The level for a net: what its options ask for, else PADDLE_SIMD in the environment, else the best. What can't be had
+   is an error, not replaced: PD_SIMD_COUNT, and *asked is its name. */
+static pd_simd pd__choose_simd(pd_simd wanted, const char **asked) {
+    const char *text = getenv("PADDLE_SIMD");
+    *asked = "an unknown level";
+    if ((unsigned)wanted >= PD_SIMD_COUNT) return PD_SIMD_COUNT;
+    if (wanted == PD_SIMD_BEST && text && *text) {
+        *asked = text;
+        while ((unsigned)wanted < PD_SIMD_COUNT && strcmp(text, pd__levels[wanted].name) != 0)
+            wanted = (pd_simd)(wanted + 1);
+        if (wanted == PD_SIMD_COUNT) return PD_SIMD_COUNT;
+    }
+    if (wanted == PD_SIMD_BEST) return pd__best_simd();
+    *asked = pd__levels[wanted].name;
+    return pd__cpu_has(wanted) ? wanted : PD_SIMD_COUNT;
+}
+
+/* ---- the table ---- */
+
+/* Takes every member that `d` lacks from `from`. */
+static void pd__complete_device(pd_device *d, const pd_device *from) {
+    if (!d->alloc || !d->free) d->alloc = from->alloc, d->free = from->free;
+    if (!d->upload) d->upload = from->upload;
+    if (!d->download) d->download = from->download;
+    if (!d->wait) d->wait = from->wait;
+    if (!d->freeze) d->freeze = from->freeze;
+#define PD__COMPLETE(name)                                                                                             \
+    if (!d->name) d->name = from->name;
+    PD_OPERATIONS(PD__COMPLETE)
+#undef PD__COMPLETE
+}
+
+/* The bits of the operations that a device has. */
+static uint64_t pd__operations_of(const pd_device *d) {
+    uint64_t has = 0;
+#define PD__HAS(name)                                                                                                  \
+    if (d->name) has |= PD_OP(name);
+    PD_OPERATIONS(PD__HAS)
+#undef PD__HAS
+    return has;
+}
+
+static void pd__cpu_free(const pd_allocator *allocator, pd_device *d) {
+    while (pd__cpu_of(d)->kept) pd__cpu_freeze(d, pd__cpu_of(d)->kept->of, false);
+    pd_free(allocator, pd__cpu_of(d)->busy);
+    pd_free(allocator, pd__cpu_of(d)->scratch);
+    pd_free(allocator, d->self);
+    pd_free(allocator, d);
+}
+
+/* A CPU device for one net; threads 0: all; simd: one that the processor has. NULL when out of memory. */
+static pd_device *pd__cpu_new(const pd_allocator *allocator, int threads, pd_simd simd) {
+    pd_device *d = (pd_device *)pd_alloc(allocator, 1, sizeof *d);
+    pd__cpu *cpu = d ? (pd__cpu *)pd_alloc(allocator, 1, sizeof *cpu) : NULL;
+    if (!cpu) {
+        pd_free(allocator, d);
+        return NULL;
+    }
+    d->api_version = PD_API_VERSION;
+    d->name = "cpu";
+    d->self = d->cpu = cpu;
+    d->host_memory = true;
+    d->alloc = pd__cpu_alloc;
+    d->free = pd__cpu_free_memory;
+    d->upload = d->download = pd__cpu_copy;
+    d->wait = pd__cpu_wait;
+    d->freeze = pd__cpu_freeze;
+#define PD__CPU_OPERATION(name) d->name = pd__cpu_##name;
+    PD_OPERATIONS(PD__CPU_OPERATION)
+#undef PD__CPU_OPERATION
+    cpu->allocator = allocator;
+    cpu->simd = simd;
+    cpu->kernels = pd__levels[simd].kernels;
+#if defined(_OPENMP)
+    if (threads == 0) threads = omp_get_max_threads();
+#else
+    threads = 1;
+#endif
+    cpu->pace.threads = cpu->pace.team = threads;
+    if (threads > 1) cpu->busy = (pd__busy *)pd_alloc(allocator, threads, sizeof *cpu->busy);
+    if (threads > 1 && !cpu->busy) {
+        pd__cpu_free(allocator, d);
+        return NULL;
+    }
+    return d;
+}
+
+/* ======================================================================================================== */
+/* >>layer_types.c                                                                                         */
+/* Names stand in files and messages: 1 to 200 printable characters, neither quotes nor backslashes. */
+static bool pd__name_ok(const char *name) {
+    size_t n = strlen(name);
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)name[i] < 32 || name[i] == '"' || name[i] == '\\' || name[i] == 127) return false;
+    return n >= 1 && n <= 200;
+}
+
+/* "fc1", "fc2", ..: the type's name and the first number that makes a name not used yet. */
+static char *pd__default_name(pd_net *net, const pd_layer_type *type) {
+    char name[256];
+    int number = 1;
+    for (int64_t i = 0; i < net->layer_count; i++) number += net->layers[i]->type == type;
+    do snprintf(name, sizeof name, "%.200s%d", type->name, number++);
+    while (pd_layer_find(net, name));
+    return pd__copy_text(&net->allocator, name);
+}
+
+static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                                 int count) {
+    const char *who = name ? name : type && type->name ? type->name : "layer";
+    if (!type || !type->name || !type->setup || !type->forward)
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: its type lacks a name, setup or forward", who);
+    if (type->api_version != PD_API_VERSION)
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: layer type \"%s\" has interface version %d, expected %d", who,
+                              type->name, type->api_version, PD_API_VERSION);
+    if (name && !pd__name_ok(name))
+        return pd__fail_build(net, PD_E_ARGUMENT,
+                              "%s: a name has 1 to 200 characters, no quotes, backslashes or control characters", who);
+    if (name && pd_layer_find(net, name))
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: the name is already used by another layer (%s)", who,
+                              pd_layer_find(net, name)->type->name);
+    if (count < type->min_inputs || (type->max_inputs >= 0 && count > type->max_inputs))
+        return pd__fail_build(net, PD_E_ARGUMENT, "%s: %d inputs, but %s takes %s%d", who, count, type->name,
+                              type->max_inputs == type->min_inputs ? "" : "at least ", type->min_inputs);
+    for (int i = 0; i < count; i++) {
+        if (!inputs || !inputs[i]) return pd__fail_build(net, PD_E_ARGUMENT, "%s: input %d is NULL", who, i);
+        if (inputs[i]->net != net)
+            return pd__fail_build(net, PD_E_ARGUMENT, "%s: input %d, \"%s\", belongs to another net", who, i,
+                                  inputs[i]->name);
+        if (inputs[i]->is_sparse && !type->prefetch)
+            return pd__fail_build(net, PD_E_SHAPE, "%s: %s takes no sparse input such as \"%.100s\"; pd_fc does", who,
+                                  type->name, inputs[i]->name);
+        if (inputs[i]->is_sequence != inputs[0]->is_sequence && !type->resize)
+            return pd__fail_build(net, PD_E_SHAPE, "%s: input \"%.100s\" %s, but \"%.100s\" %s", who, inputs[i]->name,
+                                  pd__rows_of[inputs[i]->is_sequence], inputs[0]->name,
+                                  pd__rows_of[inputs[0]->is_sequence]);
+    }
+    return PD_OK;
+}
+
+/* Gives the net a layer that still has to be set up. NULL when out of memory. */
+static pd_layer *pd__new_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                               int count, const void *opts) {
+    const pd_allocator *a = &net->allocator;
+    pd_layer *l;
+    if (!pd_grow(a, (void **)&net->layers, &net->layer_capacity, net->layer_count + 1, sizeof *net->layers))
+        return NULL;
+    l = (pd_layer *)pd_alloc(a, 1, sizeof *l);
+    if (!l) return NULL;
+    l->type = type;
+    l->net = net;
+    l->name = name ? pd__copy_text(a, name) : pd__default_name(net, type);
+    l->own = (struct pd__layer *)pd_alloc(a, 1, sizeof *l->own);
+    l->inputs = (pd_layer **)pd_alloc(a, count, sizeof *l->inputs);
+    l->opts = pd_alloc(a, (int64_t)type->opts_size, 1);
+    if (l->name && l->own && l->inputs && l->opts) l->state = pd_alloc(a, (int64_t)type->state_size, 1);
+    if (!l->state) {
+        pd__layer_free(l);
+        return NULL;
+    }
+    l->own->index = (int)net->layer_count;
+    l->own->slot = -1;
+    if (opts && type->opts_size) memcpy(l->opts, opts, type->opts_size);
+    for (int i = 0; i < count; i++) l->inputs[i] = inputs[i];
+    l->input_count = count;
+    l->is_sequence = count > 0 && inputs[0]->is_sequence;
+    net->layers[net->layer_count++] = l;
+    return l;
+}
+
+/* Where a layer, which is set up, runs. With host memory the device has everything. */
+static pd_device *pd__device_for(const pd_layer *l) {
+    pd_device *d = l->net->device;
+    bool able = l->type->needs != 0 && (l->type->needs & ~pd__operations_of(d)) == 0;
+    bool refused = l->input_count > 0 && d->accepts && !d->accepts(d, l);
+    return (d->host_memory || able) && !refused ? d : l->net->cpu;
+}
+
+/* Does the layer run on the CPU, and its numbers are not there? */
+static bool pd__is_carried(const pd_layer *l) { return !l->net->device->host_memory && l->device != l->net->device; }
+
+/* Something that learns is at or below the layer, and it can pass the gradient on. */
+static bool pd__layer_learns(const pd_layer *l) {
+    if (l->own->wants_input_grad) return true;
+    if (!l->type->backward) return false;
+    for (int i = 0; i < l->input_count; i++)
+        if (l->inputs[i]->wants_grad) return true;
+    for (int i = 0; i < l->param_count; i++)
+        if (!l->params[i]->opts.is_static) return true;
+    return false;
+}
+
+#define PD__ROW_MAX (INT64_MAX / 64) /* numbers in a row */
+
+/* The numbers in a row of this shape; false when they can't be counted. */
+static bool pd__row_size(pd_shape s, int64_t *size) {
+    return pd__multiply_sizes(s.channels, s.height, size) && pd__multiply_sizes(*size, s.width, size);
+}
+
+/* Makes the number of what setup has left as the activation's alpha. */
+static pd_status pd__take_alpha(pd_layer *l) {
+    bool slope = l->act == PD_LEAKY_RELU, bound = l->act == PD_BRELU;
+    double alpha = pd__or(l->act_alpha, slope ? 0.01 : bound ? 24 : 0);
+    if (!slope && !bound && l->act_alpha != 0)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, but %s has none", alpha, pd__act_names[l->act]);
+    if (!(alpha >= 0 && pd__finite((double)(pd_real)alpha)) || (bound && alpha == 0)) /* a slope < 0: see below */
+        return pd_layer_fail(l, PD_E_ARGUMENT, "alpha is %g, expected a finite number %s 0", alpha,
+                             bound ? "above" : "of at least");
+    if (slope && (pd_real)alpha == 0) l->act = PD_RELU; /* the derivative is told from the output's sign */
+    l->act_alpha = alpha;
+    return PD_OK;
+}
+
+/* What setup must have left behind. */
+static pd_status pd__check_setup(pd_layer *l) {
+    int64_t width;
+    if (l->shape.channels < 1 || l->shape.height < 1 || l->shape.width < 1)
+        return pd_layer_fail(l, PD_E_SHAPE, "output would have the empty shape %s", pd_shape_text(l, l->shape));
+    if (!pd__row_size(l->shape, &width) || (!l->is_ids && width > PD__ROW_MAX)) /* ids may be any number */
+        return pd_layer_fail(l, PD_E_SHAPE, "output %s is too large", pd_shape_text(l, l->shape));
+    if ((unsigned)l->act >= PD_ACT_COUNT) return pd_layer_fail(l, PD_E_ARGUMENT, "unknown activation %d", (int)l->act);
+    if (l->act != PD_LINEAR && l->is_ids) return pd_layer_fail(l, PD_E_ARGUMENT, "ids take no activation");
+    l->out.width = width;
+    return pd__take_alpha(l);
+}
+
+/* pd_layer_add; `origin` is the layer's twin if the net is becoming a shared one, else NULL. */
+static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                               int count, const void *opts, pd_layer *origin) {
+    pd_layer *l;
+    pd_status status;
+    pd_failure earlier; /* of some other call: success here doesn't forget it */
+    if (!pd__check_net(net) || pd__check_layer(net, type, name, inputs, count) != PD_OK) return NULL;
+    earlier = net->failure;
+    l = pd__new_layer(net, type, name, inputs, count, opts);
+    if (!l) {
+        pd__fail_build(net, PD_E_MEMORY, "%s: out of memory for the layer", name ? name : type->name);
+        return NULL;
+    }
+    l->own->origin = origin;
+    net->failure.status = PD_OK;
+    status = type->setup(l);
+    if (status == PD_OK) status = pd__check_setup(l);
+    if (status != PD_OK) {
+        if (net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
+        net->broken = true;
+        return NULL;
+    }
+    net->failure = earlier;
+    l->device = pd__device_for(l);
+    l->wants_grad = pd__layer_learns(l);
+    return l;
+}
+
+PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                              int count, const void *opts) {
+    if (net && net->origin) {
+        pd__fail_build(net, PD_E_STATE, "%.100s: a shared net takes no more layers", name ? name : "layer");
+        return NULL;
+    }
+    return pd__add_layer(net, type, name, inputs, count, opts, NULL);
+}
+
+PD_DEF pd_status pd_layer_fail(pd_layer *layer, pd_status status, const char *format, ...) {
+    char text[400];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return pd__fail(layer->net, status, "%.100s: %s", layer->name, text);
+}
+
+PD_DEF const char *pd_shape_text(pd_layer *layer, pd_shape shape) {
+    pd_net *net = layer->net;
+    char *text = net->texts[net->text_turn = (net->text_turn + 1) % PD__COUNT(net->texts)];
+    if (shape.height == 1 && shape.width == 1) snprintf(text, sizeof net->texts[0], "%lld", (long long)shape.channels);
+    else
+        snprintf(text, sizeof net->texts[0], "%lldx%lldx%lld", (long long)shape.channels, (long long)shape.height,
+                 (long long)shape.width);
+    return text;
+}
+
+PD_DEF pd_mode pd_layer_mode(const pd_layer *layer) { return layer->net->mode; }
+
+PD_DEF uint64_t pd_layer_key(const pd_layer *layer) {
+    return pd__subkey(pd__subkey(layer->net->seed, (uint64_t)layer->own->index), layer->net->step);
+}
+
+/* A layer type's mistake else. */
+static bool pd__slot_exists(pd_layer *layer, int slot, int slots) {
+    if (slot >= 0 && slot < slots) return true;
+    pd_layer_fail(layer, PD_E_ARGUMENT, "memory slot %d is not one of 0 .. %d", slot, slots - 1);
+    return false;
+}
+
+/* `count` numbers in a slot: `per_row` for each row, or, if that is 0, for something else. */
+static pd_real *pd__slot_memory(pd_layer *layer, int slot, int64_t count, int64_t per_row) {
+    pd__memory *m = layer->own->memory;
+    if (!layer->device || !pd__slot_exists(layer, slot, PD__COUNT(layer->own->memory))) return NULL;
+    m += slot;
+    if (m->data && m->per_row != per_row) {
+        pd_layer_fail(layer, PD_E_ARGUMENT, "memory slot %d is in use for %lld numbers per row", slot,
+                      (long long)m->per_row);
+        return NULL;
+    }
+    if (!pd_device_grow(layer->device, &m->data, &m->capacity, count)) {
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
+        return NULL;
+    }
+    m->per_row = per_row;
+    return m->data;
+}
+
+PD_DEF pd_real *pd_layer_row_memory(pd_layer *layer, int slot, int64_t per_row) {
+    int64_t count;
+    if (per_row < 1) pd_layer_fail(layer, PD_E_ARGUMENT, "memory for %lld numbers per row", (long long)per_row);
+    else if (!pd__multiply_sizes(layer->out.rows, per_row, &count))
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)layer->out.rows,
+                      (long long)per_row);
+    else return pd__slot_memory(layer, slot, count, per_row);
+    return NULL;
+}
+
+PD_DEF pd_real *pd_layer_memory(pd_layer *layer, int slot, int64_t count) {
+    return pd__slot_memory(layer, slot, count, 0);
+}
+
+/* The same in host memory, of `count` things of `size` bytes. */
+static void *pd__host_memory(pd_layer *layer, void **memory, int64_t *capacity, int64_t count, size_t size) {
+    if (pd_grow(&layer->net->allocator, memory, capacity, pd__max(count, 1), size)) return *memory;
+    pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld numbers", (long long)count);
+    return NULL;
+}
+
+PD_DEF int64_t *pd_layer_integers(pd_layer *layer, int slot, int64_t count) {
+    struct pd__layer *own = layer->own;
+    if (!pd__slot_exists(layer, slot, PD__COUNT(own->integers))) return NULL;
+    return (int64_t *)pd__host_memory(layer, (void **)&own->integers[slot], &own->integer_capacity[slot], count,
+                                      sizeof(int64_t));
+}
+
+PD_DEF double *pd_layer_doubles(pd_layer *layer, int slot, int64_t count) {
+    struct pd__layer *own = layer->own;
+    if (!pd__slot_exists(layer, slot, PD__COUNT(own->doubles))) return NULL;
+    return (double *)pd__host_memory(layer, (void **)&own->doubles[slot], &own->double_capacity[slot], count,
+                                     sizeof(double));
+}
+
+PD_DEF pd_real *pd_layer_values(pd_layer *layer, int64_t count) {
+    struct pd__layer *own = layer->own;
+    return (pd_real *)pd__host_memory(layer, (void **)&own->values, &own->value_capacity, count, sizeof(pd_real));
+}
+
+PD_DEF void *pd_layer_copy(pd_layer *layer, const void *bytes, size_t size) {
+    pd__copy *c = size <= (size_t)PTRDIFF_MAX - sizeof(pd__copy)
+                      ? (pd__copy *)pd_alloc(&layer->net->allocator, (int64_t)(size + sizeof(pd__copy)), 1)
+                      : NULL;
+    if (!c) {
+        pd_layer_fail(layer, PD_E_MEMORY, "out of memory");
+        return NULL;
+    }
+    c->next = layer->own->copies;
+    layer->own->copies = c;
+    memcpy(c + 1, bytes, size);
+    return c + 1;
+}
+
+/* ======================================================================================================== */
+/* >>updater.c: steps on parameters, and the local updater                                                 */
 /* ---- one step on one parameter ---- */
 
 /* NULL when it isn't trained here. With several trainers of one net p->trained is the place in the newest one. */
@@ -9573,6 +9920,8 @@ static const pd_updater pd__local_updater = {
     NULL,           NULL,    NULL
 };
 
+/* ======================================================================================================== */
+/* >>averaging.c                                                                                           */
 /* ---- model averaging ----
    Of the last updates, in three arrays. sums[2] is the average of the last full window (at first: the first value); what
    new values differ from it by goes to sums[0], and now and then from there to sums[1], so that a small number is never
@@ -9655,297 +10004,13 @@ PD_DEF pd_status pd_use_average(pd_trainer *trainer, bool on) {
 }
 
 /* ======================================================================================================== */
-/* >>batches                                                                                                */
-
-/* Rows of the samples that have ended are 0 .. pd__ended_rows - 1 of each slot; what comes after belongs to the
-   unfinished one. A slot without sequences has as many of them as there are samples, or none: then the input was
-   left out, which pd_batch_add_row and pd_batch_add_id hold it to until the batch is cleared. */
-
-PD_PRINTF(3, 4) static pd_status pd__batch_fail(pd_batch *batch, pd_status status, const char *format, ...) {
-    va_list args;
-    batch->refused = true;
-    va_start(args, format);
-    pd__set_failure(&batch->error, status, format, args);
-    va_end(args);
-    return status;
-}
-
-static bool pd__slot_init(const pd_allocator *a, pd_slot *slot, const pd_layer *input) {
-    bool sparse = input->is_sparse;
-    slot->kind = sparse ? PD_SLOT_SPARSE : input->is_ids ? PD_SLOT_IDS : PD_SLOT_DENSE;
-    slot->sequence = input->is_sequence;
-    slot->width = input->out.width;
-    slot->name = input->name;
-    return (!slot->sequence || pd_grow(a, (void **)&slot->starts, &slot->start_capacity, 1, sizeof *slot->starts)) &&
-           (!sparse || pd_grow(a, (void **)&slot->row_starts, &slot->row_capacity, 1, sizeof *slot->row_starts));
-}
-
-PD_DEF pd_batch *pd_batch_new(pd_net *net) {
-    pd_batch *batch;
-    bool ok;
-    if (!pd__check_net(net)) return NULL;
-    batch = (pd_batch *)pd_alloc(&net->allocator, 1, sizeof *batch);
-    if (batch) {
-        batch->net = net;
-        batch->slots = (pd_slot *)pd_alloc(&net->allocator, net->slot_count, sizeof *batch->slots);
-    }
-    ok = batch && batch->slots;
-    if (ok) batch->slot_count = net->slot_count;
-    for (int64_t i = 0; ok && i < net->layer_count; i++)
-        if (net->layers[i]->own->slot >= 0)
-            ok = pd__slot_init(&net->allocator, &batch->slots[net->layers[i]->own->slot], net->layers[i]);
-    if (ok) return batch;
-    pd__no_memory(net, "a batch");
-    pd_batch_free(batch);
-    return NULL;
-}
-
-PD_DEF void pd_batch_free(pd_batch *batch) {
-    const pd_allocator *a;
-    if (!batch) return;
-    a = &batch->net->allocator;
-    for (int i = 0; i < batch->slot_count; i++) {
-        pd_free(a, batch->slots[i].data);
-        pd_free(a, batch->slots[i].ids);
-        pd_free(a, batch->slots[i].row_starts);
-        pd_free(a, batch->slots[i].values);
-        pd_free(a, batch->slots[i].starts);
-    }
-    pd_free(a, batch->slots);
-    pd_free(a, batch);
-}
-
-PD_DEF void pd_batch_clear(pd_batch *batch) {
-    if (!batch) return;
-    batch->samples = 0;
-    batch->refused = false;
-    for (int i = 0; i < batch->slot_count; i++) batch->slots[i].rows = 0;
-}
-
-static int64_t pd__ended_rows(const pd_batch *batch, const pd_slot *slot) {
-    return slot->sequence ? slot->starts[batch->samples] : pd__min(slot->rows, batch->samples);
-}
-
-/* Number of rows of sample `index`, an ended one, and the first of them. */
-static int64_t pd__sample_rows(const pd_slot *slot, int64_t index, int64_t *first) {
-    *first = slot->sequence ? slot->starts[index] : index;
-    return slot->sequence ? slot->starts[index + 1] - *first : slot->rows > 0;
-}
-
-static const char *const pd__slot_kinds[] = { "numbers", "ids", "sparse rows" };
-
-/* Makes room for `more` rows (their entries apart); false when there is none. */
-static bool pd__slot_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
-    void **memory = slot->kind == PD_SLOT_DENSE ? (void **)&slot->data
-                    : slot->kind == PD_SLOT_IDS ? (void **)&slot->ids
-                                                : (void **)&slot->row_starts;
-    size_t size = sizeof(int64_t);
-    int64_t extra = slot->kind == PD_SLOT_SPARSE;
-    return (slot->kind != PD_SLOT_DENSE || pd__bytes(slot->width, sizeof(pd_real), &size)) &&
-           more < INT64_MAX - slot->rows && pd_grow(a, memory, &slot->row_capacity, slot->rows + more + extra, size);
-}
-
-/* The slot, of this kind and with room for `more` rows; NULL (batch->error) when it can't be had. */
-static pd_slot *pd__slot_open(pd_batch *batch, int index, pd_slot_kind kind, int64_t more) {
-    pd_slot *slot = batch && index >= 0 && index < batch->slot_count ? &batch->slots[index] : NULL;
-    if (!batch) return NULL;
-    if (!slot || slot->kind != kind) {
-        pd__batch_fail(batch, PD_E_ARGUMENT, "slot %d is not an input of %s; the batch has %d slots", index,
-                       pd__slot_kinds[kind], batch->slot_count);
-        return NULL;
-    }
-    if (!slot->sequence && slot->rows < batch->samples) {
-        pd__batch_fail(batch, PD_E_SHAPE, "input \"%.100s\" was left out of the samples before this one", slot->name);
-        return NULL;
-    }
-    if (!pd__slot_grow(&batch->net->allocator, slot, more)) {
-        pd__batch_fail(batch, PD_E_MEMORY, "out of memory for row %lld of input \"%.100s\"", (long long)slot->rows + 1,
-                       slot->name);
-        return NULL;
-    }
-    return slot;
-}
-
-PD_DEF pd_real *pd_batch_add_row(pd_batch *batch, int slot) {
-    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_DENSE, 1);
-    return s ? s->data + s->rows++ * s->width : NULL;
-}
-
-PD_DEF pd_status pd_batch_add_id(pd_batch *batch, int slot, int64_t id) {
-    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_IDS, 1);
-    if (!s) return batch ? batch->error.status : PD_E_ARGUMENT;
-    if (id < 0 || id >= s->width)
-        return pd__batch_fail(batch, PD_E_FORMAT, "input \"%.100s\": id %lld, expected 0 to %lld", s->name,
-                              (long long)id, (long long)s->width - 1);
-    s->ids[s->rows++] = id;
-    return PD_OK;
-}
-
-/* Room for `more` entries behind those of the last row. */
-static bool pd__entries_grow(const pd_allocator *a, pd_slot *slot, int64_t more) {
-    int64_t used = slot->row_starts[slot->rows];
-    return more <= INT64_MAX / 2 - used &&
-           pd_grow(a, (void **)&slot->ids, &slot->entry_capacity, used + more, sizeof *slot->ids) &&
-           pd_grow(a, (void **)&slot->values, &slot->value_capacity, used + more, sizeof *slot->values);
-}
-
-PD_DEF pd_status pd_batch_add_sparse(pd_batch *batch, int slot, const int64_t *columns, const pd_real *values,
-                                     int64_t count) {
-    pd_slot *s = pd__slot_open(batch, slot, PD_SLOT_SPARSE, 1);
-    int64_t first;
-    if (!s) return batch ? batch->error.status : PD_E_ARGUMENT;
-    if (count < 0 || (count > 0 && !columns))
-        return pd__batch_fail(batch, PD_E_ARGUMENT, "input \"%.100s\": %lld entries%s", s->name, (long long)count,
-                              columns ? "" : " at NULL");
-    if (!pd__entries_grow(&batch->net->allocator, s, count))
-        return pd__batch_fail(batch, PD_E_MEMORY, "out of memory for %lld entries of input \"%.100s\"",
-                              (long long)count, s->name);
-    first = s->row_starts[s->rows];
-    for (int64_t k = 0; k < count; k++) {
-        if (columns[k] < 0 || columns[k] >= s->width)
-            return pd__batch_fail(batch, PD_E_FORMAT, "input \"%.100s\": column %lld, expected 0 to %lld", s->name,
-                                  (long long)columns[k], (long long)s->width - 1);
-        if (values && !pd__finite((double)values[k]))
-            return pd__batch_fail(batch, PD_E_NUMERIC, "input \"%.100s\": the number in column %lld is not finite",
-                                  s->name, (long long)columns[k]);
-        s->ids[first + k] = columns[k];
-        s->values[first + k] = values ? values[k] : 1;
-    }
-    s->row_starts[++s->rows] = first + count;
-    return PD_OK;
-}
-
-PD_DEF void pd_batch_drop_sample(pd_batch *batch) {
-    if (batch) batch->refused = false;
-    for (int i = 0; batch && i < batch->slot_count; i++) batch->slots[i].rows = pd__ended_rows(batch, &batch->slots[i]);
-}
-
-/* Has every input its rows? An input that got none is left out if no sample before had it. */
-static pd_status pd__check_sample(pd_batch *batch) {
-    bool any = false;
-    for (int i = 0; i < batch->slot_count; i++) {
-        const pd_slot *slot = &batch->slots[i];
-        int64_t rows = slot->rows - pd__ended_rows(batch, slot);
-        any = any || slot->sequence || rows > 0;
-        if (!slot->sequence && rows != 1 && slot->rows > 0)
-            return pd__batch_fail(batch, PD_E_SHAPE,
-                                  "sample %lld of the batch: input \"%.100s\" got %lld rows, expected 1",
-                                  (long long)batch->samples + 1, slot->name, (long long)rows);
-    }
-    if (!any)
-        return pd__batch_fail(batch, PD_E_SHAPE, "sample %lld of the batch: no input got a row",
-                              (long long)batch->samples + 1);
-    return PD_OK;
-}
-
-static pd_status pd__reserve_starts(pd_batch *batch) {
-    for (int i = 0; i < batch->slot_count; i++) {
-        pd_slot *slot = &batch->slots[i];
-        if (slot->sequence && !pd_grow(&batch->net->allocator, (void **)&slot->starts, &slot->start_capacity,
-                                       batch->samples + 2, sizeof *slot->starts))
-            return pd__batch_fail(batch, PD_E_MEMORY, "out of memory for sample %lld of the batch",
-                                  (long long)batch->samples + 1);
-    }
-    return PD_OK;
-}
-
-PD_DEF pd_status pd_batch_end_sample(pd_batch *batch) {
-    pd_status status;
-    if (!batch) return PD_E_ARGUMENT;
-    status = batch->refused ? batch->error.status : pd__check_sample(batch);
-    if (status == PD_OK) status = pd__reserve_starts(batch);
-    if (status != PD_OK) {
-        pd_batch_drop_sample(batch);
-        return status;
-    }
-    batch->samples++;
-    for (int i = 0; i < batch->slot_count; i++)
-        if (batch->slots[i].sequence) batch->slots[i].starts[batch->samples] = batch->slots[i].rows;
-    return PD_OK;
-}
-
-/* Were both made for the same inputs? */
-static bool pd__batches_alike(const pd_batch *a, const pd_batch *b) {
-    bool alike = a->slot_count == b->slot_count;
-    for (int i = 0; alike && i < a->slot_count; i++) {
-        const pd_slot *s = &a->slots[i], *t = &b->slots[i];
-        alike = s->kind == t->kind && s->sequence == t->sequence && s->width == t->width;
-    }
-    return alike;
-}
-
-/* Copies rows within one kind of slot, also onto themselves or down. Sparse rows need room for their entries. */
-static void pd__copy_rows(pd_slot *to, int64_t to_row, const pd_slot *from, int64_t from_row, int64_t rows) {
-    if (rows == 0) return;
-    if (to->kind == PD_SLOT_SPARSE) {
-        int64_t first = from->row_starts[from_row], n = from->row_starts[from_row + rows] - first;
-        int64_t at = to->row_starts[to_row];
-        if (n > 0) memmove(to->ids + at, from->ids + first, (size_t)n * sizeof *to->ids);
-        if (n > 0) memmove(to->values + at, from->values + first, (size_t)n * sizeof *to->values);
-        for (int64_t i = 1; i <= rows; i++) to->row_starts[to_row + i] = from->row_starts[from_row + i] - first + at;
-    } else if (to->kind == PD_SLOT_IDS) memmove(to->ids + to_row, from->ids + from_row, (size_t)rows * sizeof *to->ids);
-    else
-        memmove(to->data + to_row * to->width, from->data + from_row * to->width,
-                (size_t)(rows * to->width) * sizeof *to->data);
-}
-
-PD_DEF pd_status pd_batch_copy_sample(pd_batch *batch, const pd_batch *from, int64_t index) {
-    if (!batch || !from) return PD_E_ARGUMENT;
-    if (!pd__batches_alike(batch, from))
-        return pd__batch_fail(batch, PD_E_SHAPE, "the batches are of nets with different inputs");
-    if (index < 0 || index >= from->samples)
-        return pd__batch_fail(batch, PD_E_ARGUMENT, "sample %lld does not exist: the batch copied from has %lld",
-                              (long long)index, (long long)from->samples);
-    for (int i = 0; i < batch->slot_count; i++) {
-        int64_t first, rows = pd__sample_rows(&from->slots[i], index, &first);
-        const pd_slot *source = &from->slots[i];
-        pd_slot *slot = rows == 0 ? NULL : pd__slot_open(batch, i, source->kind, rows);
-        if (slot && slot->kind == PD_SLOT_SPARSE &&
-            !pd__entries_grow(&batch->net->allocator, slot,
-                              source->row_starts[first + rows] - source->row_starts[first])) {
-            pd__batch_fail(batch, PD_E_MEMORY, "out of memory for the entries of input \"%.100s\"", slot->name);
-            slot = NULL;
-        }
-        if (rows > 0 && !slot) {
-            pd_batch_drop_sample(batch);
-            return batch->error.status;
-        }
-        if (slot) {
-            pd__copy_rows(slot, slot->rows, source, first, rows);
-            slot->rows += rows;
-        }
-    }
-    return pd_batch_end_sample(batch);
-}
-
-/* Takes the samples with a mark out of the batch; the others close up in their order. */
-static void pd__remove_samples(pd_batch *batch, const unsigned char *marks) {
-    int64_t kept = 0;
-    for (int i = 0; i < batch->slot_count; i++) {
-        pd_slot *slot = &batch->slots[i];
-        int64_t to = 0;
-        kept = 0;
-        for (int64_t k = 0; k < batch->samples; k++) {
-            int64_t first, rows = pd__sample_rows(slot, k, &first);
-            if (marks[k]) continue;
-            pd__copy_rows(slot, to, slot, first, rows);
-            to += rows;
-            kept++;
-            if (slot->sequence) slot->starts[kept] = to; /* kept <= k + 1: starts not yet read stay as they are */
-        }
-        slot->rows = to;
-    }
-    batch->samples = kept;
-}
-
-/* ======================================================================================================== */
-/* >>readers                                                                                                */
+/* >>readers.c                                                                                             */
 
 /* A built-in reader of data is a pd__source: it knows how to read the sample it stands at, or to step over it. Which
    samples of a pass are wanted (options, shard) is decided for all of them in pd__source_find. Text comes through
    pd__lines. pd_shuffle and pd_prefetch are readers around a reader. */
 
-/* Defined with >>files. */
+/* Defined with >>files.c. */
 static bool pd__seek(FILE *file, int64_t offset);
 static int64_t pd__file_size(FILE *file);
 static uint64_t pd__load_le(const unsigned char *from, int size);
@@ -10402,7 +10467,7 @@ static pd_real *pd__add_row(pd__source *s, pd_batch *batch, int slot) {
     return row;
 }
 
-/* ---- arrays ---- */
+/* ---- >>reader:array: arrays ---- */
 
 typedef struct pd__array_source {
     pd__source source;
@@ -10717,7 +10782,7 @@ static pd_status pd__lines_start(pd__lines *l, pd__source *s, const char *path) 
     return status == PD_OK ? pd__lines_open(l) : status;
 }
 
-/* ---- CSV ---- */
+/* ---- >>reader:csv: CSV ---- */
 
 /* Columns that stand together: those of one input, or one that is left out. */
 typedef struct pd__csv_group {
@@ -10924,7 +10989,7 @@ PD_DEF pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_o
     return pd__reader_made(net, &c->source.reader, pd__csv_init(c, path));
 }
 
-/* ---- LibSVM ---- */
+/* ---- >>reader:libsvm: LibSVM ---- */
 
 typedef struct pd__libsvm {
     pd__source source;
@@ -11174,7 +11239,7 @@ PD_DEF pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reade
     return pd__reader_made(net, &c->source.reader, pd__libsvm_init(c, path));
 }
 
-/* ---- IDX and npy: arrays in binary files ---- */
+/* ---- >>reader:idx, >>reader:npy: IDX and npy: arrays in binary files ---- */
 
 /* How a file holds one number. */
 typedef struct pd__layout {
@@ -11587,7 +11652,7 @@ PD_DEF pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count
     return pd__blocks_new(net, "npy", paths, count, opts, pd__npy_header);
 }
 
-/* ---- streams ---- */
+/* ---- >>reader:stream: streams ---- */
 
 typedef struct pd__stream {
     pd__source source;
@@ -11702,7 +11767,7 @@ static void *pd__around(pd_net *net, pd_reader *inner, size_t size, const pd_rea
     return r;
 }
 
-/* ---- shuffling ---- */
+/* ---- >>reader:shuffle: shuffling ---- */
 
 /* A pool of samples to draw from. What was drawn stays in its batch until that is half as large again as the pool. */
 typedef struct pd__shuffle {
@@ -11840,7 +11905,7 @@ PD_DEF pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint6
     return pd__reader_made(net, &s->reader, status);
 }
 
-/* ---- reading ahead ---- */
+/* ---- >>reader:prefetch: reading ahead ---- */
 
 /* One batch read ahead, and what `next` returned with it. */
 typedef struct pd__ready {
@@ -12108,7 +12173,7 @@ PD_DEF pd_reader *pd_prefetch(pd_net *net, pd_reader *reader, int depth) {
 }
 
 /* ======================================================================================================== */
-/* >>tensorboard                                                                                            */
+/* >>tensorboard.c                                                                                         */
 
 /* A TensorBoard event file is a row of TFRecords:
        8 bytes length, 4 bytes masked CRC of the length, the record, 4 bytes masked CRC of the record
@@ -12290,8 +12355,9 @@ static pd_status pd__events_scalar(struct pd__events *e, const char *tag, int64_
     pd__put_bytes_field(&event, 5, summary.bytes, summary.size);
     return pd__events_write(e, &event);
 }
+
 /* ======================================================================================================== */
-/* >>trainer                                                                                                */
+/* >>trainer.c                                                                                             */
 
 PD_DEF pd_net *pd_trainer_net(pd_trainer *trainer) { return trainer ? trainer->net : NULL; }
 PD_DEF int64_t pd_trainer_samples(const pd_trainer *trainer) { return trainer ? trainer->samples : 0; }
@@ -13263,7 +13329,7 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
 }
 
 /* ======================================================================================================== */
-/* >>profile                                                                                                */
+/* >>profile.c                                                                                             */
 
 /* Bytes that a layer's outputs, gradients and working memory take. */
 static double pd__layer_bytes(const pd_layer *l) {
@@ -13335,7 +13401,7 @@ PD_DEF pd_status pd_graphviz(pd_net *net, const char *path) {
 }
 
 /* ======================================================================================================== */
-/* >>files                                                                                                  */
+/* >>files.c                                                                                               */
 
 /* A .safetensors file is
        8 bytes: length of the header, little-endian
@@ -15246,8 +15312,9 @@ PD_DEF pd_status pd_checkpoint_load(pd_trainer *trainer, const char *path) {
     fclose(file);
     return status;
 }
+
 /* ======================================================================================================== */
-/* >>gradient check                                                                                         */
+/* >>gradient_check.c                                                                                      */
 
 /* The scalar J = sum of w_i y_i over all outputs of a layer, with fixed random w, is differentiated numerically. */
 typedef struct pd__check {
@@ -15506,10 +15573,11 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 #endif
 
 #endif /* PADDLE_IMPLEMENTATION */
-/* ======================================================================================================== */
-/* >>kernels: the CPU's heavy operations, once for every instruction set                                    */
 
-/* This part of the file is compiled several times: ">>device: the CPU" includes the file for each level with PD__LEVEL
+/* ======================================================================================================== */
+/* >>kernels.c: the CPU's heavy operations, once for every instruction set                                 */
+
+/* This part of the file is compiled several times: >>device.c includes the file for each level with PD__LEVEL
    set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. What is
    here is the work of one thread; how it is cut up, and what memory it takes, is decided there, once for all levels. */
 #if defined(PD__LEVEL)
@@ -15611,7 +15679,7 @@ static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
 #define PD__FMA(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* ---- matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
+/* ---- >>kernel:gemm: matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
    Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
 
 /* One step of k: mr numbers of A times nv vectors of B. */
@@ -15830,7 +15898,7 @@ static void PD__K(pd__pick_b_panel)(const pd_real *image, const int64_t *row_at,
     }
 }
 
-/* With >>activations: applies the epilogue to rows x columns of finished sums. */
+/* With >>kernel:activate: applies the epilogue to rows x columns of finished sums. */
 static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
                               pd_real *c, int64_t ldc);
 
@@ -15930,7 +15998,7 @@ static void PD__K(pd__gemm_row)(const pd__gemm_job *g, int64_t part) {
     }
 }
 
-/* ---- Winograd's convolution: tiles of images, output gradients and filters, transformed, and sums back ---- */
+/* ---- >>kernel:winograd: Winograd's convolution: tiles of images, output gradients and filters, transformed, and sums back ---- */
 
 /* One dimension of B^T d, A d, G g, A^T m and G^T m, for the points 0, a, -a, b, -b and infinity. With a = 5/8 and b = 3/2
    rounding errors are half those of 1 and 2. */
@@ -16277,7 +16345,7 @@ static void PD__K(pd__winograd_filter_unit)(const pd__winograd *j, int64_t filte
     }
 }
 
-/* ---- elementwise: vectors of PD__LANES numbers, or of PD__WIDE_LANES doubles made from as many numbers ---- */
+/* ---- >>kernel:elementwise: elementwise: vectors of PD__LANES numbers, or of PD__WIDE_LANES doubles made from as many numbers ---- */
 
 #if PD__LANES == 1
 #define PD__WIDE_LANES 1
@@ -16524,7 +16592,7 @@ static void PD__K(pd__contract_box)(const int64_t size[4], pd_real alpha, const 
             }
 }
 
-/* ---- optimizers' arithmetic ---- */
+/* ---- >>kernel:update: optimizers' arithmetic ---- */
 
 static PD__INLINE PD__W PD__K(pd__square_root)(PD__W v) {
 #if PD__BYTES == 64
@@ -16697,7 +16765,7 @@ static void PD__K(pd__update_row)(const pd_update *u, int64_t width, const doubl
     }
 }
 
-/* ---- activations ---- */
+/* ---- >>kernel:activate: activations ---- */
 
 /* erf cancels in GELU's tail, and beyond 40 there is nothing but 0 or x. NaN stays. */
 static PD__INLINE pd_real PD__K(pd__gelu)(pd_real x) {
@@ -16863,7 +16931,7 @@ static void PD__K(pd__softmax_backward_row)(int64_t n, const pd_real *y, pd_real
     }
 }
 
-/* ---- normalisation ---- */
+/* ---- >>kernel:norm: normalisation ---- */
 
 /* Sum of (x[i] - mean)^2. */
 static double PD__K(pd__deviations)(int64_t n, const pd_real *x, double mean_) {
@@ -17047,7 +17115,7 @@ static void PD__K(pd__response_strip_back)(const pd__response_job *j, int64_t un
         }
 }
 
-/* ---- recurrent units ---- */
+/* ---- >>kernel:gru: recurrent units ---- */
 
 static void PD__K(pd__gru_row)(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before,
                                pd_real *after) {
@@ -17090,7 +17158,7 @@ static void PD__K(pd__gru_back_row)(int64_t width, pd_real *gates, pd_real *recu
     }
 }
 
-/* ---- pooling: rows of a window first, then columns, a vector's outputs at a time ---- */
+/* ---- >>kernel:pool: pooling: rows of a window first, then columns, a vector's outputs at a time ---- */
 
 /* The larger number, or the sum. The maximum of anything and NaN is NaN. */
 static PD__INLINE PD__V PD__K(pd__pool_join)(bool largest, PD__V a, PD__V b) {
