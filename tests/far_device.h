@@ -36,7 +36,7 @@ static void far_fill(pd_device *d, int64_t n, pd_real value, pd_real *y) {
     far_cpu(d)->fill(far_cpu(d), n, value, near(y));
 }
 static void far_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                       const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
+                         const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     far_cpu(d)->contract(far_cpu(d), size, alpha, near(a), as, near(b), bs, near(y), ys);
 }
 /* `to` is where the twin of an epilogue may be. */

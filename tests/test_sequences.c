@@ -189,7 +189,9 @@ static void twin_embedding(const problem *p, double *y) {
     for (int64_t i = 0; i < in(p, 0)->rows * n; i++) y[i] = value(p, 0, in(p, 0)->ids[i / n] * n + i % n);
 }
 
-static pd_layer *sparse_input(problem *p) { return input(pd_sparse_vector(p->net, NULL, size(p, 12, 200)), p->sequence); }
+static pd_layer *sparse_input(problem *p) {
+    return input(pd_sparse_vector(p->net, NULL, size(p, 12, 200)), p->sequence);
+}
 
 static pd_layer *build_sparse_fc(problem *p) {
     pd_fc_opts o = { .act = p->act, .no_bias = below(3) == 0, .weight.sparse = p->sparse };
