@@ -21,28 +21,28 @@
                        WRITING A LAYER 223, DEVICES AND UPDATERS 261, ON ADDING AN OPERATION 287,
                        THREADS AND DETERMINISM 298, ONE ANSWER 310, INSTRUCTION SETS 329, MEMORY 344,
                        OPTIONS AT COMPILE TIME 355
-     >>NAME.h          status 429, hooks 484, tensors 510, net 541, parameters 595, inputs 676, activations 691,
-                       layers 722, costs 904, batches 948, running 998, evaluators 1027, optimizers 1092,
-                       device 1169, layer_types 1353, updater 1471, readers 1531, trainer 1613, files 1687,
-                       gradient_check 1718
-     >>NAME.c          core 1867, threads 2249, net 2581, parameters 2853, inputs 3367, activations 3457,
-                       layers 3477, costs 5471, batches 6121, running 6405, evaluators 7047, optimizers 7589,
-                       device 7780, layer_types 9175, updater 9455, averaging 9924, readers 10007, tensorboard 12176,
-                       trainer 12360, profile 13332, files 13404, gradient_check 15317, kernels 15578
-     >>layer:NAME      fc 3675, conv 3770, conv_transpose 3770, pool 3950, batch_norm 4039, layer_norm 4174,
-                       response_norm 4212, dropout 4256, add 4308, multiply 4308, concat 4366, slice 4412,
-                       reshape 4412, transpose 4412, pad 4412, scale 4549, interpolate 4549, affine 4636,
-                       maxout 4665, resize 4711, block_expand 4778, cosine 4877, outer 4955, bilinear 5001,
-                       activation 5070, prelu 5070, embedding 5132, gru 5175, sequence_pool 5365
-     >>cost:NAME       cross_entropy 5569, binary_cross_entropy 5747, squared_error 5768, huber 5779, smooth_l1 5797,
-                       sum_cost 5826, huber_two_class 5857, hinge 5868, rank_cost 5940, lambda_rank 5992
-     >>evaluator:NAME  error 7092, precision_recall 7135, auc 7203, pnpair 7304, mean_error 7351
-     >>op:NAME         contract 7781, gemm 7834, conv 7966, winograd 8217, update 8530, activate 8606, pool 8635,
-                       cross_entropy 8753, dropout 8794, norm 8805, sparse_product 8914, gru 8930, levels 8949
-     >>reader:NAME     array 10470, csv 10785, libsvm 10992, idx 11242, npy 11242, stream 11655, shuffle 11770,
-                       prefetch 11908
-     >>kernel:NAME     gemm 15682, winograd 16001, elementwise 16348, update 16595, activate 16768, norm 16934,
-                       gru 17118, pool 17161
+     >>NAME.h          status 430, hooks 485, tensors 511, net 542, parameters 596, inputs 677, activations 692,
+                       layers 723, costs 905, batches 949, running 999, evaluators 1028, optimizers 1093,
+                       device 1170, layer_types 1355, updater 1473, readers 1534, trainer 1616, files 1690,
+                       gradient_check 1721
+     >>NAME.c          core 1871, threads 2253, net 2586, parameters 2858, inputs 3372, activations 3462,
+                       layers 3482, costs 5477, batches 6127, running 6411, evaluators 7053, optimizers 7595,
+                       device 7786, layer_types 9186, updater 9466, averaging 9936, readers 10019, tensorboard 12188,
+                       trainer 12372, profile 13344, files 13416, gradient_check 15329, kernels 15590
+     >>layer:NAME      fc 3680, conv 3775, conv_transpose 3775, pool 3955, batch_norm 4044, layer_norm 4179,
+                       response_norm 4217, dropout 4261, add 4313, multiply 4313, concat 4371, slice 4417,
+                       reshape 4417, transpose 4417, pad 4417, scale 4555, interpolate 4555, affine 4642,
+                       maxout 4671, resize 4717, block_expand 4784, cosine 4883, outer 4961, bilinear 5007,
+                       activation 5076, prelu 5076, embedding 5138, gru 5181, sequence_pool 5371
+     >>cost:NAME       cross_entropy 5575, binary_cross_entropy 5753, squared_error 5774, huber 5785, smooth_l1 5803,
+                       sum_cost 5832, huber_two_class 5863, hinge 5874, rank_cost 5946, lambda_rank 5998
+     >>evaluator:NAME  error 7098, precision_recall 7141, auc 7209, pnpair 7310, mean_error 7357
+     >>op:NAME         contract 7787, gemm 7840, conv 7973, winograd 8225, update 8540, activate 8616, pool 8645,
+                       cross_entropy 8763, dropout 8804, norm 8815, sparse_product 8924, gru 8940, levels 8959
+     >>reader:NAME     array 10482, csv 10797, libsvm 11004, idx 11254, npy 11254, stream 11667, shuffle 11782,
+                       prefetch 11920
+     >>kernel:NAME     gemm 15695, winograd 16015, elementwise 16364, update 16612, activate 16785, norm 16951,
+                       gru 17135, pool 17178
 
    A WHOLE PROGRAM
 
@@ -74,9 +74,9 @@
    What a call needs are parameters; what it can do without are fields of an options struct, in which zero is the
    default and NULL stands for all defaults. In C++ declare the struct, set its fields and pass its address.
 
-   Where a number's default is another than 0, and 0 would be of use, the field's comment names PD_ZERO, which stands for
-   that 0: `.threshold = PD_ZERO`. Other fields refuse it: in them 0 is the default, or of no use. The parameters of calls
-   mean what they say, so pd_momentum(0.1, 0) has a momentum of 0.
+   Where a number's default is another than 0, and 0 would be of use, the field's comment names PD_ZERO, which stands
+   for that 0: `.threshold = PD_ZERO`. Other fields refuse it: in them 0 is the default, or of no use. The parameters
+   of calls mean what they say, so pd_momentum(0.1, 0) has a momentum of 0.
 
    ERRORS
 
@@ -111,17 +111,17 @@
    pd_layer *output = pd_fc(net, last, 10, &(pd_fc_opts){ .act = PD_SOFTMAX });
    ```
 
-   To tag every word give the labels sequences too, `pd_sequence(pd_label(net, "tags", 9))`, and the cost is one of rows. A
-   gradient is a mean over samples, so long sentences count more.
+   To tag every word give the labels sequences too, `pd_sequence(pd_label(net, "tags", 9))`, and the cost is one of
+   rows. A gradient is a mean over samples, so long sentences count more.
 
    Recurrent layers run the sequences of a batch side by side, the longest first, and go on with fewer when the short
-   ones have ended. Vectors of which few numbers are not zero (pd_sparse_vector) hold pairs of column and number, and go to
-   pd_fc. A parameter marked `sparse` has a gradient for the rows that the batch named, and a step costs what these
-   rows cost, not what the table does. What the others would have moved, by momentum and l2, is made up for in copies
-   when they are read, and in the table when they next have a gradient (and for a few rows of the table in each step, in
-   turn, so that none falls too far behind): the result is that of dense training, up to rounding. Reading leaves no
-   trace: saving, testing and predicting between steps change no bit of what is learned. Optimizers that would have to
-   touch every row are refused.
+   ones have ended. Vectors of which few numbers are not zero (pd_sparse_vector) hold pairs of column and number, and
+   go to pd_fc. A parameter marked `sparse` has a gradient for the rows that the batch named, and a step costs what
+   these rows cost, not what the table does. What the others would have moved, by momentum and l2, is made up for in
+   copies when they are read, and in the table when they next have a gradient (and for a few rows of the table in each
+   step, in turn, so that none falls too far behind): the result is that of dense training, up to rounding. Reading
+   leaves no trace: saving, testing and predicting between steps change no bit of what is learned. Optimizers that
+   would have to touch every row are refused.
 
    Layers see these rows by their place in the batch, not in the table: see pd_param_touch and row_values.
 
@@ -167,8 +167,8 @@
    one held are lost, and then pd_save fails.
 
    Every step begins with gradients of 0. While pd_train is at work, its trainer can't be trained by another call, nor
-   load a checkpoint, and its reader can't be tested in the midst of a pass: PD_E_STATE. A test without samples is an error, and so is one whose
-   cost is not finite.
+   load a checkpoint, and its reader can't be tested in the midst of a pass: PD_E_STATE. A test without samples is an
+   error, and so is one whose cost is not finite.
 
    READERS
 
@@ -263,8 +263,8 @@
    A device (pd_device) is memory and the operations layers are written in; an updater (pd_updater) is what becomes of
    gradients. Both are tables of functions, so that a GPU or a cluster can be plugged in without a change to layers or
    programs. The CPU device and the local updater are built in. On a device without host memory a layer that it can't
-   run runs on the CPU, and its numbers are carried there and back; pd_info names these layers. A device with host memory
-   may have as few operations as it likes. This one has products only, and leaves all else to the CPU:
+   run runs on the CPU, and its numbers are carried there and back; pd_info names these layers. A device with host
+   memory may have as few operations as it likes. This one has products only, and leaves all else to the CPU:
 
    ```c
    static void my_gemm(pd_device *d, bool ta, bool tb, int64_t m, int64_t n, int64_t k, pd_real alpha, const pd_real *a,
@@ -292,8 +292,8 @@
       PD__KERNELS beside it, with its text under >>kernels.c.
    3. pd__cuda_NAME in paddle_cuda.cu: a function, or a NULL; then layers that need it run on the CPU.
    4. far_NAME in tests/far_device.h, gradients in tests/test_layers.c, the GPU beside the CPU in tests/test_cuda.c.
-   Tables are filled by these names: what is forgotten does not compile. Layer types say PD_OP(NAME) in `needs`. The table
-   is for algebra, and for what must be one pass over memory to be fast.
+   Tables are filled by these names: what is forgotten does not compile. Layer types say PD_OP(NAME) in `needs`. The
+   table is for algebra, and for what must be one pass over memory to be fast.
 
    THREADS AND DETERMINISM
 
@@ -358,8 +358,9 @@
      PADDLE_STATIC       all functions are static. Define it beside PADDLE_IMPLEMENTATION; then only that file can call.
      PADDLE_FILE         this file's name in quotes, if it is not "paddle.h": the implementation includes itself, once
                          for each instruction set. Beside PADDLE_IMPLEMENTATION.
-     PADDLE_NO_AVX       no kernels for AVX2 and AVX-512: less to compile, a smaller program. Beside PADDLE_IMPLEMENTATION.
-     PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the compiler's option.)
+     PADDLE_NO_AVX       no kernels for AVX2 and AVX-512: less to compile, a smaller program. Beside
+     PADDLE_IMPLEMENTATION. PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the
+     compiler's option.)
 
    The implementation is not for -ffast-math and what belongs to it: gcc and clang refuse, or go without. Other files of
    the program may have it; linking with it is fine too, but then numbers below 1.2e-38 (2.3e-308 in double) are 0.
@@ -496,8 +497,8 @@ typedef struct pd_allocator {
    aligned to 64; NULL when there are none. To be freed by pd_free with the same allocator; NULL is fine there. */
 PD_API void *pd_alloc(const pd_allocator *allocator, int64_t count, size_t size);
 PD_API void pd_free(const pd_allocator *allocator, void *memory);
-/* Makes *array, of pd_alloc or NULL, hold at least `need` elements of `size` bytes, keeping its contents; grows by half,
-   so that filling one by one is linear. False when out of memory: then nothing has changed. */
+/* Makes *array, of pd_alloc or NULL, hold at least `need` elements of `size` bytes, keeping its contents; grows by
+   half, so that filling one by one is linear. False when out of memory: then nothing has changed. */
 PD_API bool pd_grow(const pd_allocator *allocator, void **array, int64_t *capacity, int64_t need, size_t size);
 
 /* Receives the message of every failure. NULL: silence. The text is only valid in the call. */
@@ -690,8 +691,8 @@ PD_API pd_layer *pd_sequence(pd_layer *input);
 /* ======================================================================================================== */
 /* >>activations.h                                                                                         */
 
-/* X(name, text, needs): needs says what the derivative reads: the output y, or the input x kept beside it. Where a slope
-   is infinite, a gradient of 0 stays 0. */
+/* X(name, text, needs): needs says what the derivative reads: the output y, or the input x kept beside it. Where a
+   slope is infinite, a gradient of 0 stays 0. */
 #define PD_ACTIVATIONS(X)                                                                                              \
     X(PD_LINEAR, "linear", PD__FROM_Y)         /* x */                                                                 \
     X(PD_RELU, "relu", PD__FROM_Y)             /* max(x, 0) */                                                         \
@@ -832,8 +833,8 @@ PD_API pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t c
 PD_API pd_layer *pd_reshape(pd_net *net, pd_layer *input, pd_shape shape, const pd_layer_opts *opts);
 /* Permutes the axes of each row: axis i of the output is axis order[i] of the input (0 channels, 1 height, 2 width). */
 PD_API pd_layer *pd_transpose(pd_net *net, pd_layer *input, const int order[3], const pd_layer_opts *opts);
-/* y = w a + (1 - w) b, with one number w per row, or w of the same shape as a and b: one for each number. Where w is 0 or
-   1, y is exactly b or a, if both are finite. */
+/* y = w a + (1 - w) b, with one number w per row, or w of the same shape as a and b: one for each number. Where w is 0
+   or 1, y is exactly b or a, if both are finite. */
 PD_API pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts);
 /* y = w x, with one number w per row. */
 PD_API pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts);
@@ -918,9 +919,9 @@ typedef struct pd_cost_opts {
     int64_t top;                 /* lambda_rank: NDCG truncation; default 5 */
 } pd_cost_opts;
 /* -sum_c w_c t_c log p_c. `label` is a label, or a layer of soft labels t as wide as the input that does not learn. If
-   the input's activation is softmax, it is p; else p = softmax(input). Both are computed from what is before the softmax,
-   x: the cost is log(sum_j e^x_j) - x_c for label c, exact where p_c is too small for a number, and so is its gradient,
-   whoever else reads the softmax. */
+   the input's activation is softmax, it is p; else p = softmax(input). Both are computed from what is before the
+   softmax, x: the cost is log(sum_j e^x_j) - x_c for label c, exact where p_c is too small for a number, and so is its
+   gradient, whoever else reads the softmax. */
 PD_API pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts);
 /* -sum_j t_j log p_j + (1 - t_j) log(1 - p_j), t_j in [0, 1]. Input with sigmoid activation: it is p; else
    p = sigmoid(input). Both are computed from what is before the sigmoid, as for cross_entropy. */
@@ -1068,9 +1069,9 @@ PD_API pd_evaluator *pd_eval_error(pd_net *net, pd_layer *output, pd_layer *labe
    f1, each 0 where it would be 0/0, and accuracy (micro). Width 1 with threshold: of the positive class. */
 PD_API pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_layer *label,
                                               const pd_evaluator_opts *opts);
-/* Area under the ROC curve of the score of class 1: the last column of the output (width 1 or 2). Ties count half. Exact
-   of up to 65,536 different scores; beyond, scores next to each other are taken together, so that each of at least 32,768
-   bins has about the same weight. NaN if one class is missing. */
+/* Area under the ROC curve of the score of class 1: the last column of the output (width 1 or 2). Ties count half.
+   Exact of up to 65,536 different scores; beyond, scores next to each other are taken together, so that each of at
+   least 32,768 bins has about the same weight. NaN if one class is missing. */
 PD_API pd_evaluator *pd_eval_auc(pd_net *net, pd_layer *output, pd_layer *label, const pd_evaluator_opts *opts);
 /* Pairs of one query with different labels: in order, out of order, ties; ratio = in order / out of order, 0 when none
    is out of order. A pair counts the product of its weights. Labels may be numbers. All of a query must be in one
@@ -1118,9 +1119,9 @@ typedef struct pd_optimizer {
     double epsilon;
 } pd_optimizer;
 
-/* The velocity v of momentum holds steps, each at the rate of its time. That of PyTorch (buf = momentum buf + g; w -= r buf)
-   holds gradients, which the rate of the moment multiplies all: there v = momentum (r / r') v - r g, r' being the rate of
-   the step before. The same while the rate stands still; v = -r buf converts one to the other. */
+/* The velocity v of momentum holds steps, each at the rate of its time. That of PyTorch (buf = momentum buf + g; w -=
+   r buf) holds gradients, which the rate of the moment multiplies all: there v = momentum (r / r') v - r g, r' being
+   the rate of the step before. The same while the rate stands still; v = -r buf converts one to the other. */
 PD_API pd_optimizer pd_sgd(double rate);                       /* w -= r g */
 PD_API pd_optimizer pd_momentum(double rate, double momentum); /* v = momentum v - r g; w += v (Polyak 1964) */
 PD_API pd_optimizer pd_nesterov(double rate, double momentum); /* same v; w += momentum v - r g (Sutskever 2013) */
@@ -1180,8 +1181,8 @@ typedef struct pd_pool_shape {
     pd_pool_method method;
 } pd_pool_shape;
 
-/* What a product or a convolution makes of its sums as it writes them: y = f(scale[c] (sum - center[c]) + bias[c]), c the
-   column of the product, the channel of the convolution. NULL: 1, 0 and 0. act: any but PD_SOFTMAX; alpha: as for
+/* What a product or a convolution makes of its sums as it writes them: y = f(scale[c] (sum - center[c]) + bias[c]), c
+   the column of the product, the channel of the convolution. NULL: 1, 0 and 0. act: any but PD_SOFTMAX; alpha: as for
    pd_device.activate. */
 typedef struct pd_epilogue {
     const pd_real *scale, *center, *bias;
@@ -1190,8 +1191,8 @@ typedef struct pd_epilogue {
 } pd_epilogue;
 
 /* ---- the operations that layers are written in ----
-   All numbers are in the device's memory, except where "host memory" is said; ids and offsets are in the host's, and may
-   change as soon as the operation returns. "Adds" means += into the result. See ON ADDING AN OPERATION. */
+   All numbers are in the device's memory, except where "host memory" is said; ids and offsets are in the host's, and
+   may change as soon as the operation returns. "Adds" means += into the result. See ON ADDING AN OPERATION. */
 
 /* y[i] = value */
 typedef void pd_op_fill(pd_device *d, int64_t n, pd_real value, pd_real *y);
@@ -1252,7 +1253,8 @@ typedef void pd_op_cross_entropy(pd_device *d, int64_t rows, int64_t width, cons
 typedef void pd_op_cross_entropy_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *p,
                                           const int64_t *ids, const pd_real *soft, const pd_real *class_weights,
                                           const pd_real *dcost, bool by_x, pd_real *dx);
-/* y[i] += x[i] / (1 - p), or, with probability p, 0, by pd_random's bits of key and i, so that backward needs no mask. */
+/* y[i] += x[i] / (1 - p), or, with probability p, 0, by pd_random's bits of key and i, so that backward needs no
+   mask. */
 typedef void pd_op_dropout(pd_device *d, int64_t n, uint64_t key, double p, const pd_real *x, pd_real *y);
 /* Of each channel over rows and `area` positions: moments (3 x channels) are the mean, the rest that rounding took from
    it, and the (biased) variance. Without the rest, a mean that is 10^4 deviations is off by a thousandth of one. */
@@ -1324,11 +1326,11 @@ struct pd_device {
     void (*upload)(pd_device *d, void *to, const void *from_host, size_t size);
     void (*download)(pd_device *d, void *to_host, const void *from, size_t size); /* has arrived on return */
     pd_status (*wait)(pd_device *d, char *message, size_t size); /* all done, or the first failure since */
-    /* (optional) Will it run this layer, which has inputs? Asked once, when the layer's shape and parameters are settled. A
-       layer that is refused runs on the CPU. */
+    /* (optional) Will it run this layer, which has inputs? Asked once, when the layer's shape and parameters are
+       settled. A layer that is refused runs on the CPU. */
     bool (*accepts)(pd_device *d, const pd_layer *layer);
-    /* (optional) The numbers at w will stay as they are (or, not `frozen`, no longer), so other forms of them that products
-       read may be kept. */
+    /* (optional) The numbers at w will stay as they are (or, not `frozen`, no longer), so other forms of them that
+       products read may be kept. */
     void (*freeze)(pd_device *d, const pd_real *w, bool frozen);
 
     /* The operations that it has; NULL: it has not got this one. */
@@ -1336,8 +1338,8 @@ struct pd_device {
     PD_OPERATIONS(PD__OPERATION_MEMBER)
 };
 
-/* Makes *memory, which is the device's or NULL, hold at least `count` numbers; its contents are lost when it grows. False
-   when out of memory: then nothing has changed. */
+/* Makes *memory, which is the device's or NULL, hold at least `count` numbers; its contents are lost when it grows.
+   False when out of memory: then nothing has changed. */
 PD_API bool pd_device_grow(pd_device *d, pd_real **memory, int64_t *capacity, int64_t count);
 /* For a device with host memory: makes of the finished sums c (rows x columns, ldc apart) what `after` says. */
 PD_API void pd_epilogue_apply(pd_device *d, const pd_epilogue *after, int64_t rows, int64_t columns, pd_real *c,
@@ -1375,10 +1377,10 @@ struct pd_layer_type {
     pd_status (*backward)(pd_layer *layer);
     /* (optional) Frees what setup took other than through pd_layer_ functions. */
     void (*teardown)(pd_layer *layer);
-    /* (optional) Before the batch's first forward, in every mode: names the rows of the layer's sparse parameters that it
-       will read or give gradients to, with pd_param_touch, and keeps their places: forward reads row_values by place,
-       backward adds to grad by place. Only inputs of the net have been filled by then. A type without prefetch has no
-       sparse parameters. */
+    /* (optional) Before the batch's first forward, in every mode: names the rows of the layer's sparse parameters that
+       it will read or give gradients to, with pd_param_touch, and keeps their places: forward reads row_values by
+       place, backward adds to grad by place. Only inputs of the net have been filled by then. A type without prefetch
+       has no sparse parameters. */
     pd_status (*prefetch)(pd_layer *layer);
     /* (optional) When predicting, this layer with its one input is y = scale[c] (x - center[c]) + shift[c] of every
        channel, which the layer below may do as it writes its output. Fills all three (device memory). */
@@ -1425,8 +1427,8 @@ PD_API pd_param *pd_layer_buffer(pd_layer *layer, const char *suffix, int64_t si
 /* Device memory of the layer's own that lasts until the net is freed, but not for setup: `per_row` numbers for each of
    out.rows rows, those of row r from r * per_row on. What forward leaves there, backward finds by asking for the same
    again; between calls keep neither the pointer nor the number of rows, and read rows from tensors, since a call may be
-   about some of the rows that forward saw. slot 0 .. 7, each for one use and one per_row. NULL (message set) when out of
-   memory. Contents are lost when it grows. This divides each row by its length:
+   about some of the rows that forward saw. slot 0 .. 7, each for one use and one per_row. NULL (message set) when out
+   of memory. Contents are lost when it grows. This divides each row by its length:
 
    ```c
    static pd_status length_forward(pd_layer *l) {
@@ -1512,7 +1514,8 @@ PD_API pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t 
 PD_API pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
                                        const pd_real *grad, int64_t samples, double clip_scale);
 /* For updaters: rows of a sparse parameter (host memory; repeats are fine), as they are after all steps so far, to `to`
-   (count x dims[1], device memory). What is stored does not change. Of the shard; others come as they are stored here. */
+   (count x dims[1], device memory). What is stored does not change. Of the shard; others come as they are stored
+   here. */
 PD_API pd_status pd_trainer_read_rows(pd_trainer *trainer, pd_param *param, int64_t count, const int64_t *rows,
                                       pd_real *to);
 /* For updaters: the trained parameters, in order of creation; NULL past the end. */
@@ -1581,16 +1584,16 @@ PD_API pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_o
 /* One IDX file (the format of MNIST) per input, in order; big-endian, any element type. */
 PD_API pd_reader *pd_idx_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
 /* "label index:value .. # comment", indices from 1 (which is column 0) and rising; the net's inputs are a vector
-   (pd_vector or pd_sparse_vector) and a label, or a vector of width 1 for regression. Of two classes, -1 is read as 0. With
-   "label qid:n index:value .." and inputs that carry sequences, lines of one query (they stand together) are one
+   (pd_vector or pd_sparse_vector) and a label, or a vector of width 1 for regression. Of two classes, -1 is read as 0.
+   With "label qid:n index:value .." and inputs that carry sequences, lines of one query (they stand together) are one
    sample. */
 PD_API pd_reader *pd_libsvm_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
 /* One NumPy .npy file (version 1 to 3, C order; float, integer or bool of any size) per input, first axis = samples. */
 PD_API pd_reader *pd_npy_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
-/* From functions of yours. `next` adds one sample with the pd_batch_ functions, without pd_batch_end_sample, and returns
-   PD_OK; or PD_END, which ends the pass: without one pd_train goes on until on_event stops it. `reset` goes back to the
-   first sample of pass 0, 1, .. and returns PD_OK, or what ends the training: it is called before that sample is read,
-   perhaps more than once. NULL for what can't go back,
+/* From functions of yours. `next` adds one sample with the pd_batch_ functions, without pd_batch_end_sample, and
+   returns PD_OK; or PD_END, which ends the pass: without one pd_train goes on until on_event stops it. `reset` goes
+   back to the first sample of pass 0, 1, .. and returns PD_OK, or what ends the training: it is called before that
+   sample is read, perhaps more than once. NULL for what can't go back,
    such as a socket: each pass goes on where the last one ended, and so does a training continued within a pass, which
    otherwise passes over the samples that it has seen. Sharded, `next` is called for all samples, and the reader keeps
    its share. Under pd_prefetch a thread calls `next`, and none while `reset` runs. */
@@ -1676,9 +1679,9 @@ PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
    processes all call it. */
 PD_API pd_status pd_sync(pd_trainer *trainer);
 PD_API int64_t pd_trainer_samples(const pd_trainer *trainer); /* seen so far */
-/* A table of time and memory by layer, the fraction of time spent waiting for data, and, of the time in loops for several
-   threads, the fraction in which some were missing or had to be waited for; where that is much, other work has the
-   processors, not the slow layer. Like snprintf. */
+/* A table of time and memory by layer, the fraction of time spent waiting for data, and, of the time in loops for
+   several threads, the fraction in which some were missing or had to be waited for; where that is much, other work has
+   the processors, not the slow layer. Like snprintf. */
 PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
 /* Writes the net as a Graphviz file: `dot -Tsvg net.dot`. */
 PD_API pd_status pd_graphviz(pd_net *net, const char *path);
@@ -1733,9 +1736,10 @@ typedef struct pd_gradcheck {
     bool all_zero;   /* every gradient was 0: nothing was really checked */
 } pd_gradcheck;
 /* Compares backward with central differences of sum(w * cost) for all parameters and all dense inputs that want a
-   gradient (pd_want_gradient; of a layer without parameters only that is checked); `layer` may be any layer: its outputs
-   are weighted by fixed random numbers. PD_OK means it ran; with nothing to check it is PD_E_ARGUMENT. Below 1e-6 with
-   PADDLE_DOUBLE the gradient is right; in float differences are rough, some 1e-2, and nets with kinks worse. */
+   gradient (pd_want_gradient; of a layer without parameters only that is checked); `layer` may be any layer: its
+   outputs are weighted by fixed random numbers. PD_OK means it ran; with nothing to check it is PD_E_ARGUMENT. Below
+   1e-6 with PADDLE_DOUBLE the gradient is right; in float differences are rough, some 1e-2, and nets with kinks
+   worse. */
 PD_API pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, const pd_gradcheck_opts *opts,
                                     pd_gradcheck *result);
 
@@ -2368,10 +2372,10 @@ static pd__cpu *pd__cpu_of(const pd_device *d) { return (pd__cpu *)d->cpu; }
 static int pd__cpu_threads(const pd_device *d) { return pd__cpu_of(d)->pace.threads; }
 static const pd__kernels *pd__cpu_kernels(const pd_device *d) { return pd__cpu_of(d)->kernels; }
 
-/* A loop worth several threads has ended at `now`. It took `spent` seconds in a team of so many, of which even the least
-   busy worked for `least`. Parts are about equal, so one thread alone would have taken team * least: a team that does
-   not get WORTH of that done makes debts, which better loops pay back, and a little in advance. Where the debt is too
-   large half as many threads go on, for a short time at first, and for longer ones if that is so again. */
+/* A loop worth several threads has ended at `now`. It took `spent` seconds in a team of so many, of which even the
+   least busy worked for `least`. Parts are about equal, so one thread alone would have taken team * least: a team that
+   does not get WORTH of that done makes debts, which better loops pay back, and a little in advance. Where the debt is
+   too large half as many threads go on, for a short time at first, and for longer ones if that is so again. */
 static void pd__pace_note(pd__pace *p, double now, double spent, int team, double least) {
     const double WORTH = 0.8, MOST = 0.01, SAVED = 0.02, LONGEST = 1, TRIAL = 0.04;
     p->spent += spent;
@@ -2410,8 +2414,9 @@ enum { PD__TEAM_WORK = 65536 };
 /* Threads for so much work. */
 static int pd__team(const pd_device *d, int64_t work) { return work < PD__TEAM_WORK ? 1 : pd__cpu_of(d)->pace.team; }
 
-/* How this thread rounds, and whether it takes the smallest numbers for 0. Threads of a team do as the one that waits for
-   them, which may have changed its mind since they were made (gcc's -ffast-math does, where it is only linked with). */
+/* How this thread rounds, and whether it takes the smallest numbers for 0. Threads of a team do as the one that waits
+   for them, which may have changed its mind since they were made (gcc's -ffast-math does, where it is only linked
+   with). */
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__TINYC__)
 static inline unsigned pd__rounding(void) { return _mm_getcsr() & ~0x3fu; /* what has happened so far */ }
 static inline bool pd__round_as(unsigned rounding) {
@@ -2473,8 +2478,8 @@ static void pd__loop_end(const pd__loop *loop) {
     for (bool once_ = pd__round_as(loop_.rounding); once_; once_ = false)                                              \
         PD__OMP(for schedule(static) nowait)
 
-/* The same measured: a loop of calls, i = 0, step, .. below `end`. For one thread OpenMP is left alone: a team of one takes longer to
-   make than many a small layer. */
+/* The same measured: a loop of calls, i = 0, step, .. below `end`. For one thread OpenMP is left alone: a team of one
+   takes longer to make than many a small layer. */
 #define PD__TEAM_STEPS(d, work, i, end, step, call)                                                                    \
     do {                                                                                                               \
         pd__loop loop_ = pd__loop_begin(d, work, pd__ceil_div(end, step));                                             \
@@ -2603,8 +2608,8 @@ static bool pd__is_view(const pd_param *p);
 /* The net that owns the parameters: the origin of a shared one. */
 static pd_net *pd__owner(pd_net *net) { return net->origin ? net->origin : net; }
 
-/* Says that values are about to be changed, by training or, if `given`, by others: those in the net are then what trainers
-   go on from. Defined with >>trainer.c. */
+/* Says that values are about to be changed, by training or, if `given`, by others: those in the net are then what
+   trainers go on from. Defined with >>trainer.c. */
 static void pd__begin_anew(pd_net *net, bool given);
 /* Makes every value current that trainers' updaters, but for that of `besides`, have left for later. Defined with
    >>trainer.c. */
@@ -3120,8 +3125,8 @@ static pd_status pd__ready_rows(pd_net *net) {
     return PD_OK;
 }
 
-/* A shared net's own view of a sparse parameter, since in its thread other rows are named at the same time. The value is
-   that of `of`. */
+/* A shared net's own view of a sparse parameter, since in its thread other rows are named at the same time. The value
+   is that of `of`. */
 static pd_param *pd__view_of(pd_layer *l, pd_param *of) {
     pd_net *net = l->net;
     pd_param *p = net->first_param;
@@ -4071,9 +4076,9 @@ static bool pd__batch_norm_by_batch(const pd_layer *l) {
     return !((const pd_batch_norm_opts *)l->opts)->use_running && pd_layer_mode(l) != PD_PREDICT;
 }
 
-/* running = (1 - momentum) running + momentum batch; the variance unbiased, as for a sample of n: one number has none, and leaves
-   it as it is. A batch that isn't finite, which the trainer will refuse once it sees the cost, must not spoil what was
-   learned. */
+/* running = (1 - momentum) running + momentum batch; the variance unbiased, as for a sample of n: one number has none,
+   and leaves it as it is. A batch that isn't finite, which the trainer will refuse once it sees the cost, must not
+   spoil what was learned. */
 static void pd__batch_norm_track(pd_layer *l, const pd_real *moments, double n) {
     double momentum = pd__or(((const pd_batch_norm_opts *)l->opts)->momentum, 0.1);
     int64_t channels = l->shape.channels;
@@ -4409,7 +4414,8 @@ PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, cons
     return pd_layer_add(net, &pd__concat_type, s.o.name, inputs, count, &s);
 }
 
-/* ---- >>layer:slice, >>layer:reshape, >>layer:transpose, >>layer:pad: a box of the input moves to a box of the output ---- */
+/* ---- >>layer:slice, >>layer:reshape, >>layer:transpose, >>layer:pad: a box of the input moves to a box of the output
+   ---- */
 
 typedef struct pd__box {
     int64_t size[4];        /* of three axes; the first stays 0 */
@@ -6666,8 +6672,8 @@ static pd_status pd__ready_grad(pd_layer *l) {
     return status;
 }
 
-/* For costs that set `reads_before`: what input 0 puts out before its activation, and where its gradient goes (NULL: not
-   wanted). For the others: its output. */
+/* For costs that set `reads_before`: what input 0 puts out before its activation, and where its gradient goes (NULL:
+   not wanted). For the others: its output. */
 static const pd_real *pd__read_before(const pd_layer *cost, pd_real **grad) {
     pd_layer *input = cost->inputs[0];
     *grad = cost->own->reads_before && input->own->before.grad ? input->own->before.grad : input->out.grad;
@@ -7202,9 +7208,9 @@ PD_DEF pd_evaluator *pd_eval_precision_recall(pd_net *net, pd_layer *output, pd_
 
 /* ---- >>evaluator:auc ---- */
 
-/* Sums: the number of bins, then for each a score, and the weights of negatives and of positives that have it. New rows are
-   added at the end; when there is no more room for them, bins are sorted, and equal scores, or, if these are too few,
-   neighbours become one. */
+/* Sums: the number of bins, then for each a score, and the weights of negatives and of positives that have it. New
+   rows are added at the end; when there is no more room for them, bins are sorted, and equal scores, or, if these are
+   too few, neighbours become one. */
 typedef struct pd__auc_bin {
     double score, weight[2];
 } pd__auc_bin;
@@ -7831,8 +7837,9 @@ static double pd__cpu_norm(pd_device *d, int64_t n, const pd_real *x) {
     return pd__finite(large) ? fmin(sqrt(large) * ldexp(1, 600), DBL_MAX) : large;
 }
 
-/* ---- >>op:gemm: matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
-   Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
+/* ---- >>op:gemm: matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008
+   ---- Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change
+   it. */
 
 enum { PD__NC = 1024 }; /* columns of a product's blocks */
 /* How many numbers ahead panels of A are fetched that may come from memory. (Beside the 48 KB of first-level cache that
@@ -7886,8 +7893,8 @@ static void pd__gemm_part(const pd__gemm_job *g, int64_t part) {
     if (i0 >= i1 || j0 >= j1) return;
     h = pd__height(kernels, i1 - i0);
     mc = pd__min(i1 - i0, kernels->mc / h * h);
-    /* B packed for one block of rows only is used at once, so that a few columns, still in the cache, do; of a B that is
-       read by rows, more. */
+    /* B packed for one block of rows only is used at once, so that a few columns, still in the cache, do; of a B that
+       is read by rows, more. */
     nc = mc < i1 - i0 ? PD__NC : g->tb ? 64 : 256;
     packed_b = packed_a + pd__ceil_div(mc * depth, 16) * 16;
     for (int64_t wide = j0; wide < j1; wide += PD__NC)
@@ -7971,7 +7978,8 @@ PD_DEF void pd_epilogue_apply(pd_device *d, const pd_epilogue *after, int64_t ro
    data gradient are cut by images and, for few of them, by filters, channels or columns; the filter gradient, a sum
    over images, is cut by columns of its matrix. */
 
-/* The work of `count` products of m x n numbers, k deep each. A tile of them takes about as long to begin as 32 steps. */
+/* The work of `count` products of m x n numbers, k deep each. A tile of them takes about as long to begin as 32
+   steps. */
 static int64_t pd__product_work(int64_t count, int64_t m, int64_t n, int64_t k) { return count * m * n * (k + 32) / 8; }
 
 typedef struct pd__conv_job {
@@ -8214,16 +8222,17 @@ static void pd__conv_parts(pd_device *d, pd__conv_job *j, int64_t units, int64_t
     j->per_part = pd__ceil_div(grains, j->parts) * grain;
 }
 
-/* ---- >>op:winograd: convolution with 3 x 3 filters at stride 1, after Winograd: F(4 x 4, 3 x 3) of Lavin and Gray 2016 ----
-   A tile of 4 x 4 outputs needs 6 x 6 inputs. With B, G and A of that paper, B^T d B of each tile d of each channel and
-   G g G^T of each filter g are made once; their 36 places are multiplied like matrices of filters, channels and tiles;
-   and A^T m A of the sums m are the outputs: 36 multiplications instead of 144. The data gradient is the same with the
-   filters turned round and the channels as filters; the filter gradient is the transpose, G^T (A dy A^T * B^T d B) G. */
+/* ---- >>op:winograd: convolution with 3 x 3 filters at stride 1, after Winograd: F(4 x 4, 3 x 3) of Lavin and Gray
+   2016 ---- A tile of 4 x 4 outputs needs 6 x 6 inputs. With B, G and A of that paper, B^T d B of each tile d of each
+   channel and G g G^T of each filter g are made once; their 36 places are multiplied like matrices of filters,
+   channels and tiles; and A^T m A of the sums m are the outputs: 36 multiplications instead of 144. The data gradient
+   is the same with the filters turned round and the channels as filters; the filter gradient is the transpose, G^T (A
+   dy A^T * B^T d B) G. */
 
-/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and filters,
-   and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the numbers below
-   are about what that costs, in multiplications, as measured. They round differently, so where one answer is asked for it
-   is judged as for three rows: where that is wrong, one row and many lose about equally. */
+/* Are Winograd's convolutions made for this, and worth while? They save multiplications, but transform tiles and
+   filters, and read 36 numbers of a filter instead of 9, from memory where there are many filters and few tiles; the
+   numbers below are about what that costs, in multiplications, as measured. They round differently, so where one
+   answer is asked for it is judged as for three rows: where that is wrong, one row and many lose about equally. */
 static bool pd__winograd_fits(const pd_conv_shape *s) {
     const int64_t channels = s->in_c / s->groups, filters = s->out_c / s->groups, outputs = s->out_h * s->out_w;
     const int64_t tiles = pd__ceil_div(s->out_h, 4) * pd__ceil_div(s->out_w, 4), rows = s->one_answer ? 3 : s->rows;
@@ -8263,7 +8272,8 @@ struct pd__winograd {
     int64_t each, group, block; /* working space of a thread; what is done at the moment */
 };
 
-/* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of those. */
+/* The rows of tiles side by side in a line: their images, of which the last may not be there, and which rows of
+   those. */
 typedef struct pd__winograd_rows {
     int64_t image[2 * 64 / sizeof(pd_real)], row[2 * 64 / sizeof(pd_real)]; /* nr of the widest vectors */
 } pd__winograd_rows;
@@ -8350,8 +8360,8 @@ static void pd__winograd_sizes(pd__winograd *j, const pd__kernels *kernels, cons
     j->lines = pd__max(1, pd__min(j->lines, j->all_lines));
     j->blocks = pd__ceil_div(j->all_lines, j->lines);
     j->stride = pd__ceil_div(j->width, kernels->lanes) * kernels->lanes + 4;
-    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles have in common; and an odd multiple
-       of 16, so that the same places of many lines do not take each other's in the cache. */
+    /* One vector more for the last row of tiles, and two tiles more for the columns that tiles have in common; and an
+       odd multiple of 16, so that the same places of many lines do not take each other's in the cache. */
     j->places = pd__ceil_div(j->lines * j->width + kernels->lanes + 2 + 16, 32) * 32 - 16;
 }
 
@@ -8664,8 +8674,8 @@ struct pd__pool_job {
     pd_real *out, *space; /* for each thread a line of the image, and `lines` of phases */
     int64_t each, line, lines;
     int64_t begin, stop; /* of a window's columns, those that are inside the image for some output */
-    /* Column w is number w / stride of phase w % stride. Phases are `wide`, and begin `lead` numbers before column 0; there
-       are none beyond `phases`, where nothing of the image is. */
+    /* Column w is number w / stride of phase w % stride. Phases are `wide`, and begin `lead` numbers before column 0;
+       there are none beyond `phases`, where nothing of the image is. */
     int64_t stride, phases, lead, wide;
 };
 
@@ -8704,8 +8714,8 @@ static void pd__cpu_pool(pd_device *d, const pd_pool_shape *s, const pd_real *x,
     PD__TEAM(d, s->rows * s->channels * s->in_h * s->in_w * 2, map, s->rows * s->channels, kernels->pool_map(&j, map));
 }
 
-/* Where the gradient of a maximum goes: to the first of the cells that have it, of NaNs too, if one has; without branches,
-   because nothing foretells them. */
+/* Where the gradient of a maximum goes: to the first of the cells that have it, of NaNs too, if one has; without
+   branches, because nothing foretells them. */
 static int64_t pd__pool_first(const pd_pool_shape *s, const pd__window *v, const pd_real *map, pd_real y) {
     int64_t at = -1;
     for (int64_t h = v->h1 - 1; h >= v->h0; h--)
@@ -8946,7 +8956,8 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
                                    dbefore ? dbefore + r * width : NULL));
 }
 
-/* ---- >>op:levels: instruction sets: the heavy operations (>>kernels.c) are compiled for several, and chosen when a net is made ---- */
+/* ---- >>op:levels: instruction sets: the heavy operations (>>kernels.c) are compiled for several, and chosen when a
+   net is made ---- */
 
 #ifdef PADDLE_DOUBLE
 #define PD__REAL_BYTES 8
@@ -9567,19 +9578,20 @@ PD_DEF pd_status pd_trainer_apply(pd_trainer *trainer, pd_param *param, int64_t 
 
 /* ---- sparse parameters ----
    A row that no gradient reaches still moves, by its momentum and its l2. Such a step is the same linear map for every
-   number, (w, state) -> M (w, state) with M of 2 x 2, and so are several in turn. So rows are left behind: whoever reads
-   one gets a copy, multiplied with the product of the matrices that the row has missed, and what is stored is made up
-   for when the row gets a gradient. Reading changes nothing, so the bits are the same however often it is done. This is
-   the dense method to the last rounding, with any schedule. (The sparse momentum of the 2016 platform did it with three
-   running scalars, which had to be restarted before they overflowed.)
+   number, (w, state) -> M (w, state) with M of 2 x 2, and so are several in turn. So rows are left behind: whoever
+   reads one gets a copy, multiplied with the product of the matrices that the row has missed, and what is stored is
+   made up for when the row gets a gradient. Reading changes nothing, so the bits are the same however often it is
+   done. This is the dense method to the last rounding, with any schedule. (The sparse momentum of the 2016 platform
+   did it with three running scalars, which had to be restarted before they overflowed.)
 
    The last steps' matrices are the leaves of a binary tree, in a ring: a node has the product of its block of 2^k
-   steps, which begins at a multiple of 2^k. A row that has missed n steps costs at most 2 log2(n) products of 2 x 2, of 8
-   multiplications each, and a step one (on average) to keep the tree. Which blocks make up the steps from one to another
-   follows from these two alone, and so do the bits. No row is ever further behind than the tree reaches: each step
-   brings the next few rows of the table up to date, in turn, whoever reads them. The tree reaches as many steps as a
-   quarter of the table has rows, but PD__STEPS_LEAST at least and PD__STEPS_MOST at most, which is 16 MB. So that is 4
-   rows in a step up to a table of a million rows, and 381 at 100 million. A tree grows to its size as steps come. */
+   steps, which begins at a multiple of 2^k. A row that has missed n steps costs at most 2 log2(n) products of 2 x 2,
+   of 8 multiplications each, and a step one (on average) to keep the tree. Which blocks make up the steps from one to
+   another follows from these two alone, and so do the bits. No row is ever further behind than the tree reaches: each
+   step brings the next few rows of the table up to date, in turn, whoever reads them. The tree reaches as many steps
+   as a quarter of the table has rows, but PD__STEPS_LEAST at least and PD__STEPS_MOST at most, which is 16 MB. So that
+   is 4 rows in a step up to a table of a million rows, and 381 at 100 million. A tree grows to its size as steps
+   come. */
 
 #ifndef PD__STEPS_MOST
 #define PD__STEPS_MOST 262144 /* powers of two */
@@ -9768,8 +9780,8 @@ static void pd__catch_up_others(const pd_trainer *t) {
         if (other != t) pd__catch_up_all(other);
 }
 
-/* Copies rows of `table` to `to`, on the device of `net`, with the steps that trainer t (may be NULL) has left for later.
-   Those listed, or, if `rows` is NULL, first, first + 1, .. */
+/* Copies rows of `table` to `to`, on the device of `net`, with the steps that trainer t (may be NULL) has left for
+   later. Those listed, or, if `rows` is NULL, first, first + 1, .. */
 static void pd__read_rows(const pd_net *net, const pd_trainer *t, const pd_param *p, const pd_real *table,
                           int64_t first, int64_t count, const int64_t *rows, pd_real *to) {
     pd_device *d = net->device;
@@ -9923,11 +9935,11 @@ static const pd_updater pd__local_updater = {
 /* ======================================================================================================== */
 /* >>averaging.c                                                                                           */
 /* ---- model averaging ----
-   Of the last updates, in three arrays. sums[2] is the average of the last full window (at first: the first value); what
-   new values differ from it by goes to sums[0], and now and then from there to sums[1], so that a small number is never
-   added to a very large one; once the wanted window is full it is sums[2]. So the average runs over between one and two
-   windows, memory does not depend on the window, and a value that stands still is its own average. Statistics are
-   averaged with the parameters: those of the last steps belong to other weights. */
+   Of the last updates, in three arrays. sums[2] is the average of the last full window (at first: the first value);
+   what new values differ from it by goes to sums[0], and now and then from there to sums[1], so that a small number is
+   never added to a very large one; once the wanted window is full it is sums[2]. So the average runs over between one
+   and two windows, memory does not depend on the window, and a value that stands still is its own average. Statistics
+   are averaged with the parameters: those of the last steps belong to other weights. */
 
 enum { PD__AVERAGE_MOVE = 1024 };
 
@@ -12981,8 +12993,8 @@ static pd_status pd__judge(pd_trainer *t, double test_cost) {
     return status;
 }
 
-/* Judging begins anew, from what there is, if something has been learned or loaded; with a checkpoint it goes on, but for
-   one of a training that had run out of patience. */
+/* Judging begins anew, from what there is, if something has been learned or loaded; with a checkpoint it goes on, but
+   for one of a training that had run out of patience. */
 static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
     bool goes_on = t->resumed;
     double cost;
@@ -12998,8 +13010,8 @@ static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
     return status == PD_OK ? pd__judge(t, cost) : status;
 }
 
-/* The values of the best test come into the net. The last ones stay with the trainer, so that a checkpoint is that of the
-   training, until something else is trained or loaded. */
+/* The values of the best test come into the net. The last ones stay with the trainer, so that a checkpoint is that of
+   the training, until something else is trained or loaded. */
 static void pd__go_back(pd_trainer *t) {
     pd_device *d = t->net->device;
     int i = 0;
@@ -13013,8 +13025,8 @@ static void pd__go_back(pd_trainer *t) {
     t->unsynced = false; /* a test came after a sync */
 }
 
-/* Are there parameters of which other workers may hold rows? Of the others every worker has all, of the last step or the one
-   before, and need not ask those that may be gone. */
+/* Are there parameters of which other workers may hold rows? Of the others every worker has all, of the last step or
+   the one before, and need not ask those that may be gone. */
 static bool pd__has_tables(const pd_trainer *t) {
     for (int i = 0; i < t->trained_count; i++)
         if (t->trained[i].param->touched) return true;
@@ -15578,8 +15590,9 @@ PD_DEF pd_status pd_check_gradients(pd_layer *layer, const pd_batch *batch, cons
 /* >>kernels.c: the CPU's heavy operations, once for every instruction set                                 */
 
 /* This part of the file is compiled several times: >>device.c includes the file for each level with PD__LEVEL
-   set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. What is
-   here is the work of one thread; how it is cut up, and what memory it takes, is decided there, once for all levels. */
+   set, and PD__K(name) is the name of a function at that level. Code is written in vectors of PD__LANES numbers. What
+   is here is the work of one thread; how it is cut up, and what memory it takes, is decided there, once for all
+   levels. */
 #if defined(PD__LEVEL)
 
 #if PD__BYTES == 0
@@ -15623,8 +15636,8 @@ typedef pd_real PD__K(pd__unaligned) __attribute__((vector_size(PD__BYTES), alig
 #endif
 #define PD__NR (PD__NV * PD__LANES)
 
-/* Blocks of a product: KC deep, so that a panel of B stays in the first-level cache (32 KB and more), MC rows of A, which
-   stay in the second, PD__NC columns of B. */
+/* Blocks of a product: KC deep, so that a panel of B stays in the first-level cache (32 KB and more), MC rows of A,
+   which stay in the second, PD__NC columns of B. */
 #define PD__KC (PD__BYTES == 64 ? 320 : 512)
 #define PD__MC (PD__BYTES == 64 ? 168 : 96)
 
@@ -15679,8 +15692,9 @@ static PD__INLINE void PD__K(pd__store)(pd_real *to, PD__V v, int64_t left) {
 #define PD__FMA(a, b, c) ((a) * (b) + (c))
 #endif
 
-/* ---- >>kernel:gemm: matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn 2008 ----
-   Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not change it. */
+/* ---- >>kernel:gemm: matrix product: both factors packed into tiles that fit the caches, after Goto and van de Geijn
+   2008 ---- Every number of C is one sum over k in the order of k, at any place of any tile: cutting C up does not
+   change it. */
 
 /* One step of k: mr numbers of A times nv vectors of B. */
 static PD__INLINE void PD__K(pd__tile_step)(const int mr, const int nv, const pd_real *a, const pd_real *b,
@@ -15954,8 +15968,8 @@ static void PD__K(pd__multiply)(const pd__block_job *k) {
     }
 }
 
-/* sums = rows `first` .. `end` - 1 of B from column j on, weighed by the numbers of the one row: some rows at a time, in the
-   order of k. */
+/* sums = rows `first` .. `end` - 1 of B from column j on, weighed by the numbers of the one row: some rows at a time,
+   in the order of k. */
 static PD__INLINE void PD__K(pd__row_sums)(const pd__gemm_job *g, int64_t first, int64_t end, int64_t j, int64_t width,
                                            pd_real *sums) {
     enum { TOGETHER = 4 };
@@ -15982,8 +15996,8 @@ static PD__INLINE void PD__K(pd__row_sums)(const pd__gemm_job *g, int64_t first,
     }
 }
 
-/* A part of one row times a matrix, which is read once, as it lies. Each block of depth has its own sums, which are added
-   to C as those of packed blocks are: a row has the same bits alone as among others. */
+/* A part of one row times a matrix, which is read once, as it lies. Each block of depth has its own sums, which are
+   added to C as those of packed blocks are: a row has the same bits alone as among others. */
 static void PD__K(pd__gemm_row)(const pd__gemm_job *g, int64_t part) {
     enum { STRIP = 64 * PD__LANES };
     const int64_t depth = pd__depth(g->kernels, g->k), end = pd__min(g->n, (part + 1) * g->columns);
@@ -15998,10 +16012,11 @@ static void PD__K(pd__gemm_row)(const pd__gemm_job *g, int64_t part) {
     }
 }
 
-/* ---- >>kernel:winograd: Winograd's convolution: tiles of images, output gradients and filters, transformed, and sums back ---- */
+/* ---- >>kernel:winograd: Winograd's convolution: tiles of images, output gradients and filters, transformed, and sums
+   back ---- */
 
-/* One dimension of B^T d, A d, G g, A^T m and G^T m, for the points 0, a, -a, b, -b and infinity. With a = 5/8 and b = 3/2
-   rounding errors are half those of 1 and 2. */
+/* One dimension of B^T d, A d, G g, A^T m and G^T m, for the points 0, a, -a, b, -b and infinity. With a = 5/8 and b =
+   3/2 rounding errors are half those of 1 and 2. */
 #define PD__ALL(x) PD__K(pd__all)((pd_real)(x))
 #define PD__A PD__ALL(0.625)
 #define PD__B PD__ALL(1.5)
@@ -16221,7 +16236,8 @@ static PD__INLINE void PD__K(pd__winograd_copy)(const pd_real *line, int64_t n, 
         for (int64_t c = 0; c < n; c += PD__LANES) PD__K(pd__store)(y + c, PD__LOAD(line + c), n - c);
 }
 
-/* The most frequent epilogues are applied to the vectors while these are in registers: max(least, scale (v - center) + bias). */
+/* The most frequent epilogues are applied to the vectors while these are in registers: max(least, scale (v - center) +
+   bias). */
 static PD__INLINE bool PD__K(pd__winograd_early)(const pd__winograd *j, int64_t channel, PD__V *scale, PD__V *center,
                                                  PD__V *bias, PD__V *least) {
     const bool early = j->beta == 0 && (!j->after || j->after->act == PD_LINEAR || j->after->act == PD_RELU);
@@ -16345,7 +16361,8 @@ static void PD__K(pd__winograd_filter_unit)(const pd__winograd *j, int64_t filte
     }
 }
 
-/* ---- >>kernel:elementwise: elementwise: vectors of PD__LANES numbers, or of PD__WIDE_LANES doubles made from as many numbers ---- */
+/* ---- >>kernel:elementwise: elementwise: vectors of PD__LANES numbers, or of PD__WIDE_LANES doubles made from as many
+   numbers ---- */
 
 #if PD__LANES == 1
 #define PD__WIDE_LANES 1
@@ -16451,8 +16468,8 @@ static double PD__K(pd__dot)(int64_t n, const pd_real *a, const pd_real *b) {
     return PD__K(pd__sum_lanes)((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-/* e^x, e^x - 1 (of x below 80) and log x, without branches, within 2 ulp. x = n log 2 + r, and e^r by its series; log by that of
-   atanh. Cody and Waite, Software Manual for the Elementary Functions, 1980. */
+/* e^x, e^x - 1 (of x below 80) and log x, without branches, within 2 ulp. x = n log 2 + r, and e^r by its series; log
+   by that of atanh. Cody and Waite, Software Manual for the Elementary Functions, 1980. */
 #if PD__LANES == 1
 static PD__INLINE pd_real PD__K(pd__exp)(pd_real x) { return PD__M(exp)(x); }
 static PD__INLINE pd_real PD__K(pd__expm1)(pd_real x) { return PD__M(expm1)(x); }
@@ -16846,8 +16863,8 @@ static void PD__K(pd__finish)(const pd_epilogue *after, bool by_row, int64_t cha
     }
 }
 
-/* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. A gradient of 0 stays 0 where the slope may be
-   infinite (else it would be NaN), and the slope of the root at 0 counts as 0, as that of |x| does. */
+/* grad[i] *= f'. v is x[i] for the kinds that need x, else unused; w is y[i]. A gradient of 0 stays 0 where the slope
+   may be infinite (else it would be NaN), and the slope of the root at 0 counts as 0, as that of |x| does. */
 static void PD__K(pd__activate_backward_piece)(pd_act act, pd_real alpha_, int64_t n, const pd_real *x,
                                                const pd_real *y, pd_real *grad) {
     const PD__V zero = PD__K(pd__all)(0), one = PD__K(pd__all)(1), alpha = PD__K(pd__all)(alpha_);
@@ -16914,8 +16931,8 @@ static void PD__K(pd__softmax_row)(int64_t n, const pd_real *x, pd_real *y) {
     for (int64_t i = 0; i < n; i += PD__LANES) PD__K(pd__store)(y + i, factor * PD__K(pd__load)(y + i, n - i), n - i);
 }
 
-/* -log of the largest of y = softmax(x), and its x: that of number i is then larger by *top - x[i], whatever has become of
-   y[i]. Of one close to 1 the others know more. */
+/* -log of the largest of y = softmax(x), and its x: that of number i is then larger by *top - x[i], whatever has
+   become of y[i]. Of one close to 1 the others know more. */
 static double PD__K(pd__softmax_cost)(int64_t n, const pd_real *x, const pd_real *y, double *top) {
     double largest = (double)PD__K(pd__largest)(n, y), others = PD__K(pd__dot)(n, y, NULL) - largest;
     *top = (double)PD__K(pd__largest)(n, x);
