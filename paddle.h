@@ -16,33 +16,34 @@
 
    CONTENTS, with line numbers by `make format`. Search for >>layer:fc, >>net.h, and the like.
 
-     TOPICS            A WHOLE PROGRAM 47, ERRORS 81, ROWS AND SHAPES 93, SEQUENCES AND SPARSE ROWS 102,
-                       PARAMETERS 128, GRADIENTS AND OPTIMIZERS 139, HOW A TRAINING ENDS 148, READERS 173, FILES 192,
-                       WRITING A LAYER 223, DEVICES AND UPDATERS 261, ON ADDING AN OPERATION 287,
-                       THREADS AND DETERMINISM 298, ONE ANSWER 310, INSTRUCTION SETS 329, MEMORY 344,
-                       OPTIONS AT COMPILE TIME 355
-     >>NAME.h          status 430, hooks 485, tensors 511, net 542, parameters 596, inputs 677, activations 692,
-                       layers 723, costs 905, batches 949, running 999, evaluators 1028, optimizers 1093,
-                       device 1170, layer_types 1355, updater 1473, readers 1534, trainer 1616, files 1690,
-                       gradient_check 1721
-     >>NAME.c          core 1871, threads 2253, net 2586, parameters 2858, inputs 3372, activations 3462,
-                       layers 3482, costs 5477, batches 6127, running 6411, evaluators 7053, optimizers 7595,
-                       device 7786, layer_types 9186, updater 9466, averaging 9936, readers 10019, tensorboard 12188,
-                       trainer 12372, profile 13344, files 13416, gradient_check 15329, kernels 15590
-     >>layer:NAME      fc 3680, conv 3775, conv_transpose 3775, pool 3955, batch_norm 4044, layer_norm 4179,
-                       response_norm 4217, dropout 4261, add 4313, multiply 4313, concat 4371, slice 4417,
-                       reshape 4417, transpose 4417, pad 4417, scale 4555, interpolate 4555, affine 4642,
-                       maxout 4671, resize 4717, block_expand 4784, cosine 4883, outer 4961, bilinear 5007,
-                       activation 5076, prelu 5076, embedding 5138, gru 5181, sequence_pool 5371
-     >>cost:NAME       cross_entropy 5575, binary_cross_entropy 5753, squared_error 5774, huber 5785, smooth_l1 5803,
-                       sum_cost 5832, huber_two_class 5863, hinge 5874, rank_cost 5946, lambda_rank 5998
-     >>evaluator:NAME  error 7098, precision_recall 7141, auc 7209, pnpair 7310, mean_error 7357
-     >>op:NAME         contract 7787, gemm 7840, conv 7973, winograd 8225, update 8540, activate 8616, pool 8645,
-                       cross_entropy 8763, dropout 8804, norm 8815, sparse_product 8924, gru 8940, levels 8959
-     >>reader:NAME     array 10482, csv 10797, libsvm 11004, idx 11254, npy 11254, stream 11667, shuffle 11782,
-                       prefetch 11920
-     >>kernel:NAME     gemm 15695, winograd 16015, elementwise 16364, update 16612, activate 16785, norm 16951,
-                       gru 17135, pool 17178
+     TOPICS            A WHOLE PROGRAM 48, ERRORS 82, ROWS AND SHAPES 94, SEQUENCES AND SPARSE ROWS 103,
+                       PARAMETERS 129, GRADIENTS AND OPTIMIZERS 140, HOW A TRAINING ENDS 149, READERS 174, FILES 193,
+                       WRITING A LAYER 224, DEVICES AND UPDATERS 262, ON ADDING AN OPERATION 288,
+                       THREADS AND DETERMINISM 299, ONE ANSWER 311, INSTRUCTION SETS 330, MEMORY 345,
+                       OPTIONS AT COMPILE TIME 356
+     >>NAME.h          status 431, hooks 486, tensors 512, net 543, parameters 597, inputs 678, activations 693,
+                       layers 724, costs 906, batches 950, running 1000, evaluators 1029, optimizers 1094,
+                       device 1171, layer_types 1356, updater 1474, readers 1535, trainer 1617, files 1691,
+                       gradient_check 1722
+     >>NAME.c          core 1872, threads 2254, net 2514, parameters 2786, inputs 3300, activations 3390,
+                       layers 3410, costs 5405, batches 6055, running 6339, evaluators 6981, optimizers 7523,
+                       device 7714, layer_types 9191, updater 9471, averaging 9941, readers 10024, tensorboard 12193,
+                       trainer 12377, profile 13349, files 13421, gradient_check 15334, kernels 15595
+     >>layer:NAME      fc 3608, conv 3703, conv_transpose 3703, pool 3883, batch_norm 3972, layer_norm 4107,
+                       response_norm 4145, dropout 4189, add 4241, multiply 4241, concat 4299, slice 4345,
+                       reshape 4345, transpose 4345, pad 4345, scale 4483, interpolate 4483, affine 4570,
+                       maxout 4599, resize 4645, block_expand 4712, cosine 4811, outer 4889, bilinear 4935,
+                       activation 5004, prelu 5004, embedding 5066, gru 5109, sequence_pool 5299
+     >>cost:NAME       cross_entropy 5503, binary_cross_entropy 5681, squared_error 5702, huber 5713, smooth_l1 5731,
+                       sum_cost 5760, huber_two_class 5791, hinge 5802, rank_cost 5874, lambda_rank 5926
+     >>evaluator:NAME  error 7026, precision_recall 7069, auc 7137, pnpair 7238, mean_error 7285
+     >>op:NAME         contract 7715, kernels 7717, gemm 7845, conv 7978, winograd 8230, update 8545, activate 8621,
+                       pool 8650, cross_entropy 8768, dropout 8809, norm 8820, sparse_product 8929, gru 8945,
+                       levels 8964
+     >>reader:NAME     array 10487, csv 10802, libsvm 11009, idx 11259, npy 11259, stream 11672, shuffle 11787,
+                       prefetch 11925
+     >>kernel:NAME     gemm 15700, winograd 16020, elementwise 16369, update 16617, activate 16790, norm 16956,
+                       gru 17140, pool 17183
 
    A WHOLE PROGRAM
 
@@ -288,8 +289,8 @@
 
    An operation has a declaration, a text for the CPU, one for the GPU, a test and, where users meet it, documentation.
    1. Under >>device.h: its type pd_op_NAME, with what it means, and NAME in PD_OPERATIONS.
-   2. pd__cpu_NAME under >>device.c. Work that wants vectors is a kernel, pd__kernel_KERNEL and KERNEL in
-      PD__KERNELS beside it, with its text under >>kernels.c.
+   2. pd__cpu_NAME under >>device.c. Work that wants vectors is a kernel: pd__kernel_KERNEL, and KERNEL in PD__KERNELS,
+      at the head of the same section; its text under >>kernels.c.
    3. pd__cuda_NAME in paddle_cuda.cu: a function, or a NULL; then layers that need it run on the CPU.
    4. far_NAME in tests/far_device.h, gradients in tests/test_layers.c, the GPU beside the CPU in tests/test_cuda.c.
    Tables are filled by these names: what is forgotten does not compile. Layer types say PD_OP(NAME) in `needs`. The
@@ -2255,80 +2256,7 @@ static void pd__thread_join(pd__thread t) { pthread_join(t, NULL); }
 /* Results do not depend on the number of threads: work is cut where it writes, never inside a sum, or a sum is cut
    into a fixed number of parts that are added in order. */
 
-typedef struct pd__block_job pd__block_job;
-typedef struct pd__gemm_job pd__gemm_job;
-typedef struct pd__winograd pd__winograd;
-typedef struct pd__update_job pd__update_job;
-typedef struct pd__channel_job pd__channel_job;
-typedef struct pd__layer_norm_job pd__layer_norm_job;
-typedef struct pd__response_job pd__response_job;
-typedef struct pd__pool_job pd__pool_job;
-
-/* The work of one thread, in the instructions of one level; what each does is said where it is, in >>kernels.c. */
-typedef void pd__kernel_fill_piece(int64_t n, pd_real value, pd_real *y);
-typedef void pd__kernel_contract_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
-                                     const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
-typedef void pd__kernel_contract_line(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b,
-                                      int64_t bs, pd_real *y, int64_t ys);
-typedef double pd__kernel_dot(int64_t n, const pd_real *a, const pd_real *b);
-typedef void pd__kernel_pack_a(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
-                               int64_t depth, pd_real *panels);
-typedef void pd__kernel_pack_b(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t n, pd_real *panels);
-typedef void pd__kernel_pick_b_panel(const pd_real *image, const int64_t *row_at, const int64_t *column_at, int64_t k,
-                                     int64_t width, pd_real *to);
-typedef void pd__kernel_tile(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead,
-                             const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
-typedef void pd__kernel_multiply(const pd__block_job *k);
-typedef void pd__kernel_gemm_row(const pd__gemm_job *g, int64_t part);
-typedef void pd__kernel_finish(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
-                               pd_real *c, int64_t ldc);
-typedef void pd__kernel_winograd_channel(const pd__winograd *j, bool gradient, int64_t group, int64_t block,
-                                         int64_t channel, pd_real *space, pd_real *to, int64_t plane);
-typedef void pd__kernel_winograd_panel(const pd__winograd *j, int64_t unit);
-typedef void pd__kernel_winograd_put(const pd__winograd *j, int64_t group, int64_t block, int64_t filter,
-                                     const pd_real *m, int64_t plane, pd_real *space);
-typedef void pd__kernel_winograd_filter_unit(const pd__winograd *j, int64_t filter);
-typedef void pd__kernel_update_piece(const pd__update_job *j, int64_t start, int64_t end);
-typedef void pd__kernel_update_row(const pd_update *u, int64_t width, const double *c, const pd_real *w,
-                                   const pd_real *g, const pd_real *state, pd_real *new_w, pd_real *new_state);
-typedef void pd__kernel_activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y);
-typedef void pd__kernel_activate_backward_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x,
-                                                const pd_real *y, pd_real *grad);
-typedef void pd__kernel_softmax_row(int64_t n, const pd_real *x, pd_real *y);
-typedef double pd__kernel_softmax_cost(int64_t n, const pd_real *x, const pd_real *y, double *top);
-typedef void pd__kernel_softmax_backward_row(int64_t n, const pd_real *y, pd_real *grad);
-typedef void pd__kernel_moments_of(const pd__channel_job *j, int64_t c);
-typedef void pd__kernel_batch_norm_map(const pd__channel_job *j, int64_t m);
-typedef void pd__kernel_batch_norm_back(const pd__channel_job *j, int64_t c);
-typedef void pd__kernel_layer_norm_row(const pd__layer_norm_job *j, int64_t r);
-typedef void pd__kernel_layer_norm_back_row(const pd__layer_norm_job *j, int64_t r);
-typedef void pd__kernel_layer_norm_back_columns(const pd__layer_norm_job *j, int64_t unit);
-typedef void pd__kernel_response_strip(const pd__response_job *j, int64_t unit);
-typedef void pd__kernel_response_strip_back(const pd__response_job *j, int64_t unit);
-typedef void pd__kernel_gru_row(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before,
-                                pd_real *after);
-typedef void pd__kernel_gru_back_row(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
-                                     const pd_real *dafter, pd_real *dbefore);
-typedef void pd__kernel_pool_pairs(const pd__pool_job *j, int64_t map, int64_t maps);
-typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
-
-/* clang-format off */
-#define PD__KERNELS(X) \
-    X(fill_piece) X(contract_box) X(contract_line) X(dot) X(pack_a) X(pack_b) X(pick_b_panel) X(tile) X(multiply) \
-    X(gemm_row) X(finish) X(winograd_channel) X(winograd_panel) X(winograd_put) X(winograd_filter_unit) X(update_piece) \
-    X(update_row) X(activate_piece) X(activate_backward_piece) X(softmax_row) X(softmax_cost) \
-    X(softmax_backward_row) X(moments_of) X(batch_norm_map) X(batch_norm_back) X(layer_norm_row) \
-    X(layer_norm_back_row) X(layer_norm_back_columns) X(response_strip) X(response_strip_back) X(gru_row) \
-    X(gru_back_row) X(pool_pairs) X(pool_map)
-/* clang-format on */
-
-typedef struct pd__kernels {
-    int64_t lanes;  /* numbers of a vector */
-    int64_t mr, nr; /* rows and columns of the tile of a product that stays in registers; nr: whole vectors */
-    int64_t kc, mc; /* depth of a product's blocks, and rows of A in one */
-#define PD__KERNEL_MEMBER(name) pd__kernel_##name *name;
-    PD__KERNELS(PD__KERNEL_MEMBER)
-} pd__kernels;
+typedef struct pd__kernels pd__kernels;
 
 /* Another form of numbers that stay, for products: packed, or transformed. */
 typedef struct pd__kept {
@@ -7785,6 +7713,83 @@ PD_DEF double pd_schedule_factor(const pd_schedule *schedule, double samples_see
 /* ======================================================================================================== */
 /* >>device.c: the CPU's operations                                                                        */
 /* ---- >>op:contract: basics ---- */
+
+/* ---- >>op:kernels: what is compiled for each instruction set ---- */
+
+typedef struct pd__block_job pd__block_job;
+typedef struct pd__gemm_job pd__gemm_job;
+typedef struct pd__winograd pd__winograd;
+typedef struct pd__update_job pd__update_job;
+typedef struct pd__channel_job pd__channel_job;
+typedef struct pd__layer_norm_job pd__layer_norm_job;
+typedef struct pd__response_job pd__response_job;
+typedef struct pd__pool_job pd__pool_job;
+
+/* The work of one thread, in the instructions of one level; what each does is said where it is, in >>kernels.c. */
+typedef void pd__kernel_fill_piece(int64_t n, pd_real value, pd_real *y);
+typedef void pd__kernel_contract_box(const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
+                                     const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]);
+typedef void pd__kernel_contract_line(int64_t n, pd_real alpha, const pd_real *a, int64_t as, const pd_real *b,
+                                      int64_t bs, pd_real *y, int64_t ys);
+typedef double pd__kernel_dot(int64_t n, const pd_real *a, const pd_real *b);
+typedef void pd__kernel_pack_a(const pd_real *a, int64_t rs, int64_t cs, int64_t m, int64_t k, int64_t h, int64_t first,
+                               int64_t depth, pd_real *panels);
+typedef void pd__kernel_pack_b(const pd_real *b, int64_t rs, int64_t cs, int64_t k, int64_t n, pd_real *panels);
+typedef void pd__kernel_pick_b_panel(const pd_real *image, const int64_t *row_at, const int64_t *column_at, int64_t k,
+                                     int64_t width, pd_real *to);
+typedef void pd__kernel_tile(int mr, int nv, int64_t k, pd_real alpha, const pd_real *a, int64_t ahead,
+                             const pd_real *b, int64_t ldb, pd_real beta, pd_real *c, int64_t ldc);
+typedef void pd__kernel_multiply(const pd__block_job *k);
+typedef void pd__kernel_gemm_row(const pd__gemm_job *g, int64_t part);
+typedef void pd__kernel_finish(const pd_epilogue *after, bool by_row, int64_t channel, int64_t rows, int64_t columns,
+                               pd_real *c, int64_t ldc);
+typedef void pd__kernel_winograd_channel(const pd__winograd *j, bool gradient, int64_t group, int64_t block,
+                                         int64_t channel, pd_real *space, pd_real *to, int64_t plane);
+typedef void pd__kernel_winograd_panel(const pd__winograd *j, int64_t unit);
+typedef void pd__kernel_winograd_put(const pd__winograd *j, int64_t group, int64_t block, int64_t filter,
+                                     const pd_real *m, int64_t plane, pd_real *space);
+typedef void pd__kernel_winograd_filter_unit(const pd__winograd *j, int64_t filter);
+typedef void pd__kernel_update_piece(const pd__update_job *j, int64_t start, int64_t end);
+typedef void pd__kernel_update_row(const pd_update *u, int64_t width, const double *c, const pd_real *w,
+                                   const pd_real *g, const pd_real *state, pd_real *new_w, pd_real *new_state);
+typedef void pd__kernel_activate_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x, pd_real *y);
+typedef void pd__kernel_activate_backward_piece(pd_act act, pd_real alpha, int64_t n, const pd_real *x,
+                                                const pd_real *y, pd_real *grad);
+typedef void pd__kernel_softmax_row(int64_t n, const pd_real *x, pd_real *y);
+typedef double pd__kernel_softmax_cost(int64_t n, const pd_real *x, const pd_real *y, double *top);
+typedef void pd__kernel_softmax_backward_row(int64_t n, const pd_real *y, pd_real *grad);
+typedef void pd__kernel_moments_of(const pd__channel_job *j, int64_t c);
+typedef void pd__kernel_batch_norm_map(const pd__channel_job *j, int64_t m);
+typedef void pd__kernel_batch_norm_back(const pd__channel_job *j, int64_t c);
+typedef void pd__kernel_layer_norm_row(const pd__layer_norm_job *j, int64_t r);
+typedef void pd__kernel_layer_norm_back_row(const pd__layer_norm_job *j, int64_t r);
+typedef void pd__kernel_layer_norm_back_columns(const pd__layer_norm_job *j, int64_t unit);
+typedef void pd__kernel_response_strip(const pd__response_job *j, int64_t unit);
+typedef void pd__kernel_response_strip_back(const pd__response_job *j, int64_t unit);
+typedef void pd__kernel_gru_row(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before,
+                                pd_real *after);
+typedef void pd__kernel_gru_back_row(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
+                                     const pd_real *dafter, pd_real *dbefore);
+typedef void pd__kernel_pool_pairs(const pd__pool_job *j, int64_t map, int64_t maps);
+typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
+
+/* clang-format off */
+#define PD__KERNELS(X) \
+    X(fill_piece) X(contract_box) X(contract_line) X(dot) X(pack_a) X(pack_b) X(pick_b_panel) X(tile) X(multiply) \
+    X(gemm_row) X(finish) X(winograd_channel) X(winograd_panel) X(winograd_put) X(winograd_filter_unit) X(update_piece) \
+    X(update_row) X(activate_piece) X(activate_backward_piece) X(softmax_row) X(softmax_cost) \
+    X(softmax_backward_row) X(moments_of) X(batch_norm_map) X(batch_norm_back) X(layer_norm_row) \
+    X(layer_norm_back_row) X(layer_norm_back_columns) X(response_strip) X(response_strip_back) X(gru_row) \
+    X(gru_back_row) X(pool_pairs) X(pool_map)
+/* clang-format on */
+
+struct pd__kernels {
+    int64_t lanes;  /* numbers of a vector */
+    int64_t mr, nr; /* rows and columns of the tile of a product that stays in registers; nr: whole vectors */
+    int64_t kc, mc; /* depth of a product's blocks, and rows of A in one */
+#define PD__KERNEL_MEMBER(name) pd__kernel_##name *name;
+    PD__KERNELS(PD__KERNEL_MEMBER)
+};
 
 enum { PD__PIECE = 8192 }; /* numbers per piece of an elementwise operation */
 
