@@ -37,7 +37,7 @@
      >>cost:NAME       cross_entropy 5503, binary_cross_entropy 5681, squared_error 5702, huber 5713, smooth_l1 5731,
                        sum_cost 5760, huber_two_class 5791, hinge 5802, rank_cost 5874, lambda_rank 5926
      >>evaluator:NAME  error 7026, precision_recall 7069, auc 7137, pnpair 7238, mean_error 7285
-     >>op:NAME         contract 7715, kernels 7717, gemm 7845, conv 7978, winograd 8230, update 8545, activate 8621,
+     >>op:NAME         kernels 7715, contract 7792, gemm 7845, conv 7978, winograd 8230, update 8545, activate 8621,
                        pool 8650, cross_entropy 8768, dropout 8809, norm 8820, sparse_product 8929, gru 8945,
                        levels 8964
      >>reader:NAME     array 10487, csv 10802, libsvm 11009, idx 11259, npy 11259, stream 11672, shuffle 11787,
@@ -7712,8 +7712,6 @@ PD_DEF double pd_schedule_factor(const pd_schedule *schedule, double samples_see
 
 /* ======================================================================================================== */
 /* >>device.c: the CPU's operations                                                                        */
-/* ---- >>op:contract: basics ---- */
-
 /* ---- >>op:kernels: what is compiled for each instruction set ---- */
 
 typedef struct pd__block_job pd__block_job;
@@ -7790,6 +7788,8 @@ struct pd__kernels {
 #define PD__KERNEL_MEMBER(name) pd__kernel_##name *name;
     PD__KERNELS(PD__KERNEL_MEMBER)
 };
+
+/* ---- >>op:contract: basics ---- */
 
 enum { PD__PIECE = 8192 }; /* numbers per piece of an elementwise operation */
 
