@@ -16,34 +16,35 @@
 
    CONTENTS, with line numbers by `make format`. Search for >>layer:fc, >>net.h, and the like.
 
-     TOPICS            A WHOLE PROGRAM 48, ERRORS 82, ROWS AND SHAPES 94, SEQUENCES AND SPARSE ROWS 103,
-                       PARAMETERS 129, GRADIENTS AND OPTIMIZERS 140, HOW A TRAINING ENDS 149, READERS 174, FILES 193,
-                       WRITING A LAYER 224, DEVICES AND UPDATERS 262, ON ADDING AN OPERATION 288,
-                       THREADS AND DETERMINISM 299, ONE ANSWER 311, INSTRUCTION SETS 330, MEMORY 345,
-                       OPTIONS AT COMPILE TIME 356
-     >>NAME.h          status 431, hooks 486, tensors 512, net 543, parameters 597, inputs 678, activations 693,
-                       layers 724, costs 906, batches 950, running 1000, evaluators 1029, optimizers 1094,
-                       device 1171, layer_types 1356, updater 1474, readers 1535, trainer 1617, files 1691,
-                       gradient_check 1722
-     >>NAME.c          core 1872, threads 2254, net 2514, parameters 2786, inputs 3300, activations 3390,
-                       layers 3410, costs 5405, batches 6055, running 6339, evaluators 6981, optimizers 7523,
-                       device 7714, layer_types 9191, updater 9471, averaging 9941, readers 10024, tensorboard 12193,
-                       trainer 12377, profile 13349, files 13421, gradient_check 15334, kernels 15595
-     >>layer:NAME      fc 3608, conv 3703, conv_transpose 3703, pool 3883, batch_norm 3972, layer_norm 4107,
-                       response_norm 4145, dropout 4189, add 4241, multiply 4241, concat 4299, slice 4345,
-                       reshape 4345, transpose 4345, pad 4345, scale 4483, interpolate 4483, affine 4570,
-                       maxout 4599, resize 4645, block_expand 4712, cosine 4811, outer 4889, bilinear 4935,
-                       activation 5004, prelu 5004, embedding 5066, gru 5109, sequence_pool 5299
-     >>cost:NAME       cross_entropy 5503, binary_cross_entropy 5681, squared_error 5702, huber 5713, smooth_l1 5731,
-                       sum_cost 5760, huber_two_class 5791, hinge 5802, rank_cost 5874, lambda_rank 5926
-     >>evaluator:NAME  error 7026, precision_recall 7069, auc 7137, pnpair 7238, mean_error 7285
-     >>op:NAME         kernels 7715, contract 7792, gemm 7845, conv 7978, winograd 8230, update 8545, activate 8621,
-                       pool 8650, cross_entropy 8768, dropout 8809, norm 8820, sparse_product 8929, gru 8945,
-                       levels 8964
-     >>reader:NAME     array 10487, csv 10802, libsvm 11009, idx 11259, npy 11259, stream 11672, shuffle 11787,
-                       prefetch 11925
-     >>kernel:NAME     gemm 15700, winograd 16020, elementwise 16369, update 16617, activate 16790, norm 16956,
-                       gru 17140, pool 17183
+     TOPICS            A WHOLE PROGRAM 49, ERRORS 83, ROWS AND SHAPES 95, SEQUENCES AND SPARSE ROWS 104,
+                       PARAMETERS 130, GRADIENTS AND OPTIMIZERS 141, HOW A TRAINING ENDS 150, READERS 175, FILES 194,
+                       WRITING A LAYER 225, DEVICES AND UPDATERS 263, ON ADDING AN OPERATION 289,
+                       THREADS AND DETERMINISM 300, ONE ANSWER 312, INSTRUCTION SETS 331, MEMORY 346,
+                       OPTIONS AT COMPILE TIME 357
+     >>NAME.h          status 432, hooks 487, tensors 513, net 544, parameters 598, inputs 679, activations 694,
+                       layers 725, costs 918, batches 962, running 1012, evaluators 1041, optimizers 1106,
+                       device 1183, layer_types 1376, updater 1494, readers 1555, trainer 1637, files 1711,
+                       gradient_check 1742
+     >>NAME.c          core 1892, threads 2274, net 2534, parameters 2806, inputs 3320, activations 3410,
+                       layers 3430, costs 5478, batches 6128, running 6412, evaluators 7054, optimizers 7596,
+                       device 7787, layer_types 9300, updater 9580, averaging 10050, readers 10133,
+                       tensorboard 12302, trainer 12486, profile 13458, files 13530, gradient_check 15443,
+                       kernels 15704
+     >>layer:NAME      fc 3628, conv 3723, conv_transpose 3723, pool 3903, batch_norm 3992, layer_norm 4127,
+                       group_norm 4165, response_norm 4218, dropout 4262, add 4314, multiply 4314, concat 4372,
+                       slice 4418, reshape 4418, transpose 4418, pad 4418, scale 4556, interpolate 4556, affine 4643,
+                       maxout 4672, resize 4718, block_expand 4785, cosine 4884, outer 4962, bilinear 5008,
+                       activation 5077, prelu 5077, embedding 5139, gru 5182, sequence_pool 5372
+     >>cost:NAME       cross_entropy 5576, binary_cross_entropy 5754, squared_error 5775, huber 5786, smooth_l1 5804,
+                       sum_cost 5833, huber_two_class 5864, hinge 5875, rank_cost 5947, lambda_rank 5999
+     >>evaluator:NAME  error 7099, precision_recall 7142, auc 7210, pnpair 7311, mean_error 7358
+     >>op:NAME         kernels 7788, contract 7869, gemm 7922, conv 8055, winograd 8307, update 8622, activate 8698,
+                       pool 8727, cross_entropy 8845, dropout 8886, norm 8897, sparse_product 9038, gru 9054,
+                       levels 9073
+     >>reader:NAME     array 10596, csv 10911, libsvm 11118, idx 11368, npy 11368, stream 11781, shuffle 11896,
+                       prefetch 12034
+     >>kernel:NAME     gemm 15809, winograd 16129, elementwise 16478, update 16726, activate 16899, norm 17065,
+                       gru 17312, pool 17355
 
    A WHOLE PROGRAM
 
@@ -804,6 +805,17 @@ typedef struct pd_layer_norm_opts {
 /* Each row to mean 0 and variance 1; Ba et al. 2016. */
 PD_API pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts);
 
+typedef struct pd_group_norm_opts {
+    const char *name;
+    pd_act act;
+    double epsilon; /* default 1e-5 */
+    bool no_affine;
+    pd_param_opts weight, bias; /* channels; start at 1 and 0 */
+} pd_group_norm_opts;
+/* The channels of each row in `groups` runs of equal size, each over its channels and positions to mean 0 and variance 1;
+   Wu and He 2018. groups 1 to channels (each by itself: instance normalisation, Ulyanov et al. 2016). */
+PD_API pd_layer *pd_group_norm(pd_net *net, pd_layer *input, int64_t groups, const pd_group_norm_opts *opts);
+
 typedef struct pd_response_norm_opts {
     const char *name;
     pd_act act;
@@ -1277,6 +1289,14 @@ typedef void pd_op_layer_norm(pd_device *d, int64_t rows, int64_t width, const p
 typedef void pd_op_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, const pd_real *x,
                                        const pd_real *moments, const pd_real *weight, const pd_real *dy, pd_real *dx,
                                        pd_real *dweight, pd_real *dbias);
+/* The same over the channels and `area` positions of each group of a row; weight and bias: one per channel. moments:
+   rows x groups x 3. */
+typedef void pd_op_group_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                              const pd_real *x, double epsilon, const pd_real *weight, const pd_real *bias,
+                              pd_real *moments, pd_real *y);
+typedef void pd_op_group_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                                       const pd_real *x, const pd_real *moments, const pd_real *weight,
+                                       const pd_real *dy, pd_real *dx, pd_real *dweight, pd_real *dbias);
 /* scales: as large as x, receives k + alpha/size sum x^2 */
 typedef void pd_op_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
                                  double beta, double k, const pd_real *x, pd_real *scales, pd_real *y);
@@ -1303,7 +1323,7 @@ typedef void pd_op_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_re
 #define PD_OPERATIONS(X) PD_BASIC_OPERATIONS(X) \
     X(gemm) X(conv) X(conv_backward_data) X(conv_backward_filter) X(pool) X(pool_backward) \
     X(cross_entropy) X(cross_entropy_backward) X(dropout) X(channel_moments) X(batch_norm) X(batch_norm_backward) \
-    X(layer_norm) X(layer_norm_backward) X(response_norm) X(response_norm_backward) X(sparse_product) \
+    X(layer_norm) X(layer_norm_backward) X(group_norm) X(group_norm_backward) X(response_norm) X(response_norm_backward) X(sparse_product) \
     X(gru) X(gru_backward)
 /* clang-format on */
 
@@ -4140,6 +4160,59 @@ PD__TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0, PD_OP(l
 
 PD_DEF pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts) {
     return pd_layer_add(net, &pd__layer_norm_type, opts ? opts->name : NULL, &input, 1, opts);
+}
+
+/* ---- >>layer:group_norm ---- */
+
+typedef struct pd__group_norm_spec {
+    pd_group_norm_opts o;
+    int64_t groups;
+} pd__group_norm_spec;
+
+static pd_status pd__group_norm_setup(pd_layer *l) {
+    const pd__group_norm_spec *s = (const pd__group_norm_spec *)l->opts;
+    int64_t channels = l->inputs[0]->shape.channels;
+    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
+    if (s->groups < 1 || channels % s->groups != 0)
+        return pd_layer_fail(l, PD_E_ARGUMENT, "%lld groups do not divide the %lld channels of \"%.100s\"",
+                             (long long)s->groups, (long long)channels, l->inputs[0]->name);
+    if (pd__want_epsilon(l, s->o.epsilon) != PD_OK) return PD_E_ARGUMENT;
+    l->shape = l->inputs[0]->shape;
+    l->act = s->o.act;
+    return pd__scale_and_shift(l, channels, !s->o.no_affine, &s->o.weight, &s->o.bias);
+}
+
+static pd_status pd__group_norm_forward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd__group_norm_spec *s = (const pd__group_norm_spec *)l->opts;
+    const pd_tensor *x = pd__in(l, 0);
+    pd_real *moments = pd_layer_row_memory(l, 0, 3 * s->groups);
+    if (!moments) return PD_E_MEMORY;
+    d->group_norm(d, x->rows, l->shape.channels, l->shape.height * l->shape.width, s->groups, x->data,
+                  pd__or(s->o.epsilon, 1e-5), l->param_count ? l->params[0]->value : NULL,
+                  l->param_count ? l->params[1]->value : NULL, moments, l->out.data);
+    return PD_OK;
+}
+
+static pd_status pd__group_norm_backward(pd_layer *l) {
+    pd_device *d = l->device;
+    const pd__group_norm_spec *s = (const pd__group_norm_spec *)l->opts;
+    const pd_tensor *x = pd__in(l, 0);
+    d->group_norm_backward(d, x->rows, l->shape.channels, l->shape.height * l->shape.width, s->groups, x->data,
+                           pd_layer_row_memory(l, 0, 3 * s->groups), l->param_count ? l->params[0]->value : NULL,
+                           l->out.grad, x->grad, l->param_count ? l->params[0]->grad : NULL,
+                           l->param_count ? l->params[1]->grad : NULL);
+    return PD_OK;
+}
+
+PD__TYPE(pd__group_norm_type, "group_norm", 1, 1, pd__group_norm_spec, 0,
+         PD_OP(group_norm) | PD_OP(group_norm_backward), pd__group_norm_setup, NULL, pd__group_norm_forward,
+         pd__group_norm_backward);
+
+PD_DEF pd_layer *pd_group_norm(pd_net *net, pd_layer *input, int64_t groups, const pd_group_norm_opts *opts) {
+    PD__SPEC(pd__group_norm_spec);
+    s.groups = groups;
+    return pd_layer_add(net, &pd__group_norm_type, s.o.name, &input, 1, &s);
 }
 
 /* ---- >>layer:response_norm ---- */
@@ -7720,6 +7793,7 @@ typedef struct pd__winograd pd__winograd;
 typedef struct pd__update_job pd__update_job;
 typedef struct pd__channel_job pd__channel_job;
 typedef struct pd__layer_norm_job pd__layer_norm_job;
+typedef struct pd__group_norm_job pd__group_norm_job;
 typedef struct pd__response_job pd__response_job;
 typedef struct pd__pool_job pd__pool_job;
 
@@ -7762,6 +7836,9 @@ typedef void pd__kernel_batch_norm_back(const pd__channel_job *j, int64_t c);
 typedef void pd__kernel_layer_norm_row(const pd__layer_norm_job *j, int64_t r);
 typedef void pd__kernel_layer_norm_back_row(const pd__layer_norm_job *j, int64_t r);
 typedef void pd__kernel_layer_norm_back_columns(const pd__layer_norm_job *j, int64_t unit);
+typedef void pd__kernel_group_norm_one(const pd__group_norm_job *j, int64_t group);
+typedef void pd__kernel_group_norm_back_one(const pd__group_norm_job *j, int64_t group);
+typedef void pd__kernel_group_norm_back_channel(const pd__group_norm_job *j, int64_t channel);
 typedef void pd__kernel_response_strip(const pd__response_job *j, int64_t unit);
 typedef void pd__kernel_response_strip_back(const pd__response_job *j, int64_t unit);
 typedef void pd__kernel_gru_row(int64_t width, pd_real *gates, const pd_real *recurrent, const pd_real *before,
@@ -7777,7 +7854,7 @@ typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
     X(gemm_row) X(finish) X(winograd_channel) X(winograd_panel) X(winograd_put) X(winograd_filter_unit) X(update_piece) \
     X(update_row) X(activate_piece) X(activate_backward_piece) X(softmax_row) X(softmax_cost) \
     X(softmax_backward_row) X(moments_of) X(batch_norm_map) X(batch_norm_back) X(layer_norm_row) \
-    X(layer_norm_back_row) X(layer_norm_back_columns) X(response_strip) X(response_strip_back) X(gru_row) \
+    X(layer_norm_back_row) X(layer_norm_back_columns) X(group_norm_one) X(group_norm_back_one) X(group_norm_back_channel) X(response_strip) X(response_strip_back) X(gru_row) \
     X(gru_back_row) X(pool_pairs) X(pool_map)
 /* clang-format on */
 
@@ -8924,6 +9001,38 @@ static void pd__cpu_layer_norm_backward(pd_device *d, int64_t rows, int64_t widt
     PD__TEAM(d, rows * width, r, dx ? rows : 0, kernels->layer_norm_back_row(&j, r));
     PD__TEAM(d, rows * width, unit, dweight || dbias ? pd__ceil_div(width, PD__COLUMNS) : 0,
              kernels->layer_norm_back_columns(&j, unit));
+}
+
+/* A group's numbers stand in one piece, those of one channel after those of another. */
+struct pd__group_norm_job {
+    int64_t rows, channels, area, groups, members; /* members: channels of a group */
+    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each group, see pd_op_group_norm */
+    double epsilon;
+    pd_real *moments, *y, *dx, *dweight, *dbias;
+};
+
+static void pd__cpu_group_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                               const pd_real *x, double epsilon, const pd_real *weight, const pd_real *bias,
+                               pd_real *moments, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__group_norm_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.channels = channels, j.area = area, j.groups = groups, j.members = channels / groups;
+    j.x = x, j.epsilon = epsilon, j.weight = weight, j.bias = bias, j.moments = moments, j.y = y;
+    PD__TEAM(d, rows * channels * area, group, rows * groups, kernels->group_norm_one(&j, group));
+}
+
+static void pd__cpu_group_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                                        const pd_real *x, const pd_real *moments, const pd_real *weight,
+                                        const pd_real *dy, pd_real *dx, pd_real *dweight, pd_real *dbias) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__group_norm_job j;
+    memset(&j, 0, sizeof j);
+    j.rows = rows, j.channels = channels, j.area = area, j.groups = groups, j.members = channels / groups;
+    j.x = x, j.means = moments, j.weight = weight, j.dy = dy, j.dx = dx, j.dweight = dweight, j.dbias = dbias;
+    PD__TEAM(d, rows * channels * area, group, dx ? rows * groups : 0, kernels->group_norm_back_one(&j, group));
+    PD__TEAM(d, rows * channels * area, channel, dweight || dbias ? channels : 0,
+             kernels->group_norm_back_channel(&j, channel));
 }
 
 /* ---- >>op:sparse_product: sparse rows ---- */
@@ -17022,15 +17131,22 @@ static void PD__K(pd__batch_norm_back)(const pd__channel_job *j, int64_t c) {
 }
 
 /* y = (x - mean) / deviation weight + bias of a row */
+/* Of n numbers: *mean, 1 / deviation, and what backward wants of both; see pd_op_layer_norm. */
+static double PD__K(pd__put_moments)(int64_t n, const pd_real *x, double epsilon, pd_real *moments, double *mean) {
+    double inverse;
+    *mean = PD__K(pd__dot)(n, x, NULL) / (double)n;
+    inverse = 1 / sqrt(PD__K(pd__deviations)(n, x, *mean) / (double)n + epsilon);
+    moments[0] = (pd_real)*mean;
+    moments[1] = (pd_real)(*mean - (double)moments[0]);
+    moments[2] = (pd_real)inverse;
+    return inverse;
+}
+
 static void PD__K(pd__layer_norm_row)(const pd__layer_norm_job *j, int64_t r) {
     const int64_t width = j->width;
     const pd_real *x = j->x + r * width;
-    const double mean = PD__K(pd__dot)(width, x, NULL) / (double)width;
-    const double inverse = 1 / sqrt(PD__K(pd__deviations)(width, x, mean) / (double)width + j->epsilon);
+    double mean, inverse = PD__K(pd__put_moments)(width, x, j->epsilon, j->moments + 3 * r, &mean);
     const PD__W one = PD__K(pd__all_wide)(1), zero = PD__K(pd__all_wide)(0);
-    j->moments[3 * r] = (pd_real)mean;
-    j->moments[3 * r + 1] = (pd_real)(mean - (double)j->moments[3 * r]);
-    j->moments[3 * r + 2] = (pd_real)inverse;
     for (int64_t i = 0; i < width; i += PD__WIDE_LANES) {
         const int64_t left = width - i;
         const PD__W v = (PD__K(pd__load_wide)(x + i, left) - PD__K(pd__all_wide)(mean)) * PD__K(pd__all_wide)(inverse);
@@ -17088,6 +17204,62 @@ static void PD__K(pd__layer_norm_back_columns)(const pd__layer_norm_job *j, int6
             PD__K(pd__store_wide)(j->dweight + at, PD__K(pd__load_wide)(j->dweight + at, left) + dot[k], left);
         if (j->dbias) PD__K(pd__store_wide)(j->dbias + at, PD__K(pd__load_wide)(j->dbias + at, left) + sum[k], left);
     }
+}
+
+static void PD__K(pd__group_norm_one)(const pd__group_norm_job *j, int64_t group) {
+    const int64_t first = group % j->groups * j->members, size = j->members * j->area;
+    const pd_real *x = j->x + group * size;
+    double mean, inverse = PD__K(pd__put_moments)(size, x, j->epsilon, j->moments + 3 * group, &mean);
+    const PD__W center = PD__K(pd__all_wide)(mean), factor = PD__K(pd__all_wide)(inverse);
+    for (int64_t c = 0; c < j->members; c++) {
+        const PD__W weight = PD__K(pd__all_wide)(j->weight ? (double)j->weight[first + c] : 1);
+        const PD__W bias = PD__K(pd__all_wide)(j->bias ? (double)j->bias[first + c] : 0);
+        for (int64_t i = 0, at = c * j->area; i < j->area; i += PD__WIDE_LANES) {
+            const PD__W v = (PD__K(pd__load_wide)(x + at + i, j->area - i) - center) * factor;
+            PD__K(pd__store_wide)(j->y + group * size + at + i, v * weight + bias, j->area - i);
+        }
+    }
+}
+
+/* As for layer_norm. */
+static void PD__K(pd__group_norm_back_one)(const pd__group_norm_job *j, int64_t group) {
+    const int64_t first = group % j->groups * j->members, size = j->members * j->area;
+    const pd_real *means = j->means + 3 * group;
+    const PD__W mean = PD__K(pd__all_wide)((double)means[0] + (double)means[1]);
+    const PD__W inverse = PD__K(pd__all_wide)((double)means[2]);
+    PD__W sum = PD__K(pd__all_wide)(0), dot = sum;
+    for (int64_t unit = 0; unit < 2 * j->members; unit++) { /* the sums over channels, and what is made of them */
+        const int64_t c = unit % j->members, at = group * size + c * j->area;
+        const PD__W weight = PD__K(pd__all_wide)(j->weight ? (double)j->weight[first + c] : 1);
+        if (unit == j->members) {
+            sum = PD__K(pd__all_wide)(PD__K(pd__sum_lanes)(sum) / (double)size);
+            dot = PD__K(pd__all_wide)(PD__K(pd__sum_lanes)(dot) / (double)size);
+        }
+        for (int64_t i = 0; i < j->area; i += PD__WIDE_LANES) {
+            const int64_t left = j->area - i;
+            const PD__W xhat = (PD__K(pd__load_wide)(j->x + at + i, left) - mean) * inverse;
+            const PD__W g = PD__K(pd__load_wide)(j->dy + at + i, left) * weight; /* 0 beyond the channel */
+            pd_real *dx = j->dx + at + i;
+            if (unit < j->members) sum += g, dot += g * xhat;
+            else PD__K(pd__store_wide)(dx, PD__K(pd__load_wide)(dx, left) + inverse * (g - sum - xhat * dot), left);
+        }
+    }
+}
+
+static void PD__K(pd__group_norm_back_channel)(const pd__group_norm_job *j, int64_t channel) {
+    PD__W sum = PD__K(pd__all_wide)(0), dot = sum;
+    for (int64_t r = 0; r < j->rows; r++) {
+        const pd_real *means = j->means + 3 * (r * j->groups + channel / j->members);
+        const PD__W mean = PD__K(pd__all_wide)((double)means[0] + (double)means[1]);
+        const PD__W inverse = PD__K(pd__all_wide)((double)means[2]);
+        for (int64_t i = 0, at = (r * j->channels + channel) * j->area; i < j->area; i += PD__WIDE_LANES) {
+            const PD__W g = PD__K(pd__load_wide)(j->dy + at + i, j->area - i);
+            sum += g;
+            dot += g * ((PD__K(pd__load_wide)(j->x + at + i, j->area - i) - mean) * inverse);
+        }
+    }
+    if (j->dweight) j->dweight[channel] += (pd_real)PD__K(pd__sum_lanes)(dot);
+    if (j->dbias) j->dbias[channel] += (pd_real)PD__K(pd__sum_lanes)(sum);
 }
 
 static PD__INLINE PD__V PD__K(pd__power)(PD__V x, double exponent) {

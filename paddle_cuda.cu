@@ -1358,21 +1358,28 @@ static void pd__cuda_batch_norm_backward(pd_device *d, int64_t rows, int64_t cha
                  channels, area, x, mean, rest, variance, epsilon, batch_moments, weight, dy, dx, dweight, dbias);
 }
 
+/* Of n numbers, by a block: *mean, 1 / deviation, and what backward wants of both; see pd_op_layer_norm. */
+static __device__ double pd__cuda_put_moments(int64_t n, const pd_real *x, double epsilon, pd_real *moments,
+                                              double *mean) {
+    double sum = 0, variance = 0, inverse;
+    PD__CUDA_EACH_IN_BLOCK(i, n) sum += (double)x[i];
+    *mean = pd__cuda_block_sum(sum) / (double)n;
+    PD__CUDA_EACH_IN_BLOCK(i, n) variance += ((double)x[i] - *mean) * ((double)x[i] - *mean);
+    inverse = 1 / sqrt(pd__cuda_block_sum(variance) / (double)n + epsilon);
+    if (threadIdx.x == 0) {
+        moments[0] = (pd_real)*mean;
+        moments[1] = (pd_real)(*mean - (double)moments[0]);
+        moments[2] = (pd_real)inverse;
+    }
+    return inverse;
+}
+
 static __global__ void pd__cuda_layer_norm_kernel(int64_t rows, int64_t width, const pd_real *x, double epsilon,
                                                   const pd_real *weight, const pd_real *bias, pd_real *moments,
                                                   pd_real *y) {
     PD__CUDA_EACH_BLOCK(r, rows) {
         const pd_real *row = x + r * width;
-        double mean = 0, variance = 0, inverse;
-        PD__CUDA_EACH_IN_BLOCK(i, width) mean += (double)row[i];
-        mean = pd__cuda_block_sum(mean) / (double)width;
-        PD__CUDA_EACH_IN_BLOCK(i, width) variance += ((double)row[i] - mean) * ((double)row[i] - mean);
-        inverse = 1 / sqrt(pd__cuda_block_sum(variance) / (double)width + epsilon);
-        if (threadIdx.x == 0) {
-            moments[3 * r] = (pd_real)mean;
-            moments[3 * r + 1] = (pd_real)(mean - (double)moments[3 * r]);
-            moments[3 * r + 2] = (pd_real)inverse;
-        }
+        double mean, inverse = pd__cuda_put_moments(width, row, epsilon, moments + 3 * r, &mean);
         PD__CUDA_EACH_IN_BLOCK(i, width)
         y[r * width + i] =
             (pd_real)(((double)row[i] - mean) * inverse) * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
@@ -1435,6 +1442,92 @@ static void pd__cuda_layer_norm_backward(pd_device *d, int64_t rows, int64_t wid
     if (dweight || dbias)
         PD__CUDA_RUN(c, pd__cuda_layer_norm_params_kernel, pd__cuda_grid(c, width), PD__CUDA_BLOCK, rows, width, x,
                      moments, dy, dweight, dbias);
+}
+
+/* A block per group. */
+static __global__ void pd__cuda_group_norm_kernel(int64_t count, int64_t groups, int64_t members, int64_t area,
+                                                  const pd_real *x, double epsilon, const pd_real *weight,
+                                                  const pd_real *bias, pd_real *moments, pd_real *y) {
+    const int64_t size = members * area;
+    PD__CUDA_EACH_BLOCK(group, count) {
+        const int64_t first = group % groups * members;
+        const pd_real *from = x + group * size;
+        double mean, inverse = pd__cuda_put_moments(size, from, epsilon, moments + 3 * group, &mean);
+        PD__CUDA_EACH_IN_BLOCK(i, size) {
+            const int64_t c = first + i / area;
+            y[group * size + i] =
+                (pd_real)(((double)from[i] - mean) * inverse) * (weight ? weight[c] : 1) + (bias ? bias[c] : 0);
+        }
+    }
+}
+
+static void pd__cuda_group_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                                const pd_real *x, double epsilon, const pd_real *weight, const pd_real *bias,
+                                pd_real *moments, pd_real *y) {
+    pd__cuda *c = pd__cuda_of(d);
+    const int64_t count = rows * groups, members = channels / groups;
+    if (!c || rows * channels * area == 0) return;
+    PD__CUDA_RUN(c, pd__cuda_group_norm_kernel, pd__cuda_blocks(c, count), pd__cuda_row_block(members * area), count,
+                 groups, members, area, x, epsilon, weight, bias, moments, y);
+}
+
+static __global__ void pd__cuda_group_norm_data_kernel(int64_t count, int64_t groups, int64_t members, int64_t area,
+                                                       const pd_real *x, const pd_real *moments, const pd_real *weight,
+                                                       const pd_real *dy, pd_real *dx) {
+    const int64_t size = members * area;
+    PD__CUDA_EACH_BLOCK(group, count) {
+        const double mean = (double)moments[3 * group] + (double)moments[3 * group + 1];
+        const double inverse = (double)moments[3 * group + 2];
+        const int64_t first = group % groups * members;
+        const pd_real *from = x + group * size, *grad = dy + group * size;
+        double sum = 0, dot = 0;
+        PD__CUDA_EACH_IN_BLOCK(i, size) {
+            const double g = (double)grad[i] * (weight ? (double)weight[first + i / area] : 1);
+            sum += g;
+            dot += g * ((double)from[i] - mean) * inverse;
+        }
+        sum = pd__cuda_block_sum(sum) / (double)size;
+        dot = pd__cuda_block_sum(dot) / (double)size;
+        PD__CUDA_EACH_IN_BLOCK(i, size) {
+            const double g = (double)grad[i] * (weight ? (double)weight[first + i / area] : 1);
+            dx[group * size + i] += (pd_real)(inverse * (g - sum - ((double)from[i] - mean) * inverse * dot));
+        }
+    }
+}
+
+/* A block per channel. */
+static __global__ void pd__cuda_group_norm_params_kernel(int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                                                         const pd_real *x, const pd_real *moments, const pd_real *dy,
+                                                         pd_real *dweight, pd_real *dbias) {
+    PD__CUDA_EACH_BLOCK(c, channels) {
+        double sum = 0, dot = 0;
+        PD__CUDA_EACH_IN_BLOCK(i, rows * area) {
+            const int64_t r = i / area, at = (r * channels + c) * area + i - r * area;
+            const pd_real *m = moments + 3 * (r * groups + c / (channels / groups));
+            sum += (double)dy[at];
+            dot += (double)dy[at] * ((double)x[at] - ((double)m[0] + (double)m[1])) * (double)m[2];
+        }
+        sum = pd__cuda_block_sum(sum);
+        dot = pd__cuda_block_sum(dot);
+        if (threadIdx.x == 0) {
+            if (dweight) dweight[c] += (pd_real)dot;
+            if (dbias) dbias[c] += (pd_real)sum;
+        }
+    }
+}
+
+static void pd__cuda_group_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                                         const pd_real *x, const pd_real *moments, const pd_real *weight,
+                                         const pd_real *dy, pd_real *dx, pd_real *dweight, pd_real *dbias) {
+    pd__cuda *c = pd__cuda_of(d);
+    const int64_t count = rows * groups, members = channels / groups;
+    if (!c || rows * channels * area == 0) return;
+    if (dx)
+        PD__CUDA_RUN(c, pd__cuda_group_norm_data_kernel, pd__cuda_blocks(c, count), pd__cuda_row_block(members * area),
+                     count, groups, members, area, x, moments, weight, dy, dx);
+    if (dweight || dbias)
+        PD__CUDA_RUN(c, pd__cuda_group_norm_params_kernel, pd__cuda_blocks(c, channels),
+                     pd__cuda_row_block(rows * area), rows, channels, area, groups, x, moments, dy, dweight, dbias);
 }
 
 static __global__ void pd__cuda_response_norm_kernel(int64_t n, int64_t channels, int64_t area, int64_t size,

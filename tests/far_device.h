@@ -142,6 +142,17 @@ static void far_layer_norm_backward(pd_device *d, int64_t rows, int64_t width, c
     far_cpu(d)->layer_norm_backward(far_cpu(d), rows, width, near(x), near(moments), near(weight), near(dy), near(dx),
                                     near(dweight), near(dbias));
 }
+static void far_group_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups, const pd_real *x,
+                           double epsilon, const pd_real *weight, const pd_real *bias, pd_real *moments, pd_real *y) {
+    far_cpu(d)->group_norm(far_cpu(d), rows, channels, area, groups, near(x), epsilon, near(weight), near(bias),
+                           near(moments), near(y));
+}
+static void far_group_norm_backward(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t groups,
+                                    const pd_real *x, const pd_real *moments, const pd_real *weight, const pd_real *dy,
+                                    pd_real *dx, pd_real *dweight, pd_real *dbias) {
+    far_cpu(d)->group_norm_backward(far_cpu(d), rows, channels, area, groups, near(x), near(moments), near(weight),
+                                    near(dy), near(dx), near(dweight), near(dbias));
+}
 static void far_response_norm(pd_device *d, int64_t rows, int64_t channels, int64_t area, int64_t size, double alpha,
                               double beta, double k, const pd_real *x, pd_real *scales, pd_real *y) {
     far_cpu(d)->response_norm(far_cpu(d), rows, channels, area, size, alpha, beta, k, near(x), near(scales), near(y));

@@ -709,6 +709,32 @@ static void test_layer_norm(void **state) {
     }
 }
 
+static void test_group_norm(void **state) {
+    (void)state;
+    begin("group_norm");
+    for (int round = 0; round < rounds(60); round++) {
+        int64_t rows = some(20), groups = at_least_one(5), channels = groups * at_least_one(5);
+        int64_t area = at_least_one(round < 50 ? 9 : 300), n = rows * channels * area;
+        numbers x = any(n), y = any(n), dy = any(n), moments = any(3 * rows * groups), weight = maybe(channels);
+        numbers bias = maybe(channels), dx = maybe(n), dweight = maybe(channels), dbias = maybe(channels);
+        BOTH {
+            device[i]->group_norm(device[i], rows, channels, area, groups, x.at[i], 1e-3, weight.at[i], bias.at[i],
+                                  moments.at[i], y.at[i]);
+            device[i]->group_norm_backward(device[i], rows, channels, area, groups, x.at[i], moments.at[i],
+                                           weight.at[i], dy.at[i], dx.at[i], dweight.at[i], dbias.at[i]);
+        }
+        compare(moments, "group_norm's moments");
+        compare(y, "group_norm");
+        compare_within(dx, 5 * REAL_TOLERANCE, "group_norm_backward's dx");
+        compare_within(dweight, 5 * REAL_TOLERANCE, "group_norm_backward's dweight");
+        compare(dbias, "group_norm_backward's dbias");
+        compare(x, "group_norm's x");
+        compare(dy, "group_norm's dy");
+        compare(weight, "group_norm's weight");
+        compare(bias, "group_norm's bias");
+    }
+}
+
 static void test_response_norm(void **state) {
     (void)state;
     begin("response_norm");
@@ -1141,6 +1167,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_dropout),
         cmocka_unit_test(test_batch_norm),
         cmocka_unit_test(test_layer_norm),
+        cmocka_unit_test(test_group_norm),
         cmocka_unit_test(test_response_norm),
         cmocka_unit_test(test_sparse_product),
         cmocka_unit_test(test_gru),

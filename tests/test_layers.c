@@ -618,6 +618,35 @@ static void twin_layer_norm(const problem *p, double *y) {
     }
 }
 
+static pd_layer *build_group_norm(problem *p) {
+    pd_layer *x = any_image(p);
+    pd_group_norm_opts o = { .act = p->act };
+    do p->n[0] = 1 + below((int)x->shape.channels); /* groups */
+    while (x->shape.channels % p->n[0] != 0);
+    any_params(&o.weight, &o.bias);
+    p->flag = o.no_affine = below(3) == 0;
+    p->a = o.epsilon = below(2) ? 0.01 : 0;
+    if (p->a == 0) p->a = 1e-5;
+    if (x->out.width == p->n[0]) p->vanishes = true;
+    p->shape = x->shape;
+    return pd_group_norm(p->net, x, p->n[0], &o);
+}
+
+static void twin_group_norm(const problem *p, double *y) {
+    int64_t area = p->layer->shape.height * p->layer->shape.width, channels = p->layer->shape.channels;
+    int64_t n = p->layer->out.width / p->n[0];
+    for (int64_t g = 0; g < p->rows * p->n[0]; g++) {
+        double mean = 0, variance = 0;
+        for (int64_t i = 0; i < n; i++) mean += x_at(p, 0, g * n + i) / (double)n;
+        for (int64_t i = 0; i < n; i++) variance += pow(x_at(p, 0, g * n + i) - mean, 2) / (double)n;
+        for (int64_t i = g * n; i < (g + 1) * n; i++) {
+            int64_t c = i / area % channels;
+            y[i] = (x_at(p, 0, i) - mean) / sqrt(variance + p->a);
+            if (!p->flag) y[i] = y[i] * (double)values(p, "weight")[c] + (double)values(p, "bias")[c];
+        }
+    }
+}
+
 static pd_layer *build_response_norm(problem *p) {
     pd_layer *x = image(p, any_shape(p, shape(7, 3, 3), shape(9, 14, 14)));
     pd_response_norm_opts o = { .act = p->act, .size = below(7) };
@@ -907,6 +936,7 @@ static const layer_case cases[] = {
     { "pool", build_pool, twin_pool, 1 },
     { "batch_norm", build_batch_norm, twin_batch_norm, NORM_SPREAD },
     { "layer_norm", build_layer_norm, twin_layer_norm, NORM_SPREAD },
+    { "group_norm", build_group_norm, twin_group_norm, NORM_SPREAD },
     { "response_norm", build_response_norm, twin_response_norm, 1 },
     { "dropout", build_dropout, twin_dropout, 1 },
     { "add", build_add, twin_add, 1 },
@@ -2233,6 +2263,7 @@ static void check_refused(int line, const pd_layer *layer, const char *message, 
     X(pool, pd_pool(net, x, 1, &(pd_pool_opts){ .name = n, .act = a }))                                                \
     X(batch_norm, pd_batch_norm(net, x, &(pd_batch_norm_opts){ .name = n, .act = a }))                                 \
     X(layer_norm, pd_layer_norm(net, x, &(pd_layer_norm_opts){ .name = n, .act = a }))                                 \
+    X(group_norm, pd_group_norm(net, x, 1, &(pd_group_norm_opts){ .name = n, .act = a }))                              \
     X(response_norm, pd_response_norm(net, x, &(pd_response_norm_opts){ .name = n, .act = a }))                        \
     X(dropout, pd_dropout(net, x, 0.5, &(pd_layer_opts){ n, a }))                                                      \
     X(add, pd_add(net, TWO(x), &(pd_layer_opts){ n, a }))                                                              \
@@ -2525,6 +2556,10 @@ static void test_norms_refuse(void **state) {
     REFUSED("batch_norm1: parameter \"batch_norm1.weight\": l1",
             batch_norm((pd_batch_norm_opts){ .weight = { .l1 = -1 } }));
     REFUSED("layer_norm1: epsilon is -1", pd_layer_norm(the.net, the.image, &(pd_layer_norm_opts){ .epsilon = -1 }));
+    REFUSED("group_norm1: epsilon is -1", pd_group_norm(the.net, the.image, 1, &(pd_group_norm_opts){ .epsilon = -1 }));
+    REFUSED("group_norm1: 0 groups do not divide", pd_group_norm(the.net, the.image, 0, NULL));
+    REFUSED("group_norm1: 3 groups do not divide the 2 channels of \"image\"",
+            pd_group_norm(the.net, the.image, 3, NULL));
     REFUSED("layer_norm1: parameter \"layer_norm1.bias\": l1",
             pd_layer_norm(the.net, the.image, &(pd_layer_norm_opts){ .bias = { .l1 = -1 } }));
     REFUSED("response_norm1: size is -5", response_norm((pd_response_norm_opts){ .size = -5 }));

@@ -162,6 +162,10 @@ static pd_layer *build_batch_norm(problem *p) { return with_norm(p, image(p, any
 static pd_layer *build_layer_norm(problem *p) {
     return pd_layer_norm(p->net, image(p, any_shape(p)), &(pd_layer_norm_opts){ .act = any_act() });
 }
+static pd_layer *build_group_norm(problem *p) {
+    pd_layer *x = image(p, any_shape(p));
+    return pd_group_norm(p->net, x, below(2) ? 1 : x->shape.channels, &(pd_group_norm_opts){ .act = any_act() });
+}
 static pd_layer *build_response_norm(problem *p) {
     return pd_response_norm(p->net, image(p, any_shape(p)),
                             &(pd_response_norm_opts){ .size = 1 + below(6), .alpha = 0.1 });
@@ -332,6 +336,7 @@ static const layer_case cases[] = {
     { "pd__pool_type", build_pool, 4 },
     { "pd__batch_norm_type", build_batch_norm, 2 },
     { "pd__layer_norm_type", build_layer_norm, 2 },
+    { "pd__group_norm_type", build_group_norm, 2 },
     { "pd__response_norm_type", build_response_norm, 2 },
     { "pd__dropout_type", build_dropout, 1 },
     { "pd__add_type", build_add, 1 },

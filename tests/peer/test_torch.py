@@ -171,6 +171,8 @@ LAYERS += [
      {"w": (4,), "b": (4,), "running_mean": (4,), "running_var": (4,)},
      lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, eps=0.01)),
     ("layer_norm", {}, VECTOR, {"w": (6,), "b": (6,)}, lambda x, w, b: F.layer_norm(x, (6,), w, b)),
+    ("group_norm", dict(groups=2), IMAGE, {"w": (4,), "b": (4,)}, lambda x, w, b: F.group_norm(x, 2, w, b)),
+    ("group_norm", dict(groups=4), IMAGE, {"w": (4,), "b": (4,)}, lambda x, w, b: F.group_norm(x, 4, w, b)),
     ("prelu", {}, IMAGE, {"w": (4,)}, F.prelu),
     ("cosine", dict(vectors=1), {"a": (6,), "b": (6,)}, {}, lambda a, b: F.cosine_similarity(a, b)),
     ("cosine", dict(vectors=3), {"a": (6,), "b": (18,)}, {},

@@ -127,6 +127,7 @@ static pd_layer *batch_norm(pd_net *net) {
     return pd_batch_norm(net, image(net), &o);
 }
 static pd_layer *layer_norm(pd_net *net) { return pd_layer_norm(net, pd_vector(net, "x", 6), NULL); }
+static pd_layer *group_norm(pd_net *net) { return pd_group_norm(net, image(net), count("groups"), NULL); }
 static pd_layer *response_norm(pd_net *net) {
     pd_response_norm_opts o = {
         .size = count("size"), .alpha = option("alpha"), .beta = option("beta"), .k = option("k")
@@ -179,6 +180,7 @@ static const struct {
     { "pool", pool },
     { "batch_norm", batch_norm },
     { "layer_norm", layer_norm },
+    { "group_norm", group_norm },
     { "response_norm", response_norm },
     { "resize", resize },
     { "prelu", prelu },
