@@ -23,28 +23,28 @@
                        OPTIONS AT COMPILE TIME 357
      >>NAME.h          status 432, hooks 487, tensors 513, net 544, parameters 598, inputs 679, activations 694,
                        layers 725, costs 918, batches 962, running 1012, evaluators 1041, optimizers 1106,
-                       device 1183, layer_types 1376, updater 1494, readers 1555, trainer 1637, files 1711,
-                       gradient_check 1742
-     >>NAME.c          core 1892, threads 2274, net 2534, parameters 2806, inputs 3320, activations 3410,
-                       layers 3430, costs 5478, batches 6128, running 6412, evaluators 7054, optimizers 7596,
-                       device 7787, layer_types 9300, updater 9580, averaging 10050, readers 10133,
-                       tensorboard 12302, trainer 12486, profile 13458, files 13530, gradient_check 15443,
-                       kernels 15704
-     >>layer:NAME      fc 3628, conv 3723, conv_transpose 3723, pool 3903, batch_norm 3992, layer_norm 4127,
-                       group_norm 4165, response_norm 4218, dropout 4262, add 4314, multiply 4314, concat 4372,
-                       slice 4418, reshape 4418, transpose 4418, pad 4418, scale 4556, interpolate 4556, affine 4643,
-                       maxout 4672, resize 4718, block_expand 4785, cosine 4884, outer 4962, bilinear 5008,
-                       activation 5077, prelu 5077, embedding 5139, gru 5182, sequence_pool 5372
-     >>cost:NAME       cross_entropy 5576, binary_cross_entropy 5754, squared_error 5775, huber 5786, smooth_l1 5804,
-                       sum_cost 5833, huber_two_class 5864, hinge 5875, rank_cost 5947, lambda_rank 5999
-     >>evaluator:NAME  error 7099, precision_recall 7142, auc 7210, pnpair 7311, mean_error 7358
-     >>op:NAME         kernels 7788, contract 7869, gemm 7922, conv 8055, winograd 8307, update 8622, activate 8698,
-                       pool 8727, cross_entropy 8845, dropout 8886, norm 8897, sparse_product 9038, gru 9054,
-                       levels 9073
-     >>reader:NAME     array 10596, csv 10911, libsvm 11118, idx 11368, npy 11368, stream 11781, shuffle 11896,
-                       prefetch 12034
-     >>kernel:NAME     gemm 15809, winograd 16129, elementwise 16478, update 16726, activate 16899, norm 17065,
-                       gru 17312, pool 17355
+                       device 1183, layer_types 1376, updater 1499, readers 1560, trainer 1642, files 1716,
+                       gradient_check 1747
+     >>NAME.c          core 1897, threads 2279, net 2539, parameters 2811, inputs 3325, activations 3416,
+                       layers 3436, costs 5493, batches 6147, running 6431, evaluators 7073, optimizers 7615,
+                       device 7806, layer_types 9319, updater 9599, averaging 10069, readers 10152,
+                       tensorboard 12321, trainer 12505, profile 13477, files 13549, gradient_check 15462,
+                       kernels 15723
+     >>layer:NAME      fc 3641, conv 3736, conv_transpose 3736, pool 3916, batch_norm 4005, layer_norm 4141,
+                       group_norm 4180, response_norm 4233, dropout 4277, add 4329, multiply 4329, concat 4387,
+                       slice 4433, reshape 4433, transpose 4433, pad 4433, scale 4571, interpolate 4571, affine 4658,
+                       maxout 4687, resize 4733, block_expand 4800, cosine 4899, outer 4977, bilinear 5023,
+                       activation 5092, prelu 5092, embedding 5154, gru 5197, sequence_pool 5387
+     >>cost:NAME       cross_entropy 5591, binary_cross_entropy 5770, squared_error 5791, huber 5802, smooth_l1 5820,
+                       sum_cost 5849, huber_two_class 5880, hinge 5891, rank_cost 5964, lambda_rank 6017
+     >>evaluator:NAME  error 7118, precision_recall 7161, auc 7229, pnpair 7330, mean_error 7377
+     >>op:NAME         kernels 7807, contract 7888, gemm 7941, conv 8074, winograd 8326, update 8641, activate 8717,
+                       pool 8746, cross_entropy 8864, dropout 8905, norm 8916, sparse_product 9057, gru 9073,
+                       levels 9092
+     >>reader:NAME     array 10615, csv 10930, libsvm 11137, idx 11387, npy 11387, stream 11800, shuffle 11915,
+                       prefetch 12053
+     >>kernel:NAME     gemm 15828, winograd 16148, elementwise 16497, update 16745, activate 16918, norm 17084,
+                       gru 17331, pool 17374
 
    A WHOLE PROGRAM
 
@@ -251,7 +251,7 @@
        return PD_OK;
    }
    static const pd_layer_type swish = { PD_API_VERSION, "swish", 1, 1, 0, 0, 0,
-                                        swish_setup, NULL, swish_forward, swish_backward, NULL, NULL, NULL };
+                                        swish_setup, NULL, swish_forward, swish_backward, NULL, NULL, NULL, -1 };
    ```
 
    It is added with pd_layer_add(net, &swish, "name", &input, 1, NULL). pd_check_gradients says whether backward is the
@@ -1406,6 +1406,11 @@ struct pd_layer_type {
     /* (optional) When predicting, this layer with its one input is y = scale[c] (x - center[c]) + shift[c] of every
        channel, which the layer below may do as it writes its output. Fills all three (device memory). */
     pd_status (*fold)(pd_layer *layer, pd_real *scale, pd_real *center, pd_real *shift);
+    /* How many inputs, from the first on, it reads row by row: a row of the output, and of these inputs' gradients,
+       depends on the same rows alone, and what forward leaves for backward is in row memory. -1: all. Such layers may
+       stand in a recurrent group; the inputs behind these are read whole. There each step is a call for some of the
+       rows; and in backward the parameters' gradients may come last, in a call about all rows. */
+    int row_inputs;
 };
 
 /* A layer in a net. Layer types read it; only setup and resize write, where noted. */
@@ -3356,7 +3361,8 @@ static const pd_layer_type pd__input_type = { PD_API_VERSION,
                                               NULL,
                                               NULL,
                                               NULL,
-                                              NULL };
+                                              NULL,
+                                              -1 };
 
 static pd_layer *pd__add_input(pd_net *net, const char *name, int64_t c, int64_t h, int64_t w, pd_slot_kind kind) {
     pd__input_opts o;
@@ -3432,11 +3438,18 @@ PD_DEF const char *pd_act_text(pd_act act) {
 /* Each layer: what its builder hands over, shape rule, forward, backward, type, builder. */
 
 #define PD__TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward)                       \
-    PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, NULL)
-/* .. whose parameters may be sparse */
-#define PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, prefetch)       \
-    static const pd_layer_type variable = { PD_API_VERSION, name,   min,     max,      sizeof(spec), state,    needs,  \
-                                            setup,          resize, forward, backward, NULL,         prefetch, NULL }
+    PD__ANY_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, NULL, 0)
+/* .. that works row by row */
+#define PD__ROW_TYPE(variable, name, min, max, spec, state, needs, setup, forward, backward)                           \
+    PD__ANY_TYPE(variable, name, min, max, spec, state, needs, setup, NULL, forward, backward, NULL, -1)
+/* .. and whose parameters may be sparse */
+#define PD__TABLE_TYPE(variable, name, min, max, spec, state, needs, setup, forward, backward, prefetch)               \
+    PD__ANY_TYPE(variable, name, min, max, spec, state, needs, setup, NULL, forward, backward, prefetch, -1)
+#define PD__ANY_TYPE(variable, name, min, max, spec, state, needs, setup, resize, forward, backward, prefetch, rows)   \
+    static const pd_layer_type variable = {                                                                            \
+        PD_API_VERSION, name,    min,      max,  sizeof(spec), state, needs, setup,                                    \
+        resize,         forward, backward, NULL, prefetch,     NULL,  rows                                             \
+    }
 
 /* Declares a zeroed spec `s` whose first member `o` is the user's options. */
 #define PD__SPEC(type)                                                                                                 \
@@ -3701,12 +3714,12 @@ static pd_status pd__fc_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(contract), pd__fc_setup, NULL, pd__fc_forward,
-         pd__fc_backward);
+PD__ROW_TYPE(pd__fc_type, "fc", 1, -1, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(contract), pd__fc_setup, pd__fc_forward,
+             pd__fc_backward);
 
 /* The same with sparse inputs among others, which asks more of the device. */
 PD__TABLE_TYPE(pd__sparse_fc_type, "fc", 1, -1, pd__fc_spec, 0,
-               PD_OP(gemm) | PD_OP(contract) | PD_OP(fill) | PD_OP(sparse_product), pd__fc_setup, NULL, pd__fc_forward,
+               PD_OP(gemm) | PD_OP(contract) | PD_OP(fill) | PD_OP(sparse_product), pd__fc_setup, pd__fc_forward,
                pd__fc_backward, pd__touch_tables);
 
 PD_DEF pd_layer *pd_fc_sum(pd_net *net, pd_layer *const *inputs, int count, int64_t size, const pd_fc_opts *opts) {
@@ -3840,9 +3853,9 @@ static pd_status pd__conv_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
-         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract), pd__conv_setup, NULL,
-         pd__conv_forward, pd__conv_backward);
+PD__ROW_TYPE(pd__conv_type, "conv", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
+             PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract), pd__conv_setup,
+             pd__conv_forward, pd__conv_backward);
 
 /* The state describes the convolution whose data gradient this is: its input is our output. */
 static pd_status pd__conv_transpose_setup(pd_layer *l) {
@@ -3881,9 +3894,9 @@ static pd_status pd__conv_transpose_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__conv_transpose_type, "conv_transpose", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
-         PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract),
-         pd__conv_transpose_setup, NULL, pd__conv_transpose_forward, pd__conv_transpose_backward);
+PD__ROW_TYPE(pd__conv_transpose_type, "conv_transpose", 1, 1, pd__conv_spec, sizeof(pd_conv_shape),
+             PD_OP(conv) | PD_OP(conv_backward_data) | PD_OP(conv_backward_filter) | PD_OP(contract),
+             pd__conv_transpose_setup, pd__conv_transpose_forward, pd__conv_transpose_backward);
 
 static pd_layer *pd__add_conv(pd_net *net, const pd_layer_type *type, pd_layer *input, int64_t filters, int64_t filter,
                               const pd_conv_opts *opts) {
@@ -3980,8 +3993,8 @@ static pd_status pd__pool_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__pool_type, "pool", 1, 1, pd__pool_spec, sizeof(pd_pool_shape), PD_OP(pool) | PD_OP(pool_backward),
-         pd__pool_setup, NULL, pd__pool_forward, pd__pool_backward);
+PD__ROW_TYPE(pd__pool_type, "pool", 1, 1, pd__pool_spec, sizeof(pd_pool_shape), PD_OP(pool) | PD_OP(pool_backward),
+             pd__pool_setup, pd__pool_forward, pd__pool_backward);
 
 PD_DEF pd_layer *pd_pool(pd_net *net, pd_layer *input, int64_t size, const pd_pool_opts *opts) {
     PD__SPEC(pd__pool_spec);
@@ -4118,7 +4131,8 @@ static const pd_layer_type pd__batch_norm_type = { PD_API_VERSION,
                                                    pd__batch_norm_backward,
                                                    NULL,
                                                    NULL,
-                                                   pd__batch_norm_fold };
+                                                   pd__batch_norm_fold,
+                                                   0 };
 
 PD_DEF pd_layer *pd_batch_norm(pd_net *net, pd_layer *input, const pd_batch_norm_opts *opts) {
     return pd_layer_add(net, &pd__batch_norm_type, opts ? opts->name : NULL, &input, 1, opts);
@@ -4155,8 +4169,9 @@ static pd_status pd__layer_norm_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0, PD_OP(layer_norm) | PD_OP(layer_norm_backward),
-         pd__layer_norm_setup, NULL, pd__layer_norm_forward, pd__layer_norm_backward);
+PD__ROW_TYPE(pd__layer_norm_type, "layer_norm", 1, 1, pd_layer_norm_opts, 0,
+             PD_OP(layer_norm) | PD_OP(layer_norm_backward), pd__layer_norm_setup, pd__layer_norm_forward,
+             pd__layer_norm_backward);
 
 PD_DEF pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm_opts *opts) {
     return pd_layer_add(net, &pd__layer_norm_type, opts ? opts->name : NULL, &input, 1, opts);
@@ -4205,9 +4220,9 @@ static pd_status pd__group_norm_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__group_norm_type, "group_norm", 1, 1, pd__group_norm_spec, 0,
-         PD_OP(group_norm) | PD_OP(group_norm_backward), pd__group_norm_setup, NULL, pd__group_norm_forward,
-         pd__group_norm_backward);
+PD__ROW_TYPE(pd__group_norm_type, "group_norm", 1, 1, pd__group_norm_spec, 0,
+             PD_OP(group_norm) | PD_OP(group_norm_backward), pd__group_norm_setup, pd__group_norm_forward,
+             pd__group_norm_backward);
 
 PD_DEF pd_layer *pd_group_norm(pd_net *net, pd_layer *input, int64_t groups, const pd_group_norm_opts *opts) {
     PD__SPEC(pd__group_norm_spec);
@@ -4251,9 +4266,9 @@ static pd_status pd__response_norm_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__response_norm_type, "response_norm", 1, 1, pd_response_norm_opts, 0,
-         PD_OP(response_norm) | PD_OP(response_norm_backward), pd__response_norm_setup, NULL, pd__response_norm_forward,
-         pd__response_norm_backward);
+PD__ROW_TYPE(pd__response_norm_type, "response_norm", 1, 1, pd_response_norm_opts, 0,
+             PD_OP(response_norm) | PD_OP(response_norm_backward), pd__response_norm_setup, pd__response_norm_forward,
+             pd__response_norm_backward);
 
 PD_DEF pd_layer *pd_response_norm(pd_net *net, pd_layer *input, const pd_response_norm_opts *opts) {
     return pd_layer_add(net, &pd__response_norm_type, opts ? opts->name : NULL, &input, 1, opts);
@@ -4302,8 +4317,8 @@ static pd_status pd__dropout_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract) | PD_OP(dropout),
-         pd__dropout_setup, NULL, pd__dropout_forward, pd__dropout_backward);
+PD__ROW_TYPE(pd__dropout_type, "dropout", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract) | PD_OP(dropout),
+             pd__dropout_setup, pd__dropout_forward, pd__dropout_backward);
 
 PD_DEF pd_layer *pd_dropout(pd_net *net, pd_layer *input, double p, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -4331,8 +4346,8 @@ static pd_status pd__add_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
-         pd__add_forward, pd__add_backward);
+PD__ROW_TYPE(pd__add_type, "add", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup,
+             pd__add_forward, pd__add_backward);
 
 PD_DEF pd_layer *pd_add(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -4352,8 +4367,8 @@ static pd_status pd__multiply_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup, NULL,
-         pd__multiply_forward, pd__multiply_backward);
+PD__ROW_TYPE(pd__multiply_type, "multiply", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__equal_inputs_setup,
+             pd__multiply_forward, pd__multiply_backward);
 
 /* The builder's work for layers of two inputs; `number` is the spec's a. */
 static pd_layer *pd__add_pair(pd_net *net, const pd_layer_type *type, pd_layer *first, pd_layer *second, double number,
@@ -4407,8 +4422,8 @@ static pd_status pd__concat_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__concat_setup, NULL,
-         pd__concat_forward, pd__concat_backward);
+PD__ROW_TYPE(pd__concat_type, "concat", 1, -1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__concat_setup,
+             pd__concat_forward, pd__concat_backward);
 
 PD_DEF pd_layer *pd_concat(pd_net *net, pd_layer *const *inputs, int count, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -4523,14 +4538,14 @@ static pd_status pd__pad_setup(pd_layer *l) {
     return pd__want_numbers(l);
 }
 
-PD__TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__slice_setup, NULL,
-         pd__box_forward, pd__box_backward);
-PD__TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__reshape_setup,
-         NULL, pd__box_forward, pd__box_backward);
-PD__TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract),
-         pd__transpose_setup, NULL, pd__box_forward, pd__box_backward);
-PD__TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__pad_setup, NULL,
-         pd__box_forward, pd__box_backward);
+PD__ROW_TYPE(pd__slice_type, "slice", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__slice_setup,
+             pd__box_forward, pd__box_backward);
+PD__ROW_TYPE(pd__reshape_type, "reshape", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract),
+             pd__reshape_setup, pd__box_forward, pd__box_backward);
+PD__ROW_TYPE(pd__transpose_type, "transpose", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract),
+             pd__transpose_setup, pd__box_forward, pd__box_backward);
+PD__ROW_TYPE(pd__pad_type, "pad", 1, 1, pd__spec, sizeof(pd__box), PD_OP(fill) | PD_OP(contract), pd__pad_setup,
+             pd__box_forward, pd__box_backward);
 
 PD_DEF pd_layer *pd_slice(pd_net *net, pd_layer *input, int64_t first, int64_t count, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -4575,8 +4590,8 @@ static pd_status pd__scale_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__scale_setup, NULL,
-         pd__scale_forward, pd__scale_backward);
+PD__ROW_TYPE(pd__scale_type, "scale", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__scale_setup,
+             pd__scale_forward, pd__scale_backward);
 
 PD_DEF pd_layer *pd_scale(pd_net *net, pd_layer *w, pd_layer *x, const pd_layer_opts *opts) {
     return pd__add_pair(net, &pd__scale_type, w, x, 0, opts);
@@ -4630,8 +4645,8 @@ static pd_status pd__interpolate_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__interpolate_setup,
-         NULL, pd__interpolate_forward, pd__interpolate_backward);
+PD__ROW_TYPE(pd__interpolate_type, "interpolate", 3, 3, pd__spec, 0, PD_OP(fill) | PD_OP(contract),
+             pd__interpolate_setup, pd__interpolate_forward, pd__interpolate_backward);
 
 PD_DEF pd_layer *pd_interpolate(pd_net *net, pd_layer *w, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
     pd_layer *inputs[3];
@@ -4660,8 +4675,8 @@ static pd_status pd__affine_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__affine_setup, NULL,
-         pd__affine_forward, pd__affine_backward);
+PD__ROW_TYPE(pd__affine_type, "affine", 1, 1, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__affine_setup,
+             pd__affine_forward, pd__affine_backward);
 
 PD_DEF pd_layer *pd_affine(pd_net *net, pd_layer *input, double slope, double intercept, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -4706,8 +4721,8 @@ static pd_status pd__maxout_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__maxout_type, "maxout", 1, 1, pd__spec, 0, 0, pd__maxout_setup, NULL, pd__maxout_forward,
-         pd__maxout_backward);
+PD__ROW_TYPE(pd__maxout_type, "maxout", 1, 1, pd__spec, 0, 0, pd__maxout_setup, pd__maxout_forward,
+             pd__maxout_backward);
 
 PD_DEF pd_layer *pd_maxout(pd_net *net, pd_layer *input, int64_t groups, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -4773,8 +4788,8 @@ static pd_status pd__resize_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__resize_type, "resize", 1, 1, pd__spec, 0, 0, pd__resize_setup, NULL, pd__resize_forward,
-         pd__resize_backward);
+PD__ROW_TYPE(pd__resize_type, "resize", 1, 1, pd__spec, 0, 0, pd__resize_setup, pd__resize_forward,
+             pd__resize_backward);
 
 PD_DEF pd_layer *pd_resize(pd_net *net, pd_layer *input, int64_t height, int64_t width, const pd_layer_opts *opts) {
     PD__SPEC(pd__spec);
@@ -4952,8 +4967,8 @@ static pd_status pd__cosine_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__cosine_type, "cosine", 2, 2, pd__spec, 0, 0, pd__cosine_setup, NULL, pd__cosine_forward,
-         pd__cosine_backward);
+PD__ROW_TYPE(pd__cosine_type, "cosine", 2, 2, pd__spec, 0, 0, pd__cosine_setup, pd__cosine_forward,
+             pd__cosine_backward);
 
 PD_DEF pd_layer *pd_cosine(pd_net *net, pd_layer *a, pd_layer *b, double scale, const pd_layer_opts *opts) {
     return pd__add_pair(net, &pd__cosine_type, a, b, scale, opts);
@@ -4998,8 +5013,8 @@ static pd_status pd__outer_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__outer_setup, NULL,
-         pd__outer_forward, pd__outer_backward);
+PD__ROW_TYPE(pd__outer_type, "outer", 2, 2, pd__spec, 0, PD_OP(fill) | PD_OP(contract), pd__outer_setup,
+             pd__outer_forward, pd__outer_backward);
 
 PD_DEF pd_layer *pd_outer(pd_net *net, pd_layer *a, pd_layer *b, const pd_layer_opts *opts) {
     return pd__add_pair(net, &pd__outer_type, a, b, 0, opts);
@@ -5063,8 +5078,8 @@ static pd_status pd__bilinear_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(fill) | PD_OP(contract),
-         pd__bilinear_setup, NULL, pd__bilinear_forward, pd__bilinear_backward);
+PD__ROW_TYPE(pd__bilinear_type, "bilinear", 2, 2, pd__fc_spec, 0, PD_OP(gemm) | PD_OP(fill) | PD_OP(contract),
+             pd__bilinear_setup, pd__bilinear_forward, pd__bilinear_backward);
 
 PD_DEF pd_layer *pd_bilinear(pd_net *net, pd_layer *a, pd_layer *b, int64_t size, const pd_fc_opts *opts) {
     pd_layer *inputs[2];
@@ -5082,9 +5097,9 @@ static pd_status pd__activation_setup(pd_layer *l) {
     return pd__like_input(l, 0);
 }
 
-PD__TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0,
-         PD_OP(fill) | PD_OP(contract) | PD_OP(activate) | PD_OP(activate_backward), pd__activation_setup, NULL,
-         pd__add_forward, pd__add_backward);
+PD__ROW_TYPE(pd__activation_type, "activation", 1, 1, pd__spec, 0,
+             PD_OP(fill) | PD_OP(contract) | PD_OP(activate) | PD_OP(activate_backward), pd__activation_setup,
+             pd__add_forward, pd__add_backward);
 
 PD_DEF pd_layer *pd_activation(pd_net *net, pd_layer *input, pd_act act, const pd_activation_opts *opts) {
     pd__spec s;
@@ -5129,8 +5144,8 @@ static pd_status pd__prelu_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__prelu_type, "prelu", 1, 1, pd_prelu_opts, 0, 0, pd__prelu_setup, NULL, pd__prelu_forward,
-         pd__prelu_backward);
+PD__ROW_TYPE(pd__prelu_type, "prelu", 1, 1, pd_prelu_opts, 0, 0, pd__prelu_setup, pd__prelu_forward,
+             pd__prelu_backward);
 
 PD_DEF pd_layer *pd_prelu(pd_net *net, pd_layer *input, const pd_prelu_opts *opts) {
     return pd_layer_add(net, &pd__prelu_type, opts ? opts->name : NULL, &input, 1, opts);
@@ -5171,7 +5186,7 @@ static pd_status pd__embedding_forward(pd_layer *l) {
 static pd_status pd__embedding_backward(pd_layer *l) { return l->params[0]->grad ? pd__add_picked_grad(l, 0) : PD_OK; }
 
 PD__TABLE_TYPE(pd__embedding_type, "embedding", 1, 1, pd__embedding_spec, 0, PD_OP(fill) | PD_OP(sparse_product),
-               pd__embedding_setup, NULL, pd__embedding_forward, pd__embedding_backward, pd__touch_tables);
+               pd__embedding_setup, pd__embedding_forward, pd__embedding_backward, pd__touch_tables);
 
 PD_DEF pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd_embedding_opts *opts) {
     PD__SPEC(pd__embedding_spec);
@@ -5681,7 +5696,8 @@ static const pd_layer_type pd__cross_entropy_type = { PD_API_VERSION,
                                                       pd__cross_entropy_backward,
                                                       NULL,
                                                       NULL,
-                                                      NULL };
+                                                      NULL,
+                                                      -1 };
 
 PD_DEF pd_layer *pd_cross_entropy(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__cross_entropy_type, input, label, NULL, opts);
@@ -5739,7 +5755,7 @@ static pd_status pd__element_setup(pd_layer *l, unsigned has, pd__element_cost c
 #define PD__ELEMENT_TYPE(name, min_inputs, setup, backward)                                                            \
     {                                                                                                                  \
         PD_API_VERSION, name, min_inputs, min_inputs + 1, sizeof(pd_cost_opts), sizeof(pd__element_state), 0, setup,   \
-            NULL, pd__element_forward, backward, NULL, NULL, NULL                                                      \
+            NULL, pd__element_forward, backward, NULL, NULL, NULL, -1                                                  \
     }
 
 /* log(1 + e^x) - t x without overflow: binary cross-entropy of sigmoid(x). */
@@ -5938,7 +5954,8 @@ static const pd_layer_type pd__hinge_type = { PD_API_VERSION,
                                               pd__hinge_backward,
                                               NULL,
                                               NULL,
-                                              NULL };
+                                              NULL,
+                                              -1 };
 
 PD_DEF pd_layer *pd_hinge(pd_net *net, pd_layer *input, pd_layer *label, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__hinge_type, input, label, NULL, opts);
@@ -5990,7 +6007,8 @@ static const pd_layer_type pd__rank_cost_type = { PD_API_VERSION,
                                                   pd__rank_cost_backward,
                                                   NULL,
                                                   NULL,
-                                                  NULL };
+                                                  NULL,
+                                                  -1 };
 
 PD_DEF pd_layer *pd_rank_cost(pd_net *net, pd_layer *left, pd_layer *right, pd_layer *p, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__rank_cost_type, left, right, p, opts);
@@ -6118,7 +6136,8 @@ static const pd_layer_type pd__lambda_rank_type = { PD_API_VERSION,
                                                     pd__lambda_rank_backward,
                                                     NULL,
                                                     NULL,
-                                                    NULL };
+                                                    NULL,
+                                                    0 };
 
 PD_DEF pd_layer *pd_lambda_rank(pd_net *net, pd_layer *score, pd_layer *relevance, const pd_cost_opts *opts) {
     return pd__add_cost(net, &pd__lambda_rank_type, score, relevance, NULL, opts);

@@ -36,8 +36,8 @@ static pd_status swish_backward(pd_layer *l) {
     return PD_OK;
 }
 
-static const pd_layer_type swish_type = { PD_API_VERSION, "swish",        1,    1,    0,   0, 0, swish_setup, NULL,
-                                          swish_forward,  swish_backward, NULL, NULL, NULL };
+static const pd_layer_type swish_type = { PD_API_VERSION, "swish",        1,    1,    0,    0, 0, swish_setup, NULL,
+                                          swish_forward,  swish_backward, NULL, NULL, NULL, -1 };
 
 static pd_layer *swish(pd_net *net, pd_layer *input) { return pd_layer_add(net, &swish_type, NULL, &input, 1, NULL); }
 

@@ -52,8 +52,8 @@ static pd_status scale_backward(pd_layer *l) {
     }
     return PD_OK;
 }
-static const pd_layer_type scale_type = { PD_API_VERSION, "scale_by",     1,    1,    0,   0, 0, scale_setup, NULL,
-                                          scale_forward,  scale_backward, NULL, NULL, NULL };
+static const pd_layer_type scale_type = { PD_API_VERSION, "scale_by",     1,    1,    0,    0, 0, scale_setup, NULL,
+                                          scale_forward,  scale_backward, NULL, NULL, NULL, -1 };
 
 /* ---- a net with something of everything ---- */
 

@@ -245,8 +245,8 @@ static pd_status weighting_backward(pd_layer *l) {
     return PD_OK;
 }
 static const pd_layer_type weighting = {
-    PD_API_VERSION,    "weighting",        1,    1,    0,   0, 0, weighting_setup, NULL,
-    weighting_forward, weighting_backward, NULL, NULL, NULL
+    PD_API_VERSION,    "weighting",        1,    1,    0,    0, 0, weighting_setup, NULL,
+    weighting_forward, weighting_backward, NULL, NULL, NULL, -1
 };
 
 /* Forward and backward. */
@@ -1335,9 +1335,8 @@ static pd_status asking_forward(pd_layer *l) {
 }
 
 static void test_memory_of_a_layer(void **state) {
-    static const pd_layer_type type = {
-        PD_API_VERSION, "asking", 1, 1, sizeof(asking), 0, 0, asking_setup, NULL, asking_forward, NULL, NULL, NULL, NULL
-    };
+    static const pd_layer_type type = { PD_API_VERSION, "asking", 1,    1,    sizeof(asking), 0, 0, asking_setup, NULL,
+                                        asking_forward, NULL,     NULL, NULL, NULL,           -1 };
     static const char *const texts[] = { "",
                                          "asking1: memory slot 0 is in use for 3 numbers per row",
                                          "asking1: memory slot 0 is in use for 3 numbers per row",
@@ -1676,7 +1675,7 @@ static pd_status faulty_backward(pd_layer *l) {
 static void test_checker_finds_faults(void **state) {
     static const pd_layer_type type = {
         PD_API_VERSION, "faulty",        1,    1,    sizeof(fault), 0, 0, faulty_setup, NULL,
-        faulty_forward, faulty_backward, NULL, NULL, NULL
+        faulty_forward, faulty_backward, NULL, NULL, NULL,          -1
     };
     (void)state;
     for (fault kind = NONE; kind < FAULTS; kind++) {

@@ -691,8 +691,8 @@ static pd_status round_forward(pd_layer *l) {
     l->out.ids = made_ids;
     return PD_OK;
 }
-static const pd_layer_type round_type = { PD_API_VERSION, "round",       1,    1,    0,    0,   0, round_setup,
-                                          NULL,           round_forward, NULL, NULL, NULL, NULL };
+static const pd_layer_type round_type = { PD_API_VERSION, "round",       1,    1,    0,    0,    0, round_setup,
+                                          NULL,           round_forward, NULL, NULL, NULL, NULL, -1 };
 
 /* Ids need not be an input of the net, except for sparse tables, and are checked. */
 static void test_ids_of_a_layer(void **state) {

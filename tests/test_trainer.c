@@ -1731,8 +1731,8 @@ static pd_status probe_backward(pd_layer *l) {
     for (int64_t i = 0; i < l->out.rows * l->out.width; i++) l->inputs[0]->out.grad[i] += l->out.grad[i];
     return PD_OK;
 }
-static const pd_layer_type probe = { PD_API_VERSION, "probe",        1,    1,    0,   0, 0, probe_setup, NULL,
-                                     probe_forward,  probe_backward, NULL, NULL, NULL };
+static const pd_layer_type probe = { PD_API_VERSION, "probe",        1,    1,    0,    0, 0, probe_setup, NULL,
+                                     probe_forward,  probe_backward, NULL, NULL, NULL, -1 };
 
 /* x -> a (W) -> p1 -> b (W again, static bias) -> p2 -> c (weight, bias) -> p3 -> cost; d is not used. */
 static pd_net *recorded_net(pd_layer **cost) {
