@@ -22,29 +22,29 @@
                        THREADS AND DETERMINISM 300, ONE ANSWER 312, INSTRUCTION SETS 331, MEMORY 346,
                        OPTIONS AT COMPILE TIME 357
      >>NAME.h          status 432, hooks 487, tensors 513, net 544, parameters 598, inputs 679, activations 694,
-                       layers 725, costs 918, batches 962, running 1012, evaluators 1041, optimizers 1106,
-                       device 1183, layer_types 1376, updater 1499, readers 1560, trainer 1642, files 1716,
-                       gradient_check 1747
-     >>NAME.c          core 1897, threads 2279, net 2539, parameters 2811, inputs 3325, activations 3416,
-                       layers 3436, costs 5493, batches 6147, running 6431, evaluators 7073, optimizers 7615,
-                       device 7806, layer_types 9319, updater 9599, averaging 10069, readers 10152,
-                       tensorboard 12321, trainer 12505, profile 13477, files 13549, gradient_check 15462,
-                       kernels 15723
-     >>layer:NAME      fc 3641, conv 3736, conv_transpose 3736, pool 3916, batch_norm 4005, layer_norm 4141,
-                       group_norm 4180, response_norm 4233, dropout 4277, add 4329, multiply 4329, concat 4387,
-                       slice 4433, reshape 4433, transpose 4433, pad 4433, scale 4571, interpolate 4571, affine 4658,
-                       maxout 4687, resize 4733, block_expand 4800, cosine 4899, outer 4977, bilinear 5023,
-                       activation 5092, prelu 5092, embedding 5154, gru 5197, sequence_pool 5387
-     >>cost:NAME       cross_entropy 5591, binary_cross_entropy 5770, squared_error 5791, huber 5802, smooth_l1 5820,
-                       sum_cost 5849, huber_two_class 5880, hinge 5891, rank_cost 5964, lambda_rank 6017
-     >>evaluator:NAME  error 7118, precision_recall 7161, auc 7229, pnpair 7330, mean_error 7377
-     >>op:NAME         kernels 7807, contract 7888, gemm 7941, conv 8074, winograd 8326, update 8641, activate 8717,
-                       pool 8746, cross_entropy 8864, dropout 8905, norm 8916, sparse_product 9057, gru 9073,
-                       levels 9092
-     >>reader:NAME     array 10615, csv 10930, libsvm 11137, idx 11387, npy 11387, stream 11800, shuffle 11915,
-                       prefetch 12053
-     >>kernel:NAME     gemm 15828, winograd 16148, elementwise 16497, update 16745, activate 16918, norm 17084,
-                       gru 17331, pool 17374
+                       layers 725, costs 932, batches 976, running 1026, evaluators 1055, optimizers 1120,
+                       device 1197, layer_types 1405, updater 1528, readers 1589, trainer 1671, files 1745,
+                       gradient_check 1776
+     >>NAME.c          core 1926, threads 2308, net 2568, parameters 2841, inputs 3355, activations 3446,
+                       layers 3466, costs 5680, batches 6334, running 6618, evaluators 7260, optimizers 7802,
+                       device 7993, layer_types 9574, updater 9854, averaging 10324, readers 10407,
+                       tensorboard 12576, trainer 12760, profile 13732, files 13804, gradient_check 15717,
+                       kernels 15978
+     >>layer:NAME      fc 3671, conv 3766, conv_transpose 3766, pool 3946, batch_norm 4035, layer_norm 4171,
+                       group_norm 4210, response_norm 4263, dropout 4307, add 4359, multiply 4359, concat 4417,
+                       slice 4463, reshape 4463, transpose 4463, pad 4463, scale 4601, interpolate 4601, affine 4688,
+                       maxout 4717, resize 4763, block_expand 4830, cosine 4929, outer 5007, bilinear 5053,
+                       activation 5122, prelu 5122, embedding 5184, gru 5227, attention 5417, sequence_pool 5574
+     >>cost:NAME       cross_entropy 5778, binary_cross_entropy 5957, squared_error 5978, huber 5989, smooth_l1 6007,
+                       sum_cost 6036, huber_two_class 6067, hinge 6078, rank_cost 6151, lambda_rank 6204
+     >>evaluator:NAME  error 7305, precision_recall 7348, auc 7416, pnpair 7517, mean_error 7564
+     >>op:NAME         kernels 7994, contract 8080, gemm 8133, conv 8266, winograd 8518, update 8833, activate 8909,
+                       pool 8938, cross_entropy 9056, dropout 9097, norm 9108, sparse_product 9249, gru 9265,
+                       attention 9284, levels 9347
+     >>reader:NAME     array 10870, csv 11185, libsvm 11392, idx 11642, npy 11642, stream 12055, shuffle 12170,
+                       prefetch 12308
+     >>kernel:NAME     gemm 16083, winograd 16403, elementwise 16752, update 17000, activate 17173, norm 17339,
+                       gru 17586, attention 17629, pool 17716
 
    A WHOLE PROGRAM
 
@@ -910,6 +910,20 @@ typedef struct pd_gru_opts {
    h' = (1 - z) c + z h. Every row's h' is put out. Sequences run side by side without padding. */
 PD_API pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts);
 
+typedef struct pd_attention_opts {
+    const char *name;
+    pd_param_opts weight; /* v below, as many numbers as a query has; starts normal with deviation 1/sqrt of that */
+} pd_attention_opts;
+/* Additive attention (Bahdanau et al. 2015). Each row of `query` looks at the keys of the sequence of its sample:
+   e_j = v . tanh(query + keys_j); a = softmax(e); y = sum_j a_j values_j, or 0 where there are no keys. keys and values:
+   sequences of the same lengths; query: as wide as the keys, sequences of lengths of their own or one row per sample; y
+   has its rows. What is usual, projections in front, is pd_fc's work: query = s W, keys = h U, values = h. */
+PD_API pd_layer *pd_attention(pd_net *net, pd_layer *query, pd_layer *keys, pd_layer *values,
+                              const pd_attention_opts *opts);
+/* After a run, in any mode: the weights a that row `row` of sample `sample`'s queries gave the *count keys of the
+   sample, in host memory, the net's until the next run. NULL: there are none, and pd_error says why. */
+PD_API const pd_real *pd_attention_weights(pd_layer *attention, int64_t sample, int64_t row, int64_t *count);
+
 /* One row per sequence: its first or last row, or the largest, mean, sum, or sum / sqrt(rows) of each column. An empty
    sequence gives zeros. */
 PD_API pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method method, const pd_layer_opts *opts);
@@ -1314,6 +1328,21 @@ typedef void pd_op_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates
    and of h U + b_u); adds the part that goes straight to dbefore (NULL: not wanted). */
 typedef void pd_op_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
                                 const pd_real *before, const pd_real *dafter, pd_real *dbefore);
+/* Queries, and the keys that each looks at. */
+typedef struct pd_attention_shape {
+    int64_t rows, width, value_width; /* of queries; numbers of a query, as of a key; of a value */
+    const int64_t *spans; /* three for each row: its first key, the one behind its last, and its first weight. Host
+                             memory. */
+} pd_attention_shape;
+/* Of each row: weights = softmax over its keys j of v . tanh(query + keys_j), y = sum_j weights_j values_j. */
+typedef void pd_op_attention(pd_device *d, const pd_attention_shape *s, const pd_real *query, const pd_real *keys,
+                             const pd_real *values, const pd_real *v, pd_real *weights, pd_real *y);
+/* Adds to dquery, dkeys, dvalues (each may be NULL). dv (rows x width, may be NULL): receives what each row adds to the
+   gradient of v. Rows that look at the same keys follow each other, or dkeys and dvalues are NULL. */
+typedef void pd_op_attention_backward(pd_device *d, const pd_attention_shape *s, const pd_real *query,
+                                      const pd_real *keys, const pd_real *values, const pd_real *v,
+                                      const pd_real *weights, const pd_real *dy, pd_real *dquery, pd_real *dkeys,
+                                      pd_real *dvalues, pd_real *dv);
 
 /* All of them. The basic ones are those that nets and trainers call as well: a device without host memory has
    them; of the others a device may lack any. */
@@ -1324,7 +1353,7 @@ typedef void pd_op_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_re
     X(gemm) X(conv) X(conv_backward_data) X(conv_backward_filter) X(pool) X(pool_backward) \
     X(cross_entropy) X(cross_entropy_backward) X(dropout) X(channel_moments) X(batch_norm) X(batch_norm_backward) \
     X(layer_norm) X(layer_norm_backward) X(group_norm) X(group_norm_backward) X(response_norm) X(response_norm_backward) X(sparse_product) \
-    X(gru) X(gru_backward)
+    X(gru) X(gru_backward) X(attention) X(attention_backward)
 /* clang-format on */
 
 /* PD_OP(conv) is the bit of `conv`, for pd_layer_type.needs. */
@@ -2552,6 +2581,7 @@ static bool pd__row_size(pd_shape s, int64_t *size);
 static bool pd__layer_learns(const pd_layer *l);
 static bool pd__is_carried(const pd_layer *l);
 static bool pd__pass_on(pd_layer *l);
+static bool pd__rows_fit(const pd_layer *a, const pd_layer *b, char text[400]);
 static const pd_real *pd__read_before(const pd_layer *cost, pd_real **grad);
 
 static void pd__evaluators_free(pd_net *net);
@@ -5384,6 +5414,163 @@ PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru
     return pd_layer_add(net, &pd__gru_type, s.o.name, &input, 1, &s);
 }
 
+/* ---- >>layer:attention ---- */
+
+typedef struct pd__attention {
+    int64_t weights;   /* of all rows */
+    bool has_summands; /* the last calls of backward have left v's gradient by rows, and not summed it */
+} pd__attention;
+
+enum { PD__QUERY, PD__KEYS, PD__VALUES }; /* inputs */
+
+static pd_status pd__attention_setup(pd_layer *l) {
+    const pd_attention_opts *o = (const pd_attention_opts *)l->opts;
+    const pd_layer *query = l->inputs[PD__QUERY], *keys = l->inputs[PD__KEYS];
+    int64_t width = query->out.width;
+    if (pd__want_numbers(l) != PD_OK) return PD_E_SHAPE;
+    for (int k = PD__KEYS; k <= PD__VALUES; k++)
+        if (!l->inputs[k]->is_sequence)
+            return pd_layer_fail(l, PD_E_SHAPE, "its %s, \"%.100s\", carry no sequences",
+                                 k == PD__KEYS ? "keys" : "values", l->inputs[k]->name);
+    if (keys->out.width != width)
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "its query, \"%.100s\", has %lld numbers per row, but its keys, \"%.100s\", %lld",
+                             query->name, (long long)width, keys->name, (long long)keys->out.width);
+    l->shape = l->inputs[PD__VALUES]->shape;
+    return pd_layer_param(l, "weight", 1, &width, width, 1, pd_normal(0, 1 / sqrt((double)width)), &o->weight)
+               ? PD_OK
+               : pd_error_status(l->net);
+}
+
+/* The first of all rows of the batch that the layer sees. */
+static int64_t pd__first_row(const pd_layer *l) {
+    (void)l;
+    return 0;
+}
+
+/* What the queries of all rows look at; see pd_attention_shape. Keeps their number of weights. */
+static pd_status pd__attention_place(pd_layer *l) {
+    pd__attention *state = (pd__attention *)l->state;
+    const pd_tensor *query = pd__in(l, PD__QUERY), *keys = pd__in(l, PD__KEYS);
+    int64_t *spans = pd_layer_integers(l, 0, 3 * query->rows), weights = 0;
+    if (!spans) return PD_E_MEMORY;
+    for (int64_t q = 0, r = 0; q < keys->sequences; q++)
+        for (int64_t end = query->starts ? query->starts[q + 1] : q + 1; r < end; r++, spans += 3) {
+            spans[0] = keys->starts[q], spans[1] = keys->starts[q + 1], spans[2] = weights;
+            weights += spans[1] - spans[0];
+        }
+    state->weights = weights;
+    return PD_OK;
+}
+
+static pd_status pd__attention_resize(pd_layer *l) {
+    const pd_layer *query = l->inputs[PD__QUERY], *keys = l->inputs[PD__KEYS];
+    int64_t queries = query->out.starts ? query->out.sequences : query->out.rows;
+    char text[400];
+    if (!pd__rows_fit(keys, l->inputs[PD__VALUES], text)) return pd_layer_fail(l, PD_E_SHAPE, "%s", text);
+    if (queries != keys->out.sequences)
+        return pd_layer_fail(l, PD_E_SHAPE, "\"%.100s\" has %lld %s, but \"%.100s\" has %lld sequences", query->name,
+                             (long long)queries, query->out.starts ? "sequences" : "rows", keys->name,
+                             (long long)keys->out.sequences);
+    return pd__attention_place(l);
+}
+
+static pd_attention_shape pd__attention_shape_of(const pd_layer *l) {
+    pd_attention_shape s;
+    s.rows = l->out.rows;
+    s.width = pd__in(l, PD__QUERY)->width;
+    s.value_width = l->out.width;
+    s.spans = l->own->integers[0] + 3 * pd__first_row(l);
+    return s;
+}
+
+static pd_real *pd__attention_memory(pd_layer *l) {
+    return pd_layer_memory(l, 0, ((const pd__attention *)l->state)->weights);
+}
+
+static pd_status pd__attention_forward(pd_layer *l) {
+    pd_attention_shape s = pd__attention_shape_of(l);
+    pd_real *weights = pd__attention_memory(l);
+    if (!weights) return PD_E_MEMORY;
+    ((pd__attention *)l->state)->has_summands = false;
+    l->device->attention(l->device, &s, pd__in(l, PD__QUERY)->data, pd__in(l, PD__KEYS)->data,
+                         pd__in(l, PD__VALUES)->data, l->params[0]->value, weights, l->out.data);
+    return PD_OK;
+}
+
+/* The gradient of v is a sum over rows. Where its summands come as the inputs get their gradients, and the sum is wanted
+   by another call, over all rows, they are kept for that. */
+static pd_status pd__attention_backward(pd_layer *l) {
+    pd__attention *state = (pd__attention *)l->state;
+    const pd_tensor *query = pd__in(l, PD__QUERY), *keys = pd__in(l, PD__KEYS), *values = pd__in(l, PD__VALUES);
+    pd_param *v = l->params[0];
+    bool to_inputs = query->grad || keys->grad || values->grad;
+    pd_attention_shape s = pd__attention_shape_of(l);
+    pd_real *weights = pd__attention_memory(l), *dv = NULL;
+    if (!weights) return PD_E_MEMORY;
+    if (!v->opts.is_static && !(dv = pd_layer_row_memory(l, 1, s.width))) return PD_E_MEMORY;
+    if (to_inputs || (v->grad && !state->has_summands))
+        l->device->attention_backward(l->device, &s, query->data, keys->data, values->data, v->value, weights,
+                                      l->out.grad, query->grad, keys->grad, values->grad, dv);
+    if (v->grad) pd__contract2(l, s.rows, s.width, 1, dv, s.width, 1, NULL, 0, 0, v->grad, 0, 1);
+    state->has_summands = to_inputs && !v->grad;
+    return PD_OK;
+}
+
+PD__TYPE(pd__attention_type, "attention", 3, 3, pd_attention_opts, sizeof(pd__attention),
+         PD_OP(contract) | PD_OP(attention) | PD_OP(attention_backward), pd__attention_setup, pd__attention_resize,
+         pd__attention_forward, pd__attention_backward);
+
+PD_DEF pd_layer *pd_attention(pd_net *net, pd_layer *query, pd_layer *keys, pd_layer *values,
+                              const pd_attention_opts *opts) {
+    pd_layer *inputs[3];
+    inputs[PD__QUERY] = query, inputs[PD__KEYS] = keys, inputs[PD__VALUES] = values;
+    return pd_layer_add(net, &pd__attention_type, opts ? opts->name : NULL, inputs, 3, opts);
+}
+
+/* The row of the layer's that is row `row` of the sample; -1: there is none. */
+static int64_t pd__attention_row(const pd_layer *l, int64_t sample, int64_t row) {
+    const pd_tensor *y = &l->out;
+    int64_t samples = y->starts ? y->sequences : y->rows, first, count;
+    if (sample < 0 || sample >= samples) return -1;
+    first = y->starts ? y->starts[sample] : sample;
+    count = y->starts ? y->starts[sample + 1] - first : 1;
+    return row >= 0 && row < count ? first + row : -1;
+}
+
+PD_DEF const pd_real *pd_attention_weights(pd_layer *attention, int64_t sample, int64_t row, int64_t *count) {
+    pd_layer *l = attention;
+    const int64_t *span;
+    const pd_real *weights;
+    pd_real *copy;
+    int64_t r;
+    if (!l) return NULL;
+    if (l->type != &pd__attention_type) {
+        pd_layer_fail(l, PD_E_ARGUMENT, "pd_attention_weights: it is of type %s", l->type->name);
+        return NULL;
+    }
+    if (!l->own->active || !l->own->memory[0].data || l->net->run_failed) {
+        if (!(l->net->run_failed && l->net->failure.status != PD_OK)) /* else that is the reason */
+            pd_layer_fail(l, PD_E_STATE, "pd_attention_weights: it had no part in the last run");
+        return NULL;
+    }
+    r = pd__attention_row(l, sample, row);
+    if (r < 0) {
+        pd_layer_fail(l, PD_E_ARGUMENT, "pd_attention_weights: there is no row %lld of sample %lld", (long long)row,
+                      (long long)sample);
+        return NULL;
+    }
+    span = l->own->integers[0] + 3 * r;
+    if (count) *count = span[1] - span[0];
+    weights = l->own->memory[0].data + span[2];
+    if (l->device->host_memory) return weights;
+    copy = pd_layer_values(l, ((const pd__attention *)l->state)->weights);
+    if (!copy) return NULL;
+    copy += span[2];
+    l->device->download(l->device, copy, weights, (size_t)(span[1] - span[0]) * sizeof *copy);
+    return copy;
+}
+
 /* ---- >>layer:sequence_pool: the method is n[0] ---- */
 
 static pd_status pd__sequence_pool_setup(pd_layer *l) {
@@ -7815,6 +8002,7 @@ typedef struct pd__layer_norm_job pd__layer_norm_job;
 typedef struct pd__group_norm_job pd__group_norm_job;
 typedef struct pd__response_job pd__response_job;
 typedef struct pd__pool_job pd__pool_job;
+typedef struct pd__attention_job pd__attention_job;
 
 /* The work of one thread, in the instructions of one level; what each does is said where it is, in >>kernels.c. */
 typedef void pd__kernel_fill_piece(int64_t n, pd_real value, pd_real *y);
@@ -7864,6 +8052,10 @@ typedef void pd__kernel_gru_row(int64_t width, pd_real *gates, const pd_real *re
                                 pd_real *after);
 typedef void pd__kernel_gru_back_row(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
                                      const pd_real *dafter, pd_real *dbefore);
+typedef void pd__kernel_attention_row(const pd__attention_job *j, int64_t r);
+typedef void pd__kernel_attention_back_row(const pd__attention_job *j, int64_t r);
+typedef void pd__kernel_attention_back_keys(const pd__attention_job *j, int64_t unit);
+typedef void pd__kernel_attention_back_values(const pd__attention_job *j, int64_t unit);
 typedef void pd__kernel_pool_pairs(const pd__pool_job *j, int64_t map, int64_t maps);
 typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
 
@@ -7874,7 +8066,7 @@ typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
     X(update_row) X(activate_piece) X(activate_backward_piece) X(softmax_row) X(softmax_cost) \
     X(softmax_backward_row) X(moments_of) X(batch_norm_map) X(batch_norm_back) X(layer_norm_row) \
     X(layer_norm_back_row) X(layer_norm_back_columns) X(group_norm_one) X(group_norm_back_one) X(group_norm_back_channel) X(response_strip) X(response_strip_back) X(gru_row) \
-    X(gru_back_row) X(pool_pairs) X(pool_map)
+    X(gru_back_row) X(attention_row) X(attention_back_row) X(attention_back_keys) X(attention_back_values) X(pool_pairs) X(pool_map)
 /* clang-format on */
 
 struct pd__kernels {
@@ -9087,6 +9279,69 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
              kernels->gru_back_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
                                    before ? before + r * width : NULL, dafter + r * width,
                                    dbefore ? dbefore + r * width : NULL));
+}
+
+/* ---- >>op:attention: attention ---- */
+
+struct pd__attention_job {
+    pd_attention_shape s;
+    const pd_real *query, *keys, *values, *v, *a, *dy; /* a: the weights */
+    pd_real *weights, *y, *dquery, *dkeys, *dvalues, *dv;
+    pd_real *space;           /* what backward keeps for each row: see attention_back_row */
+    int64_t longest, per_row; /* keys of a row; numbers in `space` */
+};
+enum { PD__ATTENTION_COLUMNS = 64 }; /* that backward goes through the keys with */
+
+/* Row r looks at the same keys as the row before it. */
+static bool pd__same_keys(const pd__attention_job *j, int64_t r) {
+    const int64_t *span = j->s.spans + 3 * r;
+    return r > 0 && span[0] == span[-3] && span[1] == span[-2];
+}
+
+/* Copies the shape, and returns how many pairs of a row and a key there are. */
+static int64_t pd__attention_pairs(pd__attention_job *j, const pd_attention_shape *s) {
+    int64_t pairs = 0;
+    memset(j, 0, sizeof *j);
+    j->s = *s;
+    for (int64_t r = 0; r < s->rows; r++) {
+        int64_t keys = s->spans[3 * r + 1] - s->spans[3 * r];
+        j->longest = pd__max(j->longest, keys);
+        pairs += keys;
+    }
+    j->per_row = j->longest + 1;
+    return pairs;
+}
+
+static void pd__cpu_attention(pd_device *d, const pd_attention_shape *s, const pd_real *query, const pd_real *keys,
+                              const pd_real *values, const pd_real *v, pd_real *weights, pd_real *y) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__attention_job j;
+    int64_t pairs = pd__attention_pairs(&j, s);
+    j.query = query, j.keys = keys, j.values = values, j.v = v, j.weights = weights, j.y = y;
+    PD__TEAM(d, (pairs + s->rows) * (8 * s->width + s->value_width), r, s->rows, kernels->attention_row(&j, r));
+}
+
+/* Where rows add to the same keys, they do so one after the other: the first of them does the work of all, in some
+   columns. */
+static void pd__cpu_attention_backward(pd_device *d, const pd_attention_shape *s, const pd_real *query,
+                                       const pd_real *keys, const pd_real *values, const pd_real *v,
+                                       const pd_real *weights, const pd_real *dy, pd_real *dquery, pd_real *dkeys,
+                                       pd_real *dvalues, pd_real *dv) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    pd__attention_job j;
+    int64_t pairs = pd__attention_pairs(&j, s);
+    j.query = query, j.keys = keys, j.values = values, j.v = v, j.a = weights, j.dy = dy;
+    j.dquery = dquery, j.dkeys = dkeys, j.dvalues = dvalues, j.dv = dv;
+    if (s->rows == 0) return;
+    j.space = (pd_real *)pd__scratch(d, s->rows * j.per_row, sizeof(pd_real));
+    if (!j.space) return;
+    PD__TEAM(d, pairs * s->value_width, r, s->rows, kernels->attention_back_row(&j, r));
+    if (dquery || dkeys || dv)
+        PD__TEAM(d, pairs * s->width * 8, unit, s->rows * pd__ceil_div(s->width, PD__ATTENTION_COLUMNS),
+                 kernels->attention_back_keys(&j, unit));
+    if (dvalues)
+        PD__TEAM(d, pairs * s->value_width, unit, s->rows * pd__ceil_div(s->value_width, PD__ATTENTION_COLUMNS),
+                 kernels->attention_back_values(&j, unit));
 }
 
 /* ---- >>op:levels: instruction sets: the heavy operations (>>kernels.c) are compiled for several, and chosen when a
@@ -17369,6 +17624,93 @@ static void PD__K(pd__gru_back_row)(int64_t width, pd_real *gates, pd_real *recu
         PD__K(pd__store)(sum + width, dr, left);
         PD__K(pd__store)(sum + 2 * width, dc * r, left);
     }
+}
+
+/* ---- >>kernel:attention: attention ---- */
+
+static void PD__K(pd__attention_row)(const pd__attention_job *j, int64_t r) {
+    const int64_t width = j->s.width, value_width = j->s.value_width, *span = j->s.spans + 3 * r;
+    const int64_t count = span[1] - span[0];
+    const pd_real *query = j->query + r * width, *keys = j->keys + span[0] * width;
+    const pd_real *values = j->values + span[0] * value_width;
+    pd_real *weights = j->weights + span[2];
+    for (int64_t k = 0; k < count; k++) {
+        PD__V sum = PD__K(pd__all)(0);
+        pd_real lanes[PD__LANES];
+        for (int64_t i = 0; i < width; i += PD__LANES) {
+            const int64_t left = width - i;
+            PD__V x = PD__K(pd__load)(query + i, left) + PD__K(pd__load)(keys + k * width + i, left);
+            sum = PD__FMA(PD__K(pd__load)(j->v + i, left), PD__K(pd__tanh)(x), sum);
+        }
+        PD__STORE(lanes, sum);
+        weights[k] = (pd_real)PD__K(pd__dot)(PD__LANES, lanes, NULL);
+    }
+    if (count > 0) PD__K(pd__softmax_row)(count, weights, weights);
+    for (int64_t i = 0; i < value_width; i += PD__LANES) {
+        PD__V sum = PD__K(pd__all)(0);
+        for (int64_t k = 0; k < count; k++)
+            sum = PD__FMA(PD__K(pd__all)(weights[k]), PD__K(pd__load)(values + k * value_width + i, value_width - i),
+                          sum);
+        PD__K(pd__store)(j->y + r * value_width + i, sum, value_width - i);
+    }
+}
+
+/* The row's part of `space`: 1, or 0 if its dy is 0, and so all that follows from it; then the gradients of the scores.
+ */
+static void PD__K(pd__attention_back_row)(const pd__attention_job *j, int64_t r) {
+    const int64_t width = j->s.value_width, *span = j->s.spans + 3 * r, count = span[1] - span[0];
+    const pd_real *dy = j->dy + r * width, *values = j->values + span[0] * width;
+    pd_real *space = j->space + r * j->per_row;
+    int64_t zeros = 0;
+    while (zeros < width && dy[zeros] == 0) zeros++;
+    space[0] = zeros < width && count > 0;
+    if (space[0] == 0) return;
+    for (int64_t k = 0; k < count; k++) space[1 + k] = (pd_real)PD__K(pd__dot)(width, dy, values + k * width);
+    PD__K(pd__softmax_backward_row)(count, j->a + span[2], space + 1);
+}
+
+/* With t = tanh(query + key): the scores' gradients times t sum up to that of v, and times v (1 - t^2) are those of the
+   key and, summed up, of the query. */
+static void PD__K(pd__attention_back_keys)(const pd__attention_job *j, int64_t unit) {
+    const int64_t width = j->s.width, first = unit / j->s.rows * PD__ATTENTION_COLUMNS;
+    const int64_t end = pd__min(width, first + PD__ATTENTION_COLUMNS);
+    const PD__V one = PD__K(pd__all)(1);
+    int64_t r = unit % j->s.rows;
+    if (pd__same_keys(j, r)) return;
+    do {
+        const int64_t *span = j->s.spans + 3 * r, count = span[1] - span[0];
+        const pd_real *space = j->space + r * j->per_row;
+        for (int64_t i = first; i < end; i += PD__LANES) {
+            const int64_t at = r * width + i, left = width - i;
+            const PD__V v = PD__K(pd__load)(j->v + i, left), query = PD__K(pd__load)(j->query + at, left);
+            PD__V dquery = PD__K(pd__all)(0), dv = dquery;
+            for (int64_t k = 0; k < (space[0] != 0 ? count : 0); k++) {
+                const int64_t key = (span[0] + k) * width + i;
+                const PD__V t = PD__K(pd__tanh)(query + PD__K(pd__load)(j->keys + key, left));
+                const PD__V score = PD__K(pd__all)(space[1 + k]), dkey = score * v * (one - t * t);
+                dv = PD__FMA(score, t, dv);
+                dquery += dkey;
+                if (j->dkeys) PD__K(pd__store)(j->dkeys + key, PD__K(pd__load)(j->dkeys + key, left) + dkey, left);
+            }
+            if (j->dv) PD__K(pd__store)(j->dv + at, dv, left);
+            if (j->dquery && space[0] != 0)
+                PD__K(pd__store)(j->dquery + at, PD__K(pd__load)(j->dquery + at, left) + dquery, left);
+        }
+    } while (++r < j->s.rows && pd__same_keys(j, r));
+}
+
+static void PD__K(pd__attention_back_values)(const pd__attention_job *j, int64_t unit) {
+    const int64_t width = j->s.value_width, first = unit / j->s.rows * PD__ATTENTION_COLUMNS;
+    const int64_t end = pd__min(width, first + PD__ATTENTION_COLUMNS);
+    int64_t r = unit % j->s.rows;
+    if (pd__same_keys(j, r)) return;
+    do {
+        const int64_t *span = j->s.spans + 3 * r;
+        if (j->space[r * j->per_row] == 0) continue;
+        for (int64_t k = span[0]; k < span[1]; k++) PD__K(pd__contract_line)
+        (end - first, j->a[span[2] + k - span[0]], j->dy + r * width + first, 1, NULL, 0,
+         j->dvalues + k * width + first, 1);
+    } while (++r < j->s.rows && pd__same_keys(j, r));
 }
 
 /* ---- >>kernel:pool: pooling: rows of a window first, then columns, a vector's outputs at a time ---- */

@@ -53,7 +53,7 @@
    own. After some failures (an illegal address) CUDA refuses to go on in this process.
 
    CONTENTS: search for ">>name": declarations, core, memory, basics, optimizers, activations, convolution, pooling,
-   costs (and dropout), normalisation, sparse rows (and recurrent units), table.
+   costs (and dropout), normalisation, sparse rows (recurrent units, attention), table.
 
    Licence: at the end of this file. */
 /* ======================================================================================================== */
@@ -1660,6 +1660,149 @@ static void pd__cuda_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_
     if (!c || rows * width == 0) return;
     PD__CUDA_RUN(c, pd__cuda_gru_backward_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, rows, width, gates,
                  recurrent, before, dafter, dbefore);
+}
+
+/* ---- attention ---- */
+
+/* A block per row: the scores, one after the other, their softmax, and the sum of the values. */
+static __global__ void pd__cuda_attention_kernel(pd_attention_shape s, const pd_real *query, const pd_real *keys,
+                                                 const pd_real *values, const pd_real *v, pd_real *weights,
+                                                 pd_real *y) {
+    PD__CUDA_EACH_BLOCK(r, s.rows) {
+        const int64_t *span = s.spans + 3 * r, count = span[1] - span[0];
+        pd_real *w = weights + span[2];
+        double sum = 0;
+        for (int64_t k = 0; k < count; k++) {
+            const pd_real *key = keys + (span[0] + k) * s.width;
+            double score = 0;
+            PD__CUDA_EACH_IN_BLOCK(i, s.width) score += (double)(v[i] * tanh(query[r * s.width + i] + key[i]));
+            score = pd__cuda_block_sum(score);
+            if (threadIdx.x == 0) w[k] = (pd_real)score;
+        }
+        __syncthreads();
+        if (count > 0) {
+            const pd_real top = pd__cuda_largest(w, count);
+            PD__CUDA_EACH_IN_BLOCK(k, count) {
+                w[k] = exp(w[k] - top);
+                sum += (double)w[k];
+            }
+            sum = pd__cuda_block_sum(sum);
+            PD__CUDA_EACH_IN_BLOCK(k, count) w[k] = (pd_real)((double)w[k] / sum);
+            __syncthreads();
+        }
+        PD__CUDA_EACH_IN_BLOCK(i, s.value_width) {
+            pd_real mean = 0;
+            for (int64_t k = 0; k < count; k++) mean += w[k] * values[(span[0] + k) * s.value_width + i];
+            y[r * s.value_width + i] = mean;
+        }
+    }
+}
+
+/* A block per row, whose part of `space` receives 1, or 0 if its dy is 0, then the gradients of its scores. */
+static __global__ void pd__cuda_attention_scores_kernel(pd_attention_shape s, int64_t per_row, const pd_real *values,
+                                                        const pd_real *weights, const pd_real *dy, pd_real *space) {
+    PD__CUDA_EACH_BLOCK(r, s.rows) {
+        const int64_t *span = s.spans + 3 * r, count = span[1] - span[0];
+        const pd_real *w = weights + span[2], *grad = dy + r * s.value_width;
+        pd_real *to = space + r * per_row;
+        double any = 0, dot = 0;
+        PD__CUDA_EACH_IN_BLOCK(i, s.value_width) any += grad[i] != 0;
+        any = count > 0 ? pd__cuda_block_sum(any) : 0;
+        if (threadIdx.x == 0) to[0] = any > 0;
+        if (any == 0) continue;
+        for (int64_t k = 0; k < count; k++) {
+            double sum = 0;
+            PD__CUDA_EACH_IN_BLOCK(i, s.value_width)
+            sum += (double)grad[i] * (double)values[(span[0] + k) * s.value_width + i];
+            sum = pd__cuda_block_sum(sum);
+            if (threadIdx.x == 0) to[1 + k] = (pd_real)sum;
+            dot += (double)w[k] * (double)(pd_real)sum;
+        }
+        __syncthreads();
+        PD__CUDA_EACH_IN_BLOCK(k, count) to[1 + k] = w[k] * (to[1 + k] - (pd_real)dot);
+    }
+}
+
+static __device__ bool pd__cuda_same_keys(const pd_attention_shape &s, int64_t r) {
+    const int64_t *span = s.spans + 3 * r;
+    return r > 0 && span[0] == span[-3] && span[1] == span[-2];
+}
+
+/* A thread per column and run of rows that look at the same keys. */
+static __global__ void pd__cuda_attention_keys_kernel(pd_attention_shape s, int64_t per_row, const pd_real *query,
+                                                      const pd_real *keys, const pd_real *v, const pd_real *space,
+                                                      pd_real *dquery, pd_real *dkeys, pd_real *dv) {
+    PD__CUDA_EACH(unit, s.rows * s.width) {
+        const int64_t i = unit % s.width;
+        int64_t r = unit / s.width;
+        if (pd__cuda_same_keys(s, r)) continue;
+        do {
+            const int64_t *span = s.spans + 3 * r, at = r * s.width + i;
+            const pd_real *scores = space + r * per_row;
+            pd_real sum = 0, summand = 0;
+            for (int64_t k = span[0]; scores[0] != 0 && k < span[1]; k++) {
+                const pd_real t = tanh(query[at] + keys[k * s.width + i]), score = scores[1 + k - span[0]];
+                const pd_real dkey = score * v[i] * (1 - t * t);
+                summand += score * t;
+                sum += dkey;
+                if (dkeys) dkeys[k * s.width + i] += dkey;
+            }
+            if (dv) dv[at] = summand;
+            if (dquery && scores[0] != 0) dquery[at] += sum;
+        } while (++r < s.rows && pd__cuda_same_keys(s, r));
+    }
+}
+
+static __global__ void pd__cuda_attention_values_kernel(pd_attention_shape s, int64_t per_row, const pd_real *weights,
+                                                        const pd_real *space, const pd_real *dy, pd_real *dvalues) {
+    PD__CUDA_EACH(unit, s.rows * s.value_width) {
+        const int64_t i = unit % s.value_width;
+        int64_t r = unit / s.value_width;
+        if (pd__cuda_same_keys(s, r)) continue;
+        do {
+            const int64_t *span = s.spans + 3 * r;
+            for (int64_t k = span[0]; space[r * per_row] != 0 && k < span[1]; k++)
+                dvalues[k * s.value_width + i] += weights[span[2] + k - span[0]] * dy[r * s.value_width + i];
+        } while (++r < s.rows && pd__cuda_same_keys(s, r));
+    }
+}
+
+/* The shape with its spans on the device. */
+static pd_attention_shape pd__cuda_attention_shape(pd__cuda *c, const pd_attention_shape *s) {
+    pd_attention_shape there = *s;
+    char *at = pd__cuda_arguments(c, 1, 3 * s->rows * (int64_t)sizeof *s->spans);
+    there.spans = pd__cuda_argument(c, &at, s->spans, 3 * s->rows);
+    return there;
+}
+
+static void pd__cuda_attention(pd_device *d, const pd_attention_shape *shape, const pd_real *query, const pd_real *keys,
+                               const pd_real *values, const pd_real *v, pd_real *weights, pd_real *y) {
+    pd__cuda *c = pd__cuda_of(d);
+    if (!c || shape->rows == 0) return;
+    const pd_attention_shape s = pd__cuda_attention_shape(c, shape);
+    PD__CUDA_RUN(c, pd__cuda_attention_kernel, pd__cuda_blocks(c, s.rows), pd__cuda_row_block(s.width), s, query, keys,
+                 values, v, weights, y);
+}
+
+static void pd__cuda_attention_backward(pd_device *d, const pd_attention_shape *shape, const pd_real *query,
+                                        const pd_real *keys, const pd_real *values, const pd_real *v,
+                                        const pd_real *weights, const pd_real *dy, pd_real *dquery, pd_real *dkeys,
+                                        pd_real *dvalues, pd_real *dv) {
+    pd__cuda *c = pd__cuda_of(d);
+    int64_t per_row = 1;
+    if (!c || shape->rows == 0) return;
+    for (int64_t r = 0; r < shape->rows; r++)
+        per_row = pd__cuda_max(per_row, 1 + shape->spans[3 * r + 1] - shape->spans[3 * r]);
+    const pd_attention_shape s = pd__cuda_attention_shape(c, shape);
+    pd_real *space = (pd_real *)pd__cuda_space_of(c, PD__CUDA_SUMS, s.rows * per_row * (int64_t)sizeof *space);
+    PD__CUDA_RUN(c, pd__cuda_attention_scores_kernel, pd__cuda_blocks(c, s.rows), pd__cuda_row_block(s.value_width), s,
+                 per_row, values, weights, dy, space);
+    if (dquery || dkeys || dv)
+        PD__CUDA_RUN(c, pd__cuda_attention_keys_kernel, pd__cuda_grid(c, s.rows * s.width), PD__CUDA_BLOCK, s, per_row,
+                     query, keys, v, space, dquery, dkeys, dv);
+    if (dvalues)
+        PD__CUDA_RUN(c, pd__cuda_attention_values_kernel, pd__cuda_grid(c, s.rows * s.value_width), PD__CUDA_BLOCK, s,
+                     per_row, weights, space, dy, dvalues);
 }
 
 /* ======================================================================================================== */

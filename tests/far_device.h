@@ -175,6 +175,16 @@ static void far_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real 
     far_cpu(d)->gru_backward(far_cpu(d), rows, width, near(gates), near(recurrent), near(before), near(dafter),
                              near(dbefore));
 }
+static void far_attention(pd_device *d, const pd_attention_shape *s, const pd_real *query, const pd_real *keys,
+                          const pd_real *values, const pd_real *v, pd_real *weights, pd_real *y) {
+    far_cpu(d)->attention(far_cpu(d), s, near(query), near(keys), near(values), near(v), near(weights), near(y));
+}
+static void far_attention_backward(pd_device *d, const pd_attention_shape *s, const pd_real *query, const pd_real *keys,
+                                   const pd_real *values, const pd_real *v, const pd_real *weights, const pd_real *dy,
+                                   pd_real *dquery, pd_real *dkeys, pd_real *dvalues, pd_real *dv) {
+    far_cpu(d)->attention_backward(far_cpu(d), s, near(query), near(keys), near(values), near(v), near(weights),
+                                   near(dy), near(dquery), near(dkeys), near(dvalues), near(dv));
+}
 static void far_freeze(pd_device *d, const pd_real *w, bool frozen) { far_cpu(d)->freeze(far_cpu(d), near(w), frozen); }
 
 /* The CPU, from a net that is given no other device; adds a layer to it. */

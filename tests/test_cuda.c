@@ -812,6 +812,59 @@ static void test_gru(void **state) {
     }
 }
 
+enum { MOST_QUERIES = 60 };
+
+/* The spans of `sentences` with random numbers of queries and keys; gone once the operation has returned. */
+static pd_attention_shape any_spans(int64_t spans[3 * MOST_QUERIES], int64_t *keys, int64_t *weights) {
+    pd_attention_shape s = { 0, at_least_one(300), at_least_one(300), spans };
+    *keys = *weights = 0;
+    for (int64_t sentence = below(6); sentence > 0; sentence--) {
+        int64_t count = some(12);
+        for (int64_t query = some(10); query > 0; query--, s.rows++) {
+            spans[3 * s.rows] = *keys, spans[3 * s.rows + 1] = *keys + count, spans[3 * s.rows + 2] = *weights;
+            *weights += count;
+        }
+        *keys += count;
+    }
+    return s;
+}
+
+static void test_attention(void **state) {
+    (void)state;
+    begin("attention");
+    for (int round = 0; round < rounds(40); round++) {
+        int64_t spans[3 * MOST_QUERIES], sent[3 * MOST_QUERIES], keys, count;
+        pd_attention_shape s = any_spans(spans, &keys, &count);
+        int64_t n = s.rows * s.width;
+        numbers query = any(n), key = any(keys * s.width), value = any(keys * s.value_width), v = any(s.width);
+        numbers weights = any(count), y = any(s.rows * s.value_width), dy = any(y.n), dv = maybe(n);
+        numbers dquery = maybe(n), dkeys = maybe(key.n), dvalues = maybe(value.n);
+        if (s.rows > 0 && below(2)) /* a row without a gradient */
+            BOTH device[i]->fill(device[i], s.value_width, 0, dy.at[i]);
+        s.spans = sent;
+        BOTH {
+            memcpy(sent, spans, sizeof sent);
+            device[i]->attention(device[i], &s, query.at[i], key.at[i], value.at[i], v.at[i], weights.at[i], y.at[i]);
+            memset(sent, -1, sizeof sent);
+            memcpy(sent, spans, sizeof sent);
+            device[i]->attention_backward(device[i], &s, query.at[i], key.at[i], value.at[i], v.at[i], weights.at[i],
+                                          dy.at[i], dquery.at[i], dkeys.at[i], dvalues.at[i], dv.at[i]);
+            memset(sent, -1, sizeof sent);
+        }
+        compare(weights, "attention's weights");
+        compare(y, "attention");
+        compare(dquery, "attention_backward's dquery");
+        compare(dkeys, "attention_backward's dkeys");
+        compare(dvalues, "attention_backward's dvalues");
+        compare(dv, "attention_backward's dv");
+        compare(query, "attention's query");
+        compare(key, "attention's keys");
+        compare(value, "attention's values");
+        compare(v, "attention's v");
+        compare(dy, "attention's dy");
+    }
+}
+
 /* ======================================================================================================== */
 /* Whole nets                                                                                               */
 
@@ -1171,6 +1224,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_response_norm),
         cmocka_unit_test(test_sparse_product),
         cmocka_unit_test(test_gru),
+        cmocka_unit_test(test_attention),
         cmocka_unit_test(test_training),
         cmocka_unit_test(test_gradient_check),
         cmocka_unit_test(test_same_bits),

@@ -270,6 +270,14 @@ static pd_layer *build_gru(problem *p) {
     if (!p->large && below(3)) return pd_gru(p->net, x, ONE_OF(sizes), &o);
     return pd_gru(p->net, x, p->large ? 70 : 321, &o); /* a state deeper than a block */
 }
+static pd_layer *build_attention(problem *p) {
+    const int64_t width = below(2) ? any_width(p) : any_depth(p);
+    p->sequence = below(2);
+    pd_layer *query = vector(p, width);
+    p->sequence = true;
+    pd_layer *keys = vector(p, width), *values = below(3) ? vector(p, any_width(p)) : keys;
+    return pd_attention(p->net, query, keys, values, NULL);
+}
 static pd_layer *build_sequence_max(problem *p) { return pd_sequence_pool(p->net, words(p), PD_MAX, NULL); }
 static pd_layer *build_sequence_pool(problem *p) {
     static const pd_pool_method methods[] = { PD_AVERAGE, PD_SUM, PD_SQRT_N, PD_FIRST, PD_LAST };
@@ -359,6 +367,7 @@ static const layer_case cases[] = {
     { "pd__prelu_type", build_prelu, 1 },
     { "pd__embedding_type", build_embedding, 1 },
     { "pd__gru_type", build_gru, 6 },
+    { "pd__attention_type", build_attention, 4 },
     { "pd__sequence_pool_type", build_sequence_pool, 3 },
     { "pd__sequence_max_type", build_sequence_max, 2 },
     { "pd__cross_entropy_type", build_cross_entropy, 3 },
@@ -420,7 +429,7 @@ static void add_samples(problem *p) {
         const kind k = s < SAMPLES - KINDS + 1 ? USUAL : (kind)(s - (SAMPLES - KINDS));
         const int64_t rows = !p->sequence ? 1 : s == 0 ? 1 + below(3) : any_length();
         for (int i = 0; i < p->input_count; i++)
-            for (int64_t r = 0; r < rows; r++) add_row(p, i, k);
+            for (int64_t r = 0; r < (p->inputs[i]->is_sequence ? rows : 1); r++) add_row(p, i, k);
         if (pd_batch_end_sample(p->all) != PD_OK) fail_msg("%s: %s", where, pd_error(p->net));
     }
 }

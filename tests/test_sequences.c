@@ -1,4 +1,4 @@
-/* Layers over sequences, ids and sparse rows (embedding, fc, gru, sequence_pool): against straight-line twins in
+/* Layers over sequences, ids and sparse rows (embedding, fc, gru, attention, sequence_pool): against straight-line twins in
    double, gradients against central differences, sparse gradients against dense ones; batches with empty, short and no
    sequences, in any order, in any number of threads; shared tables and nets; misuse; lack of memory. */
 #define _POSIX_C_SOURCE 200809L
@@ -72,10 +72,13 @@ static void add_sparse(pd_batch *batch, int slot) {
     assert_int_equal(pd_batch_add_sparse(batch, slot, columns, below(3) ? values : NULL, count), PD_OK);
 }
 
+static bool other_lengths; /* slots but the first one have lengths of their own: those of an attention's keys */
+
 /* A sample of `rows` rows in slots of sequences, one in others. */
 static void add_sample(pd_batch *batch, int64_t rows) {
+    int64_t others = !other_lengths ? rows : below(3) ? below(9) : below(2);
     for (int k = 0; k < batch->slot_count; k++)
-        for (int64_t r = batch->slots[k].sequence ? rows : 1; r > 0; r--) {
+        for (int64_t r = !batch->slots[k].sequence ? 1 : k > 0 ? others : rows; r > 0; r--) {
             const pd_slot *s = &batch->slots[k];
             pd_real *row;
             if (s->kind == PD_SLOT_SPARSE) add_sparse(batch, k);
@@ -125,6 +128,7 @@ static void make(problem *p) {
     p->act = acts[below(3)];
     p->sequence = below(2) == 0;
     p->reverse = below(2) == 0;
+    other_lengths = false;
     p->layer = p->c->build(p);
     p->cost = pd_sum_cost(p->net, pd_multiply(p->net, p->layer, p->layer, NULL), NULL);
     if (!p->cost) FAIL_AT(p, "%s", pd_error(p->net));
@@ -274,6 +278,59 @@ static void twin_gru(const problem *p, double *y) {
     }
 }
 
+/* ---- attention ---- */
+
+static pd_layer *wanted(problem *p, int64_t width, bool sequence) {
+    pd_layer *x = input(pd_vector(p->net, NULL, width), sequence);
+    pd_want_gradient(x);
+    return x;
+}
+
+/* Sometimes a sequence that looks at itself, or keys that are the values. */
+static pd_layer *build_attention(problem *p) {
+    int64_t width = size(p, 5, 130);
+    pd_layer *query = wanted(p, width, p->sequence), *keys = query, *values;
+    other_lengths = !p->sequence || below(8) > 0;
+    if (other_lengths) keys = wanted(p, width, true);
+    values = below(5) ? wanted(p, size(p, 5, 70), true) : keys;
+    if (!other_lengths) values = query;
+    p->act = PD_LINEAR;
+    return pd_attention(p->net, query, keys, values, NULL);
+}
+
+/* The weights of row r of the queries, which looks at the keys of sample q. */
+static void twin_weights(const problem *p, int64_t q, int64_t r, double *weights) {
+    const pd_tensor *query = in(p, 0), *keys = in(p, 1);
+    int64_t first = keys->starts[q], end = keys->starts[q + 1];
+    double top = -HUGE_VAL, sum = 0;
+    for (int64_t k = first; k < end; k++) {
+        double *score = weights + (k - first);
+        *score = 0;
+        for (int64_t i = 0; i < query->width; i++)
+            *score += value(p, 0, i) *
+                      tanh((double)query->data[r * query->width + i] + (double)keys->data[k * keys->width + i]);
+        top = fmax(top, *score);
+    }
+    for (int64_t k = 0; k < end - first; k++) sum += weights[k] = exp(weights[k] - top);
+    for (int64_t k = 0; k < end - first; k++) weights[k] /= sum;
+}
+
+static void twin_attention(const problem *p, double *y) {
+    const pd_tensor *query = in(p, 0), *values = in(p, 2);
+    for (int64_t q = 0; q < values->sequences; q++)
+        for (int64_t r = query->starts ? query->starts[q] : q; r < (query->starts ? query->starts[q + 1] : q + 1);
+             r++) {
+            int64_t first = values->starts[q], end = values->starts[q + 1];
+            double weights[64];
+            twin_weights(p, q, r, weights);
+            for (int64_t i = 0; i < values->width; i++) {
+                y[r * values->width + i] = 0;
+                for (int64_t k = first; k < end; k++)
+                    y[r * values->width + i] += weights[k - first] * (double)values->data[k * values->width + i];
+            }
+        }
+}
+
 /* ---- sequence_pool ---- */
 
 static pd_layer *build_pool_by(problem *p, pd_pool_method method) {
@@ -319,6 +376,7 @@ static const layer_case cases[] = {
     { "fc of several sparse rows", build_fc_sum, twin_fc },
     { "fc of sparse and dense rows", build_mixed_fc, twin_fc },
     { "gru", build_gru, twin_gru },
+    { "attention", build_attention, twin_attention },
     { "sequence_pool: max", build_max, twin_pool },
     { "sequence_pool: average", build_average, twin_pool },
     { "sequence_pool: sum", build_sum, twin_pool },
@@ -468,6 +526,160 @@ static void test_ties(void **state) {
     assert_true(isnan((double)*pd_output(y, NULL, NULL)));
     pd_batch_free(batch);
     pd_net_free(net);
+}
+
+/* ---- attention: of what the net wants, and of what a call is asked for ---- */
+
+enum { GRADIENTS = 4 }; /* of query, keys, values and v */
+
+typedef struct looking {
+    pd_net *net;
+    pd_layer *inputs[3], *layer, *cost;
+    pd_batch *batch;
+} looking;
+
+/* `wants` has a bit for each gradient. */
+static looking make_looking(uint64_t seed, int wants) {
+    looking a;
+    pd_attention_opts o = { .name = "look", .weight.is_static = !(wants & 8) };
+    a.net = pd_net_new(&(pd_net_opts){ .seed = seed });
+    random_seed(seed);
+    a.inputs[0] = input(pd_vector(a.net, NULL, 5), seed % 3 != 0);
+    a.inputs[1] = pd_sequence(pd_vector(a.net, NULL, 5));
+    a.inputs[2] = pd_sequence(pd_vector(a.net, NULL, 3));
+    for (int k = 0; k < 3; k++)
+        if (wants >> k & 1) pd_want_gradient(a.inputs[k]);
+    a.layer = pd_attention(a.net, a.inputs[0], a.inputs[1], a.inputs[2], &o);
+    a.cost = pd_sum_cost(a.net, pd_multiply(a.net, a.layer, a.layer, NULL), NULL);
+    if (!a.cost) fail_msg("%s", pd_error(a.net));
+    a.batch = pd_batch_new(a.net);
+    other_lengths = true;
+    for (int i = 0; i < 6; i++) add_sample(a.batch, below(5));
+    return a;
+}
+
+static pd_real *look_gradient(const looking *a, int k, int64_t *count) {
+    *count = k < 3 ? a->inputs[k]->out.rows * a->inputs[k]->out.width : a->layer->params[0]->size;
+    return k < 3 ? a->inputs[k]->out.grad : a->layer->params[0]->grad;
+}
+
+static void free_looking(looking *a) {
+    pd_batch_free(a->batch);
+    pd_net_free(a->net);
+}
+
+/* Each gradient has the same bits whatever others are wanted. */
+static void test_attention_of_what_learns(void **state) {
+    (void)state;
+    for (uint64_t seed = 0; seed < 12; seed++) {
+        looking all = make_looking(seed, 15);
+        assert_int_equal(pd_forward(all.net, all.batch, PD_TRAIN, &all.cost, 1), PD_OK);
+        assert_int_equal(pd_backward(all.net, all.cost), PD_OK);
+        for (int wants = 1; wants < 15; wants++) {
+            looking some = make_looking(seed, wants);
+            assert_int_equal(pd_forward(some.net, some.batch, PD_TRAIN, &some.cost, 1), PD_OK);
+            assert_int_equal(pd_backward(some.net, some.cost), PD_OK);
+            for (int k = 0; k < GRADIENTS; k++) {
+                int64_t count;
+                const pd_real *want = look_gradient(&all, k, &count), *got = look_gradient(&some, k, &count);
+                assert_true((got != NULL) == (wants >> k & 1));
+                if (got && count) assert_memory_equal(got, want, (size_t)count * sizeof *got);
+            }
+            free_looking(&some);
+        }
+        free_looking(&all);
+    }
+}
+
+/* One call that hides the gradients whose bits `shown` lacks. */
+static void backward_of(const looking *a, int shown) {
+    pd_real *hidden[GRADIENTS];
+    for (int k = 0; k < 3; k++) hidden[k] = a->inputs[k]->out.grad;
+    hidden[3] = a->layer->params[0]->grad;
+    for (int k = 0; k < 3; k++)
+        if (!(shown >> k & 1)) a->inputs[k]->out.grad = NULL;
+    if (!(shown & 8)) a->layer->params[0]->grad = NULL;
+    assert_int_equal(inside_backward(a->layer), PD_OK);
+    for (int k = 0; k < 3; k++) a->inputs[k]->out.grad = hidden[k];
+    a->layer->params[0]->grad = hidden[3];
+}
+
+/* Gradients of inputs by one call and that of v by another are those of one call; also when it is called again with
+   other gradients of the output. */
+static void test_attention_in_parts(void **state) {
+    static const int parts[][4] = { { 7, 8 }, { 8, 7 }, { 15, 0 }, { 1, 6, 8 }, { 8, 1, 6 }, { 7, 0, 8 }, { 1, 14 } };
+    (void)state;
+    for (uint64_t seed = 0; seed < 12; seed++) {
+        looking whole = make_looking(seed, 15);
+        assert_int_equal(pd_forward(whole.net, whole.batch, PD_TRAIN, &whole.cost, 1), PD_OK);
+        for (int64_t i = 0; i < whole.layer->out.rows * 3; i++) whole.layer->out.grad[i] = (pd_real)(i % 7) - 3;
+        backward_of(&whole, 15);
+        for (int64_t i = 0; i < whole.layer->out.rows * 3; i++) whole.layer->out.grad[i] = (pd_real)(i % 4);
+        backward_of(&whole, 15);
+        for (int c = 0; c < COUNT(parts); c++) {
+            looking a = make_looking(seed, 15);
+            assert_int_equal(pd_forward(a.net, a.batch, PD_TRAIN, &a.cost, 1), PD_OK);
+            for (int turn = 0; turn < 2; turn++) {
+                for (int64_t i = 0; i < a.layer->out.rows * 3; i++)
+                    a.layer->out.grad[i] = turn == 0 ? (pd_real)(i % 7) - 3 : (pd_real)(i % 4);
+                for (int k = 0; k < 4; k++) backward_of(&a, parts[c][k]);
+            }
+            for (int k = 0; k < GRADIENTS; k++) {
+                int64_t count;
+                const pd_real *want = look_gradient(&whole, k, &count), *got = look_gradient(&a, k, &count);
+                for (int64_t i = 0; i < count; i++) /* the order in which two are added to one may be another */
+                    check_near((double)got[i], (double)want[i], REAL_TOLERANCE, "attention in parts");
+            }
+            free_looking(&a);
+        }
+        free_looking(&whole);
+    }
+}
+
+/* Weights are those of the definition, in every mode, and none are given where there are none. */
+static void test_attention_weights(void **state) {
+    static const pd_mode modes[] = { PD_PREDICT, PD_TRAIN, PD_CHECK };
+    (void)state;
+    for (uint64_t seed = 0; seed < 30; seed++) {
+        looking a = make_looking(seed, 15);
+        problem p = { .seed = seed, .layer = a.layer };
+        const pd_tensor *y = &a.layer->out, *keys = &a.inputs[1]->out;
+        int64_t count = -1, rows;
+        pd_batch *empty;
+        assert_null(pd_attention_weights(a.layer, 0, 0, &count));
+        assert_string_equal(pd_error(a.net), "look: pd_attention_weights: it had no part in the last run");
+        assert_int_equal(pd_forward(a.net, a.batch, modes[seed % 3], &a.cost, 1), PD_OK); /* it is no target */
+        for (int64_t q = 0; q < keys->sequences; q++) {
+            rows = y->starts ? y->starts[q + 1] - y->starts[q] : 1;
+            for (int64_t r = 0; r < rows; r++) {
+                double want[64], sum = 0;
+                const pd_real *got = pd_attention_weights(a.layer, q, r, &count);
+                assert_non_null(got);
+                assert_int_equal(count, keys->starts[q + 1] - keys->starts[q]);
+                twin_weights(&p, q, (y->starts ? y->starts[q] : q) + r, want);
+                for (int64_t k = 0; k < count; k++) {
+                    check_near((double)got[k], want[k], REAL_TOLERANCE, "weight");
+                    sum += (double)got[k];
+                }
+                if (count > 0) check_near(sum, 1, REAL_TOLERANCE, "sum of weights");
+            }
+            assert_null(pd_attention_weights(a.layer, q, rows, &count));
+            assert_null(pd_attention_weights(a.layer, q, -1, &count));
+        }
+        assert_null(pd_attention_weights(a.layer, 6, 0, &count));
+        assert_string_equal(pd_error(a.net), "look: pd_attention_weights: there is no row 0 of sample 6");
+        assert_null(pd_attention_weights(a.inputs[1], 0, 0, &count));
+        check_contains(pd_error(a.net), ": pd_attention_weights: it is of type ");
+        assert_null(pd_attention_weights(NULL, 0, 0, &count));
+        assert_int_equal(pd_forward(a.net, a.batch, PD_PREDICT, &a.inputs[0], 1), PD_OK);
+        assert_null(pd_attention_weights(a.layer, 0, 0, &count));
+        empty = pd_batch_new(a.net);
+        assert_int_equal(pd_forward(a.net, empty, PD_PREDICT, &a.layer, 1), PD_OK);
+        assert_null(pd_attention_weights(a.layer, 0, 0, &count));
+        check_contains(pd_error(a.net), "there is no row 0 of sample 0");
+        pd_batch_free(empty);
+        free_looking(&a);
+    }
 }
 
 /* ======================================================================================================== */
@@ -830,6 +1042,19 @@ static void test_refused(void **state) {
     REFUSED("gru1: parameter \"gru1.recurrent\" can't be sparse: that is for tables read by ids or sparse inputs",
             pd_gru(the.net, the.vecs, 3, &(pd_gru_opts){ .recurrent = sparse }));
 
+    REFUSED("attention: input 1 is NULL", pd_attention(the.net, the.vec, NULL, the.vecs, NULL));
+    REFUSED("attention1: its keys, \"vec\", carry no sequences",
+            pd_attention(the.net, the.vecs, the.vec, the.vecs, NULL));
+    REFUSED("attention1: its values, \"vec\", carry no sequences",
+            pd_attention(the.net, the.vec, the.vecs, the.vec, NULL));
+    REFUSED("attention1: input \"words\" holds ids, expected numbers",
+            pd_attention(the.net, the.vec, the.words, the.vecs, NULL));
+    REFUSED("attention1: its query, \"other\", has 7 numbers per row, but its keys, \"vecs\", 6",
+            pd_attention(the.net, pd_vector(the.net, "other", 7), the.vecs, the.vecs, NULL));
+    REFUSED(
+        "attention1: parameter \"attention1.weight\" can't be sparse: that is for tables read by ids or sparse inputs",
+        pd_attention(the.net, the.vec, the.vecs, the.vecs, &(pd_attention_opts){ .weight = sparse }));
+
     REFUSED("sequence_pool: input 0 is NULL", pd_sequence_pool(the.net, NULL, PD_SUM, NULL));
     REFUSED("sequence_pool1: input \"vec\" carries no sequences; pd_sequence makes a net's input carry them",
             pd_sequence_pool(the.net, the.vec, PD_MAX, NULL));
@@ -923,6 +1148,44 @@ static void test_lengths_that_do_not_fit(void **state) {
     }
 }
 
+static pd_layer *keys_of(pd_net *net, pair p) { return pd_attention(net, p.a, p.b, p.b, NULL); }
+static pd_layer *values_of(pd_net *net, pair p) { return pd_attention(net, p.a, p.a, p.b, NULL); }
+
+/* A layer that drops the last row. */
+static pd_status drop_setup(pd_layer *l) {
+    l->shape = l->inputs[0]->shape;
+    return PD_OK;
+}
+static pd_status drop_resize(pd_layer *l) {
+    l->out.rows--;
+    return PD_OK;
+}
+static pd_status drop_forward(pd_layer *l) {
+    for (int64_t r = 0; r < l->out.rows; r++) l->out.data[r] = l->inputs[0]->out.data[r];
+    return PD_OK;
+}
+static const pd_layer_type drop_type = { PD_API_VERSION, "drop",       1,    1,    0,    0,   0, drop_setup,
+                                         drop_resize,    drop_forward, NULL, NULL, NULL, NULL };
+
+/* Queries and keys may have other lengths, keys and values not. */
+static void test_lengths_of_attention(void **state) {
+    static const int lengths[][2] = { { 2, 2 }, { 0, 1 }, { 1, 0 } };
+    pd_net *net = pd_net_new(NULL);
+    pair p = two_inputs(net, 2);
+    pd_layer *y = keys_of(net, p);
+    pd_batch *batch = two_lengths(net, &(const int[2]){ 1, 3 }, 1);
+    (void)state;
+    check_lengths(keys_of, lengths, 3, NULL);
+    check_lengths(values_of, lengths, 3, "attention1: sample 1 of \"b\" has 1 rows, but that of \"a\" has 0");
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_OK);
+    p.a = pd_layer_add(net, &drop_type, "fewer", &p.a, 1, NULL);
+    y = keys_of(net, p);
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_E_SHAPE);
+    assert_string_equal(pd_error(net), "attention2: \"fewer\" has 0 rows, but \"b\" has 1 sequences");
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
 static void test_sequences_and_rows(void **state) {
     (void)state;
     for (int c = 0; c < COUNT(combinations); c++)
@@ -974,6 +1237,7 @@ static pd_status use_all(pd_net *net, pd_failure *failure) {
     pools[0] = pd_sequence_pool(net, h, PD_MAX, NULL);
     pools[1] = pd_sequence_pool(net, h, PD_SQRT_N, NULL);
     pools[2] = pd_fc(net, rare, 3, &(pd_fc_opts){ .weight.sparse = true });
+    pools[2] = pd_attention(net, pools[2], h, x, NULL);
     cost = pd_sum_cost(net, pd_concat(net, pools, 3, NULL), NULL);
     status = cost && batch ? PD_OK : pd_error_status(net);
     for (int i = 0; i < 12 && status == PD_OK; i++) {
@@ -1015,6 +1279,9 @@ int main(void) {
         cmocka_unit_test(test_gradients_of_many_users),
         cmocka_unit_test(test_sparse_is_dense),
         cmocka_unit_test(test_ties),
+        cmocka_unit_test(test_attention_of_what_learns),
+        cmocka_unit_test(test_attention_in_parts),
+        cmocka_unit_test(test_attention_weights),
         cmocka_unit_test(test_alone),
         cmocka_unit_test(test_order),
         cmocka_unit_test(test_empty),
@@ -1025,6 +1292,7 @@ int main(void) {
         cmocka_unit_test(test_initial_values),
         cmocka_unit_test(test_steady_memory),
         cmocka_unit_test(test_lengths_that_do_not_fit),
+        cmocka_unit_test(test_lengths_of_attention),
         cmocka_unit_test(test_sequences_and_rows),
         cmocka_unit_test(test_evaluated_rows),
         cmocka_unit_test(test_refused),
