@@ -26,25 +26,25 @@
                        device 1197, layer_types 1405, updater 1528, readers 1589, trainer 1671, files 1745,
                        gradient_check 1776
      >>NAME.c          core 1926, threads 2308, net 2568, parameters 2841, inputs 3355, activations 3446,
-                       layers 3466, costs 5680, batches 6334, running 6618, evaluators 7260, optimizers 7802,
-                       device 7993, layer_types 9574, updater 9854, averaging 10324, readers 10407,
-                       tensorboard 12576, trainer 12760, profile 13732, files 13804, gradient_check 15717,
-                       kernels 15978
+                       layers 3466, costs 5681, batches 6335, running 6619, evaluators 7261, optimizers 7803,
+                       device 7994, layer_types 9575, updater 9855, averaging 10325, readers 10408,
+                       tensorboard 12577, trainer 12761, profile 13733, files 13805, gradient_check 15718,
+                       kernels 15979
      >>layer:NAME      fc 3671, conv 3766, conv_transpose 3766, pool 3946, batch_norm 4035, layer_norm 4171,
                        group_norm 4210, response_norm 4263, dropout 4307, add 4359, multiply 4359, concat 4417,
                        slice 4463, reshape 4463, transpose 4463, pad 4463, scale 4601, interpolate 4601, affine 4688,
                        maxout 4717, resize 4763, block_expand 4830, cosine 4929, outer 5007, bilinear 5053,
-                       activation 5122, prelu 5122, embedding 5184, gru 5227, attention 5417, sequence_pool 5574
-     >>cost:NAME       cross_entropy 5778, binary_cross_entropy 5957, squared_error 5978, huber 5989, smooth_l1 6007,
-                       sum_cost 6036, huber_two_class 6067, hinge 6078, rank_cost 6151, lambda_rank 6204
-     >>evaluator:NAME  error 7305, precision_recall 7348, auc 7416, pnpair 7517, mean_error 7564
-     >>op:NAME         kernels 7994, contract 8080, gemm 8133, conv 8266, winograd 8518, update 8833, activate 8909,
-                       pool 8938, cross_entropy 9056, dropout 9097, norm 9108, sparse_product 9249, gru 9265,
-                       attention 9284, levels 9347
-     >>reader:NAME     array 10870, csv 11185, libsvm 11392, idx 11642, npy 11642, stream 12055, shuffle 12170,
-                       prefetch 12308
-     >>kernel:NAME     gemm 16083, winograd 16403, elementwise 16752, update 17000, activate 17173, norm 17339,
-                       gru 17586, attention 17629, pool 17716
+                       activation 5122, prelu 5122, embedding 5184, gru 5227, attention 5417, sequence_pool 5575
+     >>cost:NAME       cross_entropy 5779, binary_cross_entropy 5958, squared_error 5979, huber 5990, smooth_l1 6008,
+                       sum_cost 6037, huber_two_class 6068, hinge 6079, rank_cost 6152, lambda_rank 6205
+     >>evaluator:NAME  error 7306, precision_recall 7349, auc 7417, pnpair 7518, mean_error 7565
+     >>op:NAME         kernels 7995, contract 8081, gemm 8134, conv 8267, winograd 8519, update 8834, activate 8910,
+                       pool 8939, cross_entropy 9057, dropout 9098, norm 9109, sparse_product 9250, gru 9266,
+                       attention 9285, levels 9348
+     >>reader:NAME     array 10871, csv 11186, libsvm 11393, idx 11643, npy 11643, stream 12056, shuffle 12171,
+                       prefetch 12309
+     >>kernel:NAME     gemm 16084, winograd 16404, elementwise 16753, update 17001, activate 17174, norm 17340,
+                       gru 17587, attention 17630, pool 17717
 
    A WHOLE PROGRAM
 
@@ -5418,7 +5418,7 @@ PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru
 
 typedef struct pd__attention {
     int64_t weights;   /* of all rows */
-    bool has_summands; /* the last calls of backward have left v's gradient by rows, and not summed it */
+    bool has_summands; /* of v's gradient, which are still to be summed up: see backward */
 } pd__attention;
 
 enum { PD__QUERY, PD__KEYS, PD__VALUES }; /* inputs */
@@ -5498,8 +5498,8 @@ static pd_status pd__attention_forward(pd_layer *l) {
     return PD_OK;
 }
 
-/* The gradient of v is a sum over rows. Where its summands come as the inputs get their gradients, and the sum is wanted
-   by another call, over all rows, they are kept for that. */
+/* The gradient of v is a sum over rows. Its summands come with the gradients of the inputs; if these are asked for alone,
+   they stay in memory per row, and the next call that asks for v's alone, over all rows, has only to sum them up. */
 static pd_status pd__attention_backward(pd_layer *l) {
     pd__attention *state = (pd__attention *)l->state;
     const pd_tensor *query = pd__in(l, PD__QUERY), *keys = pd__in(l, PD__KEYS), *values = pd__in(l, PD__VALUES);
@@ -5508,6 +5508,7 @@ static pd_status pd__attention_backward(pd_layer *l) {
     pd_attention_shape s = pd__attention_shape_of(l);
     pd_real *weights = pd__attention_memory(l), *dv = NULL;
     if (!weights) return PD_E_MEMORY;
+    if (!to_inputs && !v->grad) return PD_OK;
     if (!v->opts.is_static && !(dv = pd_layer_row_memory(l, 1, s.width))) return PD_E_MEMORY;
     if (to_inputs || (v->grad && !state->has_summands))
         l->device->attention_backward(l->device, &s, query->data, keys->data, values->data, v->value, weights,
@@ -9290,7 +9291,7 @@ struct pd__attention_job {
     pd_real *space;           /* what backward keeps for each row: see attention_back_row */
     int64_t longest, per_row; /* keys of a row; numbers in `space` */
 };
-enum { PD__ATTENTION_COLUMNS = 64 }; /* that backward goes through the keys with */
+enum { PD__ATTENTION_COLUMNS = 256 }; /* that backward goes through the keys with */
 
 /* Row r looks at the same keys as the row before it. */
 static bool pd__same_keys(const pd__attention_job *j, int64_t r) {

@@ -1805,6 +1805,137 @@ static void test_gru(void **state) {
     check_gru(90, 67, 3, true);
 }
 
+/* ---- attention ---- */
+
+static void run_attention(pd_device *d, const job *j) {
+    const pd_attention_shape *s = (const pd_attention_shape *)j->args;
+    d->attention(d, s, j->in[0], j->in[1], j->in[2], j->in[3], j->out[0], j->out[1]);
+}
+static void run_attention_backward(pd_device *d, const job *j) {
+    const pd_attention_shape *s = (const pd_attention_shape *)j->args;
+    d->attention_backward(d, s, j->in[0], j->in[1], j->in[2], j->in[3], j->in[4], j->in[5], j->out[0], j->out[1],
+                          j->out[2], j->out[3]);
+}
+
+/* What row r, which looks at `count` keys from `key` on, puts out. */
+static void expect_attention(const job *j, const pd_attention_shape *s, int64_t r) {
+    int64_t key = s->spans[3 * r], count = s->spans[3 * r + 1] - key, first = s->spans[3 * r + 2];
+    double e[32], top = -HUGE_VAL, sum = 0, slack = 0;
+    for (int64_t k = 0; k < count; k++) {
+        double size = 0;
+        e[k] = 0;
+        for (int64_t i = 0; i < s->width; i++) {
+            double x = (double)j->in[0][r * s->width + i] + (double)j->in[1][(key + k) * s->width + i];
+            e[k] += (double)j->in[3][i] * tanh(x);
+            size += fabs((double)j->in[3][i]);
+        }
+        top = fmax(top, e[k]);
+        slack = fmax(slack, sum_slack((double)s->width, 4 * size));
+    }
+    slack = 2 * slack + 10 * EPSILON + sum_slack((double)count, 1);
+    for (int64_t k = 0; k < count; k++) sum += e[k] = exp(e[k] - top);
+    for (int64_t k = 0; k < count; k++) {
+        j->want[0][first + k] = e[k] / sum;
+        j->slack[0][first + k] = slack * e[k] / sum;
+    }
+    for (int64_t i = 0; i < s->value_width; i++) {
+        int64_t o = r * s->value_width + i;
+        j->want[1][o] = j->slack[1][o] = 0;
+        for (int64_t k = 0; k < count; k++) {
+            double term = e[k] / sum * (double)j->in[2][(key + k) * s->value_width + i];
+            j->want[1][o] += term;
+            j->slack[1][o] += 2 * slack * fabs(term);
+        }
+    }
+}
+
+/* What row r adds to gradients: to `slack` what rounding may make of them, but for that of the sums. */
+static void expect_attention_backward(const job *j, const pd_attention_shape *s, int64_t r) {
+    int64_t key = s->spans[3 * r], count = s->spans[3 * r + 1] - key;
+    const pd_real *a = j->in[4] + s->spans[3 * r + 2], *dy = j->in[5] + r * s->value_width;
+    double da[32], size[32], mean = 0, mean_size = 0;
+    for (int64_t i = 0; i < s->width; i++) j->want[3][r * s->width + i] = j->slack[3][r * s->width + i] = 0;
+    for (int64_t k = 0; k < count; k++) {
+        da[k] = size[k] = 0;
+        for (int64_t i = 0; i < s->value_width; i++) {
+            int64_t o = (key + k) * s->value_width + i;
+            double term = (double)dy[i] * (double)j->in[2][o], add = (double)a[k] * (double)dy[i];
+            da[k] += term;
+            size[k] += fabs(term);
+            j->want[2][o] += add;
+            j->slack[2][o] += sum_slack((double)s->rows, fabs(add));
+        }
+        mean += (double)a[k] * da[k];
+        mean_size += (double)a[k] * size[k];
+    }
+    for (int64_t k = 0; k < count; k++) {
+        double score = (double)a[k] * (da[k] - mean), slack = 8 * EPSILON * (double)a[k] * (size[k] + mean_size);
+        for (int64_t i = 0; i < s->width; i++) {
+            int64_t from = r * s->width + i, to = (key + k) * s->width + i;
+            double v = (double)j->in[3][i], t = tanh((double)j->in[0][from] + (double)j->in[1][to]);
+            double add = score * v * (1 - t * t);
+            double off = fabs(v) * (slack + 16 * EPSILON * fabs(score)) + sum_slack((double)s->rows, fabs(add));
+            j->want[0][from] += add, j->slack[0][from] += off + sum_slack((double)count, fabs(add));
+            j->want[1][to] += add, j->slack[1][to] += off;
+            j->want[3][from] += score * t;
+            j->slack[3][from] += slack + 8 * EPSILON * fabs(score) + sum_slack((double)count, fabs(score));
+        }
+    }
+}
+
+/* Sentences of up to so many queries and keys. */
+static void check_attention(int64_t sentences, int64_t queries, int64_t most, int64_t width, int64_t value_width,
+                            double range, bool all_teams) {
+    int64_t *spans = (int64_t *)keep(3 * sentences * queries, sizeof *spans), keys = 0, weights = 0;
+    pd_attention_shape s = { 0, width, value_width, spans };
+    job forward = { .run = run_attention, .args = &s }, back = { .run = run_attention_backward, .args = &s };
+    for (int64_t q = 0; q < sentences; q++) {
+        int64_t count = below(4) ? below(most + 1) : below(2), rows = below(queries + 1);
+        for (int64_t r = 0; r < rows; r++, s.rows++, weights += count)
+            spans[3 * s.rows] = keys, spans[3 * s.rows + 1] = keys + count, spans[3 * s.rows + 2] = weights;
+        keys += count;
+    }
+    describe(&forward, "attention", (const int64_t[]){ s.rows, keys, width, value_width }, 4);
+    describe(&back, "attention_backward", (const int64_t[]){ s.rows, keys, width, value_width }, 4);
+    forward.in[0] = numbers(s.rows * width, -range, range);
+    forward.in[1] = numbers(keys * width, -range, range);
+    forward.in[2] = numbers(keys * value_width, -1, 1);
+    forward.in[3] = numbers(width, -1, 1);
+    memcpy(back.in, forward.in, sizeof back.in);
+    back.in[4] = numbers(weights, 0, 1);
+    back.in[5] = numbers(s.rows * value_width, -1, 1);
+    for (int64_t r = 0; r < s.rows; r++) /* some have no gradient */
+        for (int64_t i = 0, none = below(4); none == 0 && i < value_width; i++) back.in[5][r * value_width + i] = 0;
+    output(&forward, 0, weights, -1, 1);
+    output(&forward, 1, s.rows * value_width, -1, 1);
+    output(&back, 0, s.rows * width, -1, 1);
+    output(&back, 1, keys * width, -1, 1);
+    output(&back, 2, keys * value_width, -1, 1);
+    output(&back, 3, s.rows * width, -1, 1);
+    for (int k = 0; k < 3; k++)
+        for (int64_t i = 0; i < back.count[k]; i++)
+            back.slack[k][i] = sum_slack((double)s.rows, fabs((double)back.first[k][i]));
+    for (int64_t r = 0; r < s.rows; r++) {
+        expect_attention(&forward, &s, r);
+        expect_attention_backward(&back, &s, r);
+    }
+    for (int k = 0; k < 4; k++) /* not wanted */
+        if (!all_teams && chance(0.2)) back.first[k] = NULL;
+    check(&forward, all_teams, false);
+    check(&back, all_teams, false);
+}
+
+static void test_attention(void **state) {
+    (void)state;
+    for (int i = 0; i < rounds(140); i++) {
+        begin((uint64_t)(24000 + i));
+        check_attention(whole(1, 4), whole(1, 5), whole(1, 7), 1 + i % 70, whole(1, 40), i % 5 == 4 ? 30 : 1, false);
+    }
+    begin(24500);
+    check_attention(6, 8, 30, 700, 300, 1, true);
+    check_attention(1, 40, 30, 513, 600, 1, true);
+}
+
 /* ---- a whole net ---- */
 
 static double train_small(pd_simd level, int threads, double *first) {
@@ -1962,6 +2093,7 @@ int main(void) {
         cmocka_unit_test(test_response_norm),
         cmocka_unit_test(test_cross_entropy),
         cmocka_unit_test(test_gru),
+        cmocka_unit_test(test_attention),
         cmocka_unit_test(test_net),
         cmocka_unit_test(test_asking),
     };
