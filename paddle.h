@@ -330,9 +330,9 @@
 
    INSTRUCTION SETS
 
-   Products, convolutions, pooling, optimizers, most activations, batch and response normalisation and GRU steps are
-   compiled for several instruction sets (on x86-64: none, SSE2, AVX2 with FMA, AVX-512; elsewhere: none and 16-byte
-   vectors), and each net takes the best that the processor and the system have: `cc -O2` is enough. pd_info says which.
+   Products, convolutions, pooling, optimizers, most activations, batch and response normalisation, GRU steps and
+   attention are compiled for several instruction sets (on x86-64: none, SSE2, AVX2 with FMA, AVX-512; elsewhere: none
+   and 16-byte vectors), and each net takes the best that the processor and the system have: `cc -O2` is enough. pd_info says which.
    `simd` in pd_net_opts, or PADDLE_SIMD in the environment, asks for another; one that can't be had is refused.
    Compilers other than gcc and clang get plain code.
 

@@ -479,6 +479,56 @@ static void test_windows(void **state) {
     pd_net_free(host);
 }
 
+enum { LOOKS = 4, LOOK_WIDTH = 5, LOOK_NUMBERS = LOOKS * (LOOKS + 1) / 2 + LOOK_WIDTH };
+
+/* The weights that an attention gave, and the gradient of its v, wherever it ran. */
+static void look(pd_device *device, pd_real *numbers) {
+    pd_net *net = pd_net_new(&(pd_net_opts){ .seed = 4, .device = device });
+    pd_layer *query = pd_vector(net, NULL, LOOK_WIDTH), *keys = pd_sequence(pd_vector(net, NULL, LOOK_WIDTH));
+    pd_layer *y = pd_attention(net, query, keys, keys, NULL),
+             *cost = pd_sum_cost(net, pd_multiply(net, y, y, NULL), NULL);
+    pd_batch *batch = pd_batch_new(net);
+    const pd_real *first = NULL;
+    if (!cost) fail_msg("%s", pd_error(net));
+    for (int64_t q = 0; q < LOOKS; q++) {
+        memcpy(pd_batch_add_row(batch, 0), images + q, LOOK_WIDTH * sizeof *images);
+        for (int64_t k = 0; k <= q; k++)
+            memcpy(pd_batch_add_row(batch, 1), images + 7 * q + k, LOOK_WIDTH * sizeof *images);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    assert_int_equal(pd_forward(net, batch, PD_TRAIN, &cost, 1), PD_OK);
+    assert_int_equal(pd_backward(net, cost), PD_OK);
+    for (int64_t q = 0; q < LOOKS; q++) {
+        int64_t count;
+        const pd_real *weights = pd_attention_weights(y, q, 0, &count);
+        assert_non_null(weights);
+        assert_int_equal(count, q + 1);
+        if (q == 0) first = weights;
+        memcpy(numbers, weights, (size_t)count * sizeof *numbers);
+        numbers += count;
+    }
+    assert_true(*first == 1); /* what was given first is still there */
+    assert_int_equal(pd_param_get_grad(pd_param_first(net), numbers, LOOK_WIDTH), PD_OK);
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+static void test_attention_far_away(void **state) {
+    pd_real want[LOOK_NUMBERS] = { 0 };
+    (void)state;
+    make_data();
+    look(NULL, want);
+    for (int has = 0; has < 2; has++) {
+        pd_real got[LOOK_NUMBERS] = { 0 };
+        pd_net *host = pd_net_new(NULL);
+        far_device far = make_far(cpu_of(host), has ? ~(uint64_t)0 : 0);
+        far.device.self = &far;
+        look(&far.device, got);
+        assert_memory_equal(got, want, sizeof want);
+        pd_net_free(host);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_training),
@@ -490,6 +540,7 @@ int main(void) {
         cmocka_unit_test(test_lacks_a_basic_operation),
         cmocka_unit_test(test_refuses_a_shape),
         cmocka_unit_test(test_windows),
+        cmocka_unit_test(test_attention_far_away),
     };
     make_data();
     return run_group(tests, NULL, NULL);
