@@ -25,26 +25,26 @@
                        layers 725, costs 932, batches 976, running 1026, evaluators 1055, optimizers 1120,
                        device 1197, layer_types 1405, updater 1528, readers 1589, trainer 1671, files 1745,
                        gradient_check 1776
-     >>NAME.c          core 1926, threads 2308, net 2568, parameters 2841, inputs 3355, activations 3446,
-                       layers 3466, costs 5681, batches 6335, running 6619, evaluators 7261, optimizers 7803,
-                       device 7994, layer_types 9575, updater 9855, averaging 10325, readers 10408,
-                       tensorboard 12577, trainer 12761, profile 13733, files 13805, gradient_check 15718,
-                       kernels 15979
-     >>layer:NAME      fc 3671, conv 3766, conv_transpose 3766, pool 3946, batch_norm 4035, layer_norm 4171,
-                       group_norm 4210, response_norm 4263, dropout 4307, add 4359, multiply 4359, concat 4417,
-                       slice 4463, reshape 4463, transpose 4463, pad 4463, scale 4601, interpolate 4601, affine 4688,
-                       maxout 4717, resize 4763, block_expand 4830, cosine 4929, outer 5007, bilinear 5053,
-                       activation 5122, prelu 5122, embedding 5184, gru 5227, attention 5417, sequence_pool 5575
-     >>cost:NAME       cross_entropy 5779, binary_cross_entropy 5958, squared_error 5979, huber 5990, smooth_l1 6008,
-                       sum_cost 6037, huber_two_class 6068, hinge 6079, rank_cost 6152, lambda_rank 6205
-     >>evaluator:NAME  error 7306, precision_recall 7349, auc 7417, pnpair 7518, mean_error 7565
-     >>op:NAME         kernels 7995, contract 8081, gemm 8134, conv 8267, winograd 8519, update 8834, activate 8910,
-                       pool 8939, cross_entropy 9057, dropout 9098, norm 9109, sparse_product 9250, gru 9266,
-                       attention 9285, levels 9348
-     >>reader:NAME     array 10871, csv 11186, libsvm 11393, idx 11643, npy 11643, stream 12056, shuffle 12171,
-                       prefetch 12309
-     >>kernel:NAME     gemm 16084, winograd 16404, elementwise 16753, update 17001, activate 17174, norm 17340,
-                       gru 17587, attention 17630, pool 17717
+     >>NAME.c          core 1926, threads 2309, net 2569, parameters 2845, inputs 3359, activations 3450,
+                       layers 3470, costs 5770, batches 6424, running 6708, evaluators 7351, optimizers 7893,
+                       device 8084, layer_types 9665, updater 9945, averaging 10415, readers 10498,
+                       tensorboard 12667, trainer 12851, profile 13823, files 13895, gradient_check 15808,
+                       kernels 16069
+     >>layer:NAME      fc 3675, conv 3770, conv_transpose 3770, pool 3950, batch_norm 4039, layer_norm 4175,
+                       group_norm 4214, response_norm 4267, dropout 4311, add 4363, multiply 4363, concat 4421,
+                       slice 4467, reshape 4467, transpose 4467, pad 4467, scale 4605, interpolate 4605, affine 4692,
+                       maxout 4721, resize 4767, block_expand 4834, cosine 4933, outer 5011, bilinear 5057,
+                       activation 5126, prelu 5126, embedding 5188, gru 5372, attention 5506, sequence_pool 5664
+     >>cost:NAME       cross_entropy 5868, binary_cross_entropy 6047, squared_error 6068, huber 6079, smooth_l1 6097,
+                       sum_cost 6126, huber_two_class 6157, hinge 6168, rank_cost 6241, lambda_rank 6294
+     >>evaluator:NAME  error 7396, precision_recall 7439, auc 7507, pnpair 7608, mean_error 7655
+     >>op:NAME         kernels 8085, contract 8171, gemm 8224, conv 8357, winograd 8609, update 8924, activate 9000,
+                       pool 9029, cross_entropy 9147, dropout 9188, norm 9199, sparse_product 9340, gru 9356,
+                       attention 9375, levels 9438
+     >>reader:NAME     array 10961, csv 11276, libsvm 11483, idx 11733, npy 11733, stream 12146, shuffle 12261,
+                       prefetch 12399
+     >>kernel:NAME     gemm 16174, winograd 16494, elementwise 16843, update 17091, activate 17264, norm 17430,
+                       gru 17677, attention 17720, pool 17807
 
    A WHOLE PROGRAM
 
@@ -2020,6 +2020,7 @@ struct pd_net {
     bool frozen;
     pd__spare *spares; /* room for as many as there are layers */
     int64_t spare_count, spare_capacity;
+    struct pd__order *orders; /* see pd__time_order */
     char texts[4][64];
     int text_turn;
 };
@@ -2586,6 +2587,8 @@ static const pd_real *pd__read_before(const pd_layer *cost, pd_real **grad);
 
 static void pd__evaluators_free(pd_net *net);
 static void pd__touched_free(pd_net *net, struct pd__touched *touched);
+static void pd__orders_free(pd_net *net);
+static void pd__orders_forget(pd_net *net);
 static bool pd__is_view(const pd_param *p);
 
 /* The net that owns the parameters: the origin of a shared one. */
@@ -2740,6 +2743,7 @@ PD_DEF void pd_net_free(pd_net *net) {
     pd_free(&a, net->layers);
     while (net->spare_count > 0) net->device->free(net->device, net->spares[--net->spare_count].data);
     pd_free(&a, net->spares);
+    pd__orders_free(net);
     for (p = net->first_param; p; p = next) {
         next = p->next;
         pd__param_free(net, p);
@@ -5224,25 +5228,126 @@ PD_DEF pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd
     return pd_layer_add(net, &pd__embedding_type, s.o.name, &ids, 1, &s);
 }
 
-/* ---- >>layer:gru ---- */
-
-/* Inside, rows lie in order of time: step t has row t (from the end if reversed) of every sequence that is longer than
+/* ---- time order: for layers that run sequences side by side ----
+   Inside, rows lie in order of time: step t has row t (from the end if reversed) of every sequence that is longer than
    t, longer sequences first. So each step's sequences are the first ones of the step before, and what a step needs of
-   it stands in one piece. */
-typedef struct pd__gru {
-    int64_t steps;
-    const int64_t *begins; /* steps + 1 offsets of the steps' rows */
-    const int64_t *order;  /* for each row inside, the one outside, */
-    const int64_t *places; /* and the reverse */
-    const int64_t *before; /* for each row inside from step 1 on, the one of its sequence in the step before */
-} pd__gru;
+   it stands in one piece. The net keeps the orders of a run, one for each set of offsets and direction, and their memory
+   for later runs. */
 
-typedef struct pd__gru_spec {
-    pd_gru_opts o;
-    int64_t size;
-} pd__gru_spec;
+typedef struct pd__order pd__order;
+struct pd__order {
+    int64_t sequences, rows, steps;
+    bool reverse;
+    int64_t *starts;    /* the offsets it was made of, a copy */
+    int64_t *begins;    /* steps + 1 offsets of the steps' rows */
+    int64_t *order;     /* for each row inside, the one outside, */
+    int64_t *places;    /* and the reverse */
+    int64_t *before;    /* for each row inside from step 1 on, the one of its sequence in the step before */
+    int64_t *sentences; /* the sequences, longest first: row i of every step is of sequence sentences[i], */
+    int64_t *ranks;     /* and the reverse */
+    int64_t *memory;    /* what all of these stand in */
+    int64_t capacity;
+    bool used; /* in this run */
+    pd__order *next;
+};
 
-enum { PD__GRU_WEIGHT, PD__GRU_RECURRENT, PD__GRU_BIAS, PD__GRU_RECURRENT_BIAS }; /* parameters */
+static void pd__orders_free(pd_net *net) {
+    while (net->orders) {
+        pd__order *o = net->orders;
+        net->orders = o->next;
+        pd_free(&net->allocator, o->memory);
+        pd_free(&net->allocator, o);
+    }
+}
+
+/* A run begins. */
+static void pd__orders_forget(pd_net *net) {
+    for (pd__order *o = net->orders; o; o = o->next) o->used = false;
+}
+
+static bool pd__order_fits(const pd__order *o, const pd_tensor *x, bool reverse) {
+    return o->reverse == reverse && o->rows == x->rows && o->sequences == x->sequences &&
+           memcmp(o->starts, x->starts, (size_t)(x->sequences + 1) * sizeof *x->starts) == 0;
+}
+
+/* One that this run does not use, with room for x's rows; NULL when out of memory. */
+static pd__order *pd__spare_order(pd_net *net, const pd_tensor *x) {
+    int64_t sizes[7], *next, total = 0;
+    pd__order *o = net->orders;
+    while (o && o->used) o = o->next;
+    if (!o) {
+        o = (pd__order *)pd_alloc(&net->allocator, 1, sizeof *o);
+        if (!o) return NULL;
+        o->next = net->orders;
+        net->orders = o;
+    }
+    o->sequences = -1; /* should memory be missing, it fits nothing */
+    sizes[0] = x->sequences + 1, sizes[1] = sizes[2] = sizes[3] = sizes[4] = x->rows + 1;
+    sizes[5] = sizes[6] = x->sequences;
+    for (int i = 0; i < PD__COUNT(sizes); i++) total += sizes[i];
+    if (!pd_grow(&net->allocator, (void **)&o->memory, &o->capacity, total, sizeof *o->memory)) return NULL;
+    next = o->memory;
+    o->starts = next, next += sizes[0];
+    o->begins = next, next += sizes[1];
+    o->order = next, next += sizes[2];
+    o->places = next, next += sizes[3];
+    o->before = next, next += sizes[4];
+    o->sentences = next, next += sizes[5];
+    o->ranks = next;
+    return o;
+}
+
+/* Sorts the sequences by counting their lengths, in `before`, and so finds the ranks and the steps' beginnings. */
+static void pd__rank_sequences(pd__order *o) {
+    int64_t *next = o->before, longer = 0;
+    o->steps = 0;
+    for (int64_t q = 0; q < o->sequences; q++) o->steps = pd__max(o->steps, o->starts[q + 1] - o->starts[q]);
+    memset(next, 0, (size_t)(o->steps + 1) * sizeof *next);
+    for (int64_t q = 0; q < o->sequences; q++) next[o->starts[q + 1] - o->starts[q]]++;
+    for (int64_t length = o->steps; length >= 0; length--) { /* next: the sequences longer than that */
+        int64_t equal = next[length];
+        next[length] = longer;
+        longer += equal;
+    }
+    o->begins[0] = 0;
+    for (int64_t t = 0; t < o->steps; t++) o->begins[t + 1] = o->begins[t] + next[t];
+    for (int64_t q = 0; q < o->sequences; q++) {
+        o->ranks[q] = next[o->starts[q + 1] - o->starts[q]]++;
+        o->sentences[o->ranks[q]] = q;
+    }
+}
+
+static void pd__place_rows(pd__order *o) {
+    for (int64_t q = 0; q < o->sequences; q++) {
+        int64_t length = o->starts[q + 1] - o->starts[q];
+        for (int64_t t = 0; t < length; t++) {
+            int64_t row = o->starts[q] + (o->reverse ? length - 1 - t : t);
+            o->places[row] = o->begins[t] + o->ranks[q];
+            o->order[o->places[row]] = row;
+        }
+    }
+    for (int64_t t = 1; t < o->steps; t++)
+        for (int64_t i = o->begins[t]; i < o->begins[t + 1]; i++) o->before[i] = i - o->begins[t] + o->begins[t - 1];
+}
+
+/* For resize: the time order of x's rows, valid until the net's next run. NULL (message set) when out of memory. */
+static const pd__order *pd__time_order(pd_layer *l, const pd_tensor *x, bool reverse) {
+    pd__order *o = l->net->orders;
+    while (o && !pd__order_fits(o, x, reverse)) o = o->next;
+    if (!o) {
+        o = pd__spare_order(l->net, x);
+        if (!o) {
+            pd_layer_fail(l, PD_E_MEMORY, "out of memory for the order of %lld rows", (long long)x->rows);
+            return NULL;
+        }
+        o->sequences = x->sequences, o->rows = x->rows, o->reverse = reverse;
+        memcpy(o->starts, x->starts, (size_t)(x->sequences + 1) * sizeof *x->starts);
+        pd__rank_sequences(o);
+        pd__place_rows(o);
+    }
+    o->used = true;
+    return o;
+}
 
 /* For setup: input 0 carries sequences. */
 static pd_status pd__want_sequences(pd_layer *l) {
@@ -5251,6 +5356,31 @@ static pd_status pd__want_sequences(pd_layer *l) {
                          "input \"%.100s\" carries no sequences; pd_sequence makes a net's input carry them",
                          l->inputs[0]->name);
 }
+
+/* y (rows x width) = rows `columns` of x, or, with `add`, += */
+static void pd__take_rows(pd_layer *l, int64_t rows, const int64_t *columns, int64_t width, const pd_real *x,
+                          pd_real *y, bool add) {
+    pd_csr s;
+    s.rows = rows;
+    s.starts = NULL;
+    s.columns = columns;
+    s.values = NULL;
+    if (!add) l->device->fill(l->device, rows * width, 0, y);
+    l->device->sparse_product(l->device, &s, width, x, y);
+}
+
+/* ---- >>layer:gru ---- */
+
+typedef struct pd__gru {
+    const pd__order *order;
+} pd__gru;
+
+typedef struct pd__gru_spec {
+    pd_gru_opts o;
+    int64_t size;
+} pd__gru_spec;
+
+enum { PD__GRU_WEIGHT, PD__GRU_RECURRENT, PD__GRU_BIAS, PD__GRU_RECURRENT_BIAS }; /* parameters */
 
 static pd_status pd__gru_setup(pd_layer *l) {
     const pd__gru_spec *s = (const pd__gru_spec *)l->opts;
@@ -5273,51 +5403,10 @@ static pd_status pd__gru_setup(pd_layer *l) {
     return PD_OK;
 }
 
-/* Puts the rows in order, with sequences sorted by counting their lengths. */
 static pd_status pd__gru_resize(pd_layer *l) {
     pd__gru *g = (pd__gru *)l->state;
-    const pd_tensor *x = pd__in(l, 0);
-    bool reverse = ((const pd__gru_spec *)l->opts)->o.reverse;
-    int64_t *begins, *order, *places, *next, longer = 0;
-    g->steps = 0;
-    for (int64_t q = 0; q < x->sequences; q++) g->steps = pd__max(g->steps, x->starts[q + 1] - x->starts[q]);
-    g->begins = begins = pd_layer_integers(l, 0, g->steps + 1);
-    g->order = order = pd_layer_integers(l, 1, x->rows);
-    g->places = places = pd_layer_integers(l, 2, x->rows);
-    g->before = next = pd_layer_integers(l, 3, pd__max(g->steps + 1, x->rows));
-    if (!begins || !order || !places || !next) return PD_E_MEMORY;
-    memset(next, 0, (size_t)(g->steps + 1) * sizeof *next);
-    for (int64_t q = 0; q < x->sequences; q++) next[x->starts[q + 1] - x->starts[q]]++;
-    for (int64_t length = g->steps; length >= 0; length--) { /* next: the sequences longer than that */
-        int64_t equal = next[length];
-        next[length] = longer;
-        longer += equal;
-    }
-    begins[0] = 0;
-    for (int64_t t = 0; t < g->steps; t++) begins[t + 1] = begins[t] + next[t];
-    for (int64_t q = 0; q < x->sequences; q++) {
-        int64_t length = x->starts[q + 1] - x->starts[q], at = next[length]++;
-        for (int64_t t = 0; t < length; t++) {
-            int64_t row = x->starts[q] + (reverse ? length - 1 - t : t);
-            order[begins[t] + at] = row;
-            places[row] = begins[t] + at;
-        }
-    }
-    for (int64_t t = 1; t < g->steps; t++)
-        for (int64_t i = begins[t]; i < begins[t + 1]; i++) next[i] = i - begins[t] + begins[t - 1];
-    return PD_OK;
-}
-
-/* y (rows x width) = rows `columns` of x, or, with `add`, += */
-static void pd__take_rows(pd_layer *l, int64_t rows, const int64_t *columns, int64_t width, const pd_real *x,
-                          pd_real *y, bool add) {
-    pd_csr s;
-    s.rows = rows;
-    s.starts = NULL;
-    s.columns = columns;
-    s.values = NULL;
-    if (!add) l->device->fill(l->device, rows * width, 0, y);
-    l->device->sparse_product(l->device, &s, width, x, y);
+    g->order = pd__time_order(l, pd__in(l, 0), ((const pd__gru_spec *)l->opts)->o.reverse);
+    return g->order ? PD_OK : PD_E_MEMORY;
 }
 
 /* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_device.gru. */
@@ -5334,38 +5423,38 @@ static bool pd__gru_remember(pd_layer *l, pd__gru_memory *m) {
 }
 
 static pd_status pd__gru_forward(pd_layer *l) {
-    const pd__gru *g = (const pd__gru *)l->state;
+    const pd__order *o = ((const pd__gru *)l->state)->order;
     pd_device *d = l->device;
     int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
     pd_epilogue bias = PD__ZERO;
     pd__gru_memory m;
     if (!pd__gru_remember(l, &m)) return PD_E_MEMORY;
-    pd__take_rows(l, rows, g->order, in, pd__in(l, 0)->data, m.x, false);
+    pd__take_rows(l, rows, o->order, in, pd__in(l, 0)->data, m.x, false);
     bias.bias = l->params[PD__GRU_BIAS]->value;
     d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n,
             &bias);
     d->fill(d, rows * 3 * n, 0, m.recurrent);
     pd__contract2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
                   1);
-    for (int64_t t = 0; t < g->steps; t++) {
-        int64_t first = g->begins[t], count = g->begins[t + 1] - first;
-        const pd_real *before = t ? m.h + g->begins[t - 1] * n : NULL;
+    for (int64_t t = 0; t < o->steps; t++) {
+        int64_t first = o->begins[t], count = o->begins[t + 1] - first;
+        const pd_real *before = t ? m.h + o->begins[t - 1] * n : NULL;
         if (t)
             d->gemm(d, false, false, count, 3 * n, n, 1, before, n, l->params[PD__GRU_RECURRENT]->value, 3 * n, 1,
                     m.recurrent + first * 3 * n, 3 * n, NULL);
         d->gru(d, count, n, m.gates + first * 3 * n, m.recurrent + first * 3 * n, before, m.h + first * n);
     }
-    pd__take_rows(l, rows, g->places, n, m.h, l->out.data, false);
+    pd__take_rows(l, rows, o->places, n, m.h, l->out.data, false);
     return PD_OK;
 }
 
 /* From the last step to the first, gates and recurrent become their own gradients, and dh the whole gradient of h. */
 static void pd__gru_backward_steps(pd_layer *l, const pd__gru_memory *m, pd_real *dh) {
-    const pd__gru *g = (const pd__gru *)l->state;
+    const pd__order *o = ((const pd__gru *)l->state)->order;
     pd_device *d = l->device;
     int64_t n = l->out.width;
-    for (int64_t t = g->steps; t-- > 0;) {
-        int64_t first = g->begins[t], count = g->begins[t + 1] - first, last = t ? g->begins[t - 1] : 0;
+    for (int64_t t = o->steps; t-- > 0;) {
+        int64_t first = o->begins[t], count = o->begins[t + 1] - first, last = t ? o->begins[t - 1] : 0;
         pd_real *drecurrent = m->recurrent + first * 3 * n, *dbefore = t ? dh + last * n : NULL;
         d->gru_backward(d, count, n, m->gates + first * 3 * n, drecurrent, t ? m->h + last * n : NULL, dh + first * n,
                         dbefore);
@@ -5377,14 +5466,14 @@ static void pd__gru_backward_steps(pd_layer *l, const pd__gru_memory *m, pd_real
 
 /* Once dh and x have done their duty, they are reused: for the h that each row began with, and for dx. */
 static pd_status pd__gru_backward(pd_layer *l) {
-    const pd__gru *g = (const pd__gru *)l->state;
+    const pd__order *o = ((const pd__gru *)l->state)->order;
     pd_device *d = l->device;
-    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width, later = g->steps > 1 ? g->begins[1] : rows;
+    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width, later = o->steps > 1 ? o->begins[1] : rows;
     pd_real *dh = pd_layer_row_memory(l, 4, n);
     pd_param *const *p = l->params;
     pd__gru_memory m;
     if (!dh || !pd__gru_remember(l, &m)) return PD_E_MEMORY;
-    pd__take_rows(l, rows, g->order, n, l->out.grad, dh, false);
+    pd__take_rows(l, rows, o->order, n, l->out.grad, dh, false);
     pd__gru_backward_steps(l, &m, dh);
     if (p[PD__GRU_BIAS]->grad)
         pd__contract2(l, rows, 3 * n, 1, m.gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
@@ -5393,13 +5482,13 @@ static pd_status pd__gru_backward(pd_layer *l) {
     if (p[PD__GRU_WEIGHT]->grad)
         d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
     if (p[PD__GRU_RECURRENT]->grad) {
-        pd__take_rows(l, rows - later, g->before + later, n, m.h, dh, false);
+        pd__take_rows(l, rows - later, o->before + later, n, m.h, dh, false);
         d->gemm(d, true, false, n, 3 * n, rows - later, 1, dh, n, m.recurrent + later * 3 * n, 3 * n, 1,
                 p[PD__GRU_RECURRENT]->grad, 3 * n, NULL);
     }
     if (pd__in(l, 0)->grad) {
         d->gemm(d, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, p[PD__GRU_WEIGHT]->value, 3 * n, 0, m.x, in, NULL);
-        pd__take_rows(l, rows, g->places, in, m.x, pd__in(l, 0)->grad, true);
+        pd__take_rows(l, rows, o->places, in, m.x, pd__in(l, 0)->grad, true);
     }
     return PD_OK;
 }
@@ -7142,6 +7231,7 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
         return pd__no_memory(net, "predicting");
     for (int64_t i = 0; i < net->layer_count; i++)
         if (net->layers[i]->own->lent) pd__give_back(net->layers[i]);
+    pd__orders_forget(net);
     net->mode = mode;
     net->ran = NULL;
     status = net->updater || net->origin ? PD_OK : pd__sync_all(net, NULL);

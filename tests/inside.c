@@ -21,6 +21,17 @@ void inside_move_memory(pd_layer *layer, int64_t rows) {
     if (before->grad) before->grad += rows * layer->out.width;
 }
 
+int inside_orders(pd_net *net) {
+    int count = 0;
+    for (pd__order *o = net->orders; o; o = o->next) count += o->used;
+    return count;
+}
+int inside_kept_orders(pd_net *net) {
+    int count = 0;
+    for (pd__order *o = net->orders; o; o = o->next) count++;
+    return count;
+}
+
 /* ---- how many threads a device goes on with ---- */
 
 static pd__pace *inside_pace_of(pd_device *cpu) { return &((pd__cpu *)cpu->self)->pace; }

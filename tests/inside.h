@@ -13,6 +13,9 @@ bool inside_is_folded(const pd_layer *layer); /* into the layer below, by the la
 pd_real **inside_best(pd_trainer *trainer);
 pd_updater *inside_local(pd_trainer *trainer);
 
+int inside_orders(pd_net *net);      /* time orders that the last run used, */
+int inside_kept_orders(pd_net *net); /* and all that the net has memory for */
+
 /* ---- a layer by itself, after pd_forward: tests move its tensors to windows of larger arrays before that ---- */
 
 pd_status inside_forward(pd_layer *layer); /* with its activation, and on the host if it must */

@@ -506,6 +506,79 @@ static void test_sparse_is_dense(void **state) {
     }
 }
 
+/* ---- time orders ---- */
+
+/* A net of GRUs: one for each set bit of `which`, over inputs of sequences "a" and "b", and one over b reversed. */
+static pd_net *net_of_grus(unsigned which, pd_layer *grus[3], pd_layer **cost) {
+    pd_net *net = pd_net_new(&(pd_net_opts){ .seed = 5 });
+    pd_layer *x[2], *squares[3];
+    int count = 0;
+    for (int k = 0; k < 2; k++) x[k] = pd_sequence(pd_vector(net, k ? "b" : "a", 3));
+    for (int k = 0; k < 3; k++) {
+        const char *names[] = { "on a", "on b", "back on b" };
+        if (!(which >> k & 1)) continue;
+        grus[k] = pd_gru(net, x[k > 0], 4, &(pd_gru_opts){ .name = names[k], .reverse = k == 2 });
+        squares[count++] = pd_sequence_pool(net, pd_multiply(net, grus[k], grus[k], NULL), PD_SUM, NULL);
+    }
+    *cost = pd_sum_cost(net, count > 1 ? pd_concat(net, squares, count, NULL) : squares[0], NULL);
+    assert_non_null(*cost);
+    return net;
+}
+
+/* Samples of these lengths, of a and of b. */
+static pd_batch *two_sequences(pd_net *net, const int *a, const int *b, int samples) {
+    pd_batch *batch = pd_batch_new(net);
+    random_seed(3);
+    for (int q = 0; q < samples; q++) {
+        for (int k = 0; k < 2; k++)
+            for (int r = 0; r < (k ? b : a)[q]; r++) {
+                pd_real *row = pd_batch_add_row(batch, k);
+                for (int i = 0; i < 3; i++) row[i] = (pd_real)uniform(-1, 1);
+            }
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    return batch;
+}
+
+static void run_grus(pd_net *net, pd_layer *cost, const pd_batch *batch) {
+    for (pd_param *q = pd_param_first(net); q; q = q->next) {
+        random_seed((uint64_t)strlen(q->name)); /* those of one name have the same values in every net */
+        for (int64_t i = 0; i < q->size; i++) q->value[i] = (pd_real)uniform(-0.8, 0.8);
+        if (q->grad) memset(q->grad, 0, (size_t)q->size * sizeof *q->grad);
+    }
+    assert_int_equal(pd_forward(net, batch, PD_TRAIN, &cost, 1), PD_OK);
+    assert_int_equal(pd_backward(net, cost), PD_OK);
+}
+
+/* Layers over equal offsets share one time order, of each direction, and it makes no difference. */
+static void test_time_orders(void **state) {
+    const int lengths[] = { 2, 0, 5, 1, 5 }, others[] = { 2, 0, 4, 2, 5 };
+    pd_layer *grus[3], *cost, *alone[3], *lonely_cost;
+    pd_net *net = net_of_grus(7, grus, &cost);
+    pd_batch *equal = two_sequences(net, lengths, lengths, 5), *unequal = two_sequences(net, lengths, others, 5);
+    (void)state;
+    for (int turn = 0; turn < 4; turn++) {
+        const pd_batch *batch = turn % 2 ? unequal : equal;
+        run_grus(net, cost, batch);
+        assert_int_equal(inside_orders(net), turn % 2 ? 3 : 2);
+        assert_int_equal(inside_kept_orders(net), turn ? 3 : 2);
+        for (int k = 0; k < 3; k++) {
+            pd_net *one = net_of_grus(1u << k, alone, &lonely_cost);
+            run_grus(one, lonely_cost, batch);
+            assert_int_equal(inside_orders(one), 1);
+            assert_memory_equal(grus[k]->out.data, alone[k]->out.data,
+                                (size_t)(grus[k]->out.rows * 4) * sizeof(pd_real));
+            for (int i = 0; i < 4; i++)
+                assert_memory_equal(grus[k]->params[i]->grad, alone[k]->params[i]->grad,
+                                    (size_t)grus[k]->params[i]->size * sizeof(pd_real));
+            pd_net_free(one);
+        }
+    }
+    pd_batch_free(equal);
+    pd_batch_free(unequal);
+    pd_net_free(net);
+}
+
 /* The gradient of a largest number that stands there twice goes to the first; a NaN is the largest. */
 static void test_ties(void **state) {
     pd_net *net = pd_net_new(NULL);
@@ -1282,6 +1355,7 @@ int main(void) {
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_gradients_of_many_users),
         cmocka_unit_test(test_sparse_is_dense),
+        cmocka_unit_test(test_time_orders),
         cmocka_unit_test(test_ties),
         cmocka_unit_test(test_attention_of_what_learns),
         cmocka_unit_test(test_attention_in_parts),
