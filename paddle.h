@@ -18,33 +18,33 @@
 
      TOPICS            A WHOLE PROGRAM 49, ERRORS 83, ROWS AND SHAPES 95, SEQUENCES AND SPARSE ROWS 104,
                        PARAMETERS 130, GRADIENTS AND OPTIMIZERS 141, HOW A TRAINING ENDS 150, READERS 175, FILES 194,
-                       WRITING A LAYER 225, DEVICES AND UPDATERS 263, ON ADDING AN OPERATION 289,
-                       THREADS AND DETERMINISM 300, ONE ANSWER 312, INSTRUCTION SETS 331, MEMORY 346,
-                       OPTIONS AT COMPILE TIME 357
-     >>NAME.h          status 432, hooks 487, tensors 513, net 544, parameters 598, inputs 679, activations 694,
-                       layers 725, costs 932, batches 976, running 1026, evaluators 1055, optimizers 1120,
-                       device 1197, layer_types 1405, updater 1528, readers 1589, trainer 1671, files 1745,
-                       gradient_check 1776
-     >>NAME.c          core 1926, threads 2309, net 2569, parameters 2845, inputs 3359, activations 3450,
-                       layers 3470, costs 5770, batches 6424, running 6708, evaluators 7351, optimizers 7893,
-                       device 8084, layer_types 9665, updater 9945, averaging 10415, readers 10498,
-                       tensorboard 12667, trainer 12851, profile 13823, files 13895, gradient_check 15808,
-                       kernels 16069
-     >>layer:NAME      fc 3675, conv 3770, conv_transpose 3770, pool 3950, batch_norm 4039, layer_norm 4175,
-                       group_norm 4214, response_norm 4267, dropout 4311, add 4363, multiply 4363, concat 4421,
-                       slice 4467, reshape 4467, transpose 4467, pad 4467, scale 4605, interpolate 4605, affine 4692,
-                       maxout 4721, resize 4767, block_expand 4834, cosine 4933, outer 5011, bilinear 5057,
-                       activation 5126, prelu 5126, embedding 5188, gru 5372, attention 5506, sequence_pool 5664
-     >>cost:NAME       cross_entropy 5868, binary_cross_entropy 6047, squared_error 6068, huber 6079, smooth_l1 6097,
-                       sum_cost 6126, huber_two_class 6157, hinge 6168, rank_cost 6241, lambda_rank 6294
-     >>evaluator:NAME  error 7396, precision_recall 7439, auc 7507, pnpair 7608, mean_error 7655
-     >>op:NAME         kernels 8085, contract 8171, gemm 8224, conv 8357, winograd 8609, update 8924, activate 9000,
-                       pool 9029, cross_entropy 9147, dropout 9188, norm 9199, sparse_product 9340, gru 9356,
-                       attention 9375, levels 9438
-     >>reader:NAME     array 10961, csv 11276, libsvm 11483, idx 11733, npy 11733, stream 12146, shuffle 12261,
-                       prefetch 12399
-     >>kernel:NAME     gemm 16174, winograd 16494, elementwise 16843, update 17091, activate 17264, norm 17430,
-                       gru 17677, attention 17720, pool 17807
+                       WRITING A LAYER 235, DEVICES AND UPDATERS 273, ON ADDING AN OPERATION 299,
+                       THREADS AND DETERMINISM 310, ONE ANSWER 322, INSTRUCTION SETS 341, MEMORY 356,
+                       OPTIONS AT COMPILE TIME 367
+     >>NAME.h          status 442, hooks 497, tensors 523, net 554, parameters 608, inputs 689, activations 704,
+                       layers 735, costs 942, batches 986, running 1036, evaluators 1065, optimizers 1130,
+                       device 1207, layer_types 1415, updater 1538, readers 1599, trainer 1681, files 1755,
+                       gradient_check 1794
+     >>NAME.c          core 1944, threads 2337, net 2597, parameters 2875, inputs 3389, activations 3480,
+                       layers 3500, costs 5800, batches 6454, running 6738, evaluators 7381, optimizers 7923,
+                       device 8114, layer_types 9695, updater 9975, averaging 10445, readers 10528,
+                       tensorboard 12697, trainer 12881, profile 13853, files 13925, gradient_check 15975,
+                       kernels 16236
+     >>layer:NAME      fc 3705, conv 3800, conv_transpose 3800, pool 3980, batch_norm 4069, layer_norm 4205,
+                       group_norm 4244, response_norm 4297, dropout 4341, add 4393, multiply 4393, concat 4451,
+                       slice 4497, reshape 4497, transpose 4497, pad 4497, scale 4635, interpolate 4635, affine 4722,
+                       maxout 4751, resize 4797, block_expand 4864, cosine 4963, outer 5041, bilinear 5087,
+                       activation 5156, prelu 5156, embedding 5218, gru 5402, attention 5536, sequence_pool 5694
+     >>cost:NAME       cross_entropy 5898, binary_cross_entropy 6077, squared_error 6098, huber 6109, smooth_l1 6127,
+                       sum_cost 6156, huber_two_class 6187, hinge 6198, rank_cost 6271, lambda_rank 6324
+     >>evaluator:NAME  error 7426, precision_recall 7469, auc 7537, pnpair 7638, mean_error 7685
+     >>op:NAME         kernels 8115, contract 8201, gemm 8254, conv 8387, winograd 8639, update 8954, activate 9030,
+                       pool 9059, cross_entropy 9177, dropout 9218, norm 9229, sparse_product 9370, gru 9386,
+                       attention 9405, levels 9468
+     >>reader:NAME     array 10991, csv 11306, libsvm 11513, idx 11763, npy 11763, stream 12176, shuffle 12291,
+                       prefetch 12429
+     >>kernel:NAME     gemm 16341, winograd 16661, elementwise 17010, update 17258, activate 17431, norm 17597,
+                       gru 17844, attention 17887, pool 17974
 
    A WHOLE PROGRAM
 
@@ -199,8 +199,18 @@
    mode. What killed savers have left is removed by the next save to the path; it knows them by their locks (flock), so
    savers on several machines want a file system whose locks reach all of them.
 
-   The metadata have a checksum of each tensor, "checksum/NAME", and in checkpoints one of themselves, "checksum": a bit
-   that flipped on the way is an error. Files without them load too; a program that changes numbers leaves them out.
+   The metadata have a checksum of each tensor, "checksum/NAME", and in checkpoints and with texts one of themselves,
+   "checksum": a bit that flipped on the way is an error. Files without them load too; a program that changes numbers or
+   metadata leaves them out.
+
+   Beside its numbers a net keeps texts, under names ("text/NAME" in the metadata). So a program can ask the file what
+   it must know to build the net; loaded before there are parameters, a file gives its texts alone:
+
+   ```c
+   pd_net *net = pd_net_new(NULL);
+   pd_status status = pd_load(net, "model.safetensors", NULL);
+   const char *classes = pd_net_text(net, "classes");
+   ```
 
    To make a training one that can be stopped and started again, load the checkpoint if there is one; `passes` counts
    what was trained before:
@@ -1760,9 +1770,17 @@ typedef struct pd_load_opts {
     bool partial; /* parameters that are not in the file keep their values; false: that is an error. It always is one
                      of a parameter in the map, and if the file has none of the net's */
 } pd_load_opts;
-/* Loads F32, F64, F16 and BF16; every number must be finite, in pd_real too. Everything is checked first: on failure no
-   value has changed. */
+/* Loads F32, F64, F16 and BF16; every number must be finite, in pd_real too; and the texts of pd_net_set_text, of which a
+   net without parameters can have them alone. Everything is checked first: on failure nothing has changed. */
 PD_API pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts);
+
+/* Keeps a copy of a text in the net under a name of 1 to 200 characters (no quotes, backslashes and controls): a
+   vocabulary, class names, what the program must know to build the net. It goes into all files of the net, and comes
+   back from them; what the net had under other names stays. UTF-8; all texts together up to 100 MB, with escapes. NULL:
+   forgets it. A shared net has those of the net it came from. */
+PD_API pd_status pd_net_set_text(pd_net *net, const char *name, const char *text);
+/* Valid until a text is set or loaded; NULL when there is none of that name, which is no error. */
+PD_API const char *pd_net_text(const pd_net *net, const char *name);
 
 /* All of a training's state: parameters, optimizer, averages, random numbers, position in the data. Continuing from it
    gives the same bits as not having stopped. The file is a .safetensors file too, in which parameters have their names
@@ -1983,6 +2001,15 @@ typedef struct pd__copy {
     char fill[64 - sizeof(void *)];
 } pd__copy;
 
+/* Texts of pd_net_set_text, by name. `name` must stay in front: see pd__find_named. */
+typedef struct pd__note {
+    char *name, *text;
+} pd__note;
+typedef struct pd__notes {
+    pd__note *list;
+    int64_t count, capacity;
+} pd__notes;
+
 /* Memory for a layer's output, when predicting. */
 typedef struct pd__spare {
     pd_real *data;
@@ -2021,6 +2048,7 @@ struct pd_net {
     pd__spare *spares; /* room for as many as there are layers */
     int64_t spare_count, spare_capacity;
     struct pd__order *orders; /* see pd__time_order */
+    pd__notes notes;
     char texts[4][64];
     int text_turn;
 };
@@ -2586,6 +2614,7 @@ static bool pd__rows_fit(const pd_layer *a, const pd_layer *b, char text[400]);
 static const pd_real *pd__read_before(const pd_layer *cost, pd_real **grad);
 
 static void pd__evaluators_free(pd_net *net);
+static void pd__notes_free(const pd_allocator *a, pd__notes *notes);
 static void pd__touched_free(pd_net *net, struct pd__touched *touched);
 static void pd__orders_free(pd_net *net);
 static void pd__orders_forget(pd_net *net);
@@ -2744,6 +2773,7 @@ PD_DEF void pd_net_free(pd_net *net) {
     while (net->spare_count > 0) net->device->free(net->device, net->spares[--net->spare_count].data);
     pd_free(&a, net->spares);
     pd__orders_free(net);
+    pd__notes_free(&a, &net->notes);
     for (p = net->first_param; p; p = next) {
         next = p->next;
         pd__param_free(net, p);
@@ -14605,6 +14635,119 @@ static const char *pd__tensors_text(const pd__tensors *t, const char *prefix, co
     return pair ? pair->text : NULL;
 }
 
+/* Are the metadata those that were written, if their checksum is there? */
+static pd_status pd__check_texts(const pd__tensors *t) {
+    const char *expected = pd__tensors_text(t, "", "checksum");
+    pd__sum sum = PD__ZERO;
+    char text[PD__SUM_DIGITS + 1];
+    for (int64_t i = 0; i < t->text_count; i++)
+        if (t->texts[i].text != expected) pd__sum_entry(&sum, "", t->texts[i].name, t->texts[i].text);
+    pd__sum_text(sum, text);
+    if (!expected || strcmp(text, expected) == 0) return PD_OK;
+    return pd__fail(t->net, PD_E_FORMAT, "%.300s: the metadata are damaged: their checksum is %s, not %.40s", t->path,
+                    text, pd__show(t->net, expected));
+}
+
+/* ---- the net's texts ---- */
+
+#define PD__NOTE_PREFIX "text/"
+
+static void pd__note_free(const pd_allocator *a, pd__note *note) {
+    pd_free(a, note->name);
+    pd_free(a, note->text);
+}
+
+static void pd__notes_free(const pd_allocator *a, pd__notes *notes) {
+    for (int64_t i = 0; i < notes->count; i++) pd__note_free(a, &notes->list[i]);
+    pd_free(a, notes->list);
+    memset(notes, 0, sizeof *notes);
+}
+
+static pd__note *pd__notes_find(const pd__notes *notes, const char *name) {
+    return (pd__note *)pd__find_named(notes->list, notes->count, sizeof *notes->list, "", name);
+}
+
+static void pd__notes_remove(const pd_allocator *a, pd__notes *notes, pd__note *note) {
+    pd__note_free(a, note);
+    notes->count--;
+    memmove(note, note + 1, (size_t)(notes->list + notes->count - note) * sizeof *note);
+}
+
+/* Copies a text, in the place of one of the same name. False when out of memory: then nothing has changed. */
+static bool pd__notes_put(const pd_allocator *a, pd__notes *notes, const char *name, const char *text) {
+    pd__note *old, note;
+    int64_t at;
+    if (!pd_grow(a, (void **)&notes->list, &notes->capacity, notes->count + 1, sizeof note)) return false;
+    note.name = pd__copy_text(a, name);
+    note.text = pd__copy_text(a, text);
+    if (!note.name || !note.text) {
+        pd__note_free(a, &note);
+        return false;
+    }
+    old = pd__notes_find(notes, name);
+    if (old) pd__notes_remove(a, notes, old);
+    for (at = notes->count++; at > 0 && strcmp(notes->list[at - 1].name, name) > 0; at--)
+        notes->list[at] = notes->list[at - 1];
+    notes->list[at] = note;
+    return true;
+}
+
+PD_DEF pd_status pd_net_set_text(pd_net *net, const char *name, const char *text) {
+    pd__note *old;
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (net->origin)
+        return pd__fail(net, PD_E_STATE, "pd_net_set_text: a shared net reads another's texts; set it in that one");
+    if (!name || !pd__name_ok(name) || pd__utf8_prefix(name, strlen(name)) < strlen(name))
+        return pd__fail(
+            net, PD_E_ARGUMENT,
+            "pd_net_set_text: a name has 1 to 200 characters of UTF-8, no quotes, backslashes or control characters");
+    old = pd__notes_find(&net->notes, name);
+    if (!text) {
+        if (old) pd__notes_remove(&net->allocator, &net->notes, old);
+        return PD_OK;
+    }
+    if (pd__utf8_prefix(text, strlen(text)) < strlen(text))
+        return pd__fail(net, PD_E_FORMAT, "pd_net_set_text: \"%.100s\" is not UTF-8 at byte %lld", name,
+                        (long long)pd__utf8_prefix(text, strlen(text)) + 1);
+    return pd__notes_put(&net->allocator, &net->notes, name, text) ? PD_OK : pd__no_memory(net, "a text");
+}
+
+PD_DEF const char *pd_net_text(const pd_net *net, const char *name) {
+    const pd__note *note = NULL;
+    if (net && name) note = pd__notes_find(net->origin ? &net->origin->notes : &net->notes, name);
+    return note ? note->text : NULL;
+}
+
+/* Checks the metadata, and makes `notes` those of the net and those of the file, if it has any. */
+static pd_status pd__stage_notes(const pd__tensors *t, pd__notes *notes) {
+    const pd_allocator *a = &t->net->allocator;
+    const size_t n = strlen(PD__NOTE_PREFIX);
+    bool any = false, ok = true;
+    pd_status status = pd__check_texts(t);
+    for (int64_t i = 0; status == PD_OK && i < t->text_count; i++) {
+        const char *name = t->texts[i].name;
+        if (strncmp(name, PD__NOTE_PREFIX, n) != 0) continue;
+        any = true;
+        if (!pd__name_ok(name + n))
+            return pd__fail(t->net, PD_E_FORMAT, "%.300s: metadata \"%s\": no name that a text can have", t->path,
+                            pd__show(t->net, name));
+        ok = ok && pd__notes_put(a, notes, name + n, t->texts[i].text);
+    }
+    for (int64_t i = 0; any && i < t->net->notes.count; i++) {
+        const pd__note *note = &t->net->notes.list[i];
+        if (!pd__notes_find(notes, note->name)) ok = ok && pd__notes_put(a, notes, note->name, note->text);
+    }
+    return status == PD_OK && !ok ? pd__no_memory(t->net, "a file's texts") : status;
+}
+
+/* The net's are now these. */
+static void pd__commit_notes(pd_net *net, pd__notes *notes) {
+    pd__notes old = net->notes;
+    if (notes->count == 0) return;
+    net->notes = *notes;
+    *notes = old;
+}
+
 /* ---- items: what of a net or trainer is in a file ---- */
 
 /* One array to be written or read: a parameter's value, or something that belongs to it. */
@@ -14869,14 +15012,18 @@ static pd_status pd__load_file(pd_net *net, FILE *file, const char *path, const 
     static const pd_load_opts defaults = PD__ZERO;
     const pd_load_opts *o = opts ? opts : &defaults;
     pd__items items = PD__ZERO;
+    pd__notes notes = PD__ZERO;
     pd__tensors t;
     pd_status status = pd__check_map(net, o);
     if (status == PD_OK) status = pd__tensors_open(net, file, path, &t);
     if (status != PD_OK) return status;
     status = pd__items_of_net(&items, net);
     if (status == PD_OK) status = pd__match_tensors(&items, &t, o);
+    if (status == PD_OK) status = pd__stage_notes(&t, &notes);
     if (status == PD_OK) status = pd__items_stage(&items, &t);
-    if (status == PD_OK) status = pd__items_commit(&items);
+    if (status == PD_OK) pd__commit_notes(net, &notes);
+    if (status == PD_OK && items.count > 0) status = pd__items_commit(&items);
+    pd__notes_free(&net->allocator, &notes);
     pd__items_free(&items);
     pd__tensors_close(&t);
     return status;
@@ -14959,6 +15106,29 @@ static void pd__put_entry(pd__writer *w, const char *prefix, const char *name, c
     pd__put(w, "\"", 1);
 }
 
+/* Text inside of a JSON string. */
+static void pd__put_escaped(pd__writer *w, const char *text) {
+    while (*text) {
+        size_t n = 0;
+        while ((unsigned char)text[n] >= 32 && text[n] != '"' && text[n] != '\\') n++;
+        pd__put(w, text, n);
+        text += n;
+        if (*text == '\n') pd__put(w, "\\n", 2);
+        else if (*text == '"' || *text == '\\') pd__put_text(w, "\\%c", *text);
+        else if (*text) pd__put_text(w, "\\u%04x", (unsigned)*text);
+        text += *text != 0;
+    }
+}
+
+/* A text of the net, of any length. */
+static void pd__put_note(pd__writer *w, const pd__note *note) {
+    pd__sum_entry(&w->sum, PD__NOTE_PREFIX, note->name, note->text);
+    pd__put_name(w, PD__NOTE_PREFIX, note->name);
+    pd__put(w, "\"", 1);
+    pd__put_escaped(w, note->text);
+    pd__put(w, "\"", 1);
+}
+
 /* Doubles as hexadecimal floats with a whole mantissa: exact, and without a decimal point that locales change. */
 static void pd__put_double(pd__writer *w, const char *name, double value) {
     int exponent = 0;
@@ -15005,12 +15175,15 @@ static void pd__put_progress(pd__writer *w, const pd_trainer *trainer) {
 
 static const char *pd__item_dtype(const pd__item *item) { return pd__dtypes[item->element].name; }
 
-/* Progress (of a `trainer`, or NULL), checksums of the tensors and, of a checkpoint, of the entries themselves. */
+/* Progress (of a `trainer`, or NULL), the net's texts, checksums of the tensors and, of a checkpoint and with texts, of
+   the entries themselves. */
 static void pd__put_metadata(pd__writer *w, const pd__items *items, const pd_trainer *trainer) {
+    const pd__notes *notes = &pd__owner(items->net)->notes;
     char text[PD__SUM_DIGITS + 1], prefix[32];
     memset(&w->sum, 0, sizeof w->sum);
     pd__put(w, "\"__metadata__\":{", 16);
     if (trainer) pd__put_progress(w, trainer);
+    for (int64_t i = 0; i < notes->count; i++) pd__put_note(w, &notes->list[i]);
     for (int64_t i = 0; i < items->count; i++) {
         const pd__item *item = &items->list[i];
         snprintf(prefix, sizeof prefix, "checksum/%s", item->prefix);
@@ -15018,7 +15191,7 @@ static void pd__put_metadata(pd__writer *w, const pd__items *items, const pd_tra
         pd__put_entry(w, prefix, item->param->name, "%s", text);
     }
     pd__sum_text(w->sum, text);
-    if (trainer) pd__put_entry(w, "", "checksum", "%s", text);
+    if (trainer || notes->count > 0) pd__put_entry(w, "", "checksum", "%s", text);
     pd__put(w, "}", 1);
 }
 
@@ -15041,7 +15214,8 @@ static void pd__put_header(pd__writer *w, const pd__items *items, const pd_train
     while (w->length % 8) pd__put(w, " ", 1);
 }
 
-enum { PD__NOT_READ = -1 }; /* in the place of an errno: the numbers can't be had, and the net has the message */
+/* In the place of an errno: the numbers can't be had, and the net has the message; the header is too long. */
+enum { PD__NOT_READ = -1, PD__TOO_LONG = -2 };
 
 /* What could not be loaded is not saved: the old file is worth more. */
 static void pd__check_saved(pd__writer *w, const pd__item *item, const pd_real *numbers, int64_t at, int64_t n) {
@@ -15120,12 +15294,12 @@ static void pd__put_item(pd__writer *w, pd__item *item, pd_net *net, unsigned ch
     else pd__put_data(w, item, item->param->mask, item->size);
 }
 
-/* Writes a whole file. Returns 0, an errno or PD__NOT_READ. */
+/* Writes a whole file. Returns 0, an errno, PD__NOT_READ or PD__TOO_LONG. */
 static int pd__write_tensors(FILE *file, pd__items *items, const pd_trainer *trainer, unsigned char *chunk) {
     pd__writer w = PD__ZERO;
     unsigned char bytes[8];
     pd__put_header(&w, items, trainer);
-    if (w.length > PD__HEADER_MAX) return EFBIG;
+    if (w.length > PD__HEADER_MAX) return PD__TOO_LONG;
     pd__store_le(bytes, (uint64_t)w.length, 8);
     w.file = file;
     pd__put(&w, bytes, 8);
@@ -15354,7 +15528,7 @@ static FILE *pd__create_temporary(const char *target, char *name, size_t size) {
     return file;
 }
 
-/* Writes a temporary, then puts it in the place of `target`. 0, an errno or PD__NOT_READ; then `target` is what it was,
+/* Writes a temporary, then puts it in the place of `target`. 0, or as pd__write_tensors; then `target` is what it was,
    unless it was only the directory that could not be brought to the disk. `temporary`: room for the name. */
 static int pd__write_and_replace(const char *target, char *temporary, size_t size, pd__items *items,
                                  const pd_trainer *trainer, unsigned char *chunk) {
@@ -15412,6 +15586,9 @@ static pd_status pd__save_items(pd__items *items, const char *path, const pd_tra
         pd_failure why = net->failure;
         status = pd__fail(net, why.status, "%.200s: %.300s", path, why.text);
     } else if (error == ENOMEM) status = pd__no_memory(net, "writing a file");
+    else if (error == PD__TOO_LONG)
+        status = pd__fail(net, PD_E_ARGUMENT, "%.300s: its header, with the net's texts, would exceed %d bytes", path,
+                          PD__HEADER_MAX);
     else if (error) status = pd__fail(net, PD_E_IO, "%.300s: could not be written: %s", path, strerror(error));
     pd_free(a, chunk);
     pd_free(a, temporary);
@@ -15670,19 +15847,6 @@ static pd_status pd__check_kind(const pd__tensors *t, const pd_trainer *trainer)
     return status;
 }
 
-/* Are the metadata those that were written, if their checksum is there? */
-static pd_status pd__check_texts(const pd__tensors *t) {
-    const char *expected = pd__tensors_text(t, "", "checksum");
-    pd__sum sum = PD__ZERO;
-    char text[PD__SUM_DIGITS + 1];
-    for (int64_t i = 0; i < t->text_count; i++)
-        if (t->texts[i].text != expected) pd__sum_entry(&sum, "", t->texts[i].name, t->texts[i].text);
-    pd__sum_text(sum, text);
-    if (!expected || strcmp(text, expected) == 0) return PD_OK;
-    return pd__fail(t->net, PD_E_FORMAT, "%.300s: the metadata are damaged: their checksum is %s, not %.40s", t->path,
-                    text, pd__show(t->net, expected));
-}
-
 static pd_status pd__read_progress(const pd__tensors *t, pd__progress *p) {
     uint64_t count = 0;
     pd_status status = pd__read_count(t, "", "seed", UINT64_MAX, &p->seed);
@@ -15759,6 +15923,7 @@ static pd_status pd__checkpoint_load_file(pd_trainer *trainer, FILE *file, const
     pd_net *net = trainer->net;
     pd__items items = PD__ZERO;
     pd__progress progress = PD__ZERO;
+    pd__notes notes = PD__ZERO;
     pd__tensors t;
     pd_real **best = NULL;
     pd_status status = pd__tensors_open(net, file, path, &t);
@@ -15774,11 +15939,13 @@ static pd_status pd__checkpoint_load_file(pd_trainer *trainer, FILE *file, const
     if (status == PD_OK) status = pd__match_checkpoint(&items, &t);
     if (status == PD_OK) status = pd__read_progress(&t, &progress);
     if (status == PD_OK) status = pd__read_updates(&t, trainer, false);
-    if (status == PD_OK) status = pd__check_texts(&t);
+    if (status == PD_OK) status = pd__stage_notes(&t, &notes);
     if (status == PD_OK) status = pd__items_stage(&items, &t);
     if (status == PD_OK) status = pd__check_lag(&items, &t);
+    if (status == PD_OK) pd__commit_notes(net, &notes);
     if (status == PD_OK) status = pd__resume(trainer, &items, &t, &progress, best);
     else pd__free_best(net, best, net->param_count);
+    pd__notes_free(&net->allocator, &notes);
     pd__items_free(&items);
     pd__tensors_close(&t);
     return status;

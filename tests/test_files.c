@@ -131,9 +131,10 @@ static void get_all(pd_net *net, pd_real *values) {
     get(net, "fc.bias", values + 6);
 }
 
-#define SMALL                                                                                                          \
-    "{\"fc.weight\":{\"dtype\":\"F32\",\"shape\":[3,2],\"data_offsets\":[0,24]},"                                      \
-    "\"fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[24,32]}}"
+#define SMALL_TENSORS                                                                                                  \
+    "\"fc.weight\":{\"dtype\":\"F32\",\"shape\":[3,2],\"data_offsets\":[0,24]},"                                       \
+    "\"fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[24,32]}"
+#define SMALL "{" SMALL_TENSORS "}"
 
 /* Loads `path`: `status` and a message with `text` must come, and no value may change unless it works. */
 static void expect_load(pd_net *net, const pd_load_opts *opts, pd_status status, const char *text) {
@@ -1199,6 +1200,166 @@ static void test_kept_checksums(void **state) {
     pd_net_free(net);
 }
 
+/* ---- texts ---- */
+
+/* Every character that JSON wants escaped, all lengths of UTF-8, an empty text. */
+static const char *const odd_texts[] = {
+    "", "\"\\/\b\f\n\r\t\x01\x1f\x7f", "\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80 \xc2\x80 \xef\xbf\xbf \xf4\x8f\xbf\xbf",
+    "{\"a\": [1, \"\\u0041\"]}\n\n", "\\\\\""
+};
+
+static void set_odd_texts(pd_net *net) {
+    char name[] = "text 0";
+    for (int i = COUNT(odd_texts) - 1; i >= 0; i--) { /* names need not come in order */
+        name[5] = (char)('0' + i);
+        assert_int_equal(pd_net_set_text(net, name, odd_texts[i]), PD_OK);
+    }
+}
+
+static void expect_odd_texts(const pd_net *net) {
+    char name[] = "text 0";
+    for (int i = 0; i < COUNT(odd_texts); i++) {
+        name[5] = (char)('0' + i);
+        assert_non_null(pd_net_text(net, name));
+        assert_string_equal(pd_net_text(net, name), odd_texts[i]);
+    }
+}
+
+static void test_texts(void **state) {
+    static unsigned char bytes[4096], again[4096];
+    pd_net *net = small_net(NULL), *other = small_net(NULL), *empty = pd_net_new(NULL), *shared;
+    size_t n;
+    (void)state;
+    assert_null(pd_net_text(net, "text 0"));
+    set_odd_texts(net);
+    set_odd_texts(net);
+    expect_odd_texts(net);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    n = read_bytes(path, bytes, sizeof bytes);
+    assert_int_equal(pd_net_set_text(other, "text 1", "changed"), PD_OK);
+    assert_int_equal(pd_net_set_text(other, "kept", "own"), PD_OK);
+    assert_int_equal(pd_load(other, path, NULL), PD_OK);
+    expect_odd_texts(other);
+    assert_string_equal(pd_net_text(other, "kept"), "own");
+    assert_null(pd_net_text(other, "text"));
+    assert_int_equal(pd_net_set_text(other, "kept", NULL), PD_OK);
+    assert_int_equal(pd_net_set_text(other, "kept", NULL), PD_OK);
+    assert_null(pd_net_text(other, "kept"));
+    assert_int_equal(pd_save(other, path), PD_OK);
+    assert_int_equal(read_bytes(path, again, sizeof again), n);
+    assert_memory_equal(bytes, again, n);
+
+    assert_int_equal(pd_load(empty, path, NULL), PD_OK); /* before the net is built */
+    expect_odd_texts(empty);
+    shared = pd_net_share(net);
+    expect_odd_texts(shared);
+    assert_int_equal(pd_net_set_text(shared, "a", "b"), PD_E_STATE);
+    check_contains(pd_error(shared), "set it in that one");
+    assert_int_equal(pd_save(shared, path), PD_OK);
+    assert_int_equal(read_bytes(path, again, sizeof again), n);
+    assert_memory_equal(bytes, again, n);
+    pd_net_free(shared);
+
+    assert_int_equal(pd_net_set_text(net, "a\"b", "x"), PD_E_ARGUMENT);
+    assert_int_equal(pd_net_set_text(net, "\xff", "x"), PD_E_ARGUMENT);
+    assert_int_equal(pd_net_set_text(net, "", "x"), PD_E_ARGUMENT);
+    assert_int_equal(pd_net_set_text(net, NULL, "x"), PD_E_ARGUMENT);
+    check_contains(pd_error(net), "a name has 1 to 200 characters");
+    assert_int_equal(pd_net_set_text(net, "bad", "ab\xc0\x80"), PD_E_FORMAT);
+    check_contains(pd_error(net), "\"bad\" is not UTF-8 at byte 3");
+    assert_null(pd_net_text(net, "bad"));
+    assert_null(pd_net_text(NULL, "bad"));
+    assert_int_equal(pd_net_set_text(NULL, "a", "x"), PD_E_MEMORY);
+    pd_net_free(empty);
+    pd_net_free(other);
+    pd_net_free(net);
+}
+
+/* Texts whose entries stand in the way of others: no name is taken. And metadata of other programs are none. */
+static void test_texts_apart(void **state) {
+    pd_net *net = small_net(NULL), *other = small_net(NULL);
+    (void)state;
+    assert_int_equal(pd_net_set_text(net, "checksum", "1"), PD_OK);
+    assert_int_equal(pd_net_set_text(net, "checksum/fc.bias", "2"), PD_OK);
+    assert_int_equal(pd_net_set_text(net, "checkpoint", "3"), PD_OK);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    assert_int_equal(pd_load(other, path, NULL), PD_OK);
+    assert_string_equal(pd_net_text(other, "checksum"), "1");
+    assert_string_equal(pd_net_text(other, "checksum/fc.bias"), "2");
+    assert_string_equal(pd_net_text(other, "checkpoint"), "3");
+    write_file("{\"__metadata__\":{\"format\":\"pt\",\"text/a\":\"\\u00e9\\n\",\"text/\\u00e9\":\"x\"}," SMALL_TENSORS
+               "}",
+               -1, NULL, 32);
+    expect_load(other, NULL, PD_OK, "");
+    assert_null(pd_net_text(other, "format"));
+    assert_string_equal(pd_net_text(other, "a"), "\xc3\xa9\n");
+    assert_string_equal(pd_net_text(other, "\xc3\xa9"), "x");
+    assert_string_equal(pd_net_text(other, "checksum"), "1");
+    write_file("{\"__metadata__\":{\"text/\":\"a\"}," SMALL_TENSORS "}", -1, NULL, 32);
+    expect_load(other, NULL, PD_E_FORMAT, "metadata \"text/\": no name that a text can have");
+    write_file("{\"__metadata__\":{\"text/a\\\"\":\"a\"}," SMALL_TENSORS "}", -1, NULL, 32);
+    expect_load(other, NULL, PD_E_FORMAT, "no name that a text can have");
+    write_file("{\"__metadata__\":{\"text/a\":\"\\u0000\"}," SMALL_TENSORS "}", -1, NULL, 32);
+    expect_load(other, NULL, PD_E_FORMAT, "a character other than zero");
+    pd_net_free(net);
+    pd_net_free(other);
+}
+
+/* A flipped bit of the metadata is found, or leaves the texts whole; a failure leaves those that there were. */
+static void test_texts_damaged(void **state) {
+    static unsigned char good[2048], bad[2048];
+    pd_net *net = small_net(NULL), *other;
+    size_t n;
+    int loaded = 0;
+    (void)state;
+    assert_int_equal(pd_net_set_text(net, "classes", "cat\ndog\n\"\xc3\xa9\"\n"), PD_OK);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    n = read_bytes(path, good, sizeof good);
+    for (size_t bit = 0; bit < 8 * n; bit++) {
+        FILE *f;
+        pd_status status;
+        memcpy(bad, good, n);
+        bad[bit / 8] ^= (unsigned char)(1 << bit % 8);
+        other = small_net(NULL);
+        assert_int_equal(pd_net_set_text(other, "classes", "old"), PD_OK);
+        f = fmemopen(bad, n, "rb");
+        status = inside_load_file(other, f, path, NULL);
+        fclose(f);
+        loaded += status == PD_OK;
+        if (strcmp(pd_net_text(other, "classes"), status == PD_OK ? "cat\ndog\n\"\xc3\xa9\"\n" : "old") != 0)
+            fail_msg("bit %d of byte %d: %s", (int)(bit % 8), (int)(bit / 8), pd_net_text(other, "classes"));
+        pd_net_free(other);
+    }
+    assert_true(loaded > 10 && loaded < 200);
+    pd_net_free(net);
+}
+
+/* Some MB, and more than a header may have. */
+static void test_long_texts(void **state) {
+    enum { BYTES = 6000000, TOO_LONG = 50000001 };
+    char *text = (char *)malloc(TOO_LONG + 1);
+    pd_net *net = small_net(NULL), *other = small_net(NULL);
+    (void)state;
+    random_seed(5);
+    assert_non_null(text);
+    for (int i = 0; i < BYTES; i++) text[i] = (char)(1 + below(127));
+    text[BYTES] = 0;
+    assert_int_equal(pd_net_set_text(net, "long", text), PD_OK);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    assert_int_equal(pd_load(other, path, NULL), PD_OK);
+    assert_string_equal(pd_net_text(other, "long"), text);
+    memset(text, '\n', TOO_LONG); /* two bytes each */
+    text[TOO_LONG] = 0;
+    assert_int_equal(pd_net_set_text(net, "longer", text), PD_OK);
+    assert_int_equal(pd_save(net, path), PD_E_ARGUMENT);
+    check_contains(pd_error(net), "its header, with the net's texts, would exceed 100000000 bytes");
+    assert_int_equal(list_directory(directory, false), 1);
+    assert_int_equal(pd_load(other, path, NULL), PD_OK); /* the old file is there still */
+    pd_net_free(net);
+    pd_net_free(other);
+    free(text);
+}
+
 /* ---- memory ---- */
 
 static pd_net_opts counting_opts(failing_allocator *c) {
@@ -1248,6 +1409,37 @@ static void test_out_of_memory(void **state) {
     assert_true(failures >= 8);
     pd_net_free(net);
     assert_int_equal(c.in_use, 0);
+}
+
+static void test_texts_out_of_memory(void **state) {
+    failing_allocator c;
+    pd_net_opts counting = counting_opts(&c);
+    pd_net *net = small_net(NULL), *other;
+    int failures = 0;
+    (void)state;
+    set_odd_texts(net);
+    assert_int_equal(pd_save(net, path), PD_OK);
+    for (int64_t fail_at = 0, done = 0; !done; fail_at++) {
+        pd_status status;
+        counting.allocator.user = &c;
+        c.fail_at = -1;
+        other = small_net(&counting);
+        assert_int_equal(pd_net_set_text(other, "text 1", "old"), PD_OK);
+        c.calls = 0;
+        c.fail_at = fail_at;
+        status = pd_net_set_text(other, "new", "x");
+        assert_true(status == PD_OK ? strcmp(pd_net_text(other, "new"), "x") == 0 : !pd_net_text(other, "new"));
+        if (status == PD_OK) status = pd_load(other, path, NULL);
+        assert_true(status == PD_OK || status == PD_E_MEMORY);
+        failures += status != PD_OK;
+        done = status == PD_OK;
+        if (done) expect_odd_texts(other);
+        else assert_string_equal(pd_net_text(other, "text 1"), "old");
+        pd_net_free(other);
+        assert_int_equal(c.in_use, 0);
+    }
+    assert_true(failures >= 15);
+    pd_net_free(net);
 }
 
 /* ---- checkpoints ---- */
@@ -1674,6 +1866,23 @@ static void test_flipped_bits_of_checkpoints(void **state) {
     free_training(&other);
 }
 
+static void test_texts_in_checkpoints(void **state) {
+    training t = new_training(1, pd_adam(0.01), NULL, NULL), other = new_training(2, pd_adam(0.01), NULL, NULL);
+    pd_net *empty = pd_net_new(NULL);
+    (void)state;
+    set_odd_texts(t.net);
+    assert_int_equal(train(&t, 9), PD_STOPPED);
+    assert_int_equal(pd_checkpoint_save(t.trainer, path), PD_OK);
+    assert_int_equal(pd_checkpoint_load(other.trainer, path), PD_OK);
+    expect_odd_texts(other.net);
+    expect_same_state(&t, &other);
+    assert_int_equal(pd_load(empty, path, NULL), PD_OK);
+    expect_odd_texts(empty);
+    pd_net_free(empty);
+    free_training(&t);
+    free_training(&other);
+}
+
 /* A file of floats does not continue a training in double, nor the other way round. */
 static void test_checkpoint_of_other_numbers(void **state) {
     training t = new_training(1, pd_sgd(0.01), NULL, NULL);
@@ -2010,7 +2219,12 @@ int main(void) {
         TEST(test_savers_of_one_path),
         TEST(test_flipped_bits),
         TEST(test_kept_checksums),
+        TEST(test_texts),
+        TEST(test_texts_apart),
+        TEST(test_texts_damaged),
+        TEST(test_long_texts),
         TEST(test_out_of_memory),
+        TEST(test_texts_out_of_memory),
         TEST(test_resume),
         TEST(test_go_back),
         TEST(test_averaged),
@@ -2019,6 +2233,7 @@ int main(void) {
         TEST(test_wrong_state),
         TEST(test_wrong_costs),
         TEST(test_flipped_bits_of_checkpoints),
+        TEST(test_texts_in_checkpoints),
         TEST(test_checkpoint_of_other_numbers),
         TEST(test_checkpoint_out_of_memory),
         TEST(test_checkpoint_names),
