@@ -17,34 +17,34 @@
    CONTENTS, with line numbers by `make format`. Search for >>layer:fc, >>net.h, and the like.
 
      TOPICS            A WHOLE PROGRAM 49, ERRORS 83, ROWS AND SHAPES 95, SEQUENCES AND SPARSE ROWS 104,
-                       PARAMETERS 130, GRADIENTS AND OPTIMIZERS 141, HOW A TRAINING ENDS 150, READERS 175, FILES 194,
-                       WRITING A LAYER 235, DEVICES AND UPDATERS 273, ON ADDING AN OPERATION 299,
-                       THREADS AND DETERMINISM 310, ONE ANSWER 322, INSTRUCTION SETS 341, MEMORY 356,
-                       OPTIONS AT COMPILE TIME 367
-     >>NAME.h          status 442, hooks 497, tensors 523, net 554, parameters 608, inputs 689, activations 704,
-                       layers 735, costs 942, batches 986, running 1036, evaluators 1065, optimizers 1130,
-                       device 1207, layer_types 1415, updater 1538, readers 1599, trainer 1681, files 1755,
-                       gradient_check 1794
-     >>NAME.c          core 1944, threads 2337, net 2597, parameters 2875, inputs 3389, activations 3480,
-                       layers 3500, costs 5800, batches 6454, running 6738, evaluators 7381, optimizers 7923,
-                       device 8114, layer_types 9695, updater 9975, averaging 10445, readers 10528,
-                       tensorboard 12697, trainer 12881, profile 13853, files 13925, gradient_check 15975,
-                       kernels 16236
-     >>layer:NAME      fc 3705, conv 3800, conv_transpose 3800, pool 3980, batch_norm 4069, layer_norm 4205,
-                       group_norm 4244, response_norm 4297, dropout 4341, add 4393, multiply 4393, concat 4451,
-                       slice 4497, reshape 4497, transpose 4497, pad 4497, scale 4635, interpolate 4635, affine 4722,
-                       maxout 4751, resize 4797, block_expand 4864, cosine 4963, outer 5041, bilinear 5087,
-                       activation 5156, prelu 5156, embedding 5218, gru 5402, attention 5536, sequence_pool 5694
-     >>cost:NAME       cross_entropy 5898, binary_cross_entropy 6077, squared_error 6098, huber 6109, smooth_l1 6127,
-                       sum_cost 6156, huber_two_class 6187, hinge 6198, rank_cost 6271, lambda_rank 6324
-     >>evaluator:NAME  error 7426, precision_recall 7469, auc 7537, pnpair 7638, mean_error 7685
-     >>op:NAME         kernels 8115, contract 8201, gemm 8254, conv 8387, winograd 8639, update 8954, activate 9030,
-                       pool 9059, cross_entropy 9177, dropout 9218, norm 9229, sparse_product 9370, gru 9386,
-                       attention 9405, levels 9468
-     >>reader:NAME     array 10991, csv 11306, libsvm 11513, idx 11763, npy 11763, stream 12176, shuffle 12291,
-                       prefetch 12429
-     >>kernel:NAME     gemm 16341, winograd 16661, elementwise 17010, update 17258, activate 17431, norm 17597,
-                       gru 17844, attention 17887, pool 17974
+                       PARAMETERS 130, GRADIENTS AND OPTIMIZERS 141, HOW A TRAINING ENDS 150, READERS 175, FILES 214,
+                       WRITING A LAYER 255, DEVICES AND UPDATERS 293, ON ADDING AN OPERATION 319,
+                       THREADS AND DETERMINISM 330, ONE ANSWER 342, INSTRUCTION SETS 361, MEMORY 376,
+                       OPTIONS AT COMPILE TIME 387
+     >>NAME.h          status 462, hooks 518, tensors 544, net 575, parameters 629, inputs 710, activations 725,
+                       layers 756, costs 963, batches 1007, running 1057, evaluators 1086, optimizers 1151,
+                       device 1228, layer_types 1436, updater 1559, readers 1620, text 1703, trainer 1749,
+                       files 1823, gradient_check 1862
+     >>NAME.c          core 2012, threads 2405, net 2665, parameters 2943, inputs 3457, activations 3548,
+                       layers 3568, costs 5868, batches 6522, running 6806, evaluators 7449, optimizers 7991,
+                       device 8182, layer_types 9763, updater 10043, averaging 10513, readers 10596, text 12766,
+                       tensorboard 13277, trainer 13461, profile 14433, files 14505, gradient_check 16555,
+                       kernels 16816
+     >>layer:NAME      fc 3773, conv 3868, conv_transpose 3868, pool 4048, batch_norm 4137, layer_norm 4273,
+                       group_norm 4312, response_norm 4365, dropout 4409, add 4461, multiply 4461, concat 4519,
+                       slice 4565, reshape 4565, transpose 4565, pad 4565, scale 4703, interpolate 4703, affine 4790,
+                       maxout 4819, resize 4865, block_expand 4932, cosine 5031, outer 5109, bilinear 5155,
+                       activation 5224, prelu 5224, embedding 5286, gru 5470, attention 5604, sequence_pool 5762
+     >>cost:NAME       cross_entropy 5966, binary_cross_entropy 6145, squared_error 6166, huber 6177, smooth_l1 6195,
+                       sum_cost 6224, huber_two_class 6255, hinge 6266, rank_cost 6339, lambda_rank 6392
+     >>evaluator:NAME  error 7494, precision_recall 7537, auc 7605, pnpair 7706, mean_error 7753
+     >>op:NAME         kernels 8183, contract 8269, gemm 8322, conv 8455, winograd 8707, update 9022, activate 9098,
+                       pool 9127, cross_entropy 9245, dropout 9286, norm 9297, sparse_product 9438, gru 9454,
+                       attention 9473, levels 9536
+     >>reader:NAME     array 11060, csv 11375, libsvm 11582, idx 11832, npy 11832, stream 12245, shuffle 12360,
+                       prefetch 12498, text 13146
+     >>kernel:NAME     gemm 16921, winograd 17241, elementwise 17590, update 17838, activate 18011, norm 18177,
+                       gru 18424, attention 18467, pool 18554
 
    A WHOLE PROGRAM
 
@@ -190,6 +190,26 @@
    reader = pd_csv_reader(net, "data.csv", &most);
    test_reader = pd_csv_reader(net, "data.csv", &rest);
    ```
+
+   Text becomes ids by vocabularies (>>text.h), which are counted from the training text and kept in the model's file.
+   This reads lines of a sentence, a tab, and its translation, which one input gets behind the begin of a sentence, and
+   another, the labels, in front of its end:
+
+   ```c
+   pd_vocab *english = pd_vocab_build(net, "train.tsv", &(pd_vocab_opts){ .column = 1, .max_size = 30000 });
+   pd_vocab *french = pd_vocab_build(net, "train.tsv", &(pd_vocab_opts){ .column = 2, .max_size = 30000 });
+   pd_layer *from = pd_sequence(pd_ids(net, "from", pd_vocab_size(english)));
+   pd_layer *so_far = pd_sequence(pd_ids(net, "so far", pd_vocab_size(french)));
+   pd_layer *next = pd_sequence(pd_label(net, "next", pd_vocab_size(french)));
+   pd_text_field fields[] = { { .vocab = english, .column = 1, .end = true },
+                              { .vocab = french, .column = 2, .begin = true },
+                              { .vocab = french, .column = 2, .end = true } };
+   reader = pd_shuffle(net, pd_text_reader(net, "train.tsv", fields, 3, NULL), 100000, 1);
+   pd_net_set_text(net, "english", pd_vocab_text(english));
+   ```
+
+   The program that translates loads the file, makes `english` by pd_vocab_parse(net, pd_net_text(net, "english"), NULL),
+   builds the net, and loads the file again.
 
    FILES
 
@@ -475,6 +495,7 @@ typedef struct pd_param pd_param;
 typedef struct pd_device pd_device;
 typedef struct pd_batch pd_batch;
 typedef struct pd_reader pd_reader;
+typedef struct pd_vocab pd_vocab;
 typedef struct pd_updater pd_updater;
 typedef struct pd_trainer pd_trainer;
 typedef struct pd_evaluator pd_evaluator;
@@ -1617,7 +1638,7 @@ struct pd_reader {
 
 /* All constructors return NULL, with the message in the net, when something is wrong; trainers take such a NULL and
    report it, as pd_train does when it has no test reader and some reader has failed since the last pd_clear_error. Free
-   with pd_reader_free, before the net. Paths: a file; "-" for stdin (CSV, LibSVM); or "@list", a text
+   with pd_reader_free, before the net. Paths: a file; "-" for stdin (CSV, LibSVM, text); or "@list", a text
    file with one path per line. Files are read piece by piece and may be larger than memory.
    Ids and labels, and LibSVM's indices and queries, are whole numbers and are read as such, never rounded: of up to 64
    bits, also when written as 3.0 or 1e3, or stored as a float that is whole. Others are an error. */
@@ -1625,7 +1646,8 @@ typedef struct pd_reader_opts {
     const char *order;    /* CSV: names of inputs in the order of their columns, "-" for a column to leave out,
                              e.g. "label,-,pixels"; default: the order of the net's inputs */
     char delimiter;       /* CSV: default ',' */
-    int64_t skip_lines;   /* CSV: lines at the top of each file to leave out */
+    int64_t skip_lines;   /* CSV, text: lines at the top of each file to leave out */
+    int64_t columns;      /* text: of every line; default: the last one that a field reads */
     double scale, shift;  /* numbers of every dense input become x * scale + shift; scale default 1 */
     int64_t first, count; /* only samples first .. first + count - 1 of the pass; count default: to the end; PD_ZERO:
                              none */
@@ -1643,8 +1665,8 @@ typedef struct pd_array {
     const pd_real *values;     /* sparse: one per entry; NULL: all 1 */
 } pd_array;
 PD_API pd_reader *pd_array_reader(pd_net *net, int64_t samples, const pd_array *arrays, int count);
-/* Text, one sample per line; every input takes its width in columns, an id one. Numbers have a decimal point, whatever
-   the locale, and may stand in quotes. Blank lines don't count. */
+/* Numbers, one sample per line; every input takes its width in columns, an id one. Numbers have a decimal point,
+   whatever the locale, and may stand in quotes. Blank lines don't count. */
 PD_API pd_reader *pd_csv_reader(pd_net *net, const char *path, const pd_reader_opts *opts);
 /* One IDX file (the format of MNIST) per input, in order; big-endian, any element type. */
 PD_API pd_reader *pd_idx_reader(pd_net *net, const char *const *paths, int count, const pd_reader_opts *opts);
@@ -1676,6 +1698,52 @@ PD_API void pd_reader_free(pd_reader *reader); /* NULL is fine */
 PD_API pd_status pd_reader_shard(pd_reader *reader, int rank, int count);
 /* For readers: keeps the message in reader->error. Returns `status`. */
 PD_API pd_status pd_reader_fail(pd_reader *reader, pd_status status, const char *format, ...) PD_PRINTF(3, 4);
+
+/* ======================================================================================================== */
+/* >>text.h                                                                                                */
+
+/* The words that a program knows, each with an id from 0. It stays as it was made, so that several threads can read it.
+   Constructors that fail return NULL and leave the net as a builder does that fails, since the vocabulary's size builds
+   it. Free with pd_vocab_free, after the readers that use it and before the net. */
+typedef struct pd_vocab_opts {
+    bool characters;   /* each character (code point) is a word, blanks too, but not tabs and ends of lines; default:
+                          words stand between white space */
+    int column;        /* count the words of this column only, from 1, of lines in which tabs stand between columns;
+                          default: of all */
+    int64_t min_count; /* words that occur less often are left out; default 1 */
+    int64_t max_size;  /* most ids, those of special words included; default: no limit */
+    const char *unknown, *begin, *end; /* the special words; default "<unk>", "<s>" and "</s>"; "": there is none */
+} pd_vocab_opts;
+/* From files of text in UTF-8; paths as for readers. The special words come first, in the order above, then the others
+   by falling count, and where counts are equal by their bytes. A word spelled like a special one is that one. */
+PD_API pd_vocab *pd_vocab_build(pd_net *net, const char *path, const pd_vocab_opts *opts);
+/* From a text with one word per line, the first with id 0, as pd_vocab_text gives it. Special words are the lines of
+   these names, where there are such. The options that choose words are refused. */
+PD_API pd_vocab *pd_vocab_parse(pd_net *net, const char *text, const pd_vocab_opts *opts);
+PD_API void pd_vocab_free(pd_vocab *vocab); /* NULL is fine */
+
+/* All words, one per line; for pd_net_set_text. Of the vocabulary, as long as it lives; NULL of NULL. */
+PD_API const char *pd_vocab_text(const pd_vocab *vocab);
+PD_API int64_t pd_vocab_size(const pd_vocab *vocab);                 /* number of ids; 0 of NULL */
+PD_API int64_t pd_vocab_id(const pd_vocab *vocab, const char *word); /* pd_vocab_unknown if it isn't there */
+PD_API const char *pd_vocab_word(const pd_vocab *vocab, int64_t id); /* NULL if there is no such id */
+PD_API int64_t pd_vocab_unknown(const pd_vocab *vocab);              /* ids of the special words; -1: there is none */
+PD_API int64_t pd_vocab_begin(const pd_vocab *vocab);
+PD_API int64_t pd_vocab_end(const pd_vocab *vocab);
+/* Adds the ids of a text's words to a slot, as pd_batch_add_id does one. */
+PD_API pd_status pd_batch_add_text(pd_batch *batch, int slot, const pd_vocab *vocab, const char *text);
+
+/* What an input gets of each line. */
+typedef struct pd_text_field {
+    const pd_vocab *vocab; /* not owned; NULL: the column holds ids, white space between them */
+    int column;            /* from 1; default: the input's place among the inputs, from 1 */
+    bool begin, end;       /* adds the vocabulary's begin in front of the words, or its end behind them */
+} pd_text_field;
+/* Text in UTF-8, one sample per line, with tabs between its columns, no quotes. There is a field for each input of the
+   net (ids; a single one, or sequences), in their order; several may read the same column. A column may be empty for
+   sequences. Blank lines don't count. */
+PD_API pd_reader *pd_text_reader(pd_net *net, const char *path, const pd_text_field *fields, int count,
+                                 const pd_reader_opts *opts);
 
 /* ======================================================================================================== */
 /* >>trainer.h                                                                                             */
@@ -10774,6 +10842,7 @@ static pd_status pd__check_reader_opts(pd__source *s, bool csv) {
     if (!csv && (o->order || o->delimiter || o->skip_lines))
         return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: order, delimiter and skip_lines are options for CSV",
                               r->name);
+    if (o->columns) return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: columns is an option for text", r->name);
     if (o->first < 0 || o->count < 0 || o->skip_lines < 0)
         return pd_reader_fail(r, PD_E_ARGUMENT, "%s reader: first, count and skip_lines must be 0 or more", r->name);
     if (o->folds < 0 || o->fold < 0 || (o->folds ? o->fold >= o->folds : o->fold > 0 || o->not_fold))
@@ -12691,6 +12760,517 @@ PD_DEF pd_reader *pd_prefetch(pd_net *net, pd_reader *reader, int depth) {
     p->net = net;
     p->size = pd__inner_size(reader);
     return pd__reader_made(net, &p->reader, pd__prefetch_init(p, depth));
+}
+
+/* ======================================================================================================== */
+/* >>text.c                                                                                                */
+
+/* Defined with >>files.c. */
+static int pd__utf8_length(const unsigned char *s, size_t n);
+static size_t pd__utf8_prefix(const char *text, size_t n);
+
+/* ---- words in a text ---- */
+
+/* White space of ASCII, whatever the locale. */
+static bool pd__is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+
+/* Does it stand between words? */
+static bool pd__is_gap(bool characters, char c) {
+    return characters ? c == '\t' || c == '\n' || c == '\r' : pd__is_space(c);
+}
+
+/* Takes the next word, of *length bytes, off a text that is UTF-8; false when there is none. */
+static bool pd__next_word(bool characters, const char **at, const char *end, const char **word, int64_t *length) {
+    while (*at < end && pd__is_gap(characters, **at)) ++*at;
+    *word = *at;
+    if (characters && *at < end) *at += pd__utf8_length((const unsigned char *)*at, (size_t)(end - *at));
+    while (!characters && *at < end && !pd__is_space(**at)) ++*at;
+    *length = *at - *word;
+    return *length > 0;
+}
+
+/* Narrows a line to its column k, from 0; false when there are fewer. */
+static bool pd__find_column(const char **at, const char **end, int k) {
+    for (;; k--) {
+        const char *tab = (const char *)memchr(*at, '\t', (size_t)(*end - *at));
+        if (k == 0 && tab) *end = tab;
+        if (k == 0 || !tab) return k == 0;
+        *at = tab + 1;
+    }
+}
+
+static int64_t pd__count_columns(const pd__lines *l) {
+    int64_t n = 1;
+    for (int64_t i = 0; i < l->length; i++) n += l->line[i] == '\t';
+    return n;
+}
+
+/* Bytes in front of the first that can't be in a text: a zero, or one that isn't proper UTF-8. */
+static int64_t pd__text_prefix(const char *text, int64_t n) {
+    const char *zero = (const char *)memchr(text, 0, (size_t)n);
+    return (int64_t)pd__utf8_prefix(text, zero ? (size_t)(zero - text) : (size_t)n);
+}
+
+static pd_status pd__check_line(const pd__lines *l) {
+    int64_t n = pd__text_prefix(l->line, l->length);
+    if (n == l->length) return PD_OK;
+    return pd_reader_fail(l->reader, PD_E_FORMAT, "byte %lld: 0x%02x, expected text in UTF-8", (long long)n + 1,
+                          (unsigned)(unsigned char)l->line[n]);
+}
+
+/* ---- sets of words ---- */
+
+/* Words with numbers from 0, as they came. */
+typedef struct pd__words {
+    char *bytes;     /* the words, a zero behind each */
+    int64_t *starts; /* of each in `bytes` */
+    int64_t *table;  /* a hash table: 1 + number, or 0; its size is a power of two, and at least twice `count` */
+    int64_t count, used, table_size, byte_capacity, start_capacity;
+} pd__words;
+
+static void pd__words_free(const pd_allocator *a, pd__words *w) {
+    pd_free(a, w->bytes);
+    pd_free(a, w->starts);
+    pd_free(a, w->table);
+}
+
+static const char *pd__words_at(const pd__words *w, int64_t i) { return w->bytes + w->starts[i]; }
+
+/* FNV-1a (Fowler, Noll and Vo), of 64 bits. */
+static uint64_t pd__hash(const char *text, int64_t n) {
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    for (int64_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)text[i]) * UINT64_C(0x100000001b3);
+    return hash;
+}
+
+/* Where in the table the word is, or would be. */
+static int64_t *pd__words_place(const pd__words *w, const char *word, int64_t n) {
+    int64_t last = w->table_size - 1, at = (int64_t)(pd__hash(word, n) & (uint64_t)last);
+    for (; w->table[at]; at = (at + 1) & last) {
+        const char *here = pd__words_at(w, w->table[at] - 1);
+        if (strncmp(here, word, (size_t)n) == 0 && !here[n]) break;
+    }
+    return &w->table[at];
+}
+
+/* The word's number; -1 when it isn't there. */
+static int64_t pd__words_find(const pd__words *w, const char *word, int64_t n) {
+    return w->count > 0 ? *pd__words_place(w, word, n) - 1 : -1;
+}
+
+static bool pd__words_widen(const pd_allocator *a, pd__words *w) {
+    int64_t size = w->table_size ? 2 * w->table_size : 64;
+    int64_t *table = (int64_t *)pd_alloc(a, size, sizeof *table);
+    if (!table) return false;
+    pd_free(a, w->table);
+    w->table = table;
+    w->table_size = size;
+    for (int64_t i = 0; i < w->count; i++) {
+        const char *word = pd__words_at(w, i);
+        *pd__words_place(w, word, (int64_t)strlen(word)) = i + 1;
+    }
+    return true;
+}
+
+/* The word's number; a new one is added. -1 when out of memory. */
+static int64_t pd__words_add(const pd_allocator *a, pd__words *w, const char *word, int64_t n) {
+    int64_t at = pd__words_find(w, word, n);
+    if (at >= 0) return at;
+    if (2 * (w->count + 1) > w->table_size && !pd__words_widen(a, w)) return -1;
+    if (!pd_grow(a, (void **)&w->starts, &w->start_capacity, w->count + 1, sizeof *w->starts) ||
+        !pd_grow(a, (void **)&w->bytes, &w->byte_capacity, w->used + n + 1, 1))
+        return -1;
+    *pd__words_place(w, word, n) = w->count + 1;
+    memcpy(w->bytes + w->used, word, (size_t)n);
+    w->bytes[w->used + n] = 0;
+    w->starts[w->count] = w->used;
+    w->used += n + 1;
+    return w->count++;
+}
+
+/* ---- vocabularies ---- */
+
+struct pd_vocab {
+    pd_net *net;
+    pd_vocab_opts opts;
+    pd__words words; /* by id */
+    int64_t special[3];
+    char *text;
+};
+
+/* The name of a special word: 0 unknown, 1 begin, 2 end; "" when there is to be none. */
+static const char *pd__special_name(const pd_vocab_opts *o, int k) {
+    static const char *const defaults[] = { "<unk>", "<s>", "</s>" };
+    const char *own = k == 0 ? o->unknown : k == 1 ? o->begin : o->end;
+    return own ? own : defaults[k];
+}
+
+/* What is wrong with the options, or NULL. */
+static const char *pd__vocab_fault(const pd_vocab_opts *o, bool parse) {
+    int64_t specials = 0;
+    if (o->column < 0 || o->min_count < 0 || o->max_size < 0)
+        return "column, min_count and max_size must not be negative";
+    if (parse && (o->column || o->min_count || o->max_size))
+        return "column, min_count and max_size are options of pd_vocab_build";
+    for (int k = 0; k < 3; k++) {
+        const char *name = pd__special_name(o, k);
+        if (pd__utf8_prefix(name, strlen(name)) < strlen(name) || strpbrk(name, "\t\r\n"))
+            return "special words are UTF-8, without tabs and ends of lines";
+        for (int j = 0; j < k && name[0]; j++)
+            if (strcmp(name, pd__special_name(o, j)) == 0) return "two special words have the same name";
+        specials += name[0] != 0;
+    }
+    return o->max_size > 0 && o->max_size < specials ? "max_size has no room for the special words" : NULL;
+}
+
+static pd_vocab *pd__vocab_new(pd_net *net, const pd_vocab_opts *opts, const char *call, bool parse) {
+    static const pd_vocab_opts defaults = PD__ZERO;
+    const char *fault = pd__vocab_fault(opts ? opts : &defaults, parse);
+    pd_vocab *v = NULL;
+    if (!pd__check_net(net)) return NULL;
+    if (fault) pd__fail_build(net, PD_E_ARGUMENT, "%s: %s", call, fault);
+    else v = (pd_vocab *)pd_alloc(&net->allocator, 1, sizeof *v);
+    if (!fault && !v) pd__fail_build(net, PD_E_MEMORY, "out of memory for a vocabulary");
+    if (!v) return NULL;
+    v->net = net;
+    v->opts = opts ? *opts : defaults;
+    return v;
+}
+
+PD_DEF void pd_vocab_free(pd_vocab *vocab) {
+    const pd_allocator *a;
+    if (!vocab) return;
+    a = &vocab->net->allocator;
+    pd__words_free(a, &vocab->words);
+    pd_free(a, vocab->text);
+    pd_free(a, vocab);
+}
+
+/* Looks the special words up, and writes all words as a text. */
+static bool pd__vocab_finish(pd_vocab *v) {
+    const pd__words *w = &v->words;
+    for (int k = 0; k < PD__COUNT(v->special); k++) {
+        const char *name = pd__special_name(&v->opts, k);
+        v->special[k] = pd__words_find(w, name, (int64_t)strlen(name));
+    }
+    v->opts.unknown = v->opts.begin = v->opts.end = NULL; /* the caller's */
+    v->text = (char *)pd_alloc(&v->net->allocator, w->used + 1, 1);
+    for (int64_t i = 0; v->text && i < w->used; i++) v->text[i] = w->bytes[i] ? w->bytes[i] : '\n';
+    return v->text != NULL;
+}
+
+/* For constructors: the vocabulary, or NULL, the vocabulary freed and r's message in the net. */
+static pd_vocab *pd__vocab_made(pd_vocab *v, pd_reader *r, pd_status status) {
+    if (status == PD_OK && !pd__vocab_finish(v)) status = pd__reader_no_memory(r, "a vocabulary");
+    if (status == PD_OK) return v;
+    pd__fail_build(v->net, status, "%s", r->error.text);
+    pd_vocab_free(v);
+    return NULL;
+}
+
+/* Words and how often each came. */
+typedef struct pd__tally {
+    pd__words words;
+    int64_t *counts, capacity;
+} pd__tally;
+
+/* Counts the words of a line. */
+static pd_status pd__tally_line(const pd_vocab *v, const pd__lines *l, pd__tally *t) {
+    const pd_allocator *a = &v->net->allocator;
+    const char *at = l->line, *end = at + l->length, *word;
+    int64_t length;
+    pd_status status = pd__check_line(l);
+    if (status != PD_OK) return status;
+    if (v->opts.column > 0 && !pd__find_column(&at, &end, v->opts.column - 1))
+        return pd_reader_fail(l->reader, PD_E_FORMAT, "%lld columns, expected %d or more",
+                              (long long)pd__count_columns(l), v->opts.column);
+    while (pd__next_word(v->opts.characters, &at, end, &word, &length)) {
+        int64_t k = pd__words_add(a, &t->words, word, length);
+        if (k < 0 || !pd_grow(a, (void **)&t->counts, &t->capacity, k + 1, sizeof *t->counts))
+            return pd__reader_no_memory(l->reader, "a vocabulary");
+        t->counts[k]++;
+    }
+    return PD_OK;
+}
+
+static pd_status pd__tally_files(const pd_vocab *v, pd_reader *r, const char *path, pd__tally *t) {
+    pd__lines lines = PD__ZERO;
+    pd_status status;
+    if (!pd__lines_init(&lines, r, &v->net->allocator)) return pd__reader_no_memory(r, "a line");
+    status = pd__paths_expand(&lines.paths, r, lines.allocator, path);
+    while (status == PD_OK) {
+        status = pd__lines_next(&lines);
+        if (status == PD_OK && pd__tally_line(v, &lines, t) != PD_OK) status = pd__lines_locate(&lines);
+    }
+    pd__lines_free(&lines);
+    return status == PD_END ? PD_OK : status;
+}
+
+typedef struct pd__counted {
+    const char *word;
+    int64_t count;
+} pd__counted;
+
+static int pd__compare_counted(const void *a, const void *b) {
+    const pd__counted *x = (const pd__counted *)a, *y = (const pd__counted *)b;
+    return x->count != y->count ? (x->count < y->count) - (x->count > y->count) : strcmp(x->word, y->word);
+}
+
+/* Adds the special words, and the others in the order of `sorted`. False when out of memory. */
+static bool pd__vocab_take(pd_vocab *v, const pd__counted *sorted, int64_t count) {
+    const pd_allocator *a = &v->net->allocator;
+    bool ok = true;
+    for (int k = 0; ok && k < PD__COUNT(v->special); k++) {
+        const char *name = pd__special_name(&v->opts, k);
+        if (name[0]) ok = pd__words_add(a, &v->words, name, (int64_t)strlen(name)) >= 0;
+    }
+    for (int64_t i = 0; ok && i < count && sorted[i].count >= v->opts.min_count; i++) {
+        if (v->opts.max_size > 0 && v->words.count >= v->opts.max_size) break;
+        ok = pd__words_add(a, &v->words, sorted[i].word, (int64_t)strlen(sorted[i].word)) >= 0;
+    }
+    return ok;
+}
+
+static pd_status pd__vocab_choose(pd_vocab *v, pd_reader *r, const char *path, const pd__tally *t) {
+    const pd_allocator *a = &v->net->allocator;
+    int64_t count = t->words.count, most = 0;
+    pd__counted *sorted = (pd__counted *)pd_alloc(a, count, sizeof *sorted);
+    bool ok = sorted != NULL;
+    for (int64_t i = 0; ok && i < count; i++) {
+        sorted[i].word = pd__words_at(&t->words, i);
+        sorted[i].count = t->counts[i];
+        most = pd__max(most, t->counts[i]);
+    }
+    if (ok && count > 1) qsort(sorted, (size_t)count, sizeof *sorted, pd__compare_counted);
+    ok = ok && pd__vocab_take(v, sorted, count);
+    pd_free(a, sorted);
+    if (!ok) return pd__reader_no_memory(r, "a vocabulary");
+    if (most > 0 && most >= v->opts.min_count) return PD_OK;
+    return pd_reader_fail(r, PD_E_FORMAT, "%.200s: no word that occurs %lld times", path,
+                          (long long)pd__max(v->opts.min_count, 1));
+}
+
+PD_DEF pd_vocab *pd_vocab_build(pd_net *net, const char *path, const pd_vocab_opts *opts) {
+    pd_reader r = PD__ZERO; /* only for its message */
+    pd__tally tally = PD__ZERO;
+    pd_vocab *v = pd__vocab_new(net, opts, "pd_vocab_build", false);
+    pd_status status;
+    if (!v) return NULL;
+    r.name = "vocabulary";
+    status = pd__tally_files(v, &r, path, &tally);
+    if (status == PD_OK) status = pd__vocab_choose(v, &r, path, &tally);
+    pd__words_free(&net->allocator, &tally.words);
+    pd_free(&net->allocator, tally.counts);
+    return pd__vocab_made(v, &r, status);
+}
+
+/* What is wrong with a word of a vocabulary's text, or NULL. */
+static const char *pd__word_fault(const pd_vocab *v, const char *word, int64_t n) {
+    const char *at = word, *first;
+    int64_t length;
+    if (n == 0) return "an empty line, expected a word";
+    if (pd__text_prefix(word, n) < n) return "not UTF-8";
+    if (pd__words_find(&v->words, word, n) >= 0) return "a word that was there before";
+    for (int k = 0; k < PD__COUNT(v->special); k++) {
+        const char *name = pd__special_name(&v->opts, k);
+        if (strlen(name) == (size_t)n && memcmp(name, word, (size_t)n) == 0) return NULL;
+    }
+    if (pd__next_word(v->opts.characters, &at, word + n, &first, &length) && length == n) return NULL;
+    return v->opts.characters ? "expected one character" : "a word with white space in it";
+}
+
+static pd_status pd__vocab_read(pd_vocab *v, pd_reader *r, const char *text) {
+    for (int64_t line = 1; *text; line++) {
+        const char *end = strchr(text, '\n');
+        int64_t n = end ? end - text : (int64_t)strlen(text), kept = n > 0 && text[n - 1] == '\r' ? n - 1 : n;
+        const char *fault = pd__word_fault(v, text, kept);
+        if (fault) return pd_reader_fail(r, PD_E_FORMAT, "pd_vocab_parse: line %lld: %s", (long long)line, fault);
+        if (pd__words_add(&v->net->allocator, &v->words, text, kept) < 0)
+            return pd__reader_no_memory(r, "a vocabulary");
+        text += end ? n + 1 : n;
+    }
+    return v->words.count > 0 ? PD_OK : pd_reader_fail(r, PD_E_FORMAT, "pd_vocab_parse: there are no words");
+}
+
+PD_DEF pd_vocab *pd_vocab_parse(pd_net *net, const char *text, const pd_vocab_opts *opts) {
+    pd_reader r = PD__ZERO;
+    pd_vocab *v = pd__vocab_new(net, opts, "pd_vocab_parse", true);
+    pd_status status;
+    if (!v) return NULL;
+    if (text) status = pd__vocab_read(v, &r, text);
+    else status = pd_reader_fail(&r, PD_E_ARGUMENT, "pd_vocab_parse: no text; does the model's file have it?");
+    return pd__vocab_made(v, &r, status);
+}
+
+PD_DEF const char *pd_vocab_text(const pd_vocab *vocab) { return vocab ? vocab->text : NULL; }
+PD_DEF int64_t pd_vocab_size(const pd_vocab *vocab) { return vocab ? vocab->words.count : 0; }
+PD_DEF int64_t pd_vocab_unknown(const pd_vocab *vocab) { return vocab ? vocab->special[0] : -1; }
+PD_DEF int64_t pd_vocab_begin(const pd_vocab *vocab) { return vocab ? vocab->special[1] : -1; }
+PD_DEF int64_t pd_vocab_end(const pd_vocab *vocab) { return vocab ? vocab->special[2] : -1; }
+
+static int64_t pd__vocab_id(const pd_vocab *v, const char *word, int64_t n) {
+    int64_t id = pd__words_find(&v->words, word, n);
+    return id >= 0 ? id : v->special[0];
+}
+
+PD_DEF int64_t pd_vocab_id(const pd_vocab *vocab, const char *word) {
+    return vocab && word ? pd__vocab_id(vocab, word, (int64_t)strlen(word)) : -1;
+}
+
+PD_DEF const char *pd_vocab_word(const pd_vocab *vocab, int64_t id) {
+    return vocab && id >= 0 && id < vocab->words.count ? pd__words_at(&vocab->words, id) : NULL;
+}
+
+PD_DEF pd_status pd_batch_add_text(pd_batch *batch, int slot, const pd_vocab *vocab, const char *text) {
+    const char *end, *word;
+    int64_t length, good;
+    pd_status status = PD_OK;
+    if (!batch) return PD_E_ARGUMENT;
+    if (!vocab || !text)
+        return pd__batch_fail(batch, PD_E_ARGUMENT, "slot %d: no %s", slot, vocab ? "text" : "vocabulary");
+    end = text + strlen(text);
+    good = pd__text_prefix(text, end - text);
+    if (text + good < end)
+        return pd__batch_fail(batch, PD_E_FORMAT, "slot %d: byte %lld: 0x%02x, expected text in UTF-8", slot,
+                              (long long)good + 1, (unsigned)(unsigned char)text[good]);
+    while (status == PD_OK && pd__next_word(vocab->opts.characters, &text, end, &word, &length)) {
+        int64_t id = pd__vocab_id(vocab, word, length);
+        if (id < 0)
+            return pd__batch_fail(batch, PD_E_FORMAT, "slot %d: \"%.*s\" is not in the vocabulary", slot,
+                                  (int)pd__min(length, 60), word);
+        status = pd_batch_add_id(batch, slot, id);
+    }
+    return status;
+}
+
+/* ---- >>reader:text: text ---- */
+
+typedef struct pd__text {
+    pd__source source;
+    pd__lines lines;
+    pd_text_field *fields; /* one per slot */
+    int64_t columns;
+} pd__text;
+
+static pd_status pd__text_add(pd__source *s, pd_batch *batch, int slot, int64_t id) {
+    return pd_batch_add_id(batch, slot, id) == PD_OK ? PD_OK : pd__reader_batch_failed(&s->reader, batch);
+}
+
+static pd_status pd__text_add_word(pd__text *t, pd_batch *batch, int slot, const char *word, int64_t n) {
+    pd_reader *r = &t->source.reader;
+    const pd_vocab *v = t->fields[slot].vocab;
+    int64_t id = v ? pd__vocab_id(v, word, n) : 0;
+    pd__whole number;
+    if (id < 0)
+        return pd_reader_fail(r, PD_E_FORMAT, "\"%.*s\" is not in the vocabulary, which has no unknown word",
+                              (int)pd__min(n, 60), word);
+    if (v) return pd__text_add(&t->source, batch, slot, id);
+    if (pd__read_whole(r, word, word + n, &number) != PD_OK) return r->error.status;
+    return pd__add_id(&t->source, batch, slot, number);
+}
+
+/* Adds what stands in the column of an input. */
+static pd_status pd__text_add_field(pd__text *t, pd_batch *batch, int slot) {
+    const pd_text_field *f = &t->fields[slot];
+    const pd_slot *input = &t->source.model->slots[slot];
+    const char *at = t->lines.line, *end = at + t->lines.length, *word;
+    bool characters = f->vocab && f->vocab->opts.characters;
+    int64_t length, words = 0;
+    pd_status status = PD_OK;
+    pd__find_column(&at, &end, f->column - 1);
+    if (f->begin) status = pd__text_add(&t->source, batch, slot, pd_vocab_begin(f->vocab));
+    for (; status == PD_OK && pd__next_word(characters, &at, end, &word, &length); words++)
+        status = pd__text_add_word(t, batch, slot, word, length);
+    if (status == PD_OK && f->end) status = pd__text_add(&t->source, batch, slot, pd_vocab_end(f->vocab));
+    if (status == PD_OK && !input->sequence && words != 1)
+        status = pd_reader_fail(&t->source.reader, PD_E_FORMAT, "%lld words, expected 1", (long long)words);
+    return status == PD_OK ? PD_OK : pd__locate(&t->source.reader, "column %d (%.100s)", f->column, input->name);
+}
+
+static pd_status pd__text_read(pd__source *s, pd_batch *batch) {
+    pd__text *t = (pd__text *)s;
+    pd_status status = pd__lines_next(&t->lines);
+    if (status != PD_OK) return status;
+    status = pd__check_line(&t->lines);
+    if (status == PD_OK && pd__count_columns(&t->lines) != t->columns)
+        status = pd_reader_fail(&s->reader, PD_E_FORMAT, "%lld columns, expected %lld",
+                                (long long)pd__count_columns(&t->lines), (long long)t->columns);
+    for (int i = 0; status == PD_OK && i < s->model->slot_count; i++) status = pd__text_add_field(t, batch, i);
+    return status == PD_OK ? PD_OK : pd__lines_locate(&t->lines);
+}
+
+static pd_status pd__text_step(pd__source *s) { return pd__lines_next(&((pd__text *)s)->lines); }
+static pd_status pd__text_rewind(pd__source *s) { return pd__lines_rewind(&((pd__text *)s)->lines); }
+
+static void pd__text_close(pd__source *s) {
+    pd__lines_free(&((pd__text *)s)->lines);
+    pd_free(&s->net->allocator, ((pd__text *)s)->fields);
+}
+
+static pd_status pd__check_text_field(pd__source *s, const pd_text_field *f, const pd_slot *slot) {
+    const char *lacks = !f->vocab ? "no vocabulary" : !slot->sequence ? "no sequences" : NULL;
+    const char *adds = f->begin ? "begin" : "end";
+    if (slot->kind != PD_SLOT_IDS)
+        return pd_reader_fail(&s->reader, PD_E_SHAPE, "text reader: input \"%.100s\" takes no ids", slot->name);
+    if (f->column < 0)
+        return pd_reader_fail(&s->reader, PD_E_ARGUMENT, "text reader: input \"%.100s\": column %d", slot->name,
+                              f->column);
+    if (pd_vocab_size(f->vocab) > slot->width)
+        return pd_reader_fail(&s->reader, PD_E_SHAPE,
+                              "text reader: input \"%.100s\" takes %lld ids, but its vocabulary has %lld", slot->name,
+                              (long long)slot->width, (long long)pd_vocab_size(f->vocab));
+    if (!lacks && f->begin && pd_vocab_begin(f->vocab) < 0) lacks = "a vocabulary without that word";
+    if (!lacks && f->end && pd_vocab_end(f->vocab) < 0) adds = "end", lacks = "a vocabulary without that word";
+    if ((f->begin || f->end) && lacks)
+        return pd_reader_fail(&s->reader, PD_E_ARGUMENT, "text reader: input \"%.100s\" has %s, and can't get the %s",
+                              slot->name, lacks, adds);
+    return PD_OK;
+}
+
+static pd_status pd__check_text_opts(pd__source *s) {
+    pd_reader_opts *o = &s->opts;
+    if (o->order || o->delimiter || o->scale != 1 || o->shift != 0)
+        return pd_reader_fail(&s->reader, PD_E_ARGUMENT,
+                              "text reader: order, delimiter, scale and shift are no options for text");
+    if (o->columns < 0) return pd_reader_fail(&s->reader, PD_E_ARGUMENT, "text reader: columns must be 0 or more");
+    o->columns = 0; /* kept by pd__text_init */
+    return pd__check_reader_opts(s, true);
+}
+
+static pd_status pd__text_init(pd__text *t, const char *path, const pd_text_field *fields, int count) {
+    pd__source *s = &t->source;
+    int64_t wanted = s->opts.columns;
+    pd_status status = pd__check_text_opts(s);
+    if (status != PD_OK) return status;
+    if (!fields || count != s->model->slot_count)
+        return pd_reader_fail(&s->reader, PD_E_ARGUMENT, "text reader: %d fields, expected %d, one per input",
+                              fields ? count : 0, s->model->slot_count);
+    t->fields = (pd_text_field *)pd_alloc(&s->net->allocator, count, sizeof *fields);
+    if (!t->fields) return pd__reader_no_memory(&s->reader, "a reader");
+    for (int i = 0; i < count; i++) {
+        status = pd__check_text_field(s, &fields[i], &s->model->slots[i]);
+        if (status != PD_OK) return status;
+        t->fields[i] = fields[i];
+        if (fields[i].column == 0) t->fields[i].column = i + 1;
+        t->columns = pd__max(t->columns, t->fields[i].column);
+    }
+    if (wanted > 0 && wanted < t->columns)
+        return pd_reader_fail(&s->reader, PD_E_ARGUMENT,
+                              "text reader: lines of %lld columns, but a field reads column %lld", (long long)wanted,
+                              (long long)t->columns);
+    t->columns = pd__max(t->columns, wanted);
+    return pd__lines_start(&t->lines, s, path);
+}
+
+PD_DEF pd_reader *pd_text_reader(pd_net *net, const char *path, const pd_text_field *fields, int count,
+                                 const pd_reader_opts *opts) {
+    pd__text *t = (pd__text *)pd__source_new(net, "text", sizeof *t, opts);
+    if (!t) return NULL;
+    t->source.read = pd__text_read;
+    t->source.step = pd__text_step;
+    t->source.rewind = pd__text_rewind;
+    t->source.close = pd__text_close;
+    return pd__reader_made(net, &t->source.reader, pd__text_init(t, path, fields, count));
 }
 
 /* ======================================================================================================== */

@@ -1483,6 +1483,509 @@ static void test_libsvm_refused(void **state) {
     pd_net_free(swapped);
 }
 
+/* ---- vocabularies and text ---- */
+
+static pd_vocab_opts no_vocab_opts(void) {
+    pd_vocab_opts o;
+    memset(&o, 0, sizeof o);
+    return o;
+}
+
+static pd_vocab *made_vocab(pd_net *net, pd_vocab *v) {
+    if (!v) fail_msg("no vocabulary: %s", pd_error(net));
+    return v;
+}
+
+/* Builds one of a text as a file; the result is the words, one per line. Frees it. */
+static void expect_vocab(const char *file, const pd_vocab_opts *o, const char *expected) {
+    pd_net *net = pd_net_new(NULL);
+    pd_vocab *v;
+    write_text("words.txt", file);
+    v = made_vocab(net, pd_vocab_build(net, "words.txt", o));
+    assert_string_equal(pd_vocab_text(v), expected);
+    for (int64_t i = 0; i < pd_vocab_size(v); i++) assert_int_equal(pd_vocab_id(v, pd_vocab_word(v, i)), i);
+    assert_null(pd_vocab_word(v, -1));
+    assert_null(pd_vocab_word(v, pd_vocab_size(v)));
+    pd_vocab_free(v);
+    pd_net_free(net);
+}
+
+/* The same must fail, and leave a failed net. */
+static void expect_no_vocab(const char *file, const pd_vocab_opts *o, pd_status status, const char *message) {
+    pd_net *net = pd_net_new(NULL);
+    if (file) write_text("words.txt", file);
+    assert_null(pd_vocab_build(net, file ? "words.txt" : "missing.txt", o));
+    check_contains(pd_error(net), message);
+    assert_int_equal(pd_error_status(net), status);
+    assert_null(pd_ids(net, "x", pd_vocab_size(NULL))); /* whose message is not that of the sizes */
+    check_contains(pd_error(net), message);
+    pd_net_free(net);
+}
+
+#define SPECIALS "<unk>\n<s>\n</s>\n"
+
+static void test_vocab_build(void **state) {
+    static const char file[] = "b a  c\tb\r\n\n   \nb\vd\fa\xc3\xa9 <s>\nc"; /* b 3, c 2, a, aé and d 1 */
+    pd_vocab_opts o = no_vocab_opts();
+    (void)state;
+    expect_vocab(file, NULL, SPECIALS "b\nc\na\na\xc3\xa9\nd\n");
+    o.min_count = 2;
+    expect_vocab(file, &o, SPECIALS "b\nc\n");
+    o.min_count = 1;
+    o.max_size = 6;
+    expect_vocab(file, &o, SPECIALS "b\nc\na\n"); /* of equal counts the first in order of bytes */
+    o.max_size = 3;
+    expect_vocab(file, &o, SPECIALS);
+    o = no_vocab_opts();
+    o.unknown = "UNK", o.begin = "", o.end = "c";
+    expect_vocab(file, &o, "UNK\nc\nb\n<s>\na\na\xc3\xa9\nd\n");
+    o.unknown = o.end = "";
+    expect_vocab("\xEF\xBB\xBFz y", &o, "y\nz\n");
+    o.column = 2;
+    expect_vocab("a b\tc d c\te\n\td\n\t\t", &o, "c\nd\n");
+    o.characters = true;
+    expect_vocab("x\tab \xe2\x82\xac"
+                 "b\ty\r\nx\t\xf0\x9f\x98\x80\r\r\n",
+                 &o, "b\n \na\n\xe2\x82\xac\n\xf0\x9f\x98\x80\n");
+    o.column = 0;
+    expect_vocab("ba\tb", &o, "b\na\n");
+    o = no_vocab_opts();
+    o.characters = true;
+    expect_vocab("<s>s", &o, SPECIALS "s\n<\n>\n"); /* a special word is no character */
+    write_text("more.txt", "b");
+    write_text("words.list", "words.txt\nmore.txt\n");
+    {
+        pd_net *net = pd_net_new(NULL);
+        pd_vocab *v;
+        write_text("words.txt", "a a c\n");
+        v = made_vocab(net, pd_vocab_build(net, "@words.list", NULL));
+        assert_string_equal(pd_vocab_text(v), SPECIALS "a\nb\nc\n");
+        assert_int_equal(pd_vocab_unknown(v), 0);
+        assert_int_equal(pd_vocab_begin(v), 1);
+        assert_int_equal(pd_vocab_end(v), 2);
+        assert_int_equal(pd_vocab_id(v, "c"), 5);
+        assert_int_equal(pd_vocab_id(v, "cc"), 0);
+        assert_int_equal(pd_vocab_id(v, ""), 0);
+        pd_vocab_free(v);
+        pd_net_free(net);
+    }
+}
+
+/* Against a plain count of random words, more than any table begins with. */
+static void test_vocab_twin(void **state) {
+    enum { WORDS = 700, LINES = 400 };
+    static int counts[WORDS];
+    static char expected[WORDS * 8];
+    pd_net *net = pd_net_new(NULL);
+    pd_vocab_opts o = no_vocab_opts();
+    (void)state;
+    o.unknown = o.begin = o.end = "";
+    for (int seed = 0; seed < 4; seed++) {
+        FILE *f = fopen("random.txt", "wb");
+        pd_vocab *v;
+        size_t n = 0;
+        int most = 0, words = 0;
+        random_seed((uint64_t)seed);
+        memset(counts, 0, sizeof counts);
+        for (int i = 0; i < LINES; i++)
+            for (int64_t k = below(30); k >= 0; k--) {
+                int word = (int)(uniform(0, 1) * uniform(0, 1) * WORDS);
+                fprintf(f, "%x%c", word, k ? ' ' : '\n');
+                if (++counts[word] > most) most = counts[word];
+            }
+        fclose(f);
+        o.min_count = 1 + seed;
+        o.max_size = seed == 3 ? 100 : 0;
+        expected[0] = 0;
+        for (int count = most; count >= o.min_count; count--) {
+            char last[8] = "";
+            for (int found = 1; found && (!o.max_size || words < o.max_size); words += found) { /* in order of bytes */
+                char next[8] = "", name[8];
+                for (int i = 0; i < WORDS; i++) {
+                    snprintf(name, sizeof name, "%x", (unsigned)i);
+                    if (counts[i] == count && strcmp(name, last) > 0 && (!next[0] || strcmp(name, next) < 0))
+                        memcpy(next, name, sizeof next);
+                }
+                found = next[0] != 0;
+                if (found) n += (size_t)snprintf(expected + n, sizeof expected - n, "%s\n", next);
+                memcpy(last, next, sizeof last);
+            }
+        }
+        v = made_vocab(net, pd_vocab_build(net, "random.txt", &o));
+        if (strcmp(pd_vocab_text(v), expected) != 0) fail_msg("seed %d", seed);
+        assert_int_equal(pd_vocab_size(v), words);
+        assert_int_equal(pd_vocab_id(v, "ffff"), -1);
+        pd_vocab_free(v);
+    }
+    pd_net_free(net);
+}
+
+static void test_vocab_refused(void **state) {
+    pd_vocab_opts o = no_vocab_opts();
+    (void)state;
+    expect_no_vocab(NULL, NULL, PD_E_IO, "missing.txt: No such file");
+    expect_no_vocab("", NULL, PD_E_FORMAT, "words.txt: no word that occurs 1 times");
+    o.min_count = 3;
+    expect_no_vocab("a a b", &o, PD_E_FORMAT, "words.txt: no word that occurs 3 times");
+    o.min_count = -1;
+    expect_no_vocab("a", &o, PD_E_ARGUMENT, "pd_vocab_build: column, min_count and max_size must not be negative");
+    o = no_vocab_opts();
+    o.column = 3;
+    expect_no_vocab("a\tb\tc\na\tb\n", &o, PD_E_FORMAT, "words.txt:2: 2 columns, expected 3 or more");
+    o = no_vocab_opts();
+    o.max_size = 2;
+    expect_no_vocab("a", &o, PD_E_ARGUMENT, "max_size has no room for the special words");
+    o = no_vocab_opts();
+    o.end = "<s>";
+    expect_no_vocab("a", &o, PD_E_ARGUMENT, "two special words have the same name");
+    o.end = "a\nb";
+    expect_no_vocab("a", &o, PD_E_ARGUMENT, "special words are UTF-8, without tabs and ends of lines");
+    o.end = "\xc3";
+    expect_no_vocab("a", &o, PD_E_ARGUMENT, "special words are UTF-8");
+    assert_null(pd_vocab_build(NULL, "words.txt", NULL));
+    {
+        pd_net *net = pd_net_new(NULL);
+        assert_null(pd_vocab_build(net, NULL, NULL));
+        check_contains(pd_error(net), "no path");
+        pd_net_free(net);
+    }
+    pd_vocab_free(NULL);
+    assert_null(pd_vocab_text(NULL));
+    assert_null(pd_vocab_word(NULL, 0));
+    assert_int_equal(pd_vocab_id(NULL, "a"), -1);
+    assert_int_equal(pd_vocab_begin(NULL), -1);
+}
+
+static void test_vocab_parse(void **state) {
+    static const struct {
+        const char *text, *message;
+        bool characters;
+    } bad[] = {
+        { NULL, "pd_vocab_parse: no text", false },
+        { "", "pd_vocab_parse: there are no words", false },
+        { "a\n\nb\n", "line 2: an empty line, expected a word", false },
+        { "a\nb\n\n", "line 3: an empty line", false },
+        { "a\nb c\n", "line 2: a word with white space in it", false },
+        { " a\n", "line 1: a word with white space in it", false },
+        { "a\nb\na\n", "line 3: a word that was there before", false },
+        { "a\nb\na\xff\n", "line 3: not UTF-8", false },
+        { "a\nbc\n", "line 2: expected one character", true },
+        { "\t\n", "line 1: expected one character", true },
+    };
+    pd_vocab_opts o = no_vocab_opts();
+    pd_net *net = pd_net_new(NULL);
+    pd_vocab *v = made_vocab(net, pd_vocab_parse(net, "b\r\n</s>\na", NULL));
+    (void)state;
+    assert_string_equal(pd_vocab_text(v), "b\n</s>\na\n");
+    assert_int_equal(pd_vocab_unknown(v), -1);
+    assert_int_equal(pd_vocab_begin(v), -1);
+    assert_int_equal(pd_vocab_end(v), 1);
+    assert_int_equal(pd_vocab_id(v, "c"), -1);
+    pd_vocab_free(v);
+    o.characters = true;
+    o.begin = "the begin";
+    v = made_vocab(net, pd_vocab_parse(net, " \nthe begin\n\xe2\x82\xac\n", &o));
+    assert_int_equal(pd_vocab_begin(v), 1);
+    assert_string_equal(pd_vocab_word(v, 0), " ");
+    pd_vocab_free(v);
+    pd_net_free(net);
+    for (int i = 0; i < COUNT(bad); i++) {
+        o = no_vocab_opts();
+        o.characters = bad[i].characters;
+        net = pd_net_new(NULL);
+        assert_null(pd_vocab_parse(net, bad[i].text, &o));
+        check_contains(pd_error(net), bad[i].message);
+        assert_int_equal(pd_error_status(net), bad[i].text ? PD_E_FORMAT : PD_E_ARGUMENT);
+        pd_net_free(net);
+    }
+    net = pd_net_new(NULL);
+    o.max_size = 5;
+    assert_null(pd_vocab_parse(net, "a\n", &o));
+    check_contains(pd_error(net), "column, min_count and max_size are options of pd_vocab_build");
+    pd_net_free(net);
+}
+
+/* Into a model's file and out of it, before the net is built. */
+static void test_vocab_in_a_file(void **state) {
+    pd_vocab_opts o = no_vocab_opts();
+    (void)state;
+    for (int characters = 0; characters < 2; characters++) {
+        pd_net *net = pd_net_new(NULL), *other = pd_net_new(NULL);
+        pd_vocab *v, *w;
+        o.characters = characters != 0;
+        write_text("words.txt",
+                   "\"quoted\" back\\slash \x01\x02 \xc3\xa9t\xc3\xa9 a/b a/b {\"x\":1}\n\xf0\x9f\x98\x80\n");
+        v = made_vocab(net, pd_vocab_build(net, "words.txt", &o));
+        pd_embedding(net, pd_ids(net, "words", pd_vocab_size(v)), 2, NULL);
+        assert_int_equal(pd_net_set_text(net, "words", pd_vocab_text(v)), PD_OK);
+        assert_int_equal(pd_save(net, "model"), PD_OK);
+        assert_int_equal(pd_load(other, "model", NULL), PD_OK);
+        w = made_vocab(other, pd_vocab_parse(other, pd_net_text(other, "words"), &o));
+        pd_embedding(other, pd_ids(other, "words", pd_vocab_size(w)), 2, NULL);
+        assert_int_equal(pd_load(other, "model", NULL), PD_OK);
+        assert_int_equal(pd_vocab_size(w), pd_vocab_size(v));
+        for (int64_t i = 0; i < pd_vocab_size(v); i++) assert_string_equal(pd_vocab_word(w, i), pd_vocab_word(v, i));
+        assert_int_equal(pd_vocab_end(w), 2);
+        pd_vocab_free(v);
+        pd_vocab_free(w);
+        pd_net_free(net);
+        pd_net_free(other);
+    }
+}
+
+/* Three inputs as a translator has them, over the words a b c of 3 to 5. */
+static pd_net *translator(const pd_net_opts *opts, pd_vocab **v, pd_text_field fields[3]) {
+    pd_net *net = pd_net_new(opts);
+    memset(fields, 0, 3 * sizeof *fields);
+    *v = net ? pd_vocab_parse(net, SPECIALS "a\nb\nc\n", NULL) : NULL;
+    if (!*v) return net;
+    pd_sequence(pd_ids(net, "source", 6));
+    pd_sequence(pd_ids(net, "so far", 6));
+    pd_sequence(pd_label(net, "next", 7));
+    fields[0].vocab = fields[1].vocab = fields[2].vocab = *v;
+    fields[0].end = fields[1].begin = fields[2].end = true;
+    fields[2].column = 2;
+    return net;
+}
+
+static void test_text(void **state) {
+    pd_text_field fields[3];
+    pd_vocab *v;
+    pd_net *net = translator(NULL, &v, fields);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    write_text("pairs.tsv", "\xEF\xBB\xBF"
+                            "a b c\tc b\r\n" /* a byte order mark, and an end of line from Windows */
+                            "b \t\n"         /* an empty column */
+                            "\n \t \r\n"     /* blank lines */
+                            "\tc zz a\v \n"  /* an unknown word */
+                            "a<s> <s>\tb");  /* a special word; no end of line */
+    expect(net, pd_text_reader(net, "pairs.tsv", fields, 3, NULL),
+           "3,4,5,2|1,5,4|5,4,2\n4,2|1|2\n2|1,5,0,3|5,0,3,2\n0,1,2|1,4|4,2\n");
+    o.columns = 3;
+    o.skip_lines = 1;
+    write_text("pairs3.tsv", "heading\na\tb\tby somebody\n");
+    write_text("pairs.list", "pairs3.tsv\npairs3.tsv\n");
+    expect(net, pd_text_reader(net, "@pairs.list", fields, 3, &o), "3,2|1,4|4,2\n3,2|1,4|4,2\n");
+    pd_vocab_free(v);
+    pd_net_free(net);
+
+    net = pd_net_new(NULL); /* lines of characters, predicted from those before */
+    {
+        pd_vocab_opts vo = no_vocab_opts();
+        vo.characters = true;
+        v = made_vocab(net, pd_vocab_parse(net, SPECIALS " \n\xc3\xa9\nx\n", &vo));
+    }
+    pd_sequence(pd_ids(net, "so far", 6));
+    pd_sequence(pd_label(net, "next", 6));
+    memset(fields, 0, sizeof fields);
+    fields[0].vocab = fields[1].vocab = v;
+    fields[0].column = fields[1].column = 1;
+    fields[0].begin = fields[1].end = true;
+    write_text("lines.txt", "x \xc3\xa9y\n\n  \nx");
+    expect(net, pd_text_reader(net, "lines.txt", fields, 2, NULL), "1,5,3,4,0|5,3,4,0,2\n1,5|5,2\n");
+    pd_vocab_free(v);
+    pd_net_free(net);
+
+    net = pd_net_new(NULL); /* a class by its name, one by its number, and numbers in a row */
+    v = made_vocab(net, pd_vocab_parse(net, "no\nyes\n", NULL));
+    pd_label(net, "class", 2);
+    pd_label(net, "number", 4);
+    pd_sequence(pd_ids(net, "row", 10));
+    memset(fields, 0, sizeof fields);
+    fields[0].vocab = v;
+    write_text("classes.tsv", "yes\t3\t\nno\t 0 \t9 8 7\n");
+    expect(net, pd_text_reader(net, "classes.tsv", fields, 3, NULL), "1|3|\n0|0|9,8,7\n");
+    write_text("classes.tsv", "maybe\t3\t\nno no\t0\t1\nno\t4\t1\nno\t\t1\nno\t1.5\t1\nyes\t1\t1 10\nyes\t2\t1\n");
+    expect(net, pd_text_reader(net, "classes.tsv", fields, 3, NULL),
+           "! classes.tsv:1: column 1 (class): \"maybe\" is not in the vocabulary, which has no unknown word\n"
+           "! classes.tsv:2: column 1 (class): 2 words, expected 1\n"
+           "! classes.tsv:3: column 2 (number): 4 is not an id of 0 to 3\n"
+           "! classes.tsv:4: column 2 (number): 0 words, expected 1\n"
+           "! classes.tsv:5: column 2 (number): \"1.5\" is not a whole number\n"
+           "! classes.tsv:6: column 3 (row): 10 is not an id of 0 to 9\n"
+           "1|2|1\n");
+    pd_vocab_free(v);
+    pd_net_free(net);
+}
+
+static void test_text_malformed(void **state) {
+    static const char *const bad[] = {
+        "\xc0\x80",         /* two bytes for what takes one */
+        "\xe0\x80\xaf",     /* three */
+        "\xf0\x80\x80\xaf", /* four */
+        "\xed\xa0\x80",     /* half of a UTF-16 pair */
+        "\xf4\x90\x80\x80", /* beyond U+10FFFF */
+        "\x80",
+        "\xff", /* no beginnings */
+        "\xc3",
+        "\xe2\x82",
+        "\xf0\x9f\x98", /* cut off */
+    };
+    pd_text_field fields[3];
+    pd_vocab *v;
+    pd_net *net = translator(NULL, &v, fields);
+    pd_batch *b = pd_batch_new(net);
+    (void)state;
+    write_text("pairs.tsv", "a\tb\na\na\tb\tc\na\tb\n\ta\t\n\nb\ta");
+    expect(net, pd_text_reader(net, "pairs.tsv", fields, 3, NULL),
+           "3,2|1,4|4,2\n! pairs.tsv:2: 1 columns, expected 2\n! pairs.tsv:3: 3 columns, expected 2\n3,2|1,4|4,2\n"
+           "! pairs.tsv:5: 3 columns, expected 2\n4,2|1,3|3,2\n");
+    for (int i = 0; i < COUNT(bad); i++)
+        for (int end = 0; end < 2; end++) { /* at the end of a line, and before other text */
+            char file[64], message[80];
+            snprintf(file, sizeof file, "a\tb\nb\xc3\xa9\tc%s%s\nc\tc\n", bad[i], end ? "" : "a");
+            snprintf(message, sizeof message, "byte 6: 0x%02x, expected text in UTF-8",
+                     (unsigned)(unsigned char)bad[i][0]);
+            write_text("pairs.tsv", file);
+            {
+                char expected[160];
+                snprintf(expected, sizeof expected, "3,2|1,4|4,2\n! pairs.tsv:2: %s\n5,2|1,5|5,2\n", message);
+                expect(net, pd_text_reader(net, "pairs.tsv", fields, 3, NULL), expected);
+            }
+            expect_no_vocab(file, NULL, PD_E_FORMAT, "words.txt:2: byte 6: 0x");
+            file[strlen(file) - 5] = 0;
+            pd_batch_drop_sample(b);
+            assert_int_equal(pd_batch_add_text(b, 0, v, file), PD_E_FORMAT);
+            check_contains(b->error.text, "slot 0: byte 10: 0x");
+            assert_int_equal(b->slots[0].rows, 0);
+        }
+    write_bytes("pairs.tsv", "a\0b\tc\na\tb\n", 10); /* a zero is no text */
+    expect(net, pd_text_reader(net, "pairs.tsv", fields, 3, NULL),
+           "! pairs.tsv:1: byte 2: 0x00, expected text in UTF-8\n3,2|1,4|4,2\n");
+    pd_batch_free(b);
+    pd_vocab_free(v);
+    pd_net_free(net);
+}
+
+static void test_text_refused(void **state) {
+    pd_text_field fields[3];
+    pd_vocab *v, *bare;
+    pd_net *net = translator(NULL, &v, fields);
+    pd_reader_opts o = no_opts();
+    (void)state;
+    bare = made_vocab(net, pd_vocab_parse(net, "a\nb\n", NULL));
+    write_text("pairs.tsv", "a\tb\n");
+    expect_none(net, pd_text_reader(net, "missing.tsv", fields, 3, NULL), PD_E_IO, "missing.tsv: No such file");
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 2, NULL), PD_E_ARGUMENT,
+                "text reader: 2 fields, expected 3, one per input");
+    expect_none(net, pd_text_reader(net, "pairs.tsv", NULL, 3, NULL), PD_E_ARGUMENT, "0 fields, expected 3");
+    fields[1].vocab = bare;
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 3, NULL), PD_E_ARGUMENT,
+                "input \"so far\" has a vocabulary without that word, and can't get the begin");
+    fields[1].vocab = NULL;
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 3, NULL), PD_E_ARGUMENT,
+                "input \"so far\" has no vocabulary, and can't get the begin");
+    fields[1].vocab = v;
+    fields[1].column = -1;
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 3, NULL), PD_E_ARGUMENT, "input \"so far\": column -1");
+    fields[1].column = 3;
+    o.columns = 2;
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 3, &o), PD_E_ARGUMENT,
+                "lines of 2 columns, but a field reads column 3");
+    fields[1].column = 0;
+    o.columns = -1;
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 3, &o), PD_E_ARGUMENT, "columns must be 0 or more");
+    o.columns = 1;
+    expect_none(net, pd_csv_reader(net, "pairs.tsv", &o), PD_E_ARGUMENT, "csv reader: columns is an option for text");
+    for (int k = 0; k < 4; k++) {
+        o = no_opts();
+        if (k == 0) o.order = "so far";
+        if (k == 1) o.delimiter = ';';
+        if (k == 2) o.scale = 2;
+        if (k == 3) o.shift = 1;
+        expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 3, &o), PD_E_ARGUMENT,
+                    "order, delimiter, scale and shift are no options for text");
+    }
+    pd_vocab_free(v);
+    pd_vocab_free(bare);
+    pd_net_free(net);
+
+    net = pd_net_new(NULL);
+    v = made_vocab(net, pd_vocab_parse(net, SPECIALS "a\n", NULL));
+    pd_label(net, "kind", 3);
+    pd_vector(net, "x", 1);
+    memset(fields, 0, sizeof fields);
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 2, NULL), PD_E_SHAPE, "input \"x\" takes no ids");
+    fields[0].vocab = v;
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 2, NULL), PD_E_SHAPE,
+                "input \"kind\" takes 3 ids, but its vocabulary has 4");
+    pd_vocab_free(v);
+    v = made_vocab(net, pd_vocab_parse(net, "</s>\na\n", NULL));
+    fields[0].vocab = v;
+    fields[0].end = true;
+    expect_none(net, pd_text_reader(net, "pairs.tsv", fields, 2, NULL), PD_E_ARGUMENT,
+                "input \"kind\" has no sequences, and can't get the end");
+    pd_vocab_free(v);
+    pd_net_free(net);
+}
+
+/* Samples of two ids: what the options and shards leave, skipped or not, shuffled and read ahead. */
+static void test_text_choices(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_text_field field;
+    pd_reader_opts o = no_opts();
+    FILE *f = fopen("many.txt", "wb");
+    (void)state;
+    memset(&field, 0, sizeof field);
+    pd_sequence(pd_ids(net, "x", MANY));
+    for (int i = 0; i < MANY; i++) fprintf(f, "%d %d\n%s", i, i, i % 5 ? "" : "\n");
+    fclose(f);
+    o.first = 4, o.folds = 3, o.fold = 1, o.not_fold = true;
+    for (int rank = 0; rank < 2; rank++)
+        for (int skipped = 0; skipped < 12; skipped++) {
+            pd_reader *r = made(net, pd_text_reader(net, "many.txt", &field, 1, &o));
+            text got, expected;
+            int chosen = 0;
+            got.n = expected.n = 0;
+            got.s[0] = expected.s[0] = 0;
+            for (int i = 4; i < MANY; i++)
+                if (i % 3 != 1 && chosen++ % 2 == rank && chosen > 2 * skipped) say(&expected, "%d,%d\n", i, i);
+            assert_int_equal(pd_reader_shard(r, rank, 2), PD_OK);
+            assert_int_equal(r->skip(r, skipped), PD_OK);
+            read_rest(r, net, 3, &got);
+            assert_string_equal(got.s, expected.s);
+            pd_reader_free(r);
+        }
+    {
+        pd_reader *a = pd_shuffle(net, pd_text_reader(net, "many.txt", &field, 1, NULL), 10, 3);
+        pd_reader *b = pd_prefetch(net, pd_shuffle(net, pd_text_reader(net, "many.txt", &field, 1, NULL), 10, 3), 2);
+        const char *first = read_pass(made(net, a), net, 1, 4);
+        assert_string_equal(read_pass(made(net, b), net, 1, 3), first);
+        assert_string_not_equal(read_pass(b, net, 2, 3), first);
+        assert_string_equal(read_pass(b, net, 1, 5), first);
+        pd_reader_free(a);
+        pd_reader_free(b);
+    }
+    pd_net_free(net);
+}
+
+static void test_add_text(void **state) {
+    pd_text_field fields[3];
+    pd_vocab *v, *bare;
+    pd_net *net = translator(NULL, &v, fields);
+    pd_batch *b = pd_batch_new(net);
+    (void)state;
+    bare = made_vocab(net, pd_vocab_parse(net, "a\nb\n", NULL));
+    assert_int_equal(pd_batch_add_text(b, 0, v, " c b\tzz\n"), PD_OK);
+    assert_int_equal(pd_batch_add_id(b, 0, pd_vocab_end(v)), PD_OK);
+    assert_int_equal(pd_batch_add_text(b, 1, v, ""), PD_OK);
+    assert_int_equal(pd_batch_add_text(b, 2, bare, "b a"), PD_OK);
+    assert_int_equal(pd_batch_end_sample(b), PD_OK);
+    assert_string_equal(batch_text(b), "5,4,0,2||1,0\n");
+    expect_batch_failure(b, pd_batch_add_text(b, 2, bare, "b zz"), PD_E_FORMAT,
+                         "slot 2: \"zz\" is not in the vocabulary");
+    pd_batch_drop_sample(b);
+    expect_batch_failure(b, pd_batch_add_text(b, 3, v, "a"), PD_E_ARGUMENT, "slot 3 is not an input of ids");
+    expect_batch_failure(b, pd_batch_add_text(b, 0, NULL, "a"), PD_E_ARGUMENT, "slot 0: no vocabulary");
+    expect_batch_failure(b, pd_batch_add_text(b, 0, v, NULL), PD_E_ARGUMENT, "slot 0: no text");
+    assert_int_equal(pd_batch_add_text(NULL, 0, v, "a"), PD_E_ARGUMENT);
+    pd_vocab_free(v);
+    pd_vocab_free(bare);
+    pd_batch_free(b);
+    pd_net_free(net);
+}
+
 /* ---- streams ---- */
 
 /* What the function does in its calls, a letter each: g good, e ends the pass, b bad id, n nothing added, f fails,
@@ -2013,6 +2516,56 @@ static void test_out_of_memory(void **state) {
     }
 }
 
+/* Vocabularies and the reader of text, with a net of their own each time, since a vocabulary that fails leaves a failed
+   net. */
+static void test_text_out_of_memory(void **state) {
+    int failures = 0;
+    FILE *f = fopen("words.txt", "wb");
+    (void)state;
+    for (int i = 0; i < 200; i++)
+        fprintf(f, "w%d w%d\tx%0*d\n", i, i / 2, i == 150 ? 70000 : 1, i); /* and a long line */
+    fclose(f);
+    for (int64_t fail_at = 0, done = 0; !done; fail_at++) {
+        failing_allocator fa;
+        pd_net_opts o;
+        pd_net *net;
+        pd_vocab *v = NULL, *w = NULL;
+        pd_text_field fields[2];
+        pd_reader *r = NULL;
+        memset(&o, 0, sizeof o);
+        memset(&fa, 0, sizeof fa);
+        memset(fields, 0, sizeof fields);
+        fa.fail_at = -1;
+        o.allocator.alloc = failing_alloc;
+        o.allocator.free = failing_free;
+        o.allocator.user = &fa;
+        net = pd_net_new(&o);
+        fa.calls = 0;
+        fa.fail_at = fail_at;
+        v = pd_vocab_build(net, "words.txt", NULL);
+        if (v) w = pd_vocab_parse(net, pd_vocab_text(v), NULL);
+        if (w) pd_sequence(pd_ids(net, "x", pd_vocab_size(w)));
+        if (w) pd_sequence(pd_ids(net, "y", pd_vocab_size(w)));
+        fields[0].vocab = fields[1].vocab = w;
+        fields[0].begin = fields[1].end = true;
+        if (pd_error_status(net) == PD_OK) r = pd_text_reader(net, "words.txt", fields, 2, NULL);
+        if (r) {
+            read_all_past_failures(r, net);
+            done = fa.calls <= fail_at;
+        } else {
+            assert_int_equal(pd_error_status(net), PD_E_MEMORY);
+            check_contains(pd_error(net), "out of memory");
+            failures++;
+        }
+        pd_reader_free(r);
+        pd_vocab_free(w);
+        pd_vocab_free(v);
+        pd_net_free(net);
+        assert_int_equal(fa.in_use, 0);
+    }
+    assert_true(failures > 40);
+}
+
 /* A line that there is no memory for is passed over, and the next one read. */
 static void test_line_out_of_memory(void **state) {
     failing_allocator f;
@@ -2111,6 +2664,16 @@ int main(void) {
         TEST(test_bad_queries),
         TEST(test_query_choice),
         TEST(test_libsvm_refused),
+        TEST(test_vocab_build),
+        TEST(test_vocab_twin),
+        TEST(test_vocab_refused),
+        TEST(test_vocab_parse),
+        TEST(test_vocab_in_a_file),
+        TEST(test_text),
+        TEST(test_text_malformed),
+        TEST(test_text_refused),
+        TEST(test_text_choices),
+        TEST(test_add_text),
         TEST(test_stream),
         TEST(test_stream_reset),
         TEST(test_own_reader),
@@ -2124,6 +2687,7 @@ int main(void) {
         TEST(test_prefetch_interrupted),
         TEST(test_prefetch_errors),
         TEST(test_out_of_memory),
+        TEST(test_text_out_of_memory),
         TEST(test_line_out_of_memory),
         TEST(test_steady_memory),
     };
