@@ -27,9 +27,9 @@
                        files 1823, gradient_check 1862
      >>NAME.c          core 2012, threads 2405, net 2665, parameters 2943, inputs 3457, activations 3548,
                        layers 3568, costs 5868, batches 6522, running 6806, evaluators 7449, optimizers 7991,
-                       device 8182, layer_types 9763, updater 10043, averaging 10513, readers 10596, text 12766,
-                       tensorboard 13277, trainer 13461, profile 14433, files 14505, gradient_check 16555,
-                       kernels 16816
+                       device 8182, layer_types 9763, updater 10043, averaging 10514, readers 10597, text 12767,
+                       tensorboard 13278, trainer 13462, profile 14434, files 14506, gradient_check 16557,
+                       kernels 16818
      >>layer:NAME      fc 3773, conv 3868, conv_transpose 3868, pool 4048, batch_norm 4137, layer_norm 4273,
                        group_norm 4312, response_norm 4365, dropout 4409, add 4461, multiply 4461, concat 4519,
                        slice 4565, reshape 4565, transpose 4565, pad 4565, scale 4703, interpolate 4703, affine 4790,
@@ -41,10 +41,10 @@
      >>op:NAME         kernels 8183, contract 8269, gemm 8322, conv 8455, winograd 8707, update 9022, activate 9098,
                        pool 9127, cross_entropy 9245, dropout 9286, norm 9297, sparse_product 9438, gru 9454,
                        attention 9473, levels 9536
-     >>reader:NAME     array 11060, csv 11375, libsvm 11582, idx 11832, npy 11832, stream 12245, shuffle 12360,
-                       prefetch 12498, text 13146
-     >>kernel:NAME     gemm 16921, winograd 17241, elementwise 17590, update 17838, activate 18011, norm 18177,
-                       gru 18424, attention 18467, pool 18554
+     >>reader:NAME     array 11061, csv 11376, libsvm 11583, idx 11833, npy 11833, stream 12246, shuffle 12361,
+                       prefetch 12499, text 13147
+     >>kernel:NAME     gemm 16923, winograd 17243, elementwise 17592, update 17840, activate 18013, norm 18179,
+                       gru 18426, attention 18469, pool 18556
 
    A WHOLE PROGRAM
 
@@ -10230,14 +10230,14 @@ PD__ONE_COPY static void pd__steps_between(const pd__lazy *lazy, int64_t from, i
     }
 }
 
-/* Makes room for all that may be needed after so many steps; false when out of memory. */
-static bool pd__ready_steps(const pd_allocator *a, pd__lazy *lazy, int64_t steps) {
+/* Makes room for all that may be needed after so many steps, of which `had` have been put; false when out of memory. */
+static bool pd__ready_steps(const pd_allocator *a, pd__lazy *lazy, int64_t had, int64_t steps) {
     pd__lazy bigger = *lazy;
     while (bigger.room < bigger.window && bigger.room < steps) bigger.room *= 2;
     if (lazy->products && bigger.room == lazy->room) return true;
     bigger.products = (double(*)[4])pd_alloc(a, 2 * bigger.room, sizeof *bigger.products);
     if (!bigger.products) return false;
-    for (int64_t step = pd__max(steps - 1 - lazy->room, 0) + 1; lazy->products && step < steps; step++)
+    for (int64_t step = pd__max(had - lazy->room, 0) + 1; lazy->products && step <= had; step++)
         pd__put_step(&bigger, step, lazy->products[lazy->room + (step - 1) % lazy->room]);
     pd_free(a, lazy->products);
     *lazy = bigger;
@@ -10256,7 +10256,7 @@ static pd_status pd__lazy_new(pd_trainer *t, pd__trained *tr) {
         while (lazy->window < PD__STEPS_MOST && 4 * lazy->window < lazy->count) lazy->window *= 2;
         lazy->times = (uint32_t *)pd_alloc(a, lazy->count, sizeof *lazy->times);
     }
-    if (!lazy || !lazy->times || !pd__ready_steps(a, lazy, 1)) return pd__no_memory(t->net, "sparse parameters");
+    if (!lazy || !lazy->times || !pd__ready_steps(a, lazy, 0, 1)) return pd__no_memory(t->net, "sparse parameters");
     return PD_OK;
 }
 
@@ -10401,6 +10401,7 @@ static int64_t pd__rows_at_once(const pd_param *p) {
 
 static pd_status pd__download_table(pd_net *net, const pd_param *p, pd_real *values) {
     const pd_trainer *t = pd__lagging(p);
+    const pd_param *of = pd__origin_of(p);
     pd_device *d = net->device;
     int64_t width = p->dims[1], each = pd__rows_at_once(p), capacity = 0;
     pd_real *rows = NULL;
@@ -10409,7 +10410,7 @@ static pd_status pd__download_table(pd_net *net, const pd_param *p, pd_real *val
     if (!pd__grow_numbers(net, &rows, &capacity, each * width)) return pd__no_memory(net, "a table's rows");
     for (int64_t first = 0; status == PD_OK && first < p->dims[0]; first += each) {
         int64_t n = pd__min(each, p->dims[0] - first);
-        pd__read_rows(net, t, p, p->value, first, n, NULL, rows);
+        pd__read_rows(net, t, of, of->value, first, n, NULL, rows);
         status = pd__download(net, values + first * width, rows, n * width);
     }
     d->free(d, rows);
@@ -10433,7 +10434,7 @@ PD_DEF pd_status pd_trainer_apply_rows(pd_trainer *trainer, pd_param *param, int
     pd_status status;
     if (!tr || !param->touched) return PD_OK;
     status = pd__check_finite(trainer, param, count * width, grad);
-    if (status == PD_OK && lazy && !pd__ready_steps(&trainer->net->allocator, lazy, tr->step + 1))
+    if (status == PD_OK && lazy && !pd__ready_steps(&trainer->net->allocator, lazy, tr->step, tr->step + 1))
         status = pd__no_memory(trainer->net, "sparse parameters");
     if (status != PD_OK) return status;
     first_step = pd__count_update(trainer, tr);
@@ -16315,7 +16316,8 @@ static pd_status pd__check_behind(const pd__item *behind, const pd__item *steps,
     if (steps->dims[0] > pd__min(step, lazy->window))
         return pd__fail(t->net, PD_E_FORMAT, "%.300s: tensor \"steps/%.100s\": %lld steps, expected at most %lld",
                         t->path, steps->param->name, (long long)steps->dims[0], (long long)pd__min(step, lazy->window));
-    return pd__ready_steps(&t->net->allocator, lazy, step) ? PD_OK : pd__no_memory(t->net, "sparse parameters");
+    if (pd__ready_steps(&t->net->allocator, lazy, behind->step, step)) return PD_OK;
+    return pd__no_memory(t->net, "sparse parameters");
 }
 
 static pd_status pd__check_lag(const pd__items *items, const pd__tensors *t) {

@@ -235,6 +235,7 @@ static void test_values_are_current(void **state) {
     model sparse = build(true, 50, pd_momentum(0.1, 0.9), NULL, NULL);
     model dense = build(false, 50, pd_momentum(0.1, 0.9), NULL, NULL);
     model loaded = build(false, 50, pd_momentum(0.1, 0.9), NULL, NULL);
+    pd_real x[50 * 4], y[50 * 4];
     pd_layer *twin;
     pd_net *shared;
     int file = mkstemp(path);
@@ -254,6 +255,9 @@ static void test_values_are_current(void **state) {
     assert_int_equal(pd_forward(shared, sparse.batch, PD_PREDICT, &twin, 1), PD_OK);
     for (int64_t i = 0; i < twin->out.rows * 3; i++)
         check_near((double)twin->out.data[i], (double)dense.output->out.data[i], 10 * CLOSE, "shared net");
+    assert_int_equal(pd_param_get(pd_param_find(dense.net, "table"), x, COUNT(x)), PD_OK);
+    assert_int_equal(pd_param_get(pd_layer_find(shared, "first")->params[0], y, COUNT(y)), PD_OK);
+    for (int i = 0; i < COUNT(x); i++) check_near((double)y[i], (double)x[i], CLOSE, "a shared net's layer's table");
     pd_net_free(shared);
     for (uint64_t i = 40; i < 50; i++) step(&sparse, 50, i), step(&dense, 50, i);
     assert_int_equal(pd_forward(dense.net, dense.batch, PD_PREDICT, &dense.output, 1), PD_OK);
@@ -822,6 +826,45 @@ static void test_lying_checkpoints(void **state) {
     remove(path);
 }
 
+/* A refused checkpoint of a longer training leaves the steps that rows have missed as they are. */
+static void test_refused_after_growth(void **state) {
+    enum { HEIGHT = 4200, NUMBERS = HEIGHT * 4 };
+    char path[] = "/tmp/paddle-sparse-XXXXXX";
+    model longer = build(true, HEIGHT, pd_momentum(0.1, 0.9), NULL, NULL);
+    model m = build(true, HEIGHT, pd_momentum(0.1, 0.9), NULL, NULL);
+    pd_real *before = (pd_real *)malloc(2 * NUMBERS * sizeof *before), *after = before + NUMBERS;
+    unsigned char *bytes;
+    long size;
+    FILE *f;
+    int file = mkstemp(path);
+    (void)state;
+    assert_true(file >= 0);
+    close(file);
+    for (uint64_t i = 0; i < 1100; i++) step(&longer, HEIGHT, i); /* the least tree reaches 1,024 */
+    for (uint64_t i = 0; i < 10; i++) step(&m, HEIGHT, i);
+    assert_int_equal(pd_checkpoint_save(longer.trainer, path), PD_OK);
+    f = fopen(path, "r+b");
+    fseek(f, 0, SEEK_END);
+    size = ftell(f);
+    rewind(f);
+    bytes = (unsigned char *)malloc((size_t)size);
+    assert_int_equal(fread(bytes, 1, (size_t)size, f), size);
+    memset(tensor_of(bytes, (size_t)size, "behind/wide.weight"), 0xff, 4); /* that of the table is true */
+    rewind(f);
+    assert_int_equal(fwrite(bytes, 1, (size_t)size, f), size);
+    fclose(f);
+    assert_int_equal(pd_param_get(pd_param_find(m.net, "table"), before, NUMBERS), PD_OK);
+    assert_int_equal(pd_checkpoint_load(m.trainer, path), PD_E_FORMAT);
+    check_contains(pd_error(m.net), "\"behind/wide.weight\": row 0 is -1 steps behind");
+    assert_int_equal(pd_param_get(pd_param_find(m.net, "table"), after, NUMBERS), PD_OK);
+    assert_memory_equal(after, before, NUMBERS * sizeof *after);
+    free(bytes);
+    free(before);
+    free_model(&longer);
+    free_model(&m);
+    remove(path);
+}
+
 /* ---- rows that sleep, for 1 to 10,000 batches ---- */
 
 typedef struct sleeper {
@@ -1210,6 +1253,7 @@ int main(void) {
         cmocka_unit_test(test_train_in_pieces),
         cmocka_unit_test(test_best_values),
         cmocka_unit_test(test_lying_checkpoints),
+        cmocka_unit_test(test_refused_after_growth),
         cmocka_unit_test(test_sleep),
         cmocka_unit_test(test_sleep_resumed),
         cmocka_unit_test(test_threads),
