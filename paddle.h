@@ -16,35 +16,36 @@
 
    CONTENTS, with line numbers by `make format`. Search for >>layer:fc, >>net.h, and the like.
 
-     TOPICS            A WHOLE PROGRAM 49, ERRORS 83, ROWS AND SHAPES 95, SEQUENCES AND SPARSE ROWS 104,
-                       PARAMETERS 130, GRADIENTS AND OPTIMIZERS 141, HOW A TRAINING ENDS 150, READERS 175, FILES 214,
-                       WRITING A LAYER 255, DEVICES AND UPDATERS 293, ON ADDING AN OPERATION 319,
-                       THREADS AND DETERMINISM 330, ONE ANSWER 342, INSTRUCTION SETS 361, MEMORY 376,
-                       OPTIONS AT COMPILE TIME 387
-     >>NAME.h          status 462, hooks 518, tensors 544, net 575, parameters 629, inputs 710, activations 725,
-                       layers 756, costs 963, batches 1007, running 1057, evaluators 1086, optimizers 1151,
-                       device 1228, layer_types 1436, updater 1559, readers 1620, text 1703, trainer 1749,
-                       files 1823, gradient_check 1862
-     >>NAME.c          core 2012, threads 2405, net 2665, parameters 2943, inputs 3457, activations 3548,
-                       layers 3568, costs 5868, batches 6522, running 6806, evaluators 7449, optimizers 7991,
-                       device 8182, layer_types 9763, updater 10043, averaging 10514, readers 10597, text 12767,
-                       tensorboard 13278, trainer 13462, profile 14434, files 14506, gradient_check 16557,
-                       kernels 16818
-     >>layer:NAME      fc 3773, conv 3868, conv_transpose 3868, pool 4048, batch_norm 4137, layer_norm 4273,
-                       group_norm 4312, response_norm 4365, dropout 4409, add 4461, multiply 4461, concat 4519,
-                       slice 4565, reshape 4565, transpose 4565, pad 4565, scale 4703, interpolate 4703, affine 4790,
-                       maxout 4819, resize 4865, block_expand 4932, cosine 5031, outer 5109, bilinear 5155,
-                       activation 5224, prelu 5224, embedding 5286, gru 5470, attention 5604, sequence_pool 5762
-     >>cost:NAME       cross_entropy 5966, binary_cross_entropy 6145, squared_error 6166, huber 6177, smooth_l1 6195,
-                       sum_cost 6224, huber_two_class 6255, hinge 6266, rank_cost 6339, lambda_rank 6392
-     >>evaluator:NAME  error 7494, precision_recall 7537, auc 7605, pnpair 7706, mean_error 7753
-     >>op:NAME         kernels 8183, contract 8269, gemm 8322, conv 8455, winograd 8707, update 9022, activate 9098,
-                       pool 9127, cross_entropy 9245, dropout 9286, norm 9297, sparse_product 9438, gru 9454,
-                       attention 9473, levels 9536
-     >>reader:NAME     array 11061, csv 11376, libsvm 11583, idx 11833, npy 11833, stream 12246, shuffle 12361,
-                       prefetch 12499, text 13147
-     >>kernel:NAME     gemm 16923, winograd 17243, elementwise 17592, update 17840, activate 18013, norm 18179,
-                       gru 18426, attention 18469, pool 18556
+     TOPICS            A WHOLE PROGRAM 50, ERRORS 84, ROWS AND SHAPES 96, SEQUENCES AND SPARSE ROWS 105,
+                       PARAMETERS 131, GRADIENTS AND OPTIMIZERS 142, HOW A TRAINING ENDS 151, READERS 176, FILES 215,
+                       WRITING A LAYER 256, DEVICES AND UPDATERS 294, ON ADDING AN OPERATION 320,
+                       THREADS AND DETERMINISM 331, ONE ANSWER 343, INSTRUCTION SETS 362, MEMORY 377,
+                       OPTIONS AT COMPILE TIME 388
+     >>NAME.h          status 463, hooks 520, tensors 546, net 577, parameters 631, inputs 712, activations 727,
+                       layers 758, costs 967, batches 1011, running 1061, groups 1090, evaluators 1151,
+                       optimizers 1216, device 1293, layer_types 1501, updater 1624, readers 1685, text 1768,
+                       trainer 1814, files 1888, gradient_check 1927
+     >>NAME.c          core 2077, threads 2517, net 2777, parameters 3069, inputs 3583, activations 3674,
+                       layers 3694, costs 6022, batches 6676, running 6960, groups 7640, evaluators 8686,
+                       optimizers 9232, device 9423, layer_types 11004, updater 11312, averaging 11783,
+                       readers 11866, text 14036, tensorboard 14547, trainer 14731, profile 15703, files 15775,
+                       gradient_check 17826, kernels 18087
+     >>layer:NAME      fc 3899, conv 4005, conv_transpose 4005, pool 4185, batch_norm 4274, layer_norm 4410,
+                       group_norm 4449, response_norm 4502, dropout 4546, add 4598, multiply 4598, concat 4656,
+                       slice 4702, reshape 4702, transpose 4702, pad 4702, scale 4840, interpolate 4840, affine 4927,
+                       maxout 4956, resize 5002, block_expand 5069, cosine 5168, outer 5246, bilinear 5292,
+                       activation 5361, prelu 5361, embedding 5423, gru 5615, attention 5749, sequence_pool 5916,
+                       expand 7649
+     >>cost:NAME       cross_entropy 6120, binary_cross_entropy 6299, squared_error 6320, huber 6331, smooth_l1 6349,
+                       sum_cost 6378, huber_two_class 6409, hinge 6420, rank_cost 6493, lambda_rank 6546
+     >>evaluator:NAME  error 8731, precision_recall 8774, auc 8842, pnpair 8943, mean_error 8990
+     >>op:NAME         kernels 9424, contract 9510, gemm 9563, conv 9696, winograd 9948, update 10263,
+                       activate 10339, pool 10368, cross_entropy 10486, dropout 10527, norm 10538,
+                       sparse_product 10679, gru 10695, attention 10714, levels 10777
+     >>reader:NAME     array 12330, csv 12645, libsvm 12852, idx 13102, npy 13102, stream 13515, shuffle 13630,
+                       prefetch 13768, text 14416
+     >>kernel:NAME     gemm 18192, winograd 18512, elementwise 18861, update 19109, activate 19282, norm 19448,
+                       gru 19695, attention 19738, pool 19825
 
    A WHOLE PROGRAM
 
@@ -498,6 +499,7 @@ typedef struct pd_reader pd_reader;
 typedef struct pd_vocab pd_vocab;
 typedef struct pd_updater pd_updater;
 typedef struct pd_trainer pd_trainer;
+typedef struct pd_group pd_group;
 typedef struct pd_evaluator pd_evaluator;
 
 /* The constant one-line text of a status; never NULL. */
@@ -958,6 +960,8 @@ PD_API const pd_real *pd_attention_weights(pd_layer *attention, int64_t sample, 
 /* One row per sequence: its first or last row, or the largest, mean, sum, or sum / sqrt(rows) of each column. An empty
    sequence gives zeros. */
 PD_API pd_layer *pd_sequence_pool(pd_net *net, pd_layer *input, pd_pool_method method, const pd_layer_opts *opts);
+/* The reverse of pooling: the input's row of each sequence, for every row that the sequence has in `like`. */
+PD_API pd_layer *pd_expand(pd_net *net, pd_layer *input, pd_layer *like, const pd_layer_opts *opts);
 
 /* ======================================================================================================== */
 /* >>costs.h                                                                                               */
@@ -1081,6 +1085,67 @@ PD_API const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width);
 /* Predicts `rows` rows of the net's first input, a plain vector or image, from an array; the other inputs must not be
    needed. For sequences, ids and sparse rows: pd_batch_new, pd_forward, pd_output. */
 PD_API const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input, int64_t rows);
+
+/* ======================================================================================================== */
+/* >>groups.h: recurrent groups: a step written as a graph                                                 */
+
+/* The layers added between pd_group_begin and pd_group_end are one step of a recurrent network, of which the rows of a
+   sequence are computed one after the other. This is Elman's network, with 64 units:
+
+   ```c
+   pd_group *g = pd_group_begin(net, NULL);
+   pd_layer *x = pd_group_input(g, words);
+   pd_layer *h = pd_group_memory(g, 64, NULL);
+   pd_layer *xh[] = { x, h };
+   pd_layer *y = pd_fc_sum(net, xh, 2, 64, &(pd_fc_opts){ .act = PD_TANH });
+   pd_group_feed(h, y);
+   pd_layer *out = pd_group_end(g, y);
+   ```
+
+   Inside, layers read what pd_group_input, pd_group_static and pd_group_memory return, and each other; they must work
+   row by row (pd_layer_type.row_inputs). Only what depends on a memory, and has a memory depend on it, really runs step
+   by step, all sequences that are still going on in one call; the rest of the group is computed before and after, for
+   all rows at once. */
+typedef struct pd_group_opts {
+    const char *name; /* of the group, in messages; default "group" and a number */
+    bool reverse;     /* from the last row of each sequence to the first */
+} pd_group_opts;
+/* Begins a group, which belongs to the net. One group is open at a time. NULL as for every builder. */
+PD_API pd_group *pd_group_begin(pd_net *net, const pd_group_opts *opts);
+/* A step of the group reads one row of each sequence of `layer`, which carries sequences, and stands outside. All
+   inputs of a group have the same lengths; it has one at least. Returns `layer`. */
+PD_API pd_layer *pd_group_input(pd_group *group, pd_layer *layer);
+/* Every step reads the same of `layer`, which stands outside: its row for each sequence, or, if it carries sequences,
+   as many as the group's inputs, of which layers like pd_attention read one whole. Returns `layer`. */
+PD_API pd_layer *pd_group_static(pd_group *group, pd_layer *layer);
+/* A vector of `size` numbers that the step before has left. In the first step it is the row that `boot` has for the
+   sequence, or, if that is NULL, 0. `boot` stands outside, or depends on statics only. */
+PD_API pd_layer *pd_group_memory(pd_group *group, int64_t size, pd_layer *boot);
+/* Says what the memory holds in the next step: the output of `layer`, of the same size. */
+PD_API pd_status pd_group_feed(pd_layer *memory, pd_layer *layer);
+/* Ends the group, and returns pd_group_output of `output`. */
+PD_API pd_layer *pd_group_end(pd_group *group, pd_layer *output);
+/* After the group's end: a layer of the group for those outside, with the rows of each sequence in their order. */
+PD_API pd_layer *pd_group_output(pd_group *group, pd_layer *layer);
+/* The group of that name, in a shared net for example; NULL when there is none; no error. */
+PD_API pd_group *pd_group_find(pd_net *net, const char *name);
+
+typedef struct pd_generate_opts {
+    int64_t begin;    /* the id that stands before the first word */
+    int64_t end;      /* the id that ends a sentence; it is not put out */
+    int64_t max_rows; /* words of a sentence; default 100 */
+} pd_generate_opts;
+/* Sentences: that of sample i is ids[starts[i]] .. ids[starts[i + 1] - 1]. Owned by the group, until it generates again. */
+typedef struct pd_generated {
+    int64_t sequences;
+    const int64_t *starts, *ids;
+} pd_generated;
+/* Lets a group that was trained on sentences go on from its own words: the ids that are its one input are, in each step,
+   those with the largest number in `scores`, a layer of the group (or what pd_group_output made of it), in the step
+   before (of equals the first). Needs the inputs that the group's statics and boot layers depend on; the ids may be left
+   out of the batch. A sentence that has ended leaves, and no other's bits depend on it. */
+PD_API pd_status pd_generate(pd_layer *scores, const pd_batch *batch, const pd_generate_opts *opts,
+                             pd_generated *result);
 
 /* ======================================================================================================== */
 /* >>evaluators.h                                                                                          */
@@ -2061,6 +2126,51 @@ struct pd__layer {
     struct pd__copy *copies; /* freed with the layer */
     double forward_seconds, backward_seconds;
     int64_t runs;
+    pd_group *group;    /* that it belongs to; what follows is about layers in groups: see >>groups.c */
+    int goes_by;        /* what its rows are */
+    bool follows;       /* it depends on what the group's memories hold, */
+    bool precedes;      /* and they on it */
+    pd_group *loop;     /* both, so it runs step by step */
+    pd_layer *fed;      /* a memory's: the layer whose rows it holds in the next step */
+    bool read_outside;  /* a memory's: by layers that do not run in the loop */
+    pd_tensor whole[2]; /* out and before for all steps, while they show one */
+    int part;           /* of its sum that forward is to compute */
+    pd_real **hidden;   /* room for the addresses of its inputs' and parameters' gradients */
+};
+
+/* What a layer's rows are in a group. */
+enum {
+    PD__BY_STEP = 1, /* a row per step: they come in the group's sequences */
+    PD__BY_SEQUENCE, /* one row per sequence */
+    PD__APART        /* sequences of other lengths, as many as the group's */
+};
+
+/* Parts of a layer that is a sum over its inputs. */
+enum {
+    PD__ALL_PARTS,
+    PD__BEFORE_LOOP, /* inputs that depend on no memory, */
+    PD__IN_LOOP      /* and the others */
+};
+
+typedef struct pd__outer {
+    pd_layer *layer;
+    int goes_by;
+} pd__outer;
+
+struct pd_group {
+    pd_net *net;
+    char *name;
+    bool reverse, ended;
+    pd__outer *outers; /* the layers outside that those inside may read */
+    int64_t outer_count, outer_capacity;
+    int64_t begin, end; /* its layers among the net's, of which those */
+    int64_t first_gather, first,
+        last;                      /* .. from `first` to `last` run in the loop, and those before gather rows for it */
+    const struct pd__order *order; /* of this run; NULL: not asked for yet */
+    bool generating;               /* layers see one step, of the sentences that have not ended */
+    int64_t *generated, generated_capacity;
+    int64_t step; /* that layers in the loop see; -1: all rows */
+    pd_group *next;
 };
 
 /* Heads a block from pd_layer_copy. As large as the alignment. */
@@ -2116,6 +2226,8 @@ struct pd_net {
     pd__spare *spares; /* room for as many as there are layers */
     int64_t spare_count, spare_capacity;
     struct pd__order *orders; /* see pd__time_order */
+    pd_group *groups;
+    pd_group *open_group; /* between pd_group_begin and pd_group_end */
     pd__notes notes;
     char texts[4][64];
     int text_turn;
@@ -2673,9 +2785,13 @@ static pd_simd pd__best_simd(void);
 static pd_simd pd__choose_simd(pd_simd wanted, const char **asked);
 static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
                                int count, const void *opts, pd_layer *origin);
+static pd_layer *pd__add_to_group(pd_group *g, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                                  int count, const void *opts);
+static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                                 int count, bool mixed);
 static bool pd__name_ok(const char *name);
 static bool pd__row_size(pd_shape s, int64_t *size);
-static bool pd__layer_learns(const pd_layer *l);
+static void pd__find_learners(pd_net *net);
 static bool pd__is_carried(const pd_layer *l);
 static bool pd__pass_on(pd_layer *l);
 static bool pd__rows_fit(const pd_layer *a, const pd_layer *b, char text[400]);
@@ -2686,6 +2802,8 @@ static void pd__notes_free(const pd_allocator *a, pd__notes *notes);
 static void pd__touched_free(pd_net *net, struct pd__touched *touched);
 static void pd__orders_free(pd_net *net);
 static void pd__orders_forget(pd_net *net);
+static void pd__groups_free(pd_net *net);
+static bool pd__share_groups(pd_net *to, const pd_net *from);
 static bool pd__is_view(const pd_param *p);
 
 /* The net that owns the parameters: the origin of a shared one. */
@@ -2801,6 +2919,7 @@ static void pd__layer_free(pd_layer *l) {
         for (int i = 0; i < PD__COUNT(own->integers); i++) pd_free(a, own->integers[i]);
         for (int i = 0; i < PD__COUNT(own->doubles); i++) pd_free(a, own->doubles[i]);
         pd_free(a, own->values);
+        pd_free(a, own->hidden);
         for (c = own->copies; c; c = next) {
             next = c->next;
             pd_free(a, c);
@@ -2841,6 +2960,7 @@ PD_DEF void pd_net_free(pd_net *net) {
     while (net->spare_count > 0) net->device->free(net->device, net->spares[--net->spare_count].data);
     pd_free(&a, net->spares);
     pd__orders_free(net);
+    pd__groups_free(net);
     pd__notes_free(&a, &net->notes);
     for (p = net->first_param; p; p = next) {
         next = p->next;
@@ -2911,6 +3031,10 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
         pd__fail(net, PD_E_STATE, "pd_net_share: this net is itself shared; share the one it came from");
         return NULL;
     }
+    if (net->open_group) {
+        pd__fail(net, PD_E_STATE, "pd_net_share: group \"%.100s\" has no pd_group_end yet", net->open_group->name);
+        return NULL;
+    }
     if (pd__sync_all(net, NULL) != PD_OK) return NULL;
     opts.seed = net->seed;
     opts.allocator = net->allocator;
@@ -2930,6 +3054,8 @@ PD_DEF pd_net *pd_net_share(pd_net *net) {
         if (to) to->is_sequence = from->is_sequence;
         pd_free(&net->allocator, inputs);
     }
+    if (copy && !copy->broken && !pd__share_groups(copy, net))
+        pd__fail_build(copy, PD_E_MEMORY, "out of memory for the groups of the shared net");
     if (!copy || copy->broken) {
         pd__fail(net, copy ? copy->failure.status : PD_E_MEMORY, "pd_net_share: %.400s",
                  copy ? copy->failure.text : "out of memory");
@@ -3540,7 +3666,7 @@ PD_DEF pd_status pd_want_gradient(pd_layer *input) {
     if (input->own->slot < 0 || input->is_ids)
         return pd_layer_fail(input, PD_E_ARGUMENT, "pd_want_gradient takes a dense input");
     input->own->wants_input_grad = true;
-    for (int64_t i = 0; i < net->layer_count; i++) net->layers[i]->wants_grad = pd__layer_learns(net->layers[i]);
+    pd__find_learners(net);
     return PD_OK;
 }
 
@@ -3802,23 +3928,34 @@ static pd_status pd__fc_setup(pd_layer *l) {
     return PD_OK;
 }
 
+/* Is input k's product to be computed in this call? In a group's loop those of the others have been, for all steps. */
+static bool pd__in_part(const pd_layer *l, int k) {
+    return l->own->part == PD__ALL_PARTS || (l->own->part == PD__IN_LOOP) == (l->inputs[k]->own->loop != NULL);
+}
+
 /* The last product adds the bias and applies the activation, if there is one. */
 static pd_status pd__fc_forward(pd_layer *l) {
     pd_device *d = l->device;
     const pd_param *bias = l->param_count > l->input_count ? l->params[l->input_count] : NULL;
-    const int last = l->input_count - 1;
+    int last = -1;
+    bool begun = false, whole = l->own->part != PD__BEFORE_LOOP;
     pd_epilogue after;
-    if (!l->inputs[last]->is_sparse && pd_layer_epilogue(l, bias ? bias->value : NULL, &after) != PD_OK)
+    for (int k = 0; k < l->input_count; k++)
+        if (pd__in_part(l, k)) last = k;
+        else begun = begun || whole;
+    if (whole && !l->inputs[last]->is_sparse && pd_layer_epilogue(l, bias ? bias->value : NULL, &after) != PD_OK)
         return pd_error_status(l->net);
     for (int k = 0; k <= last; k++) {
         const pd_tensor *x = pd__in(l, k);
+        if (!pd__in_part(l, k)) continue;
         if (l->inputs[k]->is_sparse) {
-            if (k == 0) pd__clear_output(l);
+            if (!begun) pd__clear_output(l);
             pd__add_picked(l, k);
         } else {
             d->gemm(d, false, false, x->rows, l->out.width, x->width, 1, x->data, x->width, l->params[k]->value,
-                    l->out.width, k > 0, l->out.data, l->out.width, k == last ? &after : NULL);
+                    l->out.width, begun, l->out.data, l->out.width, whole && k == last ? &after : NULL);
         }
+        begun = true;
     }
     if (bias && l->inputs[last]->is_sparse) pd__add_bias(l, bias);
     return PD_OK;
@@ -5361,6 +5498,7 @@ static void pd__orders_free(pd_net *net) {
 /* A run begins. */
 static void pd__orders_forget(pd_net *net) {
     for (pd__order *o = net->orders; o; o = o->next) o->used = false;
+    for (pd_group *g = net->groups; g; g = g->next) g->order = NULL;
 }
 
 static bool pd__order_fits(const pd__order *o, const pd_tensor *x, bool reverse) {
@@ -5453,6 +5591,13 @@ static pd_status pd__want_sequences(pd_layer *l) {
     return pd_layer_fail(l, PD_E_SHAPE,
                          "input \"%.100s\" carries no sequences; pd_sequence makes a net's input carry them",
                          l->inputs[0]->name);
+}
+
+/* The order in which the rows of a layer in a group's loop lie; NULL: it is in none. While a group generates all its
+   layers are like that. */
+static const pd__order *pd__step_order(const pd_layer *l) {
+    const pd_group *g = l->own->group;
+    return l->own->loop || (g && g->generating) ? g->order : NULL;
 }
 
 /* y (rows x width) = rows `columns` of x, or, with `add`, += */
@@ -5631,8 +5776,8 @@ static pd_status pd__attention_setup(pd_layer *l) {
 
 /* The first of all rows of the batch that the layer sees. */
 static int64_t pd__first_row(const pd_layer *l) {
-    (void)l;
-    return 0;
+    const pd_group *g = l->own->loop;
+    return g && g->step > 0 ? g->order->begins[g->step] : 0;
 }
 
 /* What the queries of all rows look at; see pd_attention_shape. Keeps their number of weights. */
@@ -5640,24 +5785,30 @@ static pd_status pd__attention_place(pd_layer *l) {
     pd__attention *state = (pd__attention *)l->state;
     const pd_tensor *query = pd__in(l, PD__QUERY), *keys = pd__in(l, PD__KEYS);
     int64_t *spans = pd_layer_integers(l, 0, 3 * query->rows), weights = 0;
+    const pd__order *o = pd__step_order(l);
     if (!spans) return PD_E_MEMORY;
-    for (int64_t q = 0, r = 0; q < keys->sequences; q++)
-        for (int64_t end = query->starts ? query->starts[q + 1] : q + 1; r < end; r++, spans += 3) {
-            spans[0] = keys->starts[q], spans[1] = keys->starts[q + 1], spans[2] = weights;
-            weights += spans[1] - spans[0];
-        }
+    for (int64_t q = 0, r = 0, t = 0; r < query->rows; r++, spans += 3) {
+        if (o) { /* in order of time */
+            while (r >= o->begins[t + 1]) t++;
+            q = o->sentences[r - o->begins[t]];
+        } else
+            while (r >= (query->starts ? query->starts[q + 1] : q + 1)) q++;
+        spans[0] = keys->starts[q], spans[1] = keys->starts[q + 1], spans[2] = weights;
+        weights += spans[1] - spans[0];
+    }
     state->weights = weights;
     return PD_OK;
 }
 
 static pd_status pd__attention_resize(pd_layer *l) {
     const pd_layer *query = l->inputs[PD__QUERY], *keys = l->inputs[PD__KEYS];
-    int64_t queries = query->out.starts ? query->out.sequences : query->out.rows;
+    const pd__order *order = pd__step_order(l);
+    int64_t queries = order ? order->sequences : query->out.starts ? query->out.sequences : query->out.rows;
     char text[400];
     if (!pd__rows_fit(keys, l->inputs[PD__VALUES], text)) return pd_layer_fail(l, PD_E_SHAPE, "%s", text);
     if (queries != keys->out.sequences)
         return pd_layer_fail(l, PD_E_SHAPE, "\"%.100s\" has %lld %s, but \"%.100s\" has %lld sequences", query->name,
-                             (long long)queries, query->out.starts ? "sequences" : "rows", keys->name,
+                             (long long)queries, query->is_sequence ? "sequences" : "rows", keys->name,
                              (long long)keys->out.sequences);
     return pd__attention_place(l);
 }
@@ -5705,9 +5856,9 @@ static pd_status pd__attention_backward(pd_layer *l) {
     return PD_OK;
 }
 
-PD__TYPE(pd__attention_type, "attention", 3, 3, pd_attention_opts, sizeof(pd__attention),
-         PD_OP(contract) | PD_OP(attention) | PD_OP(attention_backward), pd__attention_setup, pd__attention_resize,
-         pd__attention_forward, pd__attention_backward);
+PD__ANY_TYPE(pd__attention_type, "attention", 3, 3, pd_attention_opts, sizeof(pd__attention),
+             PD_OP(contract) | PD_OP(attention) | PD_OP(attention_backward), pd__attention_setup, pd__attention_resize,
+             pd__attention_forward, pd__attention_backward, NULL, 1);
 
 PD_DEF pd_layer *pd_attention(pd_net *net, pd_layer *query, pd_layer *keys, pd_layer *values,
                               const pd_attention_opts *opts) {
@@ -5719,11 +5870,14 @@ PD_DEF pd_layer *pd_attention(pd_net *net, pd_layer *query, pd_layer *keys, pd_l
 /* The row of the layer's that is row `row` of the sample; -1: there is none. */
 static int64_t pd__attention_row(const pd_layer *l, int64_t sample, int64_t row) {
     const pd_tensor *y = &l->out;
-    int64_t samples = y->starts ? y->sequences : y->rows, first, count;
+    const pd__order *o = pd__step_order(l);
+    const int64_t *starts = o ? o->starts : y->starts;
+    int64_t samples = o ? o->sequences : y->starts ? y->sequences : y->rows, first, count;
     if (sample < 0 || sample >= samples) return -1;
-    first = y->starts ? y->starts[sample] : sample;
-    count = y->starts ? y->starts[sample + 1] - first : 1;
-    return row >= 0 && row < count ? first + row : -1;
+    first = starts ? starts[sample] : sample;
+    count = starts ? starts[sample + 1] - first : 1;
+    if (row < 0 || row >= count) return -1;
+    return o ? o->places[first + row] : first + row;
 }
 
 PD_DEF const pd_real *pd_attention_weights(pd_layer *attention, int64_t sample, int64_t row, int64_t *count) {
@@ -6807,6 +6961,11 @@ static void pd__remove_samples(pd_batch *batch, const unsigned char *marks) {
 
 enum { PD__OUT, PD__BEFORE }; /* a layer's two tensors: its output, after and before its activation */
 
+/* Of >>groups.c. */
+static void pd__activate_loop(pd_group *g);
+static pd_status pd__run_loop(pd_group *g);
+static pd_status pd__backward_loop(pd_group *g);
+
 static pd_tensor *pd__tensor_of(pd_layer *l, int which) { return which == PD__OUT ? &l->out : &l->own->before; }
 
 /* Marks what `targets` depend on. Inputs come before their users, so one walk from the end is enough. */
@@ -6821,10 +6980,16 @@ static pd_status pd__activate_layers(pd_net *net, pd_layer *const *targets, int 
         if (!targets[i] || targets[i]->net != net)
             return pd__fail(net, PD_E_ARGUMENT, "pd_forward: target %d is %s", i,
                             targets[i] ? "a layer of another net" : "NULL");
+        if (targets[i]->own->loop)
+            return pd__fail(
+                net, PD_E_ARGUMENT,
+                "pd_forward: \"%.100s\" runs step by step in group \"%.100s\"; pd_group_output has its rows",
+                targets[i]->name, targets[i]->own->loop->name);
         targets[i]->own->active = targets[i]->own->target = true;
     }
     for (int64_t i = net->layer_count; i-- > 0;) {
         pd_layer *l = net->layers[i];
+        if (l->own->loop && i == l->own->loop->last) pd__activate_loop(l->own->loop);
         if (!l->own->active) continue;
         for (int k = 0; k < l->input_count; k++) {
             l->inputs[k]->own->active = true;
@@ -6886,7 +7051,7 @@ static void pd__take_over(pd_layer *l, pd_layer *below) {
 static bool pd__pass_on(pd_layer *l) {
     const pd_layer *below = l->inputs[0];
     if (l->net->mode != PD_PREDICT || below->own->slot >= 0 || below->own->target || below->own->consumers > 1 ||
-        pd__is_carried(l) || l->own->keeps_before)
+        pd__is_carried(l) || l->own->keeps_before || l->own->loop)
         return false;
     pd__take_over(l, l->inputs[0]);
     return true;
@@ -6898,7 +7063,8 @@ static void pd__plan_folds(pd_net *net) {
         pd_layer *l = net->layers[i], *below = l->input_count == 1 ? l->inputs[0] : NULL;
         if (l->own->active && l->type->fold && below && below->own->slot < 0 && below->own->consumers == 1 &&
             !below->own->target && below->act == PD_LINEAR && !l->own->keeps_before && !below->is_ids &&
-            !pd__is_carried(below) && !pd__is_carried(l) && below->shape.channels == l->shape.channels)
+            !pd__is_carried(below) && !pd__is_carried(l) && !below->own->loop && !l->own->loop &&
+            below->shape.channels == l->shape.channels)
             below->own->above = l;
     }
 }
@@ -6943,6 +7109,7 @@ static pd_status pd__count_users(pd_net *net) {
         pd_layer *l = net->layers[i];
         if (!l->own->active || !l->wants_grad) continue;
         for (int k = 0; k < l->input_count; k++) l->inputs[k]->own->uses++;
+        if (l->own->fed) l->own->fed->own->uses++;
         if (l->own->reads_before) l->inputs[0]->own->before_uses++;
         for (int k = 0; k < l->param_count; k++) {
             pd_status status = pd__need_grad(l->params[k]);
@@ -7088,6 +7255,7 @@ static pd_status pd__forward_layer(pd_layer *l) {
         if (l->net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
         return status;
     }
+    if (l->own->part == PD__BEFORE_LOOP) return PD_OK; /* the sum is not there yet */
     if (l->act != PD_LINEAR && !l->own->act_done)
         d->activate(d, l->act, (pd_real)l->act_alpha, l->out.rows, l->out.width, x ? x : l->out.data, l->out.data);
     return PD_OK;
@@ -7291,12 +7459,17 @@ static pd_status pd__compute(pd_layer *l) {
     return status == PD_OK ? pd__on_host(l, false, pd__forward_layer) : status;
 }
 
+/* The layer has read its inputs for the last time in this run. */
+static void pd__let_inputs_go(pd_layer *l) {
+    for (int k = 0; l->net->mode == PD_PREDICT && k < l->input_count; k++)
+        if (--l->inputs[k]->own->consumers == 0 && !l->inputs[k]->own->target) pd__give_back(l->inputs[k]);
+}
+
 static pd_status pd__run_layer(pd_layer *l) {
     double start = pd_seconds();
     pd_status status = pd__need_params(l);
     if (status == PD_OK) status = l->own->slot < 0 ? pd__compute(l) : pd__ready_grad(l);
-    for (int k = 0; status == PD_OK && l->net->mode == PD_PREDICT && k < l->input_count; k++)
-        if (--l->inputs[k]->own->consumers == 0 && !l->inputs[k]->own->target) pd__give_back(l->inputs[k]);
+    if (status == PD_OK) pd__let_inputs_go(l);
     if (status == PD_OK) status = pd__poll(l->net);
     l->own->forward_seconds += pd_seconds() - start;
     l->own->runs++;
@@ -7316,6 +7489,8 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
     pd_status status;
     if (!pd__check_net(net)) return pd_error_status(net);
     if (!batch || !targets) return pd__fail(net, PD_E_ARGUMENT, "pd_forward: the batch or the targets are NULL");
+    if (net->open_group)
+        return pd__fail(net, PD_E_STATE, "pd_forward: group \"%.100s\" has no pd_group_end yet", net->open_group->name);
     if (batch->slot_count != net->slot_count)
         return pd__fail(net, PD_E_SHAPE, "pd_forward: the batch has %d slots, the net %d inputs", batch->slot_count,
                         net->slot_count);
@@ -7338,8 +7513,12 @@ PD_DEF pd_status pd_forward(pd_net *net, const pd_batch *batch, pd_mode mode, pd
     else if (status == PD_OK && !net->updater) pd__plan_folds(net);
     if (status == PD_OK) status = pd__bind(net, batch);
     if (status == PD_OK && net->updater) status = net->updater->begin_batch(net->updater, batch->samples);
-    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++)
-        if (net->layers[i]->own->active) status = pd__run_layer(net->layers[i]);
+    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        if (!l->own->active) continue;
+        status = l->own->loop ? pd__run_loop(l->own->loop) : pd__run_layer(l);
+        if (l->own->loop) i = l->own->loop->last;
+    }
     if (status == PD_OK) status = pd__wait_for_device(net);
     if (status == PD_OK && mode != PD_PREDICT && count == 1) net->ran = targets[0];
     net->run_failed = status != PD_OK;
@@ -7391,8 +7570,14 @@ static pd_status pd__backward_from(pd_net *net, pd_layer *layer, const pd_real *
     net->leftover = net->leftover || !net->updater;
     if (seed) d->upload(d, layer->out.grad, seed, (size_t)numbers * sizeof *seed);
     else d->fill(d, numbers, 1, layer->out.grad);
-    for (int64_t i = layer->own->index; status == PD_OK && i >= 0; i--)
-        if (net->layers[i]->own->active && net->layers[i]->wants_grad) status = pd__backward_layer(net->layers[i]);
+    for (int64_t i = layer->own->index; status == PD_OK && i >= 0; i--) {
+        pd_layer *l = net->layers[i];
+        if (!l->own->active) continue;
+        if (l->own->loop) {
+            status = pd__backward_loop(l->own->loop);
+            i = l->own->loop->first;
+        } else if (l->wants_grad) status = pd__backward_layer(l);
+    }
     return status == PD_OK ? pd__wait_for_device(net) : status;
 }
 
@@ -7405,6 +7590,12 @@ PD_DEF pd_status pd_backward(pd_net *net, pd_layer *cost) {
 }
 
 PD_DEF const pd_real *pd_output(pd_layer *layer, int64_t *rows, int64_t *width) {
+    if (layer && layer->own->loop) {
+        pd_layer_fail(layer, PD_E_STATE,
+                      "pd_output: it runs step by step in group \"%.100s\"; pd_group_output has its rows",
+                      layer->own->loop->name);
+        return NULL;
+    }
     if (!layer || !layer->own->active || !layer->out.data || layer->is_ids) {
         if (layer && !(layer->net->run_failed && layer->net->failure.status != PD_OK)) /* else that is the reason */
             pd_layer_fail(layer, PD_E_STATE, "pd_output: it put out no numbers in the last run%s",
@@ -7443,6 +7634,1052 @@ PD_DEF const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
     slot->data = kept;
     slot->rows = net->predict_batch->samples = 0;
     return status == PD_OK ? pd_output(output, NULL, NULL) : NULL;
+}
+
+/* ======================================================================================================== */
+/* >>groups.c                                                                                              */
+
+/* A group's layers stand in the net's list like others. At the group's end they are sorted: first those that depend on
+   no memory; then layers that gather rows into the order of time (>>layers.c) for the loop; the loop: memories, and what
+   depends on them and they on it; layers that put the loop's rows back into the order of the batch; and the rest. So
+   only the loop needs anything of its own. Its layers have outputs, gradients and row memory for all steps. They show the
+   rows of one step while it is at work, which are next to each other; and the rows that a memory holds are the first ones
+   of the layer that feeds it, in the step before: nothing is copied, and the gradient of a memory is in its place. */
+
+/* ---- >>layer:expand, and layers that move rows to and from the loop ---- */
+
+typedef enum pd__move {
+    PD__TO_TIME,          /* the rows of the batch in order of time */
+    PD__TO_BATCH,         /* and back */
+    PD__TO_TIME_REPEATED, /* the sequence's row for each of its rows, in order of time */
+    PD__TO_FIRST_STEP,    /* the sequence's row for its first row in order of time */
+    PD__TO_BATCH_REPEATED /* the sequence's row for each of its rows: pd_expand */
+} pd__move;
+
+typedef struct pd__move_spec {
+    pd_layer_opts o;
+    pd__move move;
+    bool before; /* it moves what input 0 is before its activation, and then applies that: a cost may want both */
+} pd__move_spec;
+
+static const pd__move_spec *pd__move_of(const pd_layer *l) { return (const pd__move_spec *)l->opts; }
+
+/* The layer whose sequences the group goes along. */
+static pd_layer *pd__group_lead(const pd_group *g) {
+    for (int64_t i = 0; i < g->outer_count; i++)
+        if (g->outers[i].goes_by == PD__BY_STEP) return g->outers[i].layer;
+    return NULL;
+}
+
+/* The order of time of this run. NULL (message set) when out of memory. */
+static const pd__order *pd__group_order(pd_layer *l) {
+    pd_group *g = l->own->group;
+    if (!g->order) g->order = pd__time_order(l, &pd__group_lead(g)->out, g->reverse);
+    return g->order;
+}
+
+static pd_status pd__move_setup(pd_layer *l) {
+    const pd__move_spec *s = pd__move_of(l);
+    if (l->inputs[0]->is_ids) return pd__want_numbers(l);
+    if (s->move == PD__TO_BATCH_REPEATED && (l->inputs[0]->is_sequence || !l->inputs[1]->is_sequence))
+        return pd_layer_fail(l, PD_E_SHAPE, "\"%.100s\" %s, expected one row per sample; \"%.100s\" %s",
+                             l->inputs[0]->name, pd__rows_of[l->inputs[0]->is_sequence], l->inputs[1]->name,
+                             pd__rows_of[l->inputs[1]->is_sequence]);
+    l->shape = l->inputs[0]->shape;
+    l->act = s->o.act;
+    l->is_sequence = s->move != PD__TO_FIRST_STEP;
+    if (!s->before) return PD_OK;
+    l->own->reads_before = true;
+    l->act = l->inputs[0]->act;
+    return PD_OK;
+}
+
+/* There must be one row per sequence. */
+static pd_status pd__check_repeated(pd_layer *l, int64_t sequences, const pd_layer *of) {
+    if (pd__in(l, 0)->rows == sequences) return PD_OK;
+    return pd_layer_fail(l, PD_E_SHAPE, "\"%.100s\" has %lld rows, but \"%.100s\" has %lld sequences",
+                         l->inputs[0]->name, (long long)pd__in(l, 0)->rows, of->name, (long long)sequences);
+}
+
+static pd_status pd__move_resize(pd_layer *l) {
+    pd__move move = pd__move_of(l)->move;
+    const pd_layer *lead = move == PD__TO_BATCH_REPEATED ? l->inputs[1] : pd__group_lead(l->own->group);
+    const pd__order *o = move == PD__TO_BATCH_REPEATED ? pd__step_order(l) : pd__group_order(l);
+    bool to_batch = move == PD__TO_BATCH || move == PD__TO_BATCH_REPEATED;
+    char text[400];
+    if (!o && move != PD__TO_BATCH_REPEATED) return PD_E_MEMORY;
+    if (move == PD__TO_TIME && !pd__rows_fit(lead, l->inputs[0], text))
+        return pd_layer_fail(l, PD_E_SHAPE, "of group \"%.100s\": %.250s", l->own->group->name, text);
+    if (move != PD__TO_TIME && move != PD__TO_BATCH &&
+        pd__check_repeated(l, o ? o->sequences : lead->out.sequences, lead) != PD_OK)
+        return PD_E_SHAPE;
+    l->out.rows = move == PD__TO_FIRST_STEP ? (o->steps ? o->begins[1] : 0) : lead->out.rows;
+    l->out.sequences = to_batch ? lead->out.sequences : 0;
+    l->out.starts = to_batch ? lead->out.starts : NULL;
+    return PD_OK;
+}
+
+/* For each row of the output, the row of input 0 that it is. NULL when out of memory. */
+static const int64_t *pd__moved_from(pd_layer *l) {
+    pd__move move = pd__move_of(l)->move;
+    const pd__order *o = move == PD__TO_BATCH_REPEATED ? pd__step_order(l) : l->own->group->order;
+    int64_t *from;
+    if (move == PD__TO_TIME) return o->order;
+    if (move == PD__TO_BATCH) return o->places;
+    if (move == PD__TO_FIRST_STEP) return o->sentences;
+    from = pd_layer_integers(l, 0, l->out.rows);
+    if (from && o)
+        for (int64_t t = 0; t < o->steps; t++)
+            for (int64_t i = o->begins[t]; i < o->begins[t + 1]; i++) from[i] = o->sentences[i - o->begins[t]];
+    else if (from)
+        for (int64_t q = 0; q < l->out.sequences; q++)
+            for (int64_t r = l->out.starts[q]; r < l->out.starts[q + 1]; r++) from[r] = q;
+    return from;
+}
+
+static pd_status pd__move_forward(pd_layer *l) {
+    pd_real *grad;
+    const int64_t *from = pd__moved_from(l);
+    if (!from) return PD_E_MEMORY;
+    l->device->gather_rows(l->device, l->out.rows, l->out.width, from, NULL, NULL, pd__read_before(l, &grad), NULL,
+                           l->out.data);
+    return PD_OK;
+}
+
+/* For each row of input 0, the rows of the output that are it. */
+static pd_status pd__moved_to(pd_layer *l, pd_csr *s) {
+    pd__move move = pd__move_of(l)->move;
+    const pd__order *o = move == PD__TO_BATCH_REPEATED ? NULL : l->own->group->order;
+    bool first = move == PD__TO_FIRST_STEP;
+    int64_t *starts, *columns, count = 0;
+    s->rows = pd__in(l, 0)->rows;
+    s->starts = move == PD__TO_TIME_REPEATED ? o->starts : NULL;
+    s->columns = move == PD__TO_BATCH ? o->order : o ? o->places : NULL;
+    s->values = NULL;
+    if (!first && o) return PD_OK;
+    starts = pd_layer_integers(l, 1, s->rows + 1);
+    columns = pd_layer_integers(l, 2, l->out.rows);
+    if (!starts || !columns) return PD_E_MEMORY;
+    for (int64_t q = 0; q < s->rows; q++) {
+        const int64_t *from = o ? o->starts : l->out.starts;
+        int64_t rows = from[q + 1] - from[q];
+        starts[q] = count;
+        for (int64_t r = 0; r < (first ? rows > 0 : rows); r++) columns[count + r] = first ? o->ranks[q] : count + r;
+        count += first ? rows > 0 : rows;
+    }
+    starts[s->rows] = count;
+    s->starts = starts;
+    s->columns = columns;
+    return PD_OK;
+}
+
+static pd_status pd__move_backward(pd_layer *l) {
+    pd_real *grad;
+    pd_csr s;
+    (void)pd__read_before(l, &grad);
+    if (!grad) return PD_OK;
+    if (pd__moved_to(l, &s) != PD_OK) return PD_E_MEMORY;
+    l->device->sparse_product(l->device, &s, l->out.width, l->out.grad, grad);
+    return PD_OK;
+}
+
+PD__TYPE(pd__expand_type, "expand", 2, 2, pd__move_spec, 0, PD_OP(gather_rows) | PD_OP(sparse_product), pd__move_setup,
+         pd__move_resize, pd__move_forward, pd__move_backward);
+static const pd_layer_type pd__move_type = { PD_API_VERSION,
+                                             "rows",
+                                             1,
+                                             1,
+                                             sizeof(pd__move_spec),
+                                             0,
+                                             PD_OP(gather_rows) | PD_OP(sparse_product),
+                                             pd__move_setup,
+                                             pd__move_resize,
+                                             pd__move_forward,
+                                             pd__move_backward,
+                                             NULL,
+                                             NULL,
+                                             NULL,
+                                             0 };
+
+PD_DEF pd_layer *pd_expand(pd_net *net, pd_layer *input, pd_layer *like, const pd_layer_opts *opts) {
+    pd_layer *inputs[2];
+    PD__SPEC(pd__move_spec);
+    s.move = PD__TO_BATCH_REPEATED;
+    inputs[0] = input, inputs[1] = like;
+    return pd_layer_add(net, &pd__expand_type, s.o.name, inputs, 2, &s);
+}
+
+/* ---- memories: their rows are set by pd__show_step ---- */
+
+static pd_status pd__memory_setup(pd_layer *l) {
+    int64_t size = *(const int64_t *)l->opts;
+    const pd_layer *boot = l->input_count ? l->inputs[0] : NULL;
+    if (pd__want_least(l, "size", size, 1) != PD_OK || pd__want_numbers(l) != PD_OK) return pd_error_status(l->net);
+    if (boot && boot->is_sequence && boot->type != &pd__move_type)
+        return pd_layer_fail(l, PD_E_SHAPE, "\"%.100s\" carries sequences, expected one row per sequence of the group",
+                             boot->name);
+    if (boot && boot->out.width != size)
+        return pd_layer_fail(l, PD_E_SHAPE, "\"%.100s\" has %lld numbers per row, expected %lld, the memory's size",
+                             boot->name, (long long)boot->out.width, (long long)size);
+    l->shape = pd__shape(size, 1, 1);
+    l->is_sequence = true;
+    return PD_OK;
+}
+
+static pd_status pd__memory_resize(pd_layer *l) {
+    const pd__order *o = pd__group_order(l);
+    if (!o) return PD_E_MEMORY;
+    l->out.rows = o->rows;
+    l->out.sequences = 0;
+    l->out.starts = NULL;
+    return PD_OK;
+}
+
+static pd_status pd__memory_forward(pd_layer *l) {
+    (void)l;
+    return PD_OK;
+}
+
+static const pd_layer_type pd__memory_type = { PD_API_VERSION,
+                                               "memory",
+                                               0,
+                                               1,
+                                               sizeof(int64_t),
+                                               0,
+                                               PD_OP(fill),
+                                               pd__memory_setup,
+                                               pd__memory_resize,
+                                               pd__memory_forward,
+                                               pd__memory_forward,
+                                               NULL,
+                                               NULL,
+                                               NULL,
+                                               0 };
+
+/* ---- building ---- */
+
+static bool pd__group_fail(const pd_group *g, pd_status status, const char *what, const char *name) {
+    pd__fail_build(g->net, status, what, g->name, name);
+    return false;
+}
+
+/* Is the group open, and nothing failed so far? */
+static bool pd__check_open(const pd_group *g) {
+    if (!g || g->net->broken) return false;
+    return !g->ended || pd__group_fail(g, PD_E_STATE, "group \"%.100s\" has been ended%s", "");
+}
+
+PD_DEF pd_group *pd_group_begin(pd_net *net, const pd_group_opts *opts) {
+    char name[32];
+    pd_group *g, **end;
+    int number = 1;
+    const char *given = opts ? opts->name : NULL;
+    if (!pd__check_net(net)) return NULL;
+    for (end = &net->groups; *end; end = &(*end)->next) number++;
+    snprintf(name, sizeof name, "group%d", number);
+    if (net->origin || net->open_group || (given && !pd__name_ok(given))) {
+        pd__fail_build(net, PD_E_STATE, "%.100s: %s%.100s", given ? given : name,
+                       net->origin ? "a shared net takes no more groups"
+                       : net->open_group
+                           ? "groups don't nest; it begins before the end of "
+                           : "a name has 1 to 200 characters, no quotes, backslashes or control characters",
+                       net->open_group ? net->open_group->name : "");
+        return NULL;
+    }
+    g = (pd_group *)pd_alloc(&net->allocator, 1, sizeof *g);
+    if (g) g->name = pd__copy_text(&net->allocator, given ? given : name);
+    if (!g || !g->name) {
+        pd_free(&net->allocator, g);
+        pd__fail_build(net, PD_E_MEMORY, "%.100s: out of memory for the group", given ? given : name);
+        return NULL;
+    }
+    g->net = net;
+    g->reverse = opts && opts->reverse;
+    g->begin = net->layer_count;
+    g->step = -1;
+    g->last = -1;
+    net->open_group = g;
+    return *end = g;
+}
+
+static void pd__groups_free(pd_net *net) {
+    while (net->groups) {
+        pd_group *g = net->groups;
+        net->groups = g->next;
+        pd_free(&net->allocator, g->outers);
+        pd_free(&net->allocator, g->generated);
+        pd_free(&net->allocator, g->name);
+        pd_free(&net->allocator, g);
+    }
+}
+
+/* What the layer's rows are to the group; 0: it has no business in it. */
+static int pd__goes_by(const pd_group *g, const pd_layer *l) {
+    if (l->own->group == g) return l->own->goes_by;
+    for (int64_t i = 0; i < g->outer_count; i++)
+        if (g->outers[i].layer == l) return g->outers[i].goes_by;
+    return 0;
+}
+
+static pd_layer *pd__admit(pd_group *g, pd_layer *l, int goes_by, const char *what) {
+    int earlier;
+    if (!l || !pd__check_open(g)) return NULL;
+    earlier = pd__goes_by(g, l);
+    if (earlier == goes_by && l->own->group != g) return l;
+    if (l->net != g->net || l->own->group == g || l->own->loop || earlier ||
+        (goes_by == PD__BY_STEP && !l->is_sequence)) {
+        pd__fail_build(g->net, PD_E_ARGUMENT, "group \"%.100s\": %s \"%.100s\" %s", g->name, what, l->name,
+                       l->net != g->net     ? "belongs to another net"
+                       : l->own->group == g ? "stands inside the group"
+                       : earlier            ? "is an input as well as a static"
+                       : l->own->loop       ? "runs step by step in another group; pd_group_output has its rows"
+                                            : "carries no sequences");
+        return NULL;
+    }
+    if (!pd_grow(&g->net->allocator, (void **)&g->outers, &g->outer_capacity, g->outer_count + 1, sizeof *g->outers)) {
+        pd__group_fail(g, PD_E_MEMORY, "group \"%.100s\": out of memory for \"%.100s\"", l->name);
+        return NULL;
+    }
+    g->outers[g->outer_count].layer = l;
+    g->outers[g->outer_count++].goes_by = goes_by;
+    return l;
+}
+
+PD_DEF pd_layer *pd_group_input(pd_group *group, pd_layer *layer) {
+    return pd__admit(group, layer, PD__BY_STEP, "input");
+}
+
+PD_DEF pd_layer *pd_group_static(pd_group *group, pd_layer *layer) {
+    return pd__admit(group, layer, layer && layer->is_sequence ? PD__APART : PD__BY_SEQUENCE, "static");
+}
+
+/* A layer that has the sequence's row of `of` for each of its rows: found, or made. */
+static pd_layer *pd__expanded(pd_group *g, pd_layer *of) {
+    pd_layer *inputs[2], *lead = pd__group_lead(g), *l;
+    pd__move_spec s;
+    for (int64_t i = g->begin; i < g->net->layer_count; i++)
+        if (g->net->layers[i]->type == &pd__expand_type && g->net->layers[i]->inputs[0] == of) return g->net->layers[i];
+    if (!lead) {
+        pd__group_fail(g, PD_E_STATE, "group \"%.100s\": needs an input (pd_group_input) before the static \"%.100s\"",
+                       of->name);
+        return NULL;
+    }
+    memset(&s, 0, sizeof s);
+    s.move = PD__TO_BATCH_REPEATED;
+    inputs[0] = of, inputs[1] = lead;
+    l = pd__add_layer(g->net, &pd__expand_type, NULL, inputs, 2, &s, NULL);
+    if (!l) return NULL;
+    l->own->group = g;
+    l->own->goes_by = PD__BY_STEP;
+    return l;
+}
+
+/* May the layer read this as its input k? *by_step: it goes by step. */
+static bool pd__check_inner(pd_group *g, const pd_layer_type *type, const char *who, const pd_layer *input, int k,
+                            bool *by_step) {
+    int goes_by = pd__goes_by(g, input);
+    bool by_rows = type->row_inputs < 0 || k < type->row_inputs;
+    if (!goes_by)
+        pd__fail_build(
+            g->net, PD_E_ARGUMENT,
+            "%.100s: \"%.100s\" stands outside group \"%.100s\"; pd_group_input or pd_group_static lets it in", who,
+            input->name, g->name);
+    else if (goes_by == PD__BY_STEP && !by_rows)
+        pd__fail_build(g->net, PD_E_ARGUMENT,
+                       "%.100s: %s can't work row by row, as group \"%.100s\" wants it to with \"%.100s\"", who,
+                       type->name, g->name, input->name);
+    else {
+        if (by_rows && goes_by == PD__BY_STEP) *by_step = true;
+        return true;
+    }
+    return false;
+}
+
+/* pd_layer_add in an open group. */
+static pd_layer *pd__add_to_group(pd_group *g, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
+                                  int count, const void *opts) {
+    const pd_allocator *a = &g->net->allocator;
+    const char *who = name ? name : type && type->name ? type->name : "layer";
+    pd_layer **taken, *l = NULL;
+    bool by_step = false, fine = pd__check_layer(g->net, type, name, inputs, count, true) == PD_OK;
+    for (int k = 0; fine && k < count; k++) fine = pd__check_inner(g, type, who, inputs[k], k, &by_step);
+    if (!fine) return NULL;
+    taken = (pd_layer **)pd_alloc(a, count, sizeof *taken);
+    if (!taken) {
+        pd__fail_build(g->net, PD_E_MEMORY, "%.100s: out of memory for the layer", who);
+        return NULL;
+    }
+    for (int k = 0; fine && k < count; k++) {
+        bool repeat =
+            by_step && (type->row_inputs < 0 || k < type->row_inputs) && pd__goes_by(g, inputs[k]) == PD__BY_SEQUENCE;
+        taken[k] = repeat ? pd__expanded(g, inputs[k]) : inputs[k];
+        fine = taken[k] != NULL;
+    }
+    if (fine) l = pd__add_layer(g->net, type, name, taken, count, opts, NULL);
+    if (l) l->own->group = g;
+    if (l) l->own->goes_by = by_step ? PD__BY_STEP : l->is_sequence ? PD__APART : PD__BY_SEQUENCE;
+    pd_free(a, taken);
+    return l;
+}
+
+PD_DEF pd_layer *pd_group_memory(pd_group *group, int64_t size, pd_layer *boot) {
+    pd_layer *l;
+    if (!pd__check_open(group)) return NULL;
+    if (boot && boot->net == group->net && (boot->own->loop || pd__goes_by(group, boot) == PD__BY_STEP)) {
+        pd__group_fail(group, PD_E_ARGUMENT,
+                       "group \"%.100s\": a memory can't begin with \"%.100s\", which goes by step", boot->name);
+        return NULL;
+    }
+    l = pd__add_layer(group->net, &pd__memory_type, NULL, &boot, boot != NULL, &size, NULL);
+    if (!l) return NULL;
+    l->own->group = group;
+    l->own->goes_by = PD__BY_STEP;
+    l->own->follows = true;
+    return l;
+}
+
+PD_DEF pd_status pd_group_feed(pd_layer *memory, pd_layer *layer) {
+    pd_group *g = memory ? memory->own->group : NULL;
+    const char *wrong = NULL;
+    if (!memory || !layer) return memory ? pd_error_status(memory->net) : PD_E_ARGUMENT;
+    if (memory->type != &pd__memory_type)
+        return pd__fail_build(memory->net, PD_E_ARGUMENT,
+                              "%.100s: pd_group_feed feeds memories, and this is of type %s", memory->name,
+                              memory->type->name);
+    if (!pd__check_open(g)) return pd_error_status(memory->net);
+    if (memory->own->fed) wrong = "but it is fed already";
+    else if (layer->net != g->net || pd__goes_by(g, layer) != PD__BY_STEP)
+        wrong = "which does not go by the group's steps";
+    else if (layer->is_ids) wrong = "which holds ids, not numbers";
+    else if (layer->out.width != memory->out.width) wrong = "which has not as many numbers per row";
+    if (wrong)
+        return pd__fail_build(g->net, PD_E_ARGUMENT, "%.100s: a memory of %lld numbers, fed with \"%.100s\" (%s), %s",
+                              memory->name, (long long)memory->out.width, layer->name,
+                              pd_shape_text(layer, layer->shape), wrong);
+    if (layer->type == &pd__memory_type) layer = pd_add(g->net, &layer, 1, NULL); /* two steps back */
+    memory->own->fed = layer;
+    return layer ? PD_OK : pd_error_status(g->net);
+}
+
+/* A layer that moves rows of `from`: found, or made. */
+static pd_layer *pd__mover(pd_group *g, pd__move move, pd_layer *from) {
+    pd__move_spec s;
+    pd_layer *l;
+    memset(&s, 0, sizeof s);
+    s.move = move;
+    s.before = move == PD__TO_BATCH && (from->act == PD_SOFTMAX || from->act == PD_SIGMOID);
+    for (int64_t i = g->begin; i < g->net->layer_count; i++) {
+        l = g->net->layers[i];
+        if (l->type == &pd__move_type && l->own->group == g && pd__move_of(l)->move == move && l->inputs[0] == from)
+            return l;
+    }
+    if (from->is_ids) {
+        pd__group_fail(g, PD_E_SHAPE,
+                       "group \"%.100s\": \"%.100s\" holds ids or sparse rows, which can't be read step by step; put "
+                       "pd_embedding or pd_fc between",
+                       from->name);
+        return NULL;
+    }
+    l = pd__add_layer(g->net, &pd__move_type, NULL, &from, 1, &s, NULL);
+    if (!l) return NULL;
+    l->own->group = g;
+    l->own->goes_by = PD__BY_STEP;
+    l->own->follows = move == PD__TO_BATCH;
+    if (from->type == &pd__memory_type) from->own->read_outside = true;
+    return l;
+}
+
+static bool pd__in_loop(const pd_group *g, const pd_layer *l) {
+    return l->own->group == g && l->own->follows && l->own->precedes;
+}
+
+/* Which layers depend on memories, and which memories depend on. */
+static bool pd__find_loop(pd_group *g) {
+    pd_net *net = g->net;
+    for (int64_t i = g->begin; i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        bool memory = l->own->group == g && l->type == &pd__memory_type;
+        if (memory && !l->own->fed)
+            return pd__group_fail(g, PD_E_STATE, "group \"%.100s\": memory \"%.100s\" is never fed (pd_group_feed)",
+                                  l->name);
+        if (memory) l->own->precedes = l->own->fed->own->precedes = true;
+        for (int k = 0; l->own->group == g && k < l->input_count; k++)
+            l->own->follows = l->own->follows || (l->inputs[k]->own->group == g && l->inputs[k]->own->follows);
+    }
+    for (int64_t i = net->layer_count; i-- > g->begin;)
+        for (int k = 0; net->layers[i]->own->precedes && k < net->layers[i]->input_count; k++)
+            if (net->layers[i]->inputs[k]->own->group == g) net->layers[i]->inputs[k]->own->precedes = true;
+    return true;
+}
+
+/* Puts movers between the loop and what is around it. */
+static bool pd__cut_out_loop(pd_group *g) {
+    int64_t count = g->net->layer_count;
+    for (int64_t i = g->begin; i < count; i++) {
+        pd_layer *l = g->net->layers[i];
+        bool inside = pd__in_loop(g, l), memory = l->type == &pd__memory_type;
+        for (int k = 0; l->own->group == g && k < l->input_count; k++) {
+            pd_layer *from = l->inputs[k];
+            bool whole = !memory && l->type->row_inputs >= 0 && k >= l->type->row_inputs;
+            if (inside == pd__in_loop(g, from) || whole) continue;
+            if (memory) l->inputs[k] = pd__mover(g, PD__TO_FIRST_STEP, from);
+            else if (!inside) l->inputs[k] = pd__mover(g, PD__TO_BATCH, from);
+            else if (from->type == &pd__expand_type && from->own->group == g)
+                l->inputs[k] = pd__mover(g, PD__TO_TIME_REPEATED, from->inputs[0]);
+            else l->inputs[k] = pd__mover(g, PD__TO_TIME, from);
+            if (!l->inputs[k]) return false;
+        }
+        if (memory && l->own->group == g && !pd__in_loop(g, l->own->fed))
+            if (!(l->own->fed = pd__mover(g, PD__TO_TIME, l->own->fed))) return false;
+    }
+    return true;
+}
+
+/* Where a layer stands: see above. */
+static int pd__rank_in_group(const pd_group *g, const pd_layer *l) {
+    if (l->own->group != g) return 0;
+    if (pd__in_loop(g, l)) return 2;
+    if (l->type == &pd__move_type) return l->own->follows ? 3 : 1;
+    return l->own->follows ? 4 : 0;
+}
+
+/* Sorts, and says where the loop is. */
+static bool pd__sort_group(pd_group *g) {
+    pd_net *net = g->net;
+    int64_t n = net->layer_count - g->begin, at = 0, begins[6];
+    pd_layer **sorted = (pd_layer **)pd_alloc(&net->allocator, n, sizeof *sorted);
+    if (!sorted) return pd__group_fail(g, PD_E_MEMORY, "group \"%.100s\": out of memory%s", "");
+    for (int rank = 0; rank <= 4; rank++) {
+        begins[rank] = g->begin + at;
+        for (int64_t i = 0; i < n; i++)
+            if (pd__rank_in_group(g, net->layers[g->begin + i]) == rank) sorted[at++] = net->layers[g->begin + i];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        net->layers[g->begin + i] = sorted[i];
+        sorted[i]->own->index = (int)(g->begin + i);
+    }
+    pd_free(&net->allocator, sorted);
+    g->first_gather = begins[1], g->first = begins[2], g->last = begins[3] - 1, g->end = net->layer_count;
+    return true;
+}
+
+/* Makes layers of the loop such, once the group is sorted. */
+static bool pd__close_loop(pd_group *g) {
+    pd_net *net = g->net;
+    for (int64_t i = g->first; i <= g->last; i++) {
+        pd_layer *l = net->layers[i];
+        l->own->loop = g;
+        l->own->hidden = (pd_real **)pd_alloc(&net->allocator, l->input_count + l->param_count, sizeof(pd_real *));
+        if (!l->own->hidden) return pd__group_fail(g, PD_E_MEMORY, "group \"%.100s\": out of memory%s", "");
+    }
+    pd__find_learners(net);
+    return true;
+}
+
+PD_DEF pd_layer *pd_group_end(pd_group *group, pd_layer *output) {
+    if (!pd__check_open(group)) return NULL;
+    if (!pd__group_lead(group)) {
+        pd__group_fail(group, PD_E_STATE, "group \"%.100s\": has no input (pd_group_input)%s", "");
+        return NULL;
+    }
+    group->net->open_group = NULL;
+    group->ended = true;
+    if (!pd__find_loop(group) || !pd__cut_out_loop(group) || !pd__sort_group(group) || !pd__close_loop(group))
+        return NULL;
+    return pd_group_output(group, output);
+}
+
+PD_DEF pd_layer *pd_group_output(pd_group *group, pd_layer *layer) {
+    if (!group || !layer || group->net->broken) return NULL;
+    if (!group->ended || layer->own->group != group) {
+        pd__group_fail(group, PD_E_ARGUMENT,
+                       group->ended ? "group \"%.100s\": its output \"%.100s\" stands outside"
+                                    : "group \"%.100s\": its output \"%.100s\" is there after pd_group_end",
+                       layer->name);
+        return NULL;
+    }
+    return layer->own->loop ? pd__mover(group, PD__TO_BATCH, layer) : layer;
+}
+
+PD_DEF pd_group *pd_group_find(pd_net *net, const char *name) {
+    pd_group *g = net ? net->groups : NULL;
+    while (g && name && strcmp(g->name, name) != 0) g = g->next;
+    return name ? g : NULL;
+}
+
+static bool pd__share_groups(pd_net *to, const pd_net *from) {
+    pd_group **end = &to->groups;
+    for (const pd_group *g = from->groups; g; g = g->next) {
+        pd_group *copy = *end = (pd_group *)pd_alloc(&to->allocator, 1, sizeof *copy);
+        if (!copy) return false;
+        end = &copy->next;
+        *copy = *g;
+        copy->net = to;
+        copy->next = NULL;
+        copy->order = NULL;
+        copy->outer_capacity = 0;
+        copy->outers = NULL;
+        copy->generated = NULL;
+        copy->generated_capacity = 0;
+        copy->name = pd__copy_text(&to->allocator, g->name);
+        if (!copy->name || !pd_grow(&to->allocator, (void **)&copy->outers, &copy->outer_capacity, g->outer_count,
+                                    sizeof *copy->outers))
+            return false;
+        for (int64_t i = 0; i < g->outer_count; i++) {
+            copy->outers[i].layer = to->layers[g->outers[i].layer->own->index];
+            copy->outers[i].goes_by = g->outers[i].goes_by;
+        }
+        for (int64_t i = g->begin; i < from->layer_count; i++) {
+            const struct pd__layer *a = from->layers[i]->own;
+            struct pd__layer *b = to->layers[i]->own;
+            if (a->group != g) continue;
+            b->group = copy;
+            b->goes_by = a->goes_by, b->follows = a->follows, b->precedes = a->precedes;
+            b->read_outside = a->read_outside;
+            if (a->loop) b->loop = copy;
+            if (a->fed) b->fed = to->layers[a->fed->own->index];
+        }
+    }
+    return true;
+}
+
+/* ---- running ---- */
+
+/* All of the loop, or nothing: a layer outside may need a part of it, but the memories go on. */
+static void pd__activate_loop(pd_group *g) {
+    bool active = false;
+    for (int64_t i = g->first; i <= g->last; i++) active = active || g->net->layers[i]->own->active;
+    for (int64_t i = g->first; active && i <= g->last; i++) {
+        struct pd__layer *own = g->net->layers[i]->own;
+        own->active = true;
+        if (own->fed) own->fed->own->active = true;
+    }
+}
+
+/* A view of `count` rows, from `first` on. */
+static void pd__show_rows(pd_tensor *t, const pd_tensor *whole, int64_t width, int64_t first, int64_t count) {
+    t->rows = count;
+    t->data = whole->data ? whole->data + first * width : NULL;
+    t->grad = whole->grad ? whole->grad + first * width : NULL;
+}
+
+/* What a memory holds in step t: the first rows of what fed it in the step before; at first those of the boot layer, or
+   zeros. */
+static pd_status pd__show_memory(pd_layer *l, const pd__order *o, int64_t t, int64_t count) {
+    const pd_layer *fed = l->own->fed;
+    if (t > 0) {
+        pd__show_rows(&l->out, &fed->own->whole[PD__OUT], l->out.width, o->begins[t - 1], count);
+    } else if (l->input_count) {
+        pd__show_rows(&l->out, &l->inputs[0]->out, l->out.width, 0, count);
+    } else {
+        l->out.rows = count;
+        l->out.data = pd_layer_memory(l, 0, count * l->out.width);
+        l->out.grad = NULL;
+        if (!l->out.data) return PD_E_MEMORY;
+        l->device->fill(l->device, count * l->out.width, 0, l->out.data);
+    }
+    return PD_OK;
+}
+
+/* Layers of the loop, and what they read by rows, show the rows of step t; or, if that is -1, all. */
+static pd_status pd__show_step(pd_group *g, int64_t t) {
+    const pd__order *o = g->order;
+    int64_t first = t > 0 ? o->begins[t] : 0, count = t >= 0 ? o->begins[t + 1] - first : o->rows;
+    pd_status status = PD_OK;
+    g->step = t;
+    for (int64_t i = g->first_gather; status == PD_OK && i <= g->last; i++) {
+        pd_layer *l = g->net->layers[i];
+        if (!l->own->active || (l->type == &pd__move_type && pd__move_of(l)->move == PD__TO_FIRST_STEP)) continue;
+        for (int which = 0; which < 2; which++) {
+            pd__show_rows(pd__tensor_of(l, which), &l->own->whole[which], l->out.width, first, count);
+            l->own->store[which].host_of = NULL;
+        }
+        if (l->own->fed && t >= 0) status = pd__show_memory(l, o, t, count);
+    }
+    return status;
+}
+
+/* Room for all steps. */
+static pd_status pd__ready_loop(pd_group *g) {
+    for (int64_t i = g->first; i <= g->last; i++) {
+        pd_layer *l = g->net->layers[i];
+        pd_status status = pd__need_params(l);
+        if (status == PD_OK) status = pd__size_output(l);
+        if (status == PD_OK) status = pd__ready_output(l);
+        if (status == PD_OK) status = pd__ready_grad(l);
+        if (status != PD_OK) return status;
+        l->own->runs++;
+        if (l->own->fed && !l->own->read_outside) l->out.grad = NULL; /* it is in the place of what feeds it */
+    }
+    for (int64_t i = g->first_gather; i <= g->last; i++) {
+        pd_layer *l = g->net->layers[i];
+        l->own->whole[PD__OUT] = l->out;
+        l->own->whole[PD__BEFORE] = l->own->before;
+    }
+    return PD_OK;
+}
+
+static bool pd__reads_before_loop(const pd_layer *l) {
+    bool reads = false;
+    for (int k = 0; k < l->input_count; k++) reads = reads || !l->inputs[k]->own->loop;
+    return l->type == &pd__fc_type && reads;
+}
+
+static pd_status pd__run_member(pd_layer *l, int part) {
+    double start = pd_seconds();
+    pd_status status;
+    l->own->part = part;
+    status = pd__on_host(l, false, pd__forward_layer);
+    l->own->part = PD__ALL_PARTS;
+    l->own->forward_seconds += pd_seconds() - start;
+    return status;
+}
+
+/* What memories have held, which their readers' parameters and layers outside ask for. */
+static void pd__collect_memory(pd_layer *l) {
+    const pd__order *o = l->own->group->order;
+    const pd_layer *fed = l->own->fed, *boot = l->input_count ? l->inputs[0] : NULL;
+    pd_device *d = l->net->device;
+    int64_t first = o->steps > 0 ? o->begins[1] : 0, size[4] = { 1, 1, 1, 0 }, steps[4] = { 0, 0, 0, 1 };
+    size[3] = first * l->out.width;
+    d->fill(d, size[3], 0, l->out.data);
+    if (boot) d->contract(d, size, 1, boot->out.data, steps, NULL, steps, l->out.data, steps);
+    d->gather_rows(d, o->rows - first, l->out.width, o->before + first, NULL, NULL, fed->own->whole[PD__OUT].data, NULL,
+                   l->out.data + size[3]);
+    l->own->store[PD__OUT].host_of = NULL;
+}
+
+static pd_status pd__run_loop(pd_group *g) {
+    pd_layer **layers = g->net->layers;
+    pd_status status = pd__ready_loop(g);
+    for (int64_t i = g->first; status == PD_OK && i <= g->last; i++)
+        if (pd__reads_before_loop(layers[i])) status = pd__run_member(layers[i], PD__BEFORE_LOOP);
+    for (int64_t t = 0; status == PD_OK && t < g->order->steps; t++) {
+        status = pd__show_step(g, t);
+        for (int64_t i = g->first; status == PD_OK && i <= g->last; i++)
+            if (!layers[i]->own->fed) status = pd__run_member(layers[i], PD__IN_LOOP);
+        if (status == PD_OK) status = pd__poll(g->net);
+    }
+    g->step = -1;
+    if (!g->order || status != PD_OK) return status;
+    status = pd__show_step(g, -1);
+    for (int64_t i = g->first; i <= g->last; i++) {
+        if (layers[i]->own->fed && (g->net->mode != PD_PREDICT || layers[i]->own->read_outside))
+            pd__collect_memory(layers[i]);
+    }
+    for (int64_t i = g->first; i <= g->last; i++) pd__let_inputs_go(layers[i]);
+    return status;
+}
+
+/* Does backward of the layer add to input k's gradient after the loop, for all rows? */
+static bool pd__adds_late(const pd_layer *l, int k) { return l->type == &pd__fc_type && !l->inputs[k]->own->loop; }
+
+/* Backward of a layer in the loop: for the rows of a step (`late` false), what goes to inputs that depend on memories;
+   for all rows, what is a product over all of them. The gradients of the others are hidden. */
+static pd_status pd__backward_member(pd_layer *l, bool late) {
+    double start = pd_seconds();
+    pd_real **hidden = l->own->hidden;
+    pd_status status;
+    for (int k = 0; k < l->input_count; k++) {
+        hidden[k] = l->inputs[k]->out.grad;
+        if (late != pd__adds_late(l, k)) l->inputs[k]->out.grad = NULL;
+    }
+    for (int k = 0; k < l->param_count; k++) {
+        hidden[l->input_count + k] = l->params[k]->grad;
+        if (!late) l->params[k]->grad = NULL;
+    }
+    status = pd__on_host(l, true, late ? l->type->backward : pd__differentiate);
+    for (int k = l->param_count; k-- > 0;) l->params[k]->grad = hidden[l->input_count + k];
+    for (int k = l->input_count; k-- > 0;) l->inputs[k]->out.grad = hidden[k];
+    if (status != PD_OK && l->net->failure.status == PD_OK) pd_layer_fail(l, status, "%s", pd_status_text(status));
+    l->own->backward_seconds += pd_seconds() - start;
+    return status;
+}
+
+/* Gradients that layers outside the loop have given a memory go to what fed it. */
+static void pd__pass_memory_grad(pd_layer *l) {
+    const pd__order *o = l->own->group->order;
+    pd_device *d = l->net->device;
+    pd_tensor *fed = &l->own->fed->own->whole[PD__OUT];
+    for (int64_t t = 0; t < o->steps; t++) {
+        int64_t width = l->out.width, size[4] = { 1, 1, 1, 0 }, steps[4] = { 0, 0, 0, 1 };
+        pd_real *to = t > 0 ? fed->grad : l->input_count ? l->inputs[0]->out.grad : NULL;
+        size[3] = (o->begins[t + 1] - o->begins[t]) * width;
+        if (to)
+            d->contract(d, size, 1, l->own->whole[PD__OUT].grad + o->begins[t] * width, steps, NULL, steps,
+                        to + (t > 0 ? o->begins[t - 1] * width : 0), steps);
+    }
+}
+
+static pd_status pd__backward_loop(pd_group *g) {
+    pd_layer **layers = g->net->layers;
+    pd_status status = PD_OK;
+    for (int64_t i = g->first; i <= g->last; i++)
+        if (layers[i]->own->fed && layers[i]->own->whole[PD__OUT].grad) pd__pass_memory_grad(layers[i]);
+    for (int64_t t = g->order->steps; status == PD_OK && t-- > 0;) {
+        status = pd__show_step(g, t);
+        for (int64_t i = g->last; status == PD_OK && i >= g->first; i--)
+            if (layers[i]->wants_grad && !layers[i]->own->fed) status = pd__backward_member(layers[i], false);
+        if (status == PD_OK) status = pd__poll(g->net);
+    }
+    pd__show_step(g, -1);
+    for (int64_t i = g->last; status == PD_OK && i >= g->first; i--) {
+        pd_layer *l = layers[i];
+        if (!l->wants_grad || l->own->fed) continue;
+        if (l->param_count > 0) status = pd__backward_member(l, true);
+        if (status == PD_OK) status = pd__report_grads(l);
+        if (status == PD_OK) status = pd__poll(g->net);
+    }
+    return status;
+}
+
+/* ---- generating: the group's layers run step by step, all of them, on the rows of the sentences that go on ---- */
+
+typedef struct pd__generation {
+    pd_group *g;
+    pd_layer *words, *scores;
+    pd_layer **steps, **before; /* the group's layers that take part; what runs once, before them */
+    int64_t step_count;
+    int before_count;
+    pd__order order; /* of one step */
+    int64_t begins[2];
+    int64_t *same;      /* 0, 1, 2 .. */
+    int64_t *sentences; /* that go on */
+    int64_t *survivors; /* their rows in the step before */
+    int64_t *next;      /* their words */
+    int64_t *lengths, *ids;
+    int64_t max_rows;
+} pd__generation;
+
+PD_PRINTF(3, 4) static pd_status pd__generate_fail(pd_layer *l, pd_status status, const char *format, ...) {
+    char text[400];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return pd_layer_fail(l, status, "pd_generate: %s", text);
+}
+
+static pd_status pd__check_generation(pd__generation *n, const pd_generate_opts *o) {
+    pd_layer *scores = n->scores, *words = n->words;
+    int64_t inputs = 0;
+    for (int64_t i = 0; i < n->g->outer_count; i++) inputs += n->g->outers[i].goes_by == PD__BY_STEP;
+    if (inputs != 1 || !words->is_ids || words->is_sparse || words->own->slot < 0)
+        return pd__generate_fail(
+            scores, PD_E_ARGUMENT,
+            "group \"%.100s\" must have one input (pd_group_input), made by pd_ids, to be fed back", n->g->name);
+    if (n->g->reverse) return pd__generate_fail(scores, PD_E_ARGUMENT, "group \"%.100s\" is reversed", n->g->name);
+    if (scores->is_ids || scores->out.width > words->out.width)
+        return pd__generate_fail(scores, PD_E_SHAPE, "has %lld numbers, but \"%.100s\" has only %lld ids",
+                                 (long long)scores->out.width, words->name, (long long)words->out.width);
+    if (o->begin < 0 || o->begin >= words->out.width || o->end < 0 || o->end >= scores->out.width)
+        return pd__generate_fail(scores, PD_E_ARGUMENT, "begin is %lld, end %lld, expected ids below %lld and %lld",
+                                 (long long)o->begin, (long long)o->end, (long long)words->out.width,
+                                 (long long)scores->out.width);
+    return o->max_rows >= 0 ? PD_OK
+                            : pd__generate_fail(scores, PD_E_ARGUMENT, "max_rows is %lld", (long long)o->max_rows);
+}
+
+/* What takes part, and what the steps read of the rest. */
+static pd_status pd__plan_generation(pd__generation *n) {
+    pd_net *net = n->g->net;
+    pd_status status = pd__activate_layers(net, &n->scores, 1);
+    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++) {
+        pd_layer *l = net->layers[i];
+        if (!l->own->active || l->own->group != n->g || l->own->goes_by != PD__BY_STEP) continue;
+        n->steps[n->step_count++] = l;
+        for (int k = 0; k < l->input_count; k++) {
+            pd_layer *from = l->inputs[k];
+            bool met = from == n->words || (from->own->group == n->g && from->own->goes_by == PD__BY_STEP);
+            for (int j = 0; j < n->before_count && !met; j++) met = n->before[j] == from;
+            if (!met) n->before[n->before_count++] = from;
+        }
+    }
+    return status;
+}
+
+/* Memories hold what fed them in the step before, of those that go on; or what they begin with. */
+static pd_status pd__move_memories(pd__generation *n, bool begin) {
+    int64_t rows = n->order.rows;
+    for (int64_t i = 0; i < n->step_count; i++) {
+        pd_layer *l = n->steps[i];
+        pd__store *store = &l->own->store[PD__OUT];
+        pd_device *d = l->net->device;
+        const pd_real *from = !begin           ? l->own->fed ? l->own->fed->out.data : NULL
+                              : l->input_count ? l->inputs[0]->out.data
+                                               : NULL;
+        if (!l->own->fed) continue;
+        if (!pd__grow_numbers(l->net, &store->data, &store->data_capacity, rows * l->out.width)) return pd__no_rows(l);
+        l->out.data = store->data;
+        l->out.rows = rows;
+        l->out.sequences = 0;
+        l->out.starts = NULL;
+        store->host_of = NULL;
+        if (from)
+            d->gather_rows(d, rows, l->out.width, begin ? n->same : n->survivors, NULL, NULL, from, NULL, l->out.data);
+        else d->fill(d, rows * l->out.width, 0, l->out.data);
+    }
+    return PD_OK;
+}
+
+static bool pd__is_boot(const pd_layer *l) {
+    return l->type == &pd__move_type && pd__move_of(l)->move == PD__TO_FIRST_STEP;
+}
+
+/* One layer, for the rows of one step, with sums in the order that the loop has. */
+static pd_status pd__generate_layer(pd_layer *l) {
+    pd_status status = pd__size_output(l);
+    if (status == PD_OK) status = pd__ready_output(l);
+    if (status == PD_OK && l->own->loop && pd__reads_before_loop(l)) status = pd__run_member(l, PD__BEFORE_LOOP);
+    return status == PD_OK ? pd__run_member(l, l->own->loop ? PD__IN_LOOP : PD__ALL_PARTS) : status;
+}
+
+/* Rows of sparse tables for the words of this step. */
+static pd_status pd__generate_tables(pd__generation *n) {
+    pd_status status = PD_OK;
+    bool any = false;
+    for (int64_t i = 0; i < n->step_count; i++) any = any || n->steps[i]->type->prefetch;
+    if (!any) return PD_OK;
+    pd__forget_rows(n->g->net);
+    for (int64_t i = 0; status == PD_OK && i < n->step_count; i++)
+        if (n->steps[i]->type->prefetch) status = n->steps[i]->type->prefetch(n->steps[i]);
+    return status == PD_OK ? pd__ready_rows(n->g->net) : status;
+}
+
+static pd_status pd__generate_step(pd__generation *n, bool begin) {
+    pd_tensor *words = &n->words->out;
+    pd_status status;
+    words->rows = words->sequences = n->order.rows;
+    words->starts = n->same;
+    words->ids = n->next;
+    words->row_starts = NULL;
+    words->values = NULL;
+    n->begins[1] = n->order.rows;
+    status = pd__generate_tables(n);
+    for (int64_t i = 0; status == PD_OK && begin && i < n->step_count; i++)
+        if (pd__is_boot(n->steps[i])) status = pd__generate_layer(n->steps[i]);
+    if (status == PD_OK) status = pd__move_memories(n, begin);
+    for (int64_t i = 0; status == PD_OK && i < n->step_count; i++)
+        if (!n->steps[i]->own->fed && !pd__is_boot(n->steps[i])) status = pd__generate_layer(n->steps[i]);
+    return status == PD_OK ? pd__wait_for_device(n->g->net) : status;
+}
+
+/* Appends the best words; sentences that end leave. */
+static pd_status pd__choose_words(pd__generation *n, int64_t end) {
+    const pd_real *scores = pd__host_data(n->scores);
+    int64_t rows = 0, width = n->scores->out.width;
+    if (!scores) return n->g->net->failure.status;
+    for (int64_t r = 0; r < n->order.rows; r++, scores += width) {
+        int64_t best = 0, sentence = n->sentences[r];
+        for (int64_t i = 1; i < width; i++)
+            if (scores[i] > scores[best]) best = i;
+        if (scores[best] != scores[best])
+            return pd__generate_fail(n->scores, PD_E_NUMERIC, "not a number, in step %lld of sentence %lld",
+                                     (long long)n->lengths[sentence], (long long)sentence);
+        if (best == end) continue;
+        n->ids[sentence * n->max_rows + n->lengths[sentence]++] = best;
+        if (n->lengths[sentence] == n->max_rows) continue;
+        n->sentences[rows] = sentence;
+        n->survivors[rows] = r;
+        n->next[rows++] = best;
+    }
+    n->order.rows = rows;
+    return PD_OK;
+}
+
+/* The group's memory: all that the generation wants. */
+static pd_status pd__ready_generation(pd__generation *n, int64_t samples) {
+    pd_group *g = n->g;
+    int64_t numbers, *at;
+    if (!pd__multiply_sizes(samples, n->max_rows, &numbers) || numbers > INT64_MAX / 2 ||
+        !pd_grow(&g->net->allocator, (void **)&g->generated, &g->generated_capacity, numbers + 6 * (samples + 1),
+                 sizeof *at))
+        return pd__generate_fail(n->scores, PD_E_MEMORY, "out of memory for %lld sentences of %lld words",
+                                 (long long)samples, (long long)n->max_rows);
+    at = g->generated;
+    n->lengths = at, at += samples + 1;
+    n->ids = at, at += numbers;
+    n->same = at, at += samples + 1;
+    n->sentences = at, at += samples + 1;
+    n->survivors = at, at += samples + 1;
+    n->next = at;
+    for (int64_t i = 0; i <= samples; i++) n->same[i] = n->sentences[i] = i, n->lengths[i] = 0;
+    n->order.sequences = samples, n->order.rows = samples, n->order.steps = 1;
+    n->begins[0] = 0;
+    n->order.begins = n->begins, n->order.starts = n->order.order = n->order.places = n->same;
+    n->order.sentences = n->sentences;
+    return PD_OK;
+}
+
+/* Lengths become offsets, and sentences close up. */
+static void pd__pack_generated(const pd__generation *n, pd_generated *result) {
+    int64_t at = 0, samples = n->order.sequences;
+    for (int64_t q = 0; q < samples; q++) {
+        int64_t length = n->lengths[q];
+        memmove(n->ids + at, n->ids + q * n->max_rows, (size_t)length * sizeof *n->ids);
+        n->lengths[q] = at;
+        at += length;
+    }
+    n->lengths[samples] = at;
+    result->sequences = samples;
+    result->starts = n->lengths;
+    result->ids = n->ids;
+}
+
+static pd_status pd__generate(pd__generation *n, const pd_batch *batch, const pd_generate_opts *o) {
+    pd_net *net = n->g->net;
+    pd_status status = pd__plan_generation(n);
+    if (status == PD_OK) status = pd_forward(net, batch, PD_PREDICT, n->before, n->before_count);
+    if (status == PD_OK) status = pd__ready_generation(n, batch->samples);
+    if (status != PD_OK) return status;
+    for (int64_t i = 0; i < n->step_count; i++) {
+        pd_layer *l = n->steps[i];
+        l->own->active = true;
+        l->own->consumers = 2; /* it keeps its rows */
+        if (l->own->reads_before) l->inputs[0]->own->keeps_before = true;
+    }
+    for (int64_t r = 0; r < batch->samples; r++) n->next[r] = o->begin;
+    n->g->order = &n->order;
+    n->g->generating = true;
+    for (bool begin = true; status == PD_OK && n->order.rows > 0; begin = false) {
+        status = pd__generate_step(n, begin);
+        if (status == PD_OK) status = pd__choose_words(n, o->end);
+    }
+    n->g->order = NULL;
+    n->g->generating = false;
+    for (int64_t i = 0; i < n->step_count; i++) n->steps[i]->own->active = false;
+    net->run_failed = status != PD_OK;
+    return status;
+}
+
+PD_DEF pd_status pd_generate(pd_layer *scores, const pd_batch *batch, const pd_generate_opts *opts,
+                             pd_generated *result) {
+    pd__generation n;
+    pd_net *net = scores ? scores->net : NULL;
+    int64_t inputs = 0;
+    pd_status status;
+    if (result) memset(result, 0, sizeof *result);
+    if (!pd__check_net(net)) return pd_error_status(net);
+    if (!batch || !opts || !result) return pd__generate_fail(scores, PD_E_ARGUMENT, "batch, opts or result is NULL");
+    memset(&n, 0, sizeof n);
+    n.g = scores->own->group;
+    n.scores = scores;
+    if (!n.g || !n.g->ended || scores->own->goes_by != PD__BY_STEP || scores->own->loop)
+        return pd__generate_fail(scores, PD_E_ARGUMENT,
+                                 scores->own->loop ? "it runs in the loop; take its pd_group_output"
+                                                   : "it is no layer that goes by a group's steps");
+    n.words = pd__group_lead(n.g);
+    n.max_rows = opts->max_rows ? opts->max_rows : 100;
+    status = pd__check_generation(&n, opts);
+    if (status != PD_OK) return status;
+    for (int64_t i = 0; i < net->layer_count; i++) inputs += net->layers[i]->input_count;
+    n.steps = (pd_layer **)pd_alloc(&net->allocator, net->layer_count, sizeof *n.steps);
+    n.before = (pd_layer **)pd_alloc(&net->allocator, inputs, sizeof *n.before);
+    status = n.steps && n.before ? pd__generate(&n, batch, opts) : pd__no_memory(net, "generating");
+    pd_free(&net->allocator, n.steps);
+    pd_free(&net->allocator, n.before);
+    if (status == PD_OK) pd__pack_generated(&n, result);
+    return status;
 }
 
 /* ======================================================================================================== */
@@ -7888,7 +9125,11 @@ static pd_evaluator *pd__new_evaluator(pd_net *net, const pd_evaluator_type *typ
 static pd_status pd__setup_evaluator(pd_evaluator *e) {
     pd_status status = pd__check_evaluator(e);
     for (int k = 0; status == PD_OK && k < PD__COUNT(e->inputs); k++)
-        if (e->inputs[k] && e->inputs[k]->is_sparse)
+        if (e->inputs[k] && e->inputs[k]->own->loop)
+            status = pd__eval_fail(e, PD_E_ARGUMENT,
+                                   "\"%.100s\" runs step by step in group \"%.100s\"; pd_group_output has its rows",
+                                   e->inputs[k]->name, e->inputs[k]->own->loop->name);
+        else if (e->inputs[k] && e->inputs[k]->is_sparse)
             status = pd__eval_fail(e, PD_E_SHAPE, "\"%.100s\" holds sparse rows, expected numbers or ids",
                                    e->inputs[k]->name);
     if (status == PD_OK && pd__find_evaluator(e->net, e->name))
@@ -9779,8 +11020,9 @@ static char *pd__default_name(pd_net *net, const pd_layer_type *type) {
     return pd__copy_text(&net->allocator, name);
 }
 
+/* mixed: inputs with and without sequences will be brought together by a group. */
 static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const char *name, pd_layer *const *inputs,
-                                 int count) {
+                                 int count, bool mixed) {
     const char *who = name ? name : type && type->name ? type->name : "layer";
     if (!type || !type->name || !type->setup || !type->forward)
         return pd__fail_build(net, PD_E_ARGUMENT, "%s: its type lacks a name, setup or forward", who);
@@ -9804,7 +11046,7 @@ static pd_status pd__check_layer(pd_net *net, const pd_layer_type *type, const c
         if (inputs[i]->is_sparse && !type->prefetch)
             return pd__fail_build(net, PD_E_SHAPE, "%s: %s takes no sparse input such as \"%.100s\"; pd_fc does", who,
                                   type->name, inputs[i]->name);
-        if (inputs[i]->is_sequence != inputs[0]->is_sequence && !type->resize)
+        if (inputs[i]->is_sequence != inputs[0]->is_sequence && !type->resize && !mixed)
             return pd__fail_build(net, PD_E_SHAPE, "%s: input \"%.100s\" %s, but \"%.100s\" %s", who, inputs[i]->name,
                                   pd__rows_of[inputs[i]->is_sequence], inputs[0]->name,
                                   pd__rows_of[inputs[0]->is_sequence]);
@@ -9855,13 +11097,25 @@ static bool pd__is_carried(const pd_layer *l) { return !l->net->device->host_mem
 
 /* Something that learns is at or below the layer, and it can pass the gradient on. */
 static bool pd__layer_learns(const pd_layer *l) {
-    if (l->own->wants_input_grad) return true;
+    if (l->own->wants_input_grad || (l->own->fed && l->own->fed->wants_grad)) return true;
     if (!l->type->backward) return false;
     for (int i = 0; i < l->input_count; i++)
         if (l->inputs[i]->wants_grad) return true;
     for (int i = 0; i < l->param_count; i++)
         if (!l->params[i]->opts.is_static) return true;
     return false;
+}
+
+/* Of all layers, since inputs and groups may change it. A memory learns if what feeds it, which comes later, does. */
+static void pd__find_learners(pd_net *net) {
+    for (bool more = true; more;) {
+        more = false;
+        for (int64_t i = 0; i < net->layer_count; i++) {
+            bool learns = pd__layer_learns(net->layers[i]);
+            more = more || learns != net->layers[i]->wants_grad;
+            net->layers[i]->wants_grad = learns;
+        }
+    }
 }
 
 #define PD__ROW_MAX (INT64_MAX / 64) /* numbers in a row */
@@ -9904,7 +11158,7 @@ static pd_layer *pd__add_layer(pd_net *net, const pd_layer_type *type, const cha
     pd_layer *l;
     pd_status status;
     pd_failure earlier; /* of some other call: success here doesn't forget it */
-    if (!pd__check_net(net) || pd__check_layer(net, type, name, inputs, count) != PD_OK) return NULL;
+    if (!pd__check_net(net) || pd__check_layer(net, type, name, inputs, count, false) != PD_OK) return NULL;
     earlier = net->failure;
     l = pd__new_layer(net, type, name, inputs, count, opts);
     if (!l) {
@@ -9932,6 +11186,15 @@ PD_DEF pd_layer *pd_layer_add(pd_net *net, const pd_layer_type *type, const char
         pd__fail_build(net, PD_E_STATE, "%.100s: a shared net takes no more layers", name ? name : "layer");
         return NULL;
     }
+    if (net && net->open_group && count > 0 && inputs)
+        return pd__add_to_group(net->open_group, type, name, inputs, count, opts);
+    for (int k = 0; net && inputs && k < count; k++)
+        if (inputs[k] && inputs[k]->own->loop) {
+            pd__fail_build(net, PD_E_ARGUMENT,
+                           "%.100s: \"%.100s\" runs step by step in group \"%.100s\"; pd_group_output has its rows",
+                           name ? name : type->name, inputs[k]->name, inputs[k]->own->loop->name);
+            return NULL;
+        }
     return pd__add_layer(net, type, name, inputs, count, opts, NULL);
 }
 
@@ -9957,7 +11220,9 @@ PD_DEF const char *pd_shape_text(pd_layer *layer, pd_shape shape) {
 PD_DEF pd_mode pd_layer_mode(const pd_layer *layer) { return layer->net->mode; }
 
 PD_DEF uint64_t pd_layer_key(const pd_layer *layer) {
-    return pd__subkey(pd__subkey(layer->net->seed, (uint64_t)layer->own->index), layer->net->step);
+    const pd_group *g = layer->own->loop;
+    uint64_t key = pd__subkey(pd__subkey(layer->net->seed, (uint64_t)layer->own->index), layer->net->step);
+    return g && g->step >= 0 ? pd__subkey(key, (uint64_t)g->step) : key;
 }
 
 /* A layer type's mistake else. */
@@ -9986,12 +11251,16 @@ static pd_real *pd__slot_memory(pd_layer *layer, int slot, int64_t count, int64_
 }
 
 PD_DEF pd_real *pd_layer_row_memory(pd_layer *layer, int slot, int64_t per_row) {
+    const pd__order *order = pd__step_order(layer); /* in a loop: of the memory for all steps, that of one */
     int64_t count;
     if (per_row < 1) pd_layer_fail(layer, PD_E_ARGUMENT, "memory for %lld numbers per row", (long long)per_row);
-    else if (!pd__multiply_sizes(layer->out.rows, per_row, &count))
+    else if (!pd__multiply_sizes(order ? order->rows : layer->out.rows, per_row, &count))
         pd_layer_fail(layer, PD_E_MEMORY, "out of memory for %lld rows of %lld numbers", (long long)layer->out.rows,
                       (long long)per_row);
-    else return pd__slot_memory(layer, slot, count, per_row);
+    else {
+        pd_real *memory = pd__slot_memory(layer, slot, count, per_row);
+        return memory ? memory + pd__first_row(layer) * per_row : NULL;
+    }
     return NULL;
 }
 

@@ -1241,8 +1241,8 @@ static pd_status drop_forward(pd_layer *l) {
     for (int64_t r = 0; r < l->out.rows; r++) l->out.data[r] = l->inputs[0]->out.data[r];
     return PD_OK;
 }
-static const pd_layer_type drop_type = { PD_API_VERSION, "drop",       1,    1,    0,    0,   0, drop_setup,
-                                         drop_resize,    drop_forward, NULL, NULL, NULL, NULL };
+static const pd_layer_type drop_type = { PD_API_VERSION, "drop",       1,    1,    0,    0,    0, drop_setup,
+                                         drop_resize,    drop_forward, NULL, NULL, NULL, NULL, 0 };
 
 /* Queries and keys may have other lengths, keys and values not. */
 static void test_lengths_of_attention(void **state) {
