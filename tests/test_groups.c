@@ -157,7 +157,7 @@ static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
     keys = pd_fc(net, encoder, 4, &(pd_fc_opts){ .no_bias = true });
     x = pd_embedding(net, words, 3, &(pd_embedding_opts){ .name = "table", .weight.sparse = w.sparse });
     h = pd_group_memory(g, 6, boot);
-    query = pd_fc(net, h, 4, &(pd_fc_opts){ .weight.name = w.share ? "shared" : NULL });
+    query = pd_fc(net, h, 4, NULL);
     context = pd_attention(net, query, keys, encoder, NULL);
     if (attention) *attention = context;
     list[0] = x, list[1] = h, list[2] = context, list[3] = boot;
@@ -177,14 +177,22 @@ static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
     if (w.dropout) y = pd_dropout(net, y, 0.3, NULL);
     pd_group_feed(h, y);
     list[0] = y, list[1] = h, list[2] = x;
-    scores = pd_fc_sum(net, list, 3, 9, NULL);
+    scores = pd_fc_sum(net, list, 3, 9, &(pd_fc_opts){ .name = "scores" });
+    if (w.share) { /* a parameter of the loop, of the group's rest, and of a layer outside */
+        list[0] = scores, list[1] = pd_fc(net, h, 9, &(pd_fc_opts){ .weight.name = "shared" });
+        scores = pd_add(net, list, 2, &(pd_layer_opts){ .name = "sums" });
+    }
     out = pd_group_end(g, scores);
     if (w.twice) {
         list[0] = out;
         list[1] = pd_fc(net, pd_group_output(g, y), 9, NULL);
         list[2] = pd_fc(net, pd_group_output(g, h), 9, NULL);
-        list[3] = pd_fc(net, encoder, 4, &(pd_fc_opts){ .weight.name = w.share ? NULL : NULL });
         out = pd_add(net, list, 3, NULL);
+    }
+    if (w.share) {
+        list[0] = out;
+        list[1] = pd_expand(net, pd_fc(net, boot, 9, &(pd_fc_opts){ .weight.name = "shared" }), out, NULL);
+        out = pd_add(net, list, 2, NULL);
     }
     check_built(net, out);
     return out;
@@ -212,10 +220,326 @@ static void test_gradients(void **state) {
     }
 }
 
+/* ======================================================================================================== */
+/* Running                                                                                                   */
+
+static void predict(pd_net *net, const pd_batch *batch, pd_layer *target) {
+    if (pd_forward(net, batch, PD_PREDICT, &target, 1) != PD_OK) fail_msg("%s", pd_error(net));
+}
+
+/* A sequence at once, and its rows one after the other, each as a sequence that begins where the last one ended. */
+static void test_a_step_at_a_time(void **state) {
+    enum { STEPS = 7, IN = 5, OUT = 6 };
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_vector(net, "x", IN)), *before = pd_vector(net, "before", OUT);
+    pd_layer *y = gru_group(net, x, OUT, before, false);
+    const int64_t length = STEPS;
+    pd_real whole[STEPS * OUT];
+    pd_batch *all, *one;
+    (void)state;
+    check_built(net, y);
+    random_seed(1);
+    all = batch_of(net, &length, NULL, 1);
+    predict(net, all, y);
+    memcpy(whole, pd_output(y, NULL, NULL), sizeof whole);
+    one = pd_batch_new(net);
+    for (int t = 0; t < STEPS; t++) {
+        pd_batch_clear(one);
+        memcpy(pd_batch_add_row(one, 0), all->slots[0].data + t * IN, IN * sizeof(pd_real));
+        memcpy(pd_batch_add_row(one, 1), t ? whole + (t - 1) * OUT : all->slots[1].data, OUT * sizeof(pd_real));
+        assert_int_equal(pd_batch_end_sample(one), PD_OK);
+        predict(net, one, y);
+        assert_memory_equal(pd_output(y, NULL, NULL), whole + t * OUT, OUT * sizeof(pd_real));
+    }
+    pd_batch_free(all), pd_batch_free(one);
+    pd_net_free(net);
+}
+
+/* Costs and gradients for any number of threads: the same bits. */
+static void test_threads(void **state) {
+    (void)state;
+    for (int i = 0; i < COUNT(kinds); i++) {
+        pd_real *first = NULL;
+        for (int threads = 1; threads <= 4; threads++) {
+            pd_net *net = pd_net_new(&(pd_net_opts){ .threads = threads });
+            pd_layer *cost = pd_sum_cost(net, decoder(net, kinds[i], NULL), NULL);
+            int64_t lengths[40], others[40], count = 0, at = 0;
+            pd_real *all;
+            pd_batch *batch;
+            check_built(net, cost);
+            random_seed(2);
+            for (int k = 0; k < 40; k++) lengths[k] = below(30), others[k] = below(20);
+            batch = batch_of(net, lengths, others, 40);
+            assert_int_equal(pd_zero_grads(net), PD_OK);
+            if (pd_forward(net, batch, PD_CHECK, &cost, 1) != PD_OK || pd_backward(net, cost) != PD_OK)
+                fail_msg("%s", pd_error(net));
+            for (pd_param *p = pd_param_first(net); p; p = p->next)
+                count += p->opts.sparse ? p->rows.count * p->dims[1] : p->size;
+            all = (pd_real *)malloc((size_t)count * sizeof *all);
+            for (pd_param *p = pd_param_first(net); p; p = p->next) {
+                const int64_t n = p->opts.sparse ? p->rows.count * p->dims[1] : p->size;
+                memcpy(all + at, p->grad, (size_t)n * sizeof *all);
+                at += n;
+            }
+            if (first) assert_memory_equal(first, all, (size_t)count * sizeof *all);
+            if (first) free(all);
+            else first = all;
+            pd_batch_free(batch);
+            pd_net_free(net);
+        }
+        free(first);
+    }
+}
+
+/* The scores of sentences, alone, in any batch, in a shared net: the same bits. */
+static void test_one_answer_and_shared_nets(void **state) {
+    (void)state;
+    for (int i = 0; i < COUNT(kinds); i++) {
+        pd_net *net = pd_net_new(NULL), *shared;
+        pd_layer *out = decoder(net, kinds[i], NULL), *twin;
+        pd_batch *batch, *one = pd_batch_new(net), *other;
+        pd_real *all;
+        int64_t width;
+        random_seed(3);
+        batch = batch_of(net, ragged, keys_of, COUNT(ragged));
+        predict(net, batch, out);
+        all = (pd_real *)malloc(100 * 9 * sizeof *all);
+        memcpy(all, pd_output(out, NULL, &width), (size_t)(out->out.rows * 9) * sizeof *all);
+        assert_int_equal(width, 9);
+        for (int64_t q = 0; q < COUNT(ragged); q++) {
+            pd_batch_clear(one);
+            assert_int_equal(pd_batch_copy_sample(one, batch, q), PD_OK);
+            predict(net, one, out);
+            assert_int_equal(out->out.rows, ragged[q]);
+            if (ragged[q])
+                assert_memory_equal(pd_output(out, NULL, NULL), all + batch->slots[0].starts[q] * 9,
+                                    (size_t)(ragged[q] * 9) * sizeof *all);
+        }
+        shared = pd_net_share(net);
+        check_built(net, shared);
+        twin = pd_layer_find(shared, out->name);
+        other = pd_batch_new(shared);
+        for (int64_t q = 0; q < COUNT(ragged); q++) assert_int_equal(pd_batch_copy_sample(other, batch, q), PD_OK);
+        predict(shared, other, twin);
+        assert_memory_equal(pd_output(twin, NULL, NULL), all, (size_t)(twin->out.rows * 9) * sizeof *all);
+        pd_batch_free(other);
+        pd_net_free(shared);
+        free(all);
+        pd_batch_free(batch), pd_batch_free(one);
+        pd_net_free(net);
+    }
+}
+
+/* ---- generating ---- */
+
+enum { BEGIN = 7, END = 8, MOST = 12 };
+
+static pd_generated generate(pd_layer *scores, const pd_batch *batch) {
+    pd_generated words;
+    const pd_generate_opts o = { .begin = BEGIN, .end = END, .max_rows = MOST };
+    if (pd_generate(scores, batch, &o, &words) != PD_OK) fail_msg("%s", pd_error(scores->net));
+    return words;
+}
+
+/* Sources without words before. */
+static pd_batch *sources(pd_net *net, const pd_batch *from) {
+    pd_batch *batch = pd_batch_new(net);
+    const pd_slot *s = &from->slots[1];
+    for (int64_t q = 0; q < from->samples; q++) {
+        for (int64_t r = s->starts[q]; r < s->starts[q + 1]; r++)
+            memcpy(pd_batch_add_row(batch, 1), s->data + r * s->width, (size_t)s->width * sizeof *s->data);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    }
+    return batch;
+}
+
+static int64_t best_of(const pd_real *row, int64_t width) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < width; i++)
+        if (row[i] > row[best]) best = i;
+    return best;
+}
+
+/* What is generated is what the group says of these words when it is given them; and no sentence minds the others. */
+static void test_generation(void **state) {
+    int ended = 0, cut = 0;
+    (void)state;
+    for (int i = 0; i < COUNT(kinds); i++)
+        for (uint64_t seed = 0; seed < 8; seed++) {
+            pd_net *net = pd_net_new(&(pd_net_opts){ .seed = seed });
+            pd_layer *scores, *out;
+            pd_batch *any, *batch, *forced, *one;
+            pd_generated words;
+            int64_t ids[COUNT(ragged)][MOST], counts[COUNT(ragged)], width;
+            const pd_real *y;
+            if (kinds[i].reverse) {
+                pd_net_free(net);
+                continue;
+            }
+            decoder(net,
+                    (wishes){ .feedback = kinds[i].feedback,
+                              .sparse = kinds[i].sparse,
+                              .soft = kinds[i].soft,
+                              .dropout = kinds[i].dropout,
+                              .share = kinds[i].share },
+                    NULL);
+            out = scores = pd_layer_find(net, kinds[i].share ? "sums" : "scores");
+            for (pd_param *p = pd_param_first(net); p; p = p->next) { /* not all the same word */
+                pd_real *v = (pd_real *)malloc((size_t)p->size * sizeof *v);
+                random_seed(seed * 100 + (uint64_t)p->size);
+                for (int64_t k = 0; k < p->size; k++) v[k] = (pd_real)uniform(-1.5, 1.5);
+                assert_int_equal(pd_param_set(p, v, p->size), PD_OK);
+                free(v);
+            }
+            random_seed(seed);
+            any = batch_of(net, ragged, keys_of, COUNT(ragged));
+            batch = sources(net, any);
+            words = generate(scores, batch);
+            assert_int_equal(words.sequences, COUNT(ragged));
+            forced = pd_batch_new(net);
+            for (int64_t q = 0; q < words.sequences; q++) {
+                const pd_slot *s = &any->slots[1];
+                counts[q] = words.starts[q + 1] - words.starts[q];
+                memcpy(ids[q], words.ids + words.starts[q], (size_t)counts[q] * sizeof **ids);
+                for (int64_t t = 0; t <= counts[q] && t < MOST; t++)
+                    assert_int_equal(pd_batch_add_id(forced, 0, t ? ids[q][t - 1] : BEGIN), PD_OK);
+                for (int64_t r = s->starts[q]; r < s->starts[q + 1]; r++)
+                    memcpy(pd_batch_add_row(forced, 1), s->data + r * s->width, (size_t)s->width * sizeof *s->data);
+                assert_int_equal(pd_batch_end_sample(forced), PD_OK);
+            }
+            predict(net, forced, out);
+            y = pd_output(out, NULL, &width);
+            for (int64_t q = 0; q < COUNT(ragged); q++)
+                for (int64_t t = 0; t <= counts[q] && t < MOST; t++, y += width)
+                    assert_int_equal(best_of(y, width), t < counts[q] ? ids[q][t] : END);
+            one = pd_batch_new(net);
+            for (int64_t q = 0; q < COUNT(ragged); q++) {
+                pd_batch_clear(one);
+                assert_int_equal(pd_batch_copy_sample(one, batch, q), PD_OK);
+                words = generate(scores, one);
+                assert_int_equal(words.starts[1], counts[q]);
+                assert_memory_equal(words.ids, ids[q], (size_t)counts[q] * sizeof **ids);
+                ended += counts[q] < MOST && counts[q] > 0;
+                cut += counts[q] == MOST;
+            }
+            pd_batch_free(any), pd_batch_free(batch), pd_batch_free(forced), pd_batch_free(one);
+            pd_net_free(net);
+        }
+    assert_true(ended > 20 && cut > 20); /* both ways of leaving */
+}
+
+/* Each step drops others. */
+static void test_dropout_in_the_loop(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_vector(net, "x", 40)), *h, *y, *out, *pair[2];
+    const int64_t length = 6;
+    const pd_real *rows;
+    pd_batch *batch;
+    pd_group *g = pd_group_begin(net, NULL);
+    (void)state;
+    pair[0] = pd_group_input(g, x);
+    h = pair[1] = pd_group_memory(g, 40, NULL);
+    y = pd_dropout(net, pd_affine(net, pd_add(net, pair, 2, NULL), 0, 1, NULL), 0.5, NULL);
+    pd_group_feed(h, y);
+    out = pd_group_end(g, y);
+    check_built(net, out);
+    random_seed(4);
+    batch = batch_of(net, &length, NULL, 1);
+    assert_int_equal(pd_forward(net, batch, PD_TRAIN, &out, 1), PD_OK);
+    rows = pd_output(out, NULL, NULL);
+    for (int t = 0; t < 6; t++)
+        for (int u = 0; u < t; u++) assert_memory_not_equal(rows + t * 40, rows + u * 40, 40 * sizeof *rows);
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
+/* ---- misuse ---- */
+
+static void test_refused(void **state) {
+    static const char *const texts[] = {
+        "group \"g\": memory \"memory1\" is never fed (pd_group_feed)",
+        "outer_fc: \"side\" stands outside group \"g\"; pd_group_input or pd_group_static lets it in",
+        "sequence_pool: sequence_pool can't work row by row, as group \"g\" wants it to with \"x\"",
+        "batch_norm: batch_norm can't work row by row, as group \"g\" wants it to with \"x\"",
+        "group \"g\": has no input (pd_group_input)",
+        "group \"g\": input \"row\" carries no sequences",
+        "group \"g\": static \"x\" is an input as well as a static",
+        "memory1: a memory of 3 numbers, fed with \"x\" (2), which has not as many numbers per row",
+        "late: \"inner\" runs step by step in group \"g\"; pd_group_output has its rows",
+        "group2: groups don't nest; it begins before the end of g",
+        "group \"g\": \"ids\" holds ids or sparse rows, which can't be read step by step; put pd_embedding or pd_fc "
+        "between",
+        "memory1: \"row\" has 5 numbers per row, expected 3, the memory's size",
+    };
+    (void)state;
+    for (int i = 0; i < COUNT(texts); i++) {
+        pd_net *net = pd_net_new(NULL);
+        pd_layer *x = pd_sequence(pd_vector(net, "x", 2)), *row = pd_vector(net, "row", 5);
+        pd_layer *side = pd_sequence(pd_vector(net, "side", 2)), *ids = pd_sequence(pd_ids(net, "ids", 3));
+        pd_group *g = pd_group_begin(net, &(pd_group_opts){ .name = "g" });
+        pd_layer *h, *pair[2];
+        if (i != 4) pd_group_input(g, x);
+        h = pair[1] = pd_group_memory(g, 3, i == 11 ? row : NULL);
+        pair[0] = x;
+        if (i == 1) pd_fc(net, side, 2, &(pd_fc_opts){ .name = "outer_fc" });
+        if (i == 2) pd_sequence_pool(net, x, PD_LAST, NULL);
+        if (i == 3) pd_batch_norm(net, x, NULL);
+        if (i == 5) pd_group_input(g, row);
+        if (i == 6) pd_group_static(g, x);
+        if (i == 7) pd_group_feed(h, x);
+        if (i == 8) {
+            pd_layer *y = pd_fc_sum(net, pair, 2, 3, &(pd_fc_opts){ .name = "inner" });
+            pd_group_feed(h, y);
+            pd_group_end(g, y);
+            pd_fc(net, y, 2, &(pd_fc_opts){ .name = "late" });
+        }
+        if (i == 9) pd_group_begin(net, NULL);
+        if (i == 10) {
+            pd_group_input(g, ids);
+            pair[0] = h, pair[1] = pd_fc(net, h, 1, NULL);
+            pd_group_feed(h, pd_fc(net, pd_cross_entropy(net, h, pd_group_input(g, ids), NULL), 3, NULL));
+        }
+        if (i != 8) assert_null(pd_group_end(g, i == 4 ? NULL : h));
+        check_contains(pd_error(net), texts[i]);
+        pd_net_free(net);
+    }
+}
+
+/* At run time: a group that is open, offsets that differ, layers of the loop as targets. */
+static void test_refused_runs(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_vector(net, "x", 2)), *z = pd_sequence(pd_vector(net, "z", 2)), *list[3], *y, *out;
+    const int64_t lengths[] = { 2, 3 }, others[] = { 2, 4 };
+    pd_group *g = pd_group_begin(net, &(pd_group_opts){ .name = "g" });
+    pd_batch *batch = batch_of(net, lengths, others, 2);
+    (void)state;
+    list[0] = pd_group_input(g, x), list[1] = pd_group_input(g, z), list[2] = pd_group_memory(g, 3, NULL);
+    y = pd_fc_sum(net, list, 3, 3, &(pd_fc_opts){ .name = "y" });
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_E_STATE);
+    check_contains(pd_error(net), "group \"g\" has no pd_group_end yet");
+    assert_null(pd_net_share(net));
+    pd_group_feed(list[2], y);
+    out = pd_group_end(g, y);
+    check_built(net, out);
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &out, 1), PD_E_SHAPE);
+    check_contains(pd_error(net), "of group \"g\": sample 1 of \"z\" has 4 rows, but that of \"x\" has 3");
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_E_ARGUMENT);
+    check_contains(pd_error(net), "\"y\" runs step by step in group \"g\"; pd_group_output has its rows");
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gru_is_the_built_in_one),
         cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_a_step_at_a_time),
+        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_one_answer_and_shared_nets),
+        cmocka_unit_test(test_generation),
+        cmocka_unit_test(test_dropout_in_the_loop),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_refused_runs),
     };
     return run_group(tests, NULL, NULL);
 }
