@@ -18,34 +18,34 @@
 
      TOPICS            A WHOLE PROGRAM 50, ERRORS 84, ROWS AND SHAPES 96, SEQUENCES AND SPARSE ROWS 105,
                        PARAMETERS 131, GRADIENTS AND OPTIMIZERS 142, HOW A TRAINING ENDS 151, READERS 176, FILES 215,
-                       WRITING A LAYER 256, DEVICES AND UPDATERS 294, ON ADDING AN OPERATION 320,
-                       THREADS AND DETERMINISM 331, ONE ANSWER 343, INSTRUCTION SETS 362, MEMORY 377,
-                       OPTIONS AT COMPILE TIME 388
-     >>NAME.h          status 463, hooks 520, tensors 546, net 577, parameters 631, inputs 712, activations 727,
-                       layers 758, costs 967, batches 1011, running 1061, groups 1090, evaluators 1151,
-                       optimizers 1216, device 1293, layer_types 1501, updater 1624, readers 1685, text 1768,
-                       trainer 1814, files 1888, gradient_check 1927
-     >>NAME.c          core 2077, threads 2517, net 2777, parameters 3069, inputs 3583, activations 3674,
-                       layers 3694, costs 6022, batches 6676, running 6960, groups 7640, evaluators 8686,
-                       optimizers 9232, device 9423, layer_types 11004, updater 11312, averaging 11783,
-                       readers 11866, text 14036, tensorboard 14547, trainer 14731, profile 15703, files 15775,
-                       gradient_check 17826, kernels 18087
-     >>layer:NAME      fc 3899, conv 4005, conv_transpose 4005, pool 4185, batch_norm 4274, layer_norm 4410,
-                       group_norm 4449, response_norm 4502, dropout 4546, add 4598, multiply 4598, concat 4656,
-                       slice 4702, reshape 4702, transpose 4702, pad 4702, scale 4840, interpolate 4840, affine 4927,
-                       maxout 4956, resize 5002, block_expand 5069, cosine 5168, outer 5246, bilinear 5292,
-                       activation 5361, prelu 5361, embedding 5423, gru 5615, attention 5749, sequence_pool 5916,
-                       expand 7649
-     >>cost:NAME       cross_entropy 6120, binary_cross_entropy 6299, squared_error 6320, huber 6331, smooth_l1 6349,
-                       sum_cost 6378, huber_two_class 6409, hinge 6420, rank_cost 6493, lambda_rank 6546
-     >>evaluator:NAME  error 8731, precision_recall 8774, auc 8842, pnpair 8943, mean_error 8990
-     >>op:NAME         kernels 9424, contract 9510, gemm 9563, conv 9696, winograd 9948, update 10263,
-                       activate 10339, pool 10368, cross_entropy 10486, dropout 10527, norm 10538,
-                       sparse_product 10679, gru 10695, attention 10714, levels 10777
-     >>reader:NAME     array 12330, csv 12645, libsvm 12852, idx 13102, npy 13102, stream 13515, shuffle 13630,
-                       prefetch 13768, text 14416
-     >>kernel:NAME     gemm 18192, winograd 18512, elementwise 18861, update 19109, activate 19282, norm 19448,
-                       gru 19695, attention 19738, pool 19825
+                       WRITING A LAYER 275, DEVICES AND UPDATERS 313, ON ADDING AN OPERATION 339,
+                       THREADS AND DETERMINISM 350, ONE ANSWER 362, INSTRUCTION SETS 381, MEMORY 396,
+                       OPTIONS AT COMPILE TIME 407
+     >>NAME.h          status 482, hooks 539, tensors 565, net 596, parameters 650, inputs 731, activations 746,
+                       layers 777, costs 986, batches 1030, running 1080, groups 1109, evaluators 1170,
+                       optimizers 1235, device 1312, layer_types 1520, updater 1643, readers 1704, text 1787,
+                       trainer 1833, files 1907, gradient_check 1950
+     >>NAME.c          core 2100, threads 2540, net 2800, parameters 3092, inputs 3606, activations 3697,
+                       layers 3717, costs 6045, batches 6699, running 6983, groups 7663, evaluators 8709,
+                       optimizers 9255, device 9446, layer_types 11027, updater 11335, averaging 11806,
+                       readers 11889, text 14059, tensorboard 14570, trainer 14754, profile 15726, files 15798,
+                       gradient_check 17967, kernels 18228
+     >>layer:NAME      fc 3922, conv 4028, conv_transpose 4028, pool 4208, batch_norm 4297, layer_norm 4433,
+                       group_norm 4472, response_norm 4525, dropout 4569, add 4621, multiply 4621, concat 4679,
+                       slice 4725, reshape 4725, transpose 4725, pad 4725, scale 4863, interpolate 4863, affine 4950,
+                       maxout 4979, resize 5025, block_expand 5092, cosine 5191, outer 5269, bilinear 5315,
+                       activation 5384, prelu 5384, embedding 5446, gru 5638, attention 5772, sequence_pool 5939,
+                       expand 7672
+     >>cost:NAME       cross_entropy 6143, binary_cross_entropy 6322, squared_error 6343, huber 6354, smooth_l1 6372,
+                       sum_cost 6401, huber_two_class 6432, hinge 6443, rank_cost 6516, lambda_rank 6569
+     >>evaluator:NAME  error 8754, precision_recall 8797, auc 8865, pnpair 8966, mean_error 9013
+     >>op:NAME         kernels 9447, contract 9533, gemm 9586, conv 9719, winograd 9971, update 10286,
+                       activate 10362, pool 10391, cross_entropy 10509, dropout 10550, norm 10561,
+                       sparse_product 10702, gru 10718, attention 10737, levels 10800
+     >>reader:NAME     array 12353, csv 12668, libsvm 12875, idx 13125, npy 13125, stream 13538, shuffle 13653,
+                       prefetch 13791, text 14439
+     >>kernel:NAME     gemm 18333, winograd 18653, elementwise 19002, update 19250, activate 19423, norm 19589,
+                       gru 19836, attention 19879, pool 19966
 
    A WHOLE PROGRAM
 
@@ -246,12 +246,31 @@
    For weights trained elsewhere, names and layout are mapped:
 
    ```c
-   pd_load_map map[] = { { "features.0.weight", "conv.weight", false }, { "classifier.weight", "fc.weight", true } };
+   pd_load_map map[] = { { .from = "features.0.weight", .to = "conv.weight" },
+                         { .from = "classifier.weight", .to = "fc.weight", .transpose = true } };
    pd_load(net, "theirs.safetensors", &(pd_load_opts){ .map = map, .map_count = 2, .partial = true });
    ```
 
-   Loading compares names and shapes, and can't know what the numbers mean. PyTorch's nn.GRU has weights of the same
-   shapes, transposed, but its gates stand in another order: reset, update, new. They load, and predict nonsense.
+   Loading compares names and shapes, and can't know what the numbers mean. PyTorch's nn.GRU has its gates in another
+   order (reset r, update z, new n) and biases of both products, which are added up but for that of h in the new gate:
+
+   ```c
+   pd_load_map map[] = { { "rnn.weight_ih_l0", "gru.weight", true, "rzn->zrn", false },
+                         { "rnn.weight_hh_l0", "gru.recurrent", true, "rzn->zrn", false },
+                         { "rnn.bias_ih_l0", "gru.bias", false, "rzn->zrn", false },
+                         { "rnn.bias_hh_l0", "gru.bias", false, "rzn->zr-", true },
+                         { "rnn.bias_hh_l0", "gru.recurrent_bias", false, "rzn->n", false } };
+   ```
+
+   Names end in _reverse for the layer with `reverse`. nn.LSTM has four gates in the order input, forget, candidate,
+   output, which is that of layers made of gates here: its weights are transposed, and its two biases added:
+
+   ```c
+   pd_load_map map[] = { { "rnn.weight_ih_l0", "lstm.weight", true, NULL, false },
+                         { "rnn.weight_hh_l0", "lstm.recurrent", true, NULL, false },
+                         { "rnn.bias_ih_l0", "lstm.bias", false, NULL, false },
+                         { "rnn.bias_hh_l0", "lstm.bias", false, NULL, true } };
+   ```
 
    WRITING A LAYER
 
@@ -1896,6 +1915,10 @@ typedef struct pd_load_map {
     const char *from; /* tensor in the file */
     const char *to;   /* parameter of the net */
     bool transpose;   /* the file holds out x in, the net in x out (2-D) */
+    /* (optional) Blocks of columns, once transposed: a letter for each in the file, "->", and the parameter's, which may
+       be fewer and in another order; '-' for one of zeros: "rzn->zr-". All have the same width. */
+    const char *blocks;
+    bool add; /* to what entries before this one load into the parameter */
 } pd_load_map;
 typedef struct pd_load_opts {
     const pd_load_map *map; /* `map_count` entries; a parameter without one loads from its own name */
@@ -16600,6 +16623,36 @@ static void pd__commit_notes(pd_net *net, pd__notes *notes) {
 
 /* ---- items: what of a net or trainer is in a file ---- */
 
+/* The blocks of columns of pd_load_map. Without `blocks` there is one. */
+typedef struct pd__column_blocks {
+    int count, kept;  /* in the file, in the parameter */
+    int8_t place[32]; /* of each in the file: its place in the parameter, -1: left out */
+} pd__column_blocks;
+
+static const pd__column_blocks pd__one_block = { 1, 1, { 0 } };
+
+/* Takes `blocks` to pieces. Returns what is wrong with it, or NULL. */
+static const char *pd__parse_blocks(const char *text, pd__column_blocks *blocks) {
+    const char *arrow = text ? strstr(text, "->") : NULL, *found;
+    *blocks = pd__one_block;
+    if (!text) return NULL;
+    if (!arrow || arrow == text || !arrow[2]) return "expected letters, \"->\" and letters";
+    if (arrow - text > PD__COUNT(blocks->place) || strlen(arrow + 2) > (size_t)PD__COUNT(blocks->place))
+        return "more than 32 blocks";
+    blocks->count = (int)(arrow - text);
+    blocks->kept = (int)strlen(arrow + 2);
+    for (int i = 0; i < blocks->count; i++) {
+        if (text[i] == '-') return "a '-' in front of \"->\"";
+        if (memchr(text, text[i], (size_t)i)) return "two blocks with the same letter";
+        found = strchr(arrow + 2, text[i]);
+        if (found && strchr(found + 1, text[i])) return "a block that is taken twice";
+        blocks->place[i] = (int8_t)(found ? found - (arrow + 2) : -1);
+    }
+    for (const char *at = arrow + 2; *at; at++)
+        if (*at != '-' && !memchr(text, *at, (size_t)blocks->count)) return "a block that the file doesn't have";
+    return NULL;
+}
+
 /* One array to be written or read: a parameter's value, or something that belongs to it. */
 typedef struct pd__item {
     pd_param *param;
@@ -16616,7 +16669,9 @@ typedef struct pd__item {
     bool magnitudes;       /* never negative; infinite where a square was too large, and then steps are 0 */
     pd__tensor *from;      /* reading: where it comes from; NULL: it stays as it is */
     bool transpose;        /* reading: `from` is the other way round */
-    void *staged;          /* reading: the new contents, host memory */
+    pd__column_blocks blocks; /* reading: .. and has its columns in this order */
+    int64_t onto;             /* reading: 1 + the item that this is added to, 0: none */
+    void *staged;             /* reading: the new contents, host memory */
 } pd__item;
 
 typedef struct pd__items {
@@ -16641,6 +16696,7 @@ static pd_status pd__items_add(pd__items *items, pd_param *param, const char *ki
     item = &items->list[items->count++];
     memset(item, 0, sizeof *item);
     item->param = param;
+    item->blocks = pd__one_block;
     item->dim_count = param->dim_count;
     memcpy(item->dims, param->dims, sizeof item->dims);
     item->size = param->size;
@@ -16676,16 +16732,19 @@ static pd_status pd__items_of_net(pd__items *items, pd_net *net) {
 static pd_status pd__check_item(const pd__items *items, const pd__item *item, const pd__tensors *t, unsigned elements) {
     const pd__tensor *from = item->from;
     const pd_param *p = item->param;
+    int64_t wanted[PD_MAX_DIMS];
     bool fits = from->dim_count == item->dim_count, turned = item->dim_count == 2 && from->dim_count == 2;
     int kept = from->dim_count < PD__FILE_DIMS ? from->dim_count : PD__FILE_DIMS;
     if (!((elements >> from->element) & 1u))
         return pd__fail(items->net, PD_E_UNSUPPORTED, "%.300s: tensor \"%s\" holds %s, which can't be loaded here",
                         t->path, pd__show(items->net, from->name), pd__show(items->net, from->dtype));
-    turned = turned && from->dims[0] == item->dims[1] && from->dims[1] == item->dims[0];
-    for (int i = 0; i < item->dim_count && fits; i++) fits = from->dims[i] == item->dims[i];
+    memcpy(wanted, item->dims, sizeof wanted);
+    wanted[item->dim_count - 1] = wanted[item->dim_count - 1] / item->blocks.kept * item->blocks.count;
+    turned = turned && from->dims[0] == wanted[1] && from->dims[1] == wanted[0];
+    for (int i = 0; i < item->dim_count && fits; i++) fits = from->dims[i] == wanted[i];
     if (item->transpose ? turned : fits) return PD_OK;
     return pd__fail(items->net, PD_E_SHAPE, "%.300s: tensor \"%s\": expected %s%s for parameter \"%.100s\", found %s%s",
-                    t->path, pd__show(items->net, from->name), pd__dims_text(items->net, item->dim_count, item->dims),
+                    t->path, pd__show(items->net, from->name), pd__dims_text(items->net, item->dim_count, wanted),
                     item->transpose ? " transposed" : "", p->name,
                     from->dim_count ? pd__dims_text(items->net, kept, from->dims) : "a single number",
                     turned ? " (pd_load_map has a `transpose` for this)" : "");
@@ -16708,16 +16767,26 @@ static pd_status pd__check_sum(const pd__tensors *t, const pd__tensor *from, pd_
         t->path, pd__show(t->net, from->name), text, pd__show(t->net, expected));
 }
 
+/* Where the file's number i goes in the parameter; -1: it is left out. */
+static int64_t pd__place_of(const pd__item *item, int64_t i) {
+    const pd__column_blocks *b = &item->blocks;
+    int64_t columns = item->dims[item->dim_count - 1], rows = item->size / columns;
+    int64_t width = columns / b->kept, all = width * b->count; /* of a block, and of all in the file */
+    int64_t row = item->transpose ? i % rows : i / all, column = item->transpose ? i / rows : i % all;
+    int64_t place = b->place[column / width];
+    return place < 0 ? -1 : row * columns + place * width + column % width;
+}
+
 /* Reads one tensor's numbers into new host memory, item->staged. */
 static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigned char *chunk, pd_real *converted) {
     const pd__tensor *from = item->from;
     int64_t bytes = pd__dtypes[from->element].bits / 8, per_chunk = PD__FILE_CHUNK / (int64_t)sizeof(double);
-    int64_t rows = item->param->dims[0], columns = item->param->dim_count > 1 ? item->param->dims[1] : 1;
+    bool moved = item->transpose || item->blocks.count > 1 || item->blocks.kept > 1;
     pd_real *to = (pd_real *)item->staged;
     pd__sum sum = pd__sum_of_tensor(from);
     for (int64_t at = 0; at < from->size; at += per_chunk) {
         int64_t n = pd__min(per_chunk, from->size - at), bad;
-        pd_real *loaded = item->transpose ? converted : to + at;
+        pd_real *loaded = moved ? converted : to + at;
         pd_status status = pd__read_bytes(t, chunk, n * bytes);
         if (status != PD_OK) return status;
         pd__sum_bytes(&sum, chunk, n * bytes);
@@ -16728,8 +16797,10 @@ static pd_status pd__stage_numbers(pd__item *item, const pd__tensors *t, unsigne
                             pd__show(t->net, from->name), (long long)(at + bad),
                             pd__load_real(from->element, chunk + bad * bytes),
                             pd__finite((double)loaded[bad]) ? "negative" : "not a finite number of this build");
-        for (int64_t i = 0; item->transpose && i < n; i++) /* the file's columns x rows */
-            to[((at + i) % rows) * columns + (at + i) / rows] = converted[i];
+        for (int64_t i = 0; moved && i < n; i++) {
+            int64_t place = pd__place_of(item, at + i);
+            if (place >= 0) to[place] = converted[i];
+        }
     }
     return pd__check_sum(t, from, sum);
 }
@@ -16768,14 +16839,34 @@ static pd_status pd__stage_item(pd__item *item, const pd__tensors *t, unsigned c
     return pd__stage_others(item, t);
 }
 
+/* Adds what was staged to the item that it goes onto. */
+static pd_status pd__add_staged(pd__items *items, pd__item *item, const pd__tensors *t) {
+    const pd_real *more = (const pd_real *)item->staged;
+    pd_real *to = (pd_real *)items->list[item->onto - 1].staged;
+    pd_status status = PD_OK;
+    for (int64_t i = 0; status == PD_OK && i < item->size; i++) {
+        to[i] += more[i];
+        if (!pd__finite((double)to[i]))
+            status = pd__fail(t->net, PD_E_NUMERIC,
+                              "%.300s: tensor \"%s\": added to parameter \"%.100s\", number %lld is not finite",
+                              t->path, pd__show(t->net, item->from->name), item->param->name, (long long)i);
+    }
+    pd_free(&t->net->allocator, item->staged);
+    item->staged = NULL;
+    return status;
+}
+
 /* Reads everything that has a `from`; changes nothing but the items. */
 static pd_status pd__items_stage(pd__items *items, const pd__tensors *t) {
     const pd_allocator *a = &items->net->allocator;
     unsigned char *chunk = (unsigned char *)pd_alloc(a, PD__FILE_CHUNK, 1);
     pd_real *converted = (pd_real *)pd_alloc(a, PD__FILE_CHUNK / (int64_t)sizeof(double), sizeof *converted);
     pd_status status = chunk && converted ? PD_OK : pd__no_memory(items->net, "a file's numbers");
-    for (int64_t i = 0; i < items->count && status == PD_OK; i++)
-        if (items->list[i].from) status = pd__stage_item(&items->list[i], t, chunk, converted);
+    for (int64_t i = 0; i < items->count && status == PD_OK; i++) {
+        pd__item *item = &items->list[i];
+        if (item->from) status = pd__stage_item(item, t, chunk, converted);
+        if (status == PD_OK && item->onto) status = pd__add_staged(items, item, t);
+    }
     pd_free(a, converted);
     pd_free(a, chunk);
     return status;
@@ -16799,12 +16890,40 @@ static pd_status pd__items_commit(pd__items *items) {
     return pd__wait_for_device(items->net);
 }
 
+/* Is an earlier entry for the same parameter there, or not, as it should be? */
+static pd_status pd__check_added(pd_net *net, const pd_load_opts *opts, int i) {
+    const pd_load_map *m = &opts->map[i];
+    int k = 0;
+    while (k < i && strcmp(opts->map[k].to, m->to) != 0) k++;
+    if (k < i && !m->add)
+        return pd__fail(net, PD_E_ARGUMENT,
+                        "pd_load: map entries %d and %d both load parameter \"%.100s\", and the latter doesn't add", k,
+                        i, m->to);
+    if (k == i && m->add)
+        return pd__fail(net, PD_E_ARGUMENT,
+                        "pd_load: map entry %d adds to parameter \"%.100s\", which no entry before it loads", i, m->to);
+    return PD_OK;
+}
+
+static pd_status pd__check_blocks(pd_net *net, int i, const pd_load_map *m, const pd_param *p) {
+    pd__column_blocks blocks;
+    const char *fault = pd__parse_blocks(m->blocks, &blocks);
+    if (fault) return pd__fail(net, PD_E_ARGUMENT, "pd_load: map entry %d: blocks \"%.80s\": %s", i, m->blocks, fault);
+    if (p->dims[p->dim_count - 1] % blocks.kept != 0)
+        return pd__fail(
+            net, PD_E_ARGUMENT,
+            "pd_load: map entry %d: blocks \"%.80s\": parameter \"%.100s\" is %s; its columns are not %d blocks", i,
+            m->blocks, m->to, pd__dims_text(net, p->dim_count, p->dims), blocks.kept);
+    return PD_OK;
+}
+
 static pd_status pd__check_map(pd_net *net, const pd_load_opts *opts) {
     if (opts->map_count < 0 || (opts->map_count > 0 && !opts->map))
         return pd__fail(net, PD_E_ARGUMENT, "pd_load: %d map entries, but no map", opts->map_count);
     for (int i = 0; i < opts->map_count; i++) {
         const pd_load_map *m = &opts->map[i];
         const pd_param *p = m->from ? pd_param_find(net, m->to) : NULL;
+        pd_status status;
         if (!m->from || !m->to) return pd__fail(net, PD_E_ARGUMENT, "pd_load: map entry %d lacks a name", i);
         if (!p)
             return pd__fail(net, PD_E_ARGUMENT, "pd_load: map entry %d: the net has no parameter \"%.100s\"", i, m->to);
@@ -16812,43 +16931,65 @@ static pd_status pd__check_map(pd_net *net, const pd_load_opts *opts) {
             return pd__fail(net, PD_E_ARGUMENT,
                             "pd_load: map entry %d: parameter \"%.100s\" is %s; only two dimensions can be transposed",
                             i, m->to, pd__dims_text(net, p->dim_count, p->dims));
-        for (int k = 0; k < i; k++)
-            if (strcmp(opts->map[k].to, m->to) == 0)
-                return pd__fail(net, PD_E_ARGUMENT, "pd_load: map entries %d and %d both load parameter \"%.100s\"", k,
-                                i, m->to);
+        status = pd__check_added(net, opts, i);
+        if (status == PD_OK) status = pd__check_blocks(net, i, m, p);
+        if (status != PD_OK) return status;
     }
     return PD_OK;
 }
 
-/* Finds each parameter's tensor, by the map or by its name, and checks it. */
-static pd_status pd__match_tensors(pd__items *items, const pd__tensors *t, const pd_load_opts *opts) {
+/* Finds an item's tensor, by a map's entry or, without one, by its name, and checks it. `optional`: without an entry
+   there may be none. */
+static pd_status pd__match_tensor(pd__items *items, pd__item *item, const pd__tensors *t, const pd_load_map *entry,
+                                  bool optional) {
     const unsigned loadable = 1u << PD__F64 | 1u << PD__F32 | 1u << PD__F16 | 1u << PD__BF16;
+    const char *name = entry ? entry->from : item->param->name;
+    if (entry) {
+        item->transpose = entry->transpose;
+        pd__parse_blocks(entry->blocks, &item->blocks); /* has been checked */
+    }
+    optional = optional && !entry;
+    item->from = pd__tensors_find(t, "", name);
+    if (!item->from && optional && pd__tensors_text(t, "checksum/", name))
+        return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\", of which it has the checksum", t->path,
+                        name);
+    if (!item->from && optional) return PD_OK;
+    if (!item->from)
+        return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\" for parameter \"%.100s\" (%s)", t->path,
+                        name, item->param->name, pd__dims_text(items->net, item->param->dim_count, item->param->dims));
+    return pd__check_item(items, item, t, loadable);
+}
+
+/* What the map's entries that add, add to these items: behind them in the list. */
+static pd_status pd__match_added(pd__items *items, const pd__tensors *t, const pd_load_opts *opts) {
+    pd_status status = PD_OK;
+    for (int k = 0; k < opts->map_count && status == PD_OK; k++) {
+        pd_param *p = opts->map[k].add ? pd_param_find(items->net, opts->map[k].to) : NULL;
+        int64_t onto = 0;
+        if (!p) continue;
+        while (items->list[onto].param != p) onto++;
+        status = pd__items_add(items, p, "", -1, p->value);
+        if (status != PD_OK) break;
+        items->list[items->count - 1].onto = onto + 1;
+        status = pd__match_tensor(items, &items->list[items->count - 1], t, &opts->map[k], false);
+    }
+    return status;
+}
+
+/* Finds each parameter's tensors, by the map or by its name, and checks them. */
+static pd_status pd__match_tensors(pd__items *items, const pd__tensors *t, const pd_load_opts *opts) {
     bool any = items->count == 0;
     for (int64_t i = 0; i < items->count; i++) {
         pd__item *item = &items->list[i];
-        const char *name = item->param->name;
-        bool optional = opts->partial;
+        const pd_load_map *entry = NULL;
         pd_status status;
         for (int k = 0; k < opts->map_count; k++)
-            if (strcmp(opts->map[k].to, item->param->name) == 0) {
-                name = opts->map[k].from;
-                item->transpose = opts->map[k].transpose;
-                optional = false;
-            }
-        item->from = pd__tensors_find(t, "", name);
-        if (!item->from && optional && pd__tensors_text(t, "checksum/", name))
-            return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\", of which it has the checksum",
-                            t->path, name);
-        if (!item->from && optional) continue;
-        if (!item->from)
-            return pd__fail(items->net, PD_E_FORMAT, "%.300s: no tensor \"%.100s\" for parameter \"%.100s\" (%s)",
-                            t->path, name, item->param->name,
-                            pd__dims_text(items->net, item->param->dim_count, item->param->dims));
-        status = pd__check_item(items, item, t, loadable);
+            if (!opts->map[k].add && strcmp(opts->map[k].to, item->param->name) == 0) entry = &opts->map[k];
+        status = pd__match_tensor(items, item, t, entry, opts->partial);
         if (status != PD_OK) return status;
-        any = true;
+        any = any || item->from;
     }
-    if (any) return PD_OK;
+    if (any) return pd__match_added(items, t, opts);
     return pd__fail(items->net, PD_E_FORMAT,
                     "%.250s: none of its %lld tensors%s%s%s has the name of a parameter, such as \"%.100s\"; see "
                     "pd_load_map",

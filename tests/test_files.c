@@ -309,7 +309,7 @@ static void test_not_finite(void **state) {
         { "BF16", 2, 0xff81, "nan" },
     };
     pd_net *net = small_net(NULL);
-    pd_load_map map = { "fc.weight", "fc.weight", true };
+    pd_load_map map = { .from = "fc.weight", .to = "fc.weight", .transpose = true };
     pd_load_opts turned;
     char header[300], text[100];
     (void)state;
@@ -651,7 +651,8 @@ static void test_map(void **state) {
                                  "\"fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[24,32]}}";
     float data[8] = { 1, 2, 3, 4, 5, 6, 7, 8 };
     static const pd_real turned[8] = { 1, 4, 2, 5, 3, 6, 7, 8 };
-    pd_load_map map[2] = { { "kernel", "fc.weight", true }, { "fc.bias", "fc.bias", false } };
+    pd_load_map map[2] = { { .from = "kernel", .to = "fc.weight", .transpose = true },
+                           { .from = "fc.bias", .to = "fc.bias" } };
     pd_load_opts opts;
     pd_net *net = small_net(NULL);
     pd_real v[8];
@@ -697,7 +698,7 @@ static void test_map(void **state) {
 
 static void test_partial(void **state) {
     float data[2] = { 70, 80 };
-    pd_load_map map = { "missing", "fc.weight", true };
+    pd_load_map map = { .from = "missing", .to = "fc.weight", .transpose = true };
     pd_load_opts opts;
     pd_net *net = small_net(NULL);
     pd_real before[8], after[8];
@@ -745,7 +746,7 @@ static void test_large_transpose(void **state) {
     static pd_real v[IN * OUT];
     static unsigned char bytes[sizeof data + 200];
     pd_net *net = pd_net_new(NULL);
-    pd_load_map map = { "w", "fc1.weight", true };
+    pd_load_map map = { .from = "w", .to = "fc1.weight", .transpose = true };
     pd_load_opts opts;
     pd_fc_opts fc;
     (void)state;
@@ -1200,6 +1201,185 @@ static void test_kept_checksums(void **state) {
     pd_net_free(net);
 }
 
+/* Blocks of columns, with and without a transposition, against a plain loop. */
+static void test_map_blocks(void **state) {
+    static const struct {
+        const char *blocks;
+        int count, place[6]; /* in the file; of each column of the parameter its column in the file, -1: zeros */
+    } cases[] = {
+        { NULL, 6, { 0, 1, 2, 3, 4, 5 } },
+        { "abc->bac", 6, { 2, 3, 0, 1, 4, 5 } },
+        { "abcd->dba", 8, { 6, 7, 2, 3, 0, 1 } },
+        { "ab->b", 12, { 6, 7, 8, 9, 10, 11 } },
+        { "rzn->zr-", 6, { 2, 3, 0, 1, -1, -1 } },
+        { "x->-x", 3, { -1, -1, -1, 0, 1, 2 } },
+        { "abcdef->fedcba", 6, { 5, 4, 3, 2, 1, 0 } },
+    };
+    pd_net *net = pd_net_new(NULL);
+    pd_fc_opts fc;
+    pd_load_map map[2];
+    pd_load_opts opts;
+    (void)state;
+    memset(&fc, 0, sizeof fc);
+    memset(map, 0, sizeof map);
+    memset(&opts, 0, sizeof opts);
+    fc.name = "fc";
+    pd_fc(net, pd_vector(net, "x", 4), 6, &fc);
+    map[0].to = "fc.weight";
+    map[1].to = "fc.bias";
+    map[0].from = "w";
+    map[1].from = "b";
+    opts.map = map;
+    opts.map_count = 2;
+    for (int i = 0; i < COUNT(cases); i++)
+        for (int transpose = 0; transpose < 2; transpose++) {
+            int columns = cases[i].count;
+            float data[60];
+            pd_real w[24], b[6];
+            char header[300];
+            for (int k = 0; k < 5 * columns; k++) data[k] = (float)(k + 1);
+            map[0].transpose = transpose;
+            map[0].blocks = map[1].blocks = cases[i].blocks;
+            snprintf(header, sizeof header,
+                     "{\"w\":{\"dtype\":\"F32\",\"shape\":[%d,%d],\"data_offsets\":[0,%d]},"
+                     "\"b\":{\"dtype\":\"F32\",\"shape\":[%d],\"data_offsets\":[%d,%d]}}",
+                     transpose ? columns : 4, transpose ? 4 : columns, 16 * columns, columns, 16 * columns,
+                     20 * columns);
+            write_file(header, -1, data, 20 * (size_t)columns);
+            if (pd_load(net, path, &opts) != PD_OK) fail_msg("%s: %s", cases[i].blocks, pd_error(net));
+            get(net, "fc.weight", w);
+            get(net, "fc.bias", b);
+            for (int c = 0; c < 6; c++) {
+                int from = cases[i].place[c];
+                assert_true(b[c] == (pd_real)(from < 0 ? 0 : data[4 * columns + from]));
+                for (int r = 0; r < 4; r++)
+                    assert_true(w[6 * r + c] == (pd_real)(from < 0    ? 0
+                                                          : transpose ? data[4 * from + r]
+                                                                      : data[columns * r + from]));
+            }
+        }
+    pd_net_free(net);
+}
+
+static void test_map_refused(void **state) {
+    static const struct {
+        const char *blocks, *message;
+    } bad[] = {
+        { "", "blocks \"\": expected letters, \"->\" and letters" },
+        { "ab", "expected letters" },
+        { "->a", "expected letters" },
+        { "ab->", "expected letters" },
+        { "abcdefghijklmnopqrstuvwxyzABCDEFG->a", "more than 32 blocks" },
+        { "a->---------------------------------", "more than 32 blocks" },
+        { "a-b->a", "a '-' in front of \"->\"" },
+        { "aba->a", "two blocks with the same letter" },
+        { "ab->aa", "a block that is taken twice" },
+        { "ab->ac", "a block that the file doesn't have" },
+        { "abc->abc", "parameter \"fc.weight\" is 3x2; its columns are not 3 blocks" },
+    };
+    pd_load_map map[3];
+    pd_load_opts opts;
+    pd_net *net = small_net(NULL);
+    float data[8] = { 1, 2, 3, 4, 5, 6, 7, 8 };
+    (void)state;
+    memset(map, 0, sizeof map);
+    memset(&opts, 0, sizeof opts);
+    opts.map = map;
+    opts.map_count = 1;
+    map[0].from = "fc.weight", map[0].to = "fc.weight";
+    write_file(SMALL, -1, data, sizeof data);
+    for (int i = 0; i < COUNT(bad); i++) {
+        map[0].blocks = bad[i].blocks;
+        expect_load(net, &opts, PD_E_ARGUMENT, bad[i].message);
+    }
+    map[0].blocks = "abcd->ba";
+    expect_load(net, &opts, PD_E_SHAPE, "tensor \"fc.weight\": expected 3x4 for parameter \"fc.weight\", found 3x2");
+    map[0].blocks = NULL;
+    map[0].add = true;
+    expect_load(net, &opts, PD_E_ARGUMENT,
+                "map entry 0 adds to parameter \"fc.weight\", which no entry before it loads");
+    map[0].add = false;
+    opts.map_count = 2;
+    map[1] = map[0];
+    expect_load(net, &opts, PD_E_ARGUMENT,
+                "map entries 0 and 1 both load parameter \"fc.weight\", and the latter doesn't add");
+    map[1].add = true;
+    expect_load(net, &opts, PD_OK, "");
+    map[1].from = "missing";
+    expect_load(net, &opts, PD_E_FORMAT, "no tensor \"missing\" for parameter \"fc.weight\" (3x2)");
+    opts.partial = true;
+    expect_load(net, &opts, PD_E_FORMAT, "no tensor \"missing\"");
+    map[1].from = "fc.bias";
+    expect_load(net, &opts, PD_E_SHAPE, "tensor \"fc.bias\": expected 3x2 for parameter \"fc.weight\", found 2");
+    map[1].from = "fc.weight";
+    data[3] = FLT_MAX; /* twice that is too much in float */
+    write_file(SMALL, -1, data, sizeof data);
+    expect_load(net, &opts, sizeof(pd_real) == 8 ? PD_OK : PD_E_NUMERIC,
+                "tensor \"fc.weight\": added to parameter \"fc.weight\", number 3 is not finite");
+    pd_net_free(net);
+}
+
+/* Weights as PyTorch's nn.GRU saves them, by the map in the header, against the formulas in its documentation. */
+static void test_map_gru(void **state) {
+    enum { IN = 3, N = 4, ROWS = 5, W = 3 * N * IN, U = 3 * N * N, ALL = W + U + 6 * N };
+    static const pd_load_map map[] = { { "rnn.weight_ih_l0", "gru.weight", true, "rzn->zrn", false },
+                                       { "rnn.weight_hh_l0", "gru.recurrent", true, "rzn->zrn", false },
+                                       { "rnn.bias_ih_l0", "gru.bias", false, "rzn->zrn", false },
+                                       { "rnn.bias_hh_l0", "gru.bias", false, "rzn->zr-", true },
+                                       { "rnn.bias_hh_l0", "gru.recurrent_bias", false, "rzn->n", false } };
+    float data[ALL], *w = data, *u = w + W, *b = u + U, *c = b + 3 * N;
+    double x[ROWS][IN], h[N] = { 0 };
+    char header[600];
+    pd_net *net = pd_net_new(NULL);
+    pd_gru_opts gru;
+    pd_load_opts opts;
+    pd_layer *y;
+    pd_batch *batch;
+    const pd_real *out;
+    (void)state;
+    random_seed(7);
+    memset(&gru, 0, sizeof gru);
+    memset(&opts, 0, sizeof opts);
+    gru.name = "gru";
+    y = pd_gru(net, pd_sequence(pd_vector(net, "x", IN)), N, &gru);
+    for (int i = 0; i < ALL; i++) data[i] = (float)uniform(-1, 1);
+    snprintf(header, sizeof header,
+             "{\"rnn.weight_ih_l0\":{\"dtype\":\"F32\",\"shape\":[%d,%d],\"data_offsets\":[0,%d]},"
+             "\"rnn.weight_hh_l0\":{\"dtype\":\"F32\",\"shape\":[%d,%d],\"data_offsets\":[%d,%d]},"
+             "\"rnn.bias_ih_l0\":{\"dtype\":\"F32\",\"shape\":[%d],\"data_offsets\":[%d,%d]},"
+             "\"rnn.bias_hh_l0\":{\"dtype\":\"F32\",\"shape\":[%d],\"data_offsets\":[%d,%d]}}",
+             3 * N, IN, 4 * W, 3 * N, N, 4 * W, 4 * (W + U), 3 * N, 4 * (W + U), 4 * (W + U + 3 * N), 3 * N,
+             4 * (W + U + 3 * N), 4 * ALL);
+    write_file(header, -1, data, sizeof data);
+    opts.map = map;
+    opts.map_count = COUNT(map);
+    if (pd_load(net, path, &opts) != PD_OK) fail_msg("%s", pd_error(net));
+    batch = pd_batch_new(net);
+    for (int t = 0; t < ROWS; t++) {
+        pd_real *row = pd_batch_add_row(batch, 0);
+        for (int i = 0; i < IN; i++) row[i] = (pd_real)(x[t][i] = (float)uniform(-1, 1));
+    }
+    assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &y, 1), PD_OK);
+    out = pd_output(y, NULL, NULL);
+    for (int t = 0; t < ROWS; t++) {
+        double from_x[3 * N], from_h[3 * N]; /* r, z, n */
+        for (int k = 0; k < 3 * N; k++) {
+            from_x[k] = (double)b[k];
+            from_h[k] = (double)c[k];
+            for (int i = 0; i < IN; i++) from_x[k] += (double)w[k * IN + i] * x[t][i];
+            for (int i = 0; i < N; i++) from_h[k] += (double)u[k * N + i] * h[i];
+        }
+        for (int k = 0; k < N; k++) {
+            double r = 1 / (1 + exp(-from_x[k] - from_h[k])), z = 1 / (1 + exp(-from_x[N + k] - from_h[N + k]));
+            h[k] = (1 - z) * tanh(from_x[2 * N + k] + r * from_h[2 * N + k]) + z * h[k];
+            check_near((double)out[t * N + k], h[k], REAL_TOLERANCE, "h");
+        }
+    }
+    pd_batch_free(batch);
+    pd_net_free(net);
+}
+
 /* ---- texts ---- */
 
 /* Every character that JSON wants escaped, all lengths of UTF-8, an empty text. */
@@ -1407,6 +1587,43 @@ static void test_out_of_memory(void **state) {
         failures += status != PD_OK;
     }
     assert_true(failures >= 8);
+    pd_net_free(net);
+    assert_int_equal(c.in_use, 0);
+}
+
+/* Three tensors into one parameter, another time in another order; and no memory for it at every point. */
+static void test_map_added(void **state) {
+    failing_allocator c;
+    pd_net_opts counting = counting_opts(&c);
+    pd_net *net = small_net(&counting);
+    float data[8] = { 1, 2, 3, 4, 5, 6, 70, 80 };
+    pd_load_map map[4] = { { "fc.bias", "fc.bias", false, NULL, false },
+                           { "fc.weight", "fc.weight", false, NULL, false },
+                           { "fc.bias", "fc.bias", false, "ab->ba", true },
+                           { "fc.bias", "fc.bias", false, "ab->-b", true } };
+    pd_load_opts opts;
+    pd_real v[8], before[8];
+    pd_status status = PD_E_MEMORY;
+    int64_t in_use = c.in_use, failures = 0;
+    (void)state;
+    memset(&opts, 0, sizeof opts);
+    opts.map = map;
+    opts.map_count = 4;
+    write_file(SMALL, -1, data, sizeof data);
+    get_all(net, before);
+    for (c.fail_at = 0; status != PD_OK; c.fail_at++) {
+        c.calls = 0;
+        status = pd_load(net, path, &opts);
+        get_all(net, v);
+        if (status == PD_OK) break;
+        assert_int_equal(status, PD_E_MEMORY);
+        assert_memory_equal(v, before, sizeof v);
+        assert_int_equal(c.in_use, in_use);
+        failures++;
+    }
+    assert_true(failures >= 10);
+    for (int i = 0; i < 6; i++) assert_true(v[i] == (pd_real)data[i]);
+    assert_true(v[6] == 150 && v[7] == 230);
     pd_net_free(net);
     assert_int_equal(c.in_use, 0);
 }
@@ -2205,6 +2422,10 @@ int main(void) {
         TEST(test_bit_flips),
         TEST(test_wrong_for_the_net),
         TEST(test_map),
+        TEST(test_map_blocks),
+        TEST(test_map_refused),
+        TEST(test_map_added),
+        TEST(test_map_gru),
         TEST(test_partial),
         TEST(test_large_transpose),
         TEST(test_read_errors),

@@ -94,10 +94,11 @@ static void use(bool checkpoint, bool sparse) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static const pd_load_map map = { "w.weight", "w.weight", true };
+    static const pd_load_map map[] = { { "w.weight", "w.weight", true, NULL, false },
+                                       { "x", "w.weight", false, "abc->c-", true } };
     static unsigned char bytes[8192];
     unsigned choice = fuzz_byte(&data, &size);
-    pd_load_opts opts = { .map = &map, .map_count = choice & 4 ? 1 : 0, .partial = choice & 8 };
+    pd_load_opts opts = { .map = map, .map_count = choice & 4 ? choice & 32 ? 2 : 1 : 0, .partial = choice & 8 };
     bool checkpoint = choice & 2, sparse = choice & 16;
     pd_status status;
     FILE *file;

@@ -49,7 +49,7 @@ static void print(pd_net *net) {
 }
 
 int main(int argc, char **argv) {
-    static const pd_load_map map = { "kernel", "w\xc3\xb6rter / 100%", true };
+    static const pd_load_map map = { .from = "kernel", .to = "w\xc3\xb6rter / 100%", .transpose = true };
     pd_load_opts opts;
     pd_net *net = make_net();
     pd_status status = PD_E_ARGUMENT;

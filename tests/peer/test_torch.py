@@ -10,7 +10,7 @@ Where the same thing means something else, the PyTorch side below is written to 
 - it clips to max_norm / (norm + 1e-6), ours to max_norm / norm;
 - its average pooling counts the padding unless told not to; its linear layer's weight is out x in;
 - its recurrent units have the gates r, z, n where ours are z, r, c, and biases of h U for r and z too, which ours leave
-  to those of x W."""
+  to those of x W. A file of an nn.GRU is loaded as it is, by the map in paddle.h, if the package safetensors is there."""
 import os
 import shutil
 import subprocess
@@ -354,12 +354,45 @@ def test_training(tool, dtype, tolerance, seed, optimizer, name, options, inputs
     compare(f"{STEPS} steps: " + describe(dtype, name, options), actual, expected, tolerance)
 
 
+def test_loaded(tool, dtype, tolerance, seed):
+    """A file of nn.GRU: outputs and gradients, which are in our order."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        print("skipped: loading a file of nn.GRU: python package safetensors not installed")
+        return
+    random = numpy.random.default_rng(seed)
+    torch.manual_seed(seed)
+    unit = torch.nn.GRU(5, 4, dtype=dtype)
+    path = os.path.join(folder, "gru.safetensors")
+    save_file(unit.state_dict(), path)
+    (x,) = make(random, {"sequence": (5,)}, ROWS, dtype)
+    x.requires_grad_()
+    packed = unit(torch.nn.utils.rnn.pack_sequence(x.split(LENGTHS), enforce_sorted=False))[0]
+    padded, lengths = torch.nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+    y = torch.cat([s[:length] for s, length in zip(padded, lengths)])
+    c = torch.from_numpy(random.normal(size=y.shape)).to(dtype)
+    grads = dict(zip(["x", *(n for n, _ in unit.named_parameters())],
+                     torch.autograd.grad((c * y).sum(), [x, *unit.parameters()])))
+
+    def ours(name):
+        r, z, n = grads[name].chunk(3)
+        return torch.cat([z, r, n]).T if grads[name].dim() > 1 else torch.cat([z, r, n])
+
+    expected = [("output", y), ("gradient of x", grads["x"]), ("gradient of weight", ours("weight_ih_l0")),
+                ("gradient of recurrent", ours("weight_hh_l0")), ("gradient of bias", ours("bias_ih_l0")),
+                ("gradient of recurrent_bias", grads["bias_hh_l0"].chunk(3)[2])]
+    actual = run_tool(tool, "gru", {"load": path}, [side_by_side([x, c])], dtype)
+    compare("loaded: " + describe(dtype, "gru", {}), actual, expected, tolerance)
+
+
 torch.set_num_threads(1)
 try:
     for build, dtype, tolerance in (("float", torch.float32, 1e-5), ("double", torch.float64, 1e-10)):
         tool = os.path.join(BUILD, build, "torch_tool")
         for seed, case in enumerate(NETS + RNNS + LAYERS):
             test_gradients(tool, dtype, tolerance, seed, *case)
+        test_loaded(tool, dtype, tolerance, 1)
         for seed, optimizer in enumerate(OPTIMIZERS):
             if dtype == torch.float32 and optimizer["optimizer"] in ADAPTIVE:
                 optimizer = {**optimizer, "epsilon": 1e-3}  # else the rounding of a tiny gradient decides a whole step

@@ -2,10 +2,10 @@
    torch_tool NET IN OUT rows=N optimizer=KIND [NAME=VALUE ..]    losses and parameters of `steps` steps on `batches`
    batches. For test_torch.py, which knows the nets as well and names their options. Files are raw numbers of type
    pd_real. IN holds the parameters in order of creation, then the batches, each sample by sample, with the inputs side
-   by side (ids as numbers; of a sequence as many rows as `lengths` says). OUT, without an optimizer: the output y;
-   then, for the cost sum(c y) with c the last input, the gradients of the inputs but targets ("t") and of the
-   parameters. With one: the loss before each step, the parameters after the last, and the outputs when predicting for
-   the first batch. */
+   by side (ids as numbers; of a sequence as many rows as `lengths` says); with load=FILE, of an nn.GRU, no parameters.
+   OUT, without an optimizer: the output y; then, for the cost sum(c y) with c the last input, the gradients of the
+   inputs but targets ("t") and of the parameters. With one: the loss before each step, the parameters after the last,
+   and the outputs when predicting for the first batch. */
 #include "paddle.h"
 
 #include <math.h>
@@ -77,7 +77,7 @@ static pd_layer *embedding(pd_net *net) {
 }
 static pd_layer *gru(pd_net *net) {
     pd_layer *x = pd_sequence(pd_vector(net, "sequence", 5));
-    return pd_gru(net, x, 4, &(pd_gru_opts){ .reverse = count("reverse") != 0 });
+    return pd_gru(net, x, 4, &(pd_gru_opts){ .name = "gru", .reverse = count("reverse") != 0 });
 }
 static pd_layer *sequence_pool(pd_net *net) {
     pd_layer *x = pd_sequence(pd_vector(net, "sequence", 5));
@@ -230,7 +230,21 @@ static void write_numbers(const pd_real *x, int64_t n) {
     if (!x || fwrite(x, sizeof *x, (size_t)n, out) != (size_t)n) fail("numbers could not be had or written");
 }
 
+/* Of a net that is one recurrent unit, from a file of PyTorch's: see FILES in paddle.h. */
+static void load_gru(pd_net *net, const char *path) {
+    static const pd_load_map map[] = { { "weight_ih_l0", "gru.weight", true, "rzn->zrn", false },
+                                       { "weight_hh_l0", "gru.recurrent", true, "rzn->zrn", false },
+                                       { "bias_ih_l0", "gru.bias", false, "rzn->zrn", false },
+                                       { "bias_hh_l0", "gru.bias", false, "rzn->zr-", true },
+                                       { "bias_hh_l0", "gru.recurrent_bias", false, "rzn->n", false } };
+    if (pd_load(net, path, &(pd_load_opts){ .map = map, .map_count = 5 }) != PD_OK) fail(pd_error(net));
+}
+
 static void read_params(pd_net *net) {
+    if (option_text("load")) {
+        load_gru(net, option_text("load"));
+        return;
+    }
     for (pd_param *p = pd_param_first(net); p; p = p->next) pd_param_set(p, read_numbers(p->size), p->size);
 }
 
