@@ -17,35 +17,35 @@
    CONTENTS, with line numbers by `make format`. Search for >>layer:fc, >>net.h, and the like.
 
      TOPICS            A WHOLE PROGRAM 50, ERRORS 84, ROWS AND SHAPES 96, SEQUENCES AND SPARSE ROWS 105,
-                       PARAMETERS 131, GRADIENTS AND OPTIMIZERS 142, HOW A TRAINING ENDS 151, READERS 176, FILES 215,
-                       WRITING A LAYER 275, DEVICES AND UPDATERS 313, ON ADDING AN OPERATION 339,
-                       THREADS AND DETERMINISM 350, ONE ANSWER 362, INSTRUCTION SETS 381, MEMORY 396,
-                       OPTIONS AT COMPILE TIME 407
-     >>NAME.h          status 482, hooks 539, tensors 565, net 596, parameters 650, inputs 731, activations 746,
-                       layers 777, costs 986, batches 1030, running 1080, groups 1109, evaluators 1170,
-                       optimizers 1235, device 1312, layer_types 1520, updater 1643, readers 1704, text 1787,
-                       trainer 1833, files 1907, gradient_check 1950
-     >>NAME.c          core 2100, threads 2540, net 2800, parameters 3092, inputs 3606, activations 3697,
-                       layers 3717, costs 6045, batches 6699, running 6983, groups 7663, evaluators 8709,
-                       optimizers 9255, device 9446, layer_types 11027, updater 11335, averaging 11806,
-                       readers 11889, text 14059, tensorboard 14570, trainer 14754, profile 15726, files 15798,
-                       gradient_check 17967, kernels 18228
-     >>layer:NAME      fc 3922, conv 4028, conv_transpose 4028, pool 4208, batch_norm 4297, layer_norm 4433,
-                       group_norm 4472, response_norm 4525, dropout 4569, add 4621, multiply 4621, concat 4679,
-                       slice 4725, reshape 4725, transpose 4725, pad 4725, scale 4863, interpolate 4863, affine 4950,
-                       maxout 4979, resize 5025, block_expand 5092, cosine 5191, outer 5269, bilinear 5315,
-                       activation 5384, prelu 5384, embedding 5446, gru 5638, attention 5772, sequence_pool 5939,
-                       expand 7672
-     >>cost:NAME       cross_entropy 6143, binary_cross_entropy 6322, squared_error 6343, huber 6354, smooth_l1 6372,
-                       sum_cost 6401, huber_two_class 6432, hinge 6443, rank_cost 6516, lambda_rank 6569
-     >>evaluator:NAME  error 8754, precision_recall 8797, auc 8865, pnpair 8966, mean_error 9013
-     >>op:NAME         kernels 9447, contract 9533, gemm 9586, conv 9719, winograd 9971, update 10286,
-                       activate 10362, pool 10391, cross_entropy 10509, dropout 10550, norm 10561,
-                       sparse_product 10702, gru 10718, attention 10737, levels 10800
-     >>reader:NAME     array 12353, csv 12668, libsvm 12875, idx 13125, npy 13125, stream 13538, shuffle 13653,
-                       prefetch 13791, text 14439
-     >>kernel:NAME     gemm 18333, winograd 18653, elementwise 19002, update 19250, activate 19423, norm 19589,
-                       gru 19836, attention 19879, pool 19966
+                       PARAMETERS 131, GRADIENTS AND OPTIMIZERS 142, HOW A TRAINING ENDS 153, READERS 178, FILES 217,
+                       WRITING A LAYER 277, DEVICES AND UPDATERS 315, ON ADDING AN OPERATION 341,
+                       THREADS AND DETERMINISM 352, ONE ANSWER 364, INSTRUCTION SETS 383, MEMORY 398,
+                       OPTIONS AT COMPILE TIME 409
+     >>NAME.h          status 484, hooks 541, tensors 567, net 598, parameters 652, inputs 733, activations 748,
+                       layers 779, costs 988, batches 1032, running 1082, groups 1111, evaluators 1172,
+                       optimizers 1237, device 1314, layer_types 1522, updater 1645, readers 1706, text 1789,
+                       trainer 1835, files 1914, gradient_check 1957
+     >>NAME.c          core 2107, threads 2547, net 2807, parameters 3099, inputs 3613, activations 3704,
+                       layers 3724, costs 6052, batches 6706, running 6990, groups 7670, evaluators 8716,
+                       optimizers 9262, device 9453, layer_types 11034, updater 11342, averaging 11813,
+                       readers 11896, text 14066, tensorboard 14577, trainer 14761, profile 15783, files 15855,
+                       gradient_check 18024, kernels 18285
+     >>layer:NAME      fc 3929, conv 4035, conv_transpose 4035, pool 4215, batch_norm 4304, layer_norm 4440,
+                       group_norm 4479, response_norm 4532, dropout 4576, add 4628, multiply 4628, concat 4686,
+                       slice 4732, reshape 4732, transpose 4732, pad 4732, scale 4870, interpolate 4870, affine 4957,
+                       maxout 4986, resize 5032, block_expand 5099, cosine 5198, outer 5276, bilinear 5322,
+                       activation 5391, prelu 5391, embedding 5453, gru 5645, attention 5779, sequence_pool 5946,
+                       expand 7679
+     >>cost:NAME       cross_entropy 6150, binary_cross_entropy 6329, squared_error 6350, huber 6361, smooth_l1 6379,
+                       sum_cost 6408, huber_two_class 6439, hinge 6450, rank_cost 6523, lambda_rank 6576
+     >>evaluator:NAME  error 8761, precision_recall 8804, auc 8872, pnpair 8973, mean_error 9020
+     >>op:NAME         kernels 9454, contract 9540, gemm 9593, conv 9726, winograd 9978, update 10293,
+                       activate 10369, pool 10398, cross_entropy 10516, dropout 10557, norm 10568,
+                       sparse_product 10709, gru 10725, attention 10744, levels 10807
+     >>reader:NAME     array 12360, csv 12675, libsvm 12882, idx 13132, npy 13132, stream 13545, shuffle 13660,
+                       prefetch 13798, text 14446
+     >>kernel:NAME     gemm 18390, winograd 18710, elementwise 19059, update 19307, activate 19480, norm 19646,
+                       gru 19893, attention 19936, pool 20023
 
    A WHOLE PROGRAM
 
@@ -146,7 +146,9 @@
    hand). Order: scale, clip the norm of all (clip_norm; with it no parameter changes before the whole backward pass is
    done), clip each element (clip_value), add l2 times the value (AdamW instead shrinks the value by rate times l2),
    step, and shrink towards zero by rate times l1. This holds for every optimizer; what one can't do is refused, not
-   ignored. Schedules are functions of the samples seen, so they survive a change of batch size.
+   ignored. Schedules are functions of the samples seen, so they survive a change of batch size. Where batches are
+   filled by tokens (`batch_tokens`), a sample is still a sentence: it is by the number of sentences that gradients are
+   divided, and in sentences that schedules and logs count.
 
    HOW A TRAINING ENDS
 
@@ -1863,8 +1865,12 @@ typedef struct pd_event {
 } pd_event;
 
 typedef struct pd_train_opts {
-    int64_t batch_size; /* default 32 */
-    pd_reader *test;    /* tested after every pass; evaluators then hold the test's values */
+    int64_t batch_size;    /* default 32; with batch_tokens: at most so many samples, default no limit */
+    int64_t batch_tokens;  /* fill a batch until the rows of one sequence input are so many or more in all: sentences
+                              differ in length, and a step costs what its words do. Samples are then asked for one by
+                              one, so that pd_prefetch's depth counts samples */
+    const char *tokens_of; /* that input's name; default: the first one that carries sequences */
+    pd_reader *test;       /* tested after every pass; evaluators then hold the test's values */
     int (*on_event)(void *user, const pd_event *event); /* non-zero stops: pd_train returns PD_STOPPED */
     void *user;
     int patience;             /* stop after so many tests without a lower test cost; at the end, however it comes, go
@@ -1884,7 +1890,8 @@ typedef struct pd_train_opts {
 PD_API pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes, const pd_train_opts *opts);
 /* One step on one batch; *cost (may be NULL) gets its mean cost. */
 PD_API pd_status pd_train_batch(pd_trainer *trainer, const pd_batch *batch, double *cost);
-/* Mean cost over a pass of the reader; the net's evaluators are reset and then hold its values. Uses averaged
+/* Mean cost over a pass of the reader, which does not depend on the size of batches but in rounding; the net's
+   evaluators are reset and then hold its values. Uses averaged
    parameters when averaging is on. PD_E_FORMAT without samples, PD_E_NUMERIC if the cost is not finite; *cost is NaN
    then. */
 PD_API pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost);
@@ -15185,13 +15192,33 @@ static pd_status pd__reader_failed(pd_trainer *t, const pd_reader *r, pd_status 
     return pd__fail(t->net, status, "%.400s", r->error.text[0] ? r->error.text : pd_status_text(status));
 }
 
+/* How full a batch is to be. */
+typedef struct pd__filling {
+    int64_t size;   /* samples */
+    int64_t tokens; /* 0, or: no more samples once the slot has so many rows */
+    int slot;
+} pd__filling;
+
+/* Adds samples to an empty batch. */
+static pd_status pd__fill(pd_reader *r, pd_batch *batch, const pd__filling *f) {
+    pd_status status = PD_OK;
+    int64_t before = -1; /* samples; a reader that gives none must not be asked for ever */
+    if (f->tokens == 0) return r->next(r, batch, f->size);
+    while (status == PD_OK && batch->samples > before && batch->samples < f->size &&
+           batch->slots[f->slot].rows < f->tokens) {
+        before = batch->samples;
+        status = r->next(r, batch, 1);
+    }
+    return status;
+}
+
 /* Takes the next samples. */
-static pd_status pd__next(pd_trainer *t, pd_reader *r, int64_t count) {
+static pd_status pd__next(pd_trainer *t, pd_reader *r, const pd__filling *f) {
     double start = pd_seconds();
     pd_status status;
     pd_batch_clear(t->batch);
     t->filling = true;
-    status = r->next(r, t->batch, count);
+    status = pd__fill(r, t->batch, f);
     t->filling = false;
     t->wait_seconds += pd_seconds() - start;
     if (status == PD_OK && t->batch->samples == 0) /* a pass would never end */
@@ -15249,7 +15276,7 @@ static pd_status pd__test_targets(pd_trainer *t, int *count) {
     return PD_OK;
 }
 
-static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, double *cost) {
+static pd_status pd__test_pass(pd_trainer *t, pd_reader *r, const pd__filling *f, double *cost) {
     pd_net *net = t->net;
     int count;
     double sum = 0, sums[2];
@@ -15258,7 +15285,7 @@ static pd_status pd__test(pd_trainer *t, pd_reader *r, int64_t batch_size, doubl
     if (status == PD_OK) status = pd__reset(t, r, 0);
     for (pd_evaluator *e = net->evaluators; e; e = e->next) pd_evaluator_reset(e);
     while (status == PD_OK && end == PD_OK) {
-        end = pd__next(t, r, batch_size);
+        end = pd__next(t, r, f);
         if (t->batch->samples == 0 || (end != PD_OK && end != PD_END)) continue;
         status = pd_forward(net, t->batch, PD_PREDICT, t->targets, count);
         if (status != PD_OK) break;
@@ -15293,7 +15320,7 @@ static pd_status pd__check_reader(pd_net *net, const char *call, const pd_reader
     return PD_OK;
 }
 
-PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost) {
+static pd_status pd__test(pd_trainer *trainer, pd_reader *reader, const pd__filling *f, double *cost) {
     pd_net *net = trainer ? trainer->net : NULL;
     bool averaged = trainer && trainer->averaged;
     double mean = (double)NAN;
@@ -15304,14 +15331,20 @@ PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_s
     if (status == PD_OK && trainer->filling) /* from on_event it may be called */
         status = pd__fail(net, PD_E_STATE, "pd_test: this trainer is in use, by one that waits for a reader");
     if (status != PD_OK) return status;
-    if (batch_size < 0) return pd__fail(net, PD_E_ARGUMENT, "pd_test: batch size %lld", (long long)batch_size);
+    if (f->size < 0) return pd__fail(net, PD_E_ARGUMENT, "pd_test: batch size %lld", (long long)f->size);
     status = pd_sync(trainer);
     if (status != PD_OK) return status;
     pd_use_average(trainer, true);
-    status = pd__test(trainer, reader, batch_size ? batch_size : 32, &mean);
+    status = pd__test_pass(trainer, reader, f, &mean);
     if (!averaged) pd_use_average(trainer, false);
     if (cost) *cost = mean;
     return status;
+}
+
+PD_DEF pd_status pd_test(pd_trainer *trainer, pd_reader *reader, int64_t batch_size, double *cost) {
+    pd__filling f = PD__ZERO;
+    f.size = batch_size ? batch_size : 32;
+    return pd__test(trainer, reader, &f, cost);
 }
 
 /* ---- early stopping ---- */
@@ -15377,7 +15410,7 @@ static pd_status pd__judge(pd_trainer *t, double test_cost) {
 
 /* Judging begins anew, from what there is, if something has been learned or loaded; with a checkpoint it goes on, but
    for one of a training that had run out of patience. */
-static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
+static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o, const pd__filling *f) {
     bool goes_on = t->resumed;
     double cost;
     pd_status status;
@@ -15388,7 +15421,7 @@ static pd_status pd__begin_judging(pd_trainer *t, const pd_train_opts *o) {
     t->best_cost = HUGE_VAL;
     t->bad_tests = 0;
     if (o->patience == 0 || (t->net->step == 0 && !t->net->given)) return PD_OK;
-    status = pd_test(t, o->test, o->batch_size, &cost);
+    status = pd__test(t, o->test, f, &cost);
     return status == PD_OK ? pd__judge(t, cost) : status;
 }
 
@@ -15434,6 +15467,7 @@ typedef struct pd__run {
     pd_trainer *t;
     const pd_train_opts *o;
     pd_reader *reader;
+    pd__filling filling;
     int64_t size; /* samples per pass, -1 when unknown */
     int64_t passes;
     double start, shown;   /* seconds */
@@ -15591,7 +15625,9 @@ static pd_status pd__begin_pass(pd__run *run) {
         if (status != PD_OK) pd__reader_failed(t, r, status);
     }
     while (status == PD_OK && left > 0) {
-        status = pd__next(t, r, pd__min(left, 256));
+        pd__filling some = PD__ZERO;
+        some.size = pd__min(left, 256);
+        status = pd__next(t, r, &some);
         left -= t->batch->samples;
     }
     if (status == PD_END) status = PD_OK;
@@ -15624,7 +15660,7 @@ static pd_status pd__end_pass(pd__run *run) {
     t->pass++;
     t->pass_samples = t->pass_batches = 0;
     t->pass_cost = 0;
-    if (run->o->test) status = pd_test(t, run->o->test, run->o->batch_size, &test_cost);
+    if (run->o->test) status = pd__test(t, run->o->test, &run->filling, &test_cost);
     if (status == PD_OK && run->o->patience > 0) status = pd__judge(t, test_cost);
     if (status == PD_OK) status = pd__log_point(run, cost, test_cost);
     if (status == PD_OK) pd__show_pass(run, cost, test_cost);
@@ -15634,14 +15670,14 @@ static pd_status pd__end_pass(pd__run *run) {
 
 static pd_status pd__run_pass(pd__run *run) {
     pd_trainer *t = run->t;
-    int64_t batch_size = run->o->batch_size ? run->o->batch_size : 32, samples = 1;
+    int64_t samples = 1;
     bool alone = t->updater->all_reduce == NULL;
     pd_status status, end = PD_OK;
     t->reading = run->reader;
     status = pd__begin_pass(run);
     while (status == PD_OK && samples > 0) {
         double sum = 0;
-        if (end == PD_OK) end = pd__next(t, run->reader, batch_size);
+        if (end == PD_OK) end = pd__next(t, run->reader, &run->filling);
         else pd_batch_clear(t->batch); /* other workers may have more */
         if (end != PD_OK && end != PD_END && t->batch->samples == 0) return end;
         if (t->batch->samples == 0 && alone) break;
@@ -15667,16 +15703,36 @@ static pd_status pd__check_train(pd_trainer *t, pd_reader *reader, int64_t passe
     if (!o->test && net->reader_failure.status != PD_OK) /* no test wanted, or did its reader fail? */
         return pd__fail(net, PD_E_ARGUMENT, "pd_train: no test reader, and one reader could not be made: %.400s",
                         net->reader_failure.text);
-    if (passes < 0 || o->batch_size < 0 || o->patience < 0 || o->log_every < 0 || o->checkpoint_every < 0)
+    if (passes < 0 || o->batch_size < 0 || o->batch_tokens < 0 || o->patience < 0 || o->log_every < 0 ||
+        o->checkpoint_every < 0)
         return pd__fail(net, PD_E_ARGUMENT,
-                        "pd_train: passes, batch_size, patience, log_every and checkpoint_every "
+                        "pd_train: passes, batch_size, batch_tokens, patience, log_every and checkpoint_every "
                         "must not be negative");
+    if (o->tokens_of && o->batch_tokens == 0)
+        return pd__fail(net, PD_E_ARGUMENT, "pd_train: tokens_of needs batch_tokens");
     if (o->patience > 0 && !o->test) return pd__fail(net, PD_E_ARGUMENT, "pd_train: patience needs a test reader");
     if (o->checkpoint_every > 0 && !o->checkpoint)
         return pd__fail(net, PD_E_ARGUMENT, "pd_train: checkpoint_every needs a checkpoint file");
     if (o->log_every > 0 && !o->csv_log && !o->tensorboard)
         return pd__fail(net, PD_E_ARGUMENT, "pd_train: log_every needs csv_log or tensorboard");
     return PD_OK;
+}
+
+/* How full the options want a batch. */
+static pd_status pd__choose_filling(const pd_trainer *t, const pd_train_opts *o, pd__filling *f) {
+    const pd_batch *b = t->batch;
+    f->size = o->batch_size ? o->batch_size : o->batch_tokens ? INT64_MAX : 32;
+    f->tokens = o->batch_tokens;
+    if (f->tokens == 0) return PD_OK;
+    for (f->slot = 0; f->slot < b->slot_count; f->slot++) {
+        const pd_slot *slot = &b->slots[f->slot];
+        if (o->tokens_of ? strcmp(slot->name, o->tokens_of) != 0 : !slot->sequence) continue;
+        if (slot->sequence) return PD_OK;
+        return pd__fail(t->net, PD_E_ARGUMENT, "pd_train: tokens_of: input \"%.100s\" carries no sequences",
+                        slot->name);
+    }
+    if (!o->tokens_of) return pd__fail(t->net, PD_E_ARGUMENT, "pd_train: batch_tokens, but no input carries sequences");
+    return pd__fail(t->net, PD_E_ARGUMENT, "pd_train: tokens_of: no input \"%.100s\"", o->tokens_of);
 }
 
 PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes, const pd_train_opts *opts) {
@@ -15690,6 +15746,7 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
     run.o = opts ? opts : &defaults;
     run.reader = reader;
     status = pd__check_train(trainer, reader, passes, run.o);
+    if (status == PD_OK) status = pd__choose_filling(trainer, run.o, &run.filling);
     if (status != PD_OK) return status;
     trainer->training = true;
     pd_use_average(trainer, false);
@@ -15701,7 +15758,7 @@ PD_DEF pd_status pd_train(pd_trainer *trainer, pd_reader *reader, int64_t passes
     status = pd__open_logs(&run);
     if (status == PD_OK && trainer->pass < passes) {
         pd__begin_anew(net, false);
-        status = pd__begin_judging(trainer, run.o);
+        status = pd__begin_judging(trainer, run.o, &run.filling);
     }
     while (status == PD_OK && trainer->pass < passes) {
         status = pd__run_pass(&run);

@@ -1990,6 +1990,189 @@ static void test_shared_nets_are_not_trained(void **state) {
     close_model(&m);
 }
 
+/* ---- batches by tokens: sentences of 0 to 9 words, a word to be told from the one before ---- */
+
+enum { SENTENCES = 60 };
+static int64_t sentence_words[SENTENCES * 9], sentence_starts[SENTENCES + 1];
+
+static void make_sentences(uint64_t seed, int64_t length) {
+    random_seed(seed);
+    for (int i = 0; i < SENTENCES; i++) {
+        int64_t n = length ? length : below(10);
+        sentence_starts[i + 1] = sentence_starts[i] + n;
+        for (int64_t k = sentence_starts[i]; k < sentence_starts[i + 1]; k++) sentence_words[k] = below(7);
+    }
+}
+
+typedef struct tagger {
+    pd_net *net;
+    pd_reader *train, *test;
+    pd_trainer *trainer;
+    int64_t sizes[8 * SENTENCES], seen; /* of the batches */
+    int count, stop_at;
+} tagger;
+
+/* `stacked`: shuffled and read ahead. */
+static void open_tagger(tagger *m, uint64_t seed, bool stacked) {
+    pd_array arrays[3] = { { .ids = sentence_words, .starts = sentence_starts },
+                           { .ids = sentence_words, .starts = sentence_starts },
+                           { .ids = sentence_words } };
+    pd_layer *x, *next;
+    memset(m, 0, sizeof *m);
+    m->net = pd_net_new(&(pd_net_opts){ .seed = seed });
+    x = pd_sequence(pd_ids(m->net, "words", 7));
+    next = pd_sequence(pd_label(m->net, "tags", 7));
+    pd_ids(m->net, "single", 7);
+    x = pd_embedding(m->net, x, 4, NULL);
+    x = pd_fc(m->net, pd_gru(m->net, x, 5, NULL), 7, NULL);
+    m->trainer = pd_trainer_new(m->net, pd_cross_entropy(m->net, x, next, NULL), pd_adam(0.01), NULL);
+    if (!m->trainer) fail_msg("%s", pd_error(m->net));
+    m->train = pd_array_reader(m->net, SENTENCES, arrays, 3);
+    m->test = pd_array_reader(m->net, SENTENCES, arrays, 3);
+    if (stacked) m->train = pd_prefetch(m->net, pd_shuffle(m->net, m->train, 20, 1), 5);
+}
+
+static void close_tagger(tagger *m) {
+    pd_reader_free(m->train);
+    pd_reader_free(m->test);
+    pd_trainer_free(m->trainer);
+    pd_net_free(m->net);
+}
+
+static int note_size(void *user, const pd_event *event) {
+    tagger *m = user;
+    if (event->kind != PD_END_BATCH) return 0;
+    assert_true(m->count < COUNT(m->sizes));
+    m->sizes[m->count++] = event->samples - m->seen;
+    m->seen = event->samples;
+    return m->count == m->stop_at;
+}
+
+static void check_tagger(tagger *m, pd_status got, pd_status expected) {
+    if (got != expected) fail_msg("status %d instead of %d: %s", got, expected, pd_error(m->net));
+}
+
+/* Each batch ends with the sentence that brings its words to `tokens`, or with sample `size` of it. */
+static void test_batches_by_tokens(void **state) {
+    (void)state;
+    for (int64_t tokens = 1; tokens < 80; tokens += 13)
+        for (int64_t size = 0; size < 12; size += 4) {
+            tagger m;
+            int batch = 0;
+            pd_train_opts o = { .batch_size = size, .batch_tokens = tokens, .on_event = note_size };
+            make_sentences((uint64_t)tokens, 0);
+            open_tagger(&m, 1, false);
+            o.user = &m;
+            check_tagger(&m, pd_train(m.trainer, m.train, 2, &o), PD_OK);
+            for (int pass = 0; pass < 2; pass++)
+                for (int i = 0; i < SENTENCES; batch++) {
+                    int first = i;
+                    while (i < SENTENCES && (!size || i - first < size) &&
+                           sentence_starts[i] - sentence_starts[first] < tokens)
+                        i++;
+                    assert_int_equal(m.sizes[batch], i - first);
+                }
+            assert_int_equal(m.count, batch);
+            close_tagger(&m);
+        }
+}
+
+/* Where all sentences are equally long, so are batches of so many samples: the same bits, tests with patience too. */
+static void test_tokens_as_samples(void **state) {
+    uint64_t bits[2];
+    (void)state;
+    make_sentences(1, 5);
+    for (int stacked = 0; stacked < 2; stacked++) {
+        for (int by_tokens = 0; by_tokens < 2; by_tokens++) {
+            tagger m;
+            pd_train_opts o = { .patience = 5 };
+            open_tagger(&m, 1, stacked);
+            o.test = m.test;
+            if (by_tokens) o.batch_tokens = 31; /* 7 sentences */
+            else o.batch_size = 7;
+            if (stacked) o.tokens_of = by_tokens ? "tags" : NULL;
+            check_tagger(&m, pd_train(m.trainer, m.train, 3, &o), PD_OK);
+            bits[by_tokens] = bits_of(m.net);
+            close_tagger(&m);
+        }
+        assert_true(bits[0] == bits[1]);
+    }
+}
+
+/* Stopped after any batch and continued from its checkpoint in another net: the same bits, and the same batches. */
+static void test_tokens_and_checkpoints(void **state) {
+    uint64_t bits = 0;
+    int64_t sizes[8 * SENTENCES];
+    int batches = 0;
+    (void)state;
+    make_sentences(3, 0);
+    for (int stop_at = 0; stop_at <= batches; stop_at++) {
+        tagger m, other;
+        pd_train_opts o = { .batch_tokens = 40, .on_event = note_size, .user = &m };
+        open_tagger(&m, 1, true);
+        m.stop_at = stop_at;
+        check_tagger(&m, pd_train(m.trainer, m.train, 2, &o), stop_at ? PD_STOPPED : PD_OK);
+        if (stop_at == 0) {
+            bits = bits_of(m.net);
+            batches = m.count;
+            memcpy(sizes, m.sizes, sizeof sizes);
+            assert_true(batches > 10);
+        } else {
+            check_tagger(&m, pd_checkpoint_save(m.trainer, path), PD_OK);
+            open_tagger(&other, 2, true);
+            check_tagger(&other, pd_checkpoint_load(other.trainer, path), PD_OK);
+            other.seen = m.seen;
+            o.user = &other;
+            check_tagger(&other, pd_train(other.trainer, other.train, 2, &o), PD_OK);
+            if (bits_of(other.net) != bits) fail_msg("stopped after %d batches", stop_at);
+            assert_int_equal(other.count, batches - stop_at);
+            assert_memory_equal(other.sizes, sizes + stop_at, (size_t)other.count * sizeof *sizes);
+            close_tagger(&other);
+        }
+        close_tagger(&m);
+    }
+}
+
+static pd_status no_samples(pd_reader *r, pd_batch *batch, int64_t count) {
+    (void)batch;
+    if (count > 0) r->self = NULL;
+    return PD_OK;
+}
+static pd_status never_fails(pd_reader *r, int64_t pass) {
+    (void)r;
+    (void)pass;
+    return PD_OK;
+}
+
+static void test_tokens_refused(void **state) {
+    pd_reader nothing = { .api_version = PD_API_VERSION, .name = "nothing", .next = no_samples, .reset = never_fails };
+    tagger m;
+    model dense;
+    const struct {
+        pd_train_opts opts;
+        const char *message;
+    } bad[] = {
+        { { .batch_tokens = -1 }, "batch_tokens, patience, log_every and checkpoint_every must not be negative" },
+        { { .tokens_of = "words" }, "tokens_of needs batch_tokens" },
+        { { .batch_tokens = 9, .tokens_of = "word" }, "tokens_of: no input \"word\"" },
+        { { .batch_tokens = 9, .tokens_of = "single" }, "tokens_of: input \"single\" carries no sequences" },
+    };
+    (void)state;
+    make_sentences(3, 0);
+    open_tagger(&m, 1, false);
+    for (int i = 0; i < COUNT(bad); i++) {
+        check_tagger(&m, pd_train(m.trainer, m.train, 1, &bad[i].opts), PD_E_ARGUMENT);
+        check_contains(pd_error(m.net), bad[i].message);
+    }
+    check_tagger(&m, pd_train(m.trainer, &nothing, 1, &(pd_train_opts){ .batch_tokens = 9 }), PD_E_STATE);
+    check_contains(pd_error(m.net), "reader nothing: gave no sample, and did not say that the pass is over");
+    close_tagger(&m);
+    open_model(&dense, &plain);
+    check_status(&dense, pd_train(dense.trainer, dense.train, 1, &(pd_train_opts){ .batch_tokens = 9 }), PD_E_ARGUMENT);
+    check_contains(pd_error(dense.net), "batch_tokens, but no input carries sequences");
+    close_model(&dense);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_learns),
@@ -2042,6 +2225,10 @@ int main(void) {
         cmocka_unit_test(test_misuse),
         cmocka_unit_test(test_wrong_costs),
         cmocka_unit_test(test_shared_nets_are_not_trained),
+        cmocka_unit_test(test_batches_by_tokens),
+        cmocka_unit_test(test_tokens_as_samples),
+        cmocka_unit_test(test_tokens_and_checkpoints),
+        cmocka_unit_test(test_tokens_refused),
     };
     return run_group(tests, make_data, remove_data);
 }
