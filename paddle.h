@@ -22,30 +22,30 @@
                        THREADS AND DETERMINISM 352, ONE ANSWER 364, INSTRUCTION SETS 383, MEMORY 398,
                        OPTIONS AT COMPILE TIME 409
      >>NAME.h          status 484, hooks 541, tensors 567, net 598, parameters 652, inputs 733, activations 748,
-                       layers 779, costs 988, batches 1032, running 1082, groups 1111, evaluators 1172,
-                       optimizers 1237, device 1314, layer_types 1522, updater 1645, readers 1706, text 1789,
-                       trainer 1835, files 1914, gradient_check 1957
-     >>NAME.c          core 2107, threads 2547, net 2807, parameters 3099, inputs 3613, activations 3704,
-                       layers 3724, costs 6052, batches 6706, running 6990, groups 7670, evaluators 8716,
-                       optimizers 9262, device 9453, layer_types 11034, updater 11342, averaging 11813,
-                       readers 11896, text 14066, tensorboard 14577, trainer 14761, profile 15783, files 15855,
-                       gradient_check 18024, kernels 18285
-     >>layer:NAME      fc 3929, conv 4035, conv_transpose 4035, pool 4215, batch_norm 4304, layer_norm 4440,
-                       group_norm 4479, response_norm 4532, dropout 4576, add 4628, multiply 4628, concat 4686,
-                       slice 4732, reshape 4732, transpose 4732, pad 4732, scale 4870, interpolate 4870, affine 4957,
-                       maxout 4986, resize 5032, block_expand 5099, cosine 5198, outer 5276, bilinear 5322,
-                       activation 5391, prelu 5391, embedding 5453, gru 5645, attention 5779, sequence_pool 5946,
-                       expand 7679
-     >>cost:NAME       cross_entropy 6150, binary_cross_entropy 6329, squared_error 6350, huber 6361, smooth_l1 6379,
-                       sum_cost 6408, huber_two_class 6439, hinge 6450, rank_cost 6523, lambda_rank 6576
-     >>evaluator:NAME  error 8761, precision_recall 8804, auc 8872, pnpair 8973, mean_error 9020
-     >>op:NAME         kernels 9454, contract 9540, gemm 9593, conv 9726, winograd 9978, update 10293,
-                       activate 10369, pool 10398, cross_entropy 10516, dropout 10557, norm 10568,
-                       sparse_product 10709, gru 10725, attention 10744, levels 10807
-     >>reader:NAME     array 12360, csv 12675, libsvm 12882, idx 13132, npy 13132, stream 13545, shuffle 13660,
-                       prefetch 13798, text 14446
-     >>kernel:NAME     gemm 18390, winograd 18710, elementwise 19059, update 19307, activate 19480, norm 19646,
-                       gru 19893, attention 19936, pool 20023
+                       layers 779, costs 989, batches 1033, running 1083, groups 1112, evaluators 1173,
+                       optimizers 1238, device 1315, layer_types 1523, updater 1646, readers 1707, text 1790,
+                       trainer 1836, files 1915, gradient_check 1958
+     >>NAME.c          core 2108, threads 2548, net 2808, parameters 3100, inputs 3614, activations 3705,
+                       layers 3725, costs 6106, batches 6760, running 7044, groups 7724, evaluators 8770,
+                       optimizers 9316, device 9507, layer_types 11088, updater 11396, averaging 11867,
+                       readers 11950, text 14120, tensorboard 14631, trainer 14815, profile 15837, files 15909,
+                       gradient_check 18078, kernels 18339
+     >>layer:NAME      fc 3930, conv 4036, conv_transpose 4036, pool 4216, batch_norm 4305, layer_norm 4441,
+                       group_norm 4480, response_norm 4533, dropout 4577, add 4629, multiply 4629, concat 4687,
+                       slice 4733, reshape 4733, transpose 4733, pad 4733, scale 4871, interpolate 4871, affine 4958,
+                       maxout 4987, resize 5033, block_expand 5100, cosine 5199, outer 5277, bilinear 5323,
+                       activation 5392, prelu 5392, embedding 5454, gru 5671, attention 5833, sequence_pool 6000,
+                       expand 7733
+     >>cost:NAME       cross_entropy 6204, binary_cross_entropy 6383, squared_error 6404, huber 6415, smooth_l1 6433,
+                       sum_cost 6462, huber_two_class 6493, hinge 6504, rank_cost 6577, lambda_rank 6630
+     >>evaluator:NAME  error 8815, precision_recall 8858, auc 8926, pnpair 9027, mean_error 9074
+     >>op:NAME         kernels 9508, contract 9594, gemm 9647, conv 9780, winograd 10032, update 10347,
+                       activate 10423, pool 10452, cross_entropy 10570, dropout 10611, norm 10622,
+                       sparse_product 10763, gru 10779, attention 10798, levels 10861
+     >>reader:NAME     array 12414, csv 12729, libsvm 12936, idx 13186, npy 13186, stream 13599, shuffle 13714,
+                       prefetch 13852, text 14500
+     >>kernel:NAME     gemm 18444, winograd 18764, elementwise 19113, update 19361, activate 19534, norm 19700,
+                       gru 19947, attention 19990, pool 20077
 
    A WHOLE PROGRAM
 
@@ -954,12 +954,13 @@ PD_API pd_layer *pd_embedding(pd_net *net, pd_layer *ids, int64_t size, const pd
 typedef struct pd_gru_opts {
     const char *name;
     bool reverse;                 /* from the last row of each sequence to the first */
+    pd_layer *first;              /* h_0: a layer with one row of `size` numbers for each sequence; default: 0 */
     pd_param_opts weight;         /* in x 3 size: update, reset, candidate */
     pd_param_opts recurrent;      /* size x 3 size */
     pd_param_opts bias;           /* 3 size; starts at 0 */
     pd_param_opts recurrent_bias; /* size: b_u below; starts at 0 */
 } pd_gru_opts;
-/* Gated recurrent units over sequences (Cho et al. 2014, with the reset gate behind the product as in cuDNN), h_0 = 0:
+/* Gated recurrent units over sequences (Cho et al. 2014, with the reset gate behind the product as in cuDNN):
    z = sigmoid(x W_z + h U_z + b_z); r = sigmoid(x W_r + h U_r + b_r); c = tanh(x W_c + b_c + r (h U_c + b_u));
    h' = (1 - z) c + z h. Every row's h' is put out. Sequences run side by side without padding. */
 PD_API pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts);
@@ -5642,6 +5643,31 @@ static void pd__take_rows(pd_layer *l, int64_t rows, const int64_t *columns, int
     l->device->sparse_product(l->device, &s, width, x, y);
 }
 
+/* ---- first states: layers with one row per sequence, which recurrent layers have as further inputs ---- */
+
+/* For setup: input k is one, of so many numbers. */
+static pd_status pd__want_first(pd_layer *l, int k, int64_t size) {
+    const pd_layer *first = l->inputs[k];
+    if (first->is_sequence)
+        return pd_layer_fail(l, PD_E_SHAPE,
+                             "first state \"%.100s\" carries sequences, expected one row for each of \"%.100s\"",
+                             first->name, l->inputs[0]->name);
+    if (first->out.width == size) return PD_OK;
+    return pd_layer_fail(l, PD_E_SHAPE, "first state \"%.100s\" is %s, expected %lld numbers", first->name,
+                         pd_shape_text(l, first->shape), (long long)size);
+}
+
+/* For resize: all of them have a row for each sequence. */
+static pd_status pd__check_first(pd_layer *l) {
+    for (int k = 1; k < l->input_count; k++)
+        if (pd__in(l, k)->rows != pd__in(l, 0)->sequences)
+            return pd_layer_fail(l, PD_E_SHAPE,
+                                 "first state \"%.100s\" has %lld rows, but \"%.100s\" has %lld sequences",
+                                 l->inputs[k]->name, (long long)pd__in(l, k)->rows, l->inputs[0]->name,
+                                 (long long)pd__in(l, 0)->sequences);
+    return PD_OK;
+}
+
 /* ---- >>layer:gru ---- */
 
 typedef struct pd__gru {
@@ -5673,18 +5699,20 @@ static pd_status pd__gru_setup(pd_layer *l) {
         !pd_layer_param(l, "recurrent_bias", 1, &s->size, 1, 1, pd_constant(0), &s->o.recurrent_bias))
         return pd_error_status(l->net);
     l->shape = pd__shape(s->size, 1, 1);
-    return PD_OK;
+    return l->input_count > 1 ? pd__want_first(l, 1, s->size) : PD_OK;
 }
 
 static pd_status pd__gru_resize(pd_layer *l) {
     pd__gru *g = (pd__gru *)l->state;
+    if (pd__check_first(l) != PD_OK) return PD_E_SHAPE;
     g->order = pd__time_order(l, pd__in(l, 0), ((const pd__gru_spec *)l->opts)->o.reverse);
     return g->order ? PD_OK : PD_E_MEMORY;
 }
 
-/* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_device.gru. */
+/* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_device.gru. h0: what
+   step 0 begins with, by rows of a step, or NULL. */
 typedef struct pd__gru_memory {
-    pd_real *x, *gates, *recurrent, *h;
+    pd_real *x, *gates, *recurrent, *h, *h0;
 } pd__gru_memory;
 
 static bool pd__gru_remember(pd_layer *l, pd__gru_memory *m) {
@@ -5692,7 +5720,21 @@ static bool pd__gru_remember(pd_layer *l, pd__gru_memory *m) {
     m->gates = pd_layer_row_memory(l, 1, 3 * l->out.width);
     m->recurrent = pd_layer_row_memory(l, 2, 3 * l->out.width);
     m->h = pd_layer_row_memory(l, 3, l->out.width);
-    return m->x && m->gates && m->recurrent && m->h;
+    m->h0 = l->input_count > 1 ? pd_layer_memory(l, 5, pd__in(l, 0)->sequences * l->out.width) : NULL;
+    return m->x && m->gates && m->recurrent && m->h && (m->h0 || l->input_count == 1);
+}
+
+static void pd__gru_forward_steps(pd_layer *l, const pd__order *o, const pd__gru_memory *m) {
+    pd_device *d = l->device;
+    int64_t n = l->out.width;
+    for (int64_t t = 0; t < o->steps; t++) {
+        int64_t first = o->begins[t], count = o->begins[t + 1] - first;
+        const pd_real *before = t ? m->h + o->begins[t - 1] * n : m->h0;
+        if (before)
+            d->gemm(d, false, false, count, 3 * n, n, 1, before, n, l->params[PD__GRU_RECURRENT]->value, 3 * n, 1,
+                    m->recurrent + first * 3 * n, 3 * n, NULL);
+        d->gru(d, count, n, m->gates + first * 3 * n, m->recurrent + first * 3 * n, before, m->h + first * n);
+    }
 }
 
 static pd_status pd__gru_forward(pd_layer *l) {
@@ -5702,6 +5744,7 @@ static pd_status pd__gru_forward(pd_layer *l) {
     pd_epilogue bias = PD__ZERO;
     pd__gru_memory m;
     if (!pd__gru_remember(l, &m)) return PD_E_MEMORY;
+    if (m.h0) pd__take_rows(l, o->sequences, o->sentences, n, pd__in(l, 1)->data, m.h0, false);
     pd__take_rows(l, rows, o->order, in, pd__in(l, 0)->data, m.x, false);
     bias.bias = l->params[PD__GRU_BIAS]->value;
     d->gemm(d, false, false, rows, 3 * n, in, 1, m.x, in, l->params[PD__GRU_WEIGHT]->value, 3 * n, 0, m.gates, 3 * n,
@@ -5709,71 +5752,82 @@ static pd_status pd__gru_forward(pd_layer *l) {
     d->fill(d, rows * 3 * n, 0, m.recurrent);
     pd__contract2(l, rows, n, 1, l->params[PD__GRU_RECURRENT_BIAS]->value, 0, 1, NULL, 0, 0, m.recurrent + 2 * n, 3 * n,
                   1);
-    for (int64_t t = 0; t < o->steps; t++) {
-        int64_t first = o->begins[t], count = o->begins[t + 1] - first;
-        const pd_real *before = t ? m.h + o->begins[t - 1] * n : NULL;
-        if (t)
-            d->gemm(d, false, false, count, 3 * n, n, 1, before, n, l->params[PD__GRU_RECURRENT]->value, 3 * n, 1,
-                    m.recurrent + first * 3 * n, 3 * n, NULL);
-        d->gru(d, count, n, m.gates + first * 3 * n, m.recurrent + first * 3 * n, before, m.h + first * n);
-    }
+    pd__gru_forward_steps(l, o, &m);
     pd__take_rows(l, rows, o->places, n, m.h, l->out.data, false);
     return PD_OK;
 }
 
-/* From the last step to the first, gates and recurrent become their own gradients, and dh the whole gradient of h. */
-static void pd__gru_backward_steps(pd_layer *l, const pd__gru_memory *m, pd_real *dh) {
-    const pd__order *o = ((const pd__gru *)l->state)->order;
+/* From the last step to the first, gates and recurrent become their own gradients, dh the whole gradient of h, and dh0,
+   if it isn't NULL, that of h0. */
+static void pd__gru_backward_steps(pd_layer *l, const pd__order *o, const pd__gru_memory *m, pd_real *dh,
+                                   pd_real *dh0) {
     pd_device *d = l->device;
     int64_t n = l->out.width;
     for (int64_t t = o->steps; t-- > 0;) {
         int64_t first = o->begins[t], count = o->begins[t + 1] - first, last = t ? o->begins[t - 1] : 0;
-        pd_real *drecurrent = m->recurrent + first * 3 * n, *dbefore = t ? dh + last * n : NULL;
-        d->gru_backward(d, count, n, m->gates + first * 3 * n, drecurrent, t ? m->h + last * n : NULL, dh + first * n,
+        pd_real *drecurrent = m->recurrent + first * 3 * n, *dbefore = t ? dh + last * n : dh0;
+        d->gru_backward(d, count, n, m->gates + first * 3 * n, drecurrent, t ? m->h + last * n : m->h0, dh + first * n,
                         dbefore);
-        if (t)
+        if (dbefore)
             d->gemm(d, false, true, count, n, 3 * n, 1, drecurrent, 3 * n, l->params[PD__GRU_RECURRENT]->value, 3 * n,
                     1, dbefore, n, NULL);
     }
 }
 
+/* Adds to the gradients of the parameters, from those of gates and recurrent; `began` is memory for the h that each row
+   began with. */
+static void pd__gru_learn(pd_layer *l, const pd__order *o, const pd__gru_memory *m, pd_real *began) {
+    pd_device *d = l->device;
+    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
+    int64_t later = o->steps > 1 ? o->begins[1] : rows, from = m->h0 ? 0 : later;
+    pd_param *const *p = l->params;
+    if (p[PD__GRU_BIAS]->grad)
+        pd__contract2(l, rows, 3 * n, 1, m->gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
+    if (p[PD__GRU_RECURRENT_BIAS]->grad)
+        pd__contract2(l, rows, n, 1, m->recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
+    if (p[PD__GRU_WEIGHT]->grad)
+        d->gemm(d, true, false, in, 3 * n, rows, 1, m->x, in, m->gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
+    if (!p[PD__GRU_RECURRENT]->grad) return;
+    if (m->h0) pd__take_rows(l, later, o->sentences, n, pd__in(l, 1)->data, began, false);
+    pd__take_rows(l, rows - later, o->before + later, n, m->h, began + later * n, false);
+    d->gemm(d, true, false, n, 3 * n, rows - from, 1, began + from * n, n, m->recurrent + from * 3 * n, 3 * n, 1,
+            p[PD__GRU_RECURRENT]->grad, 3 * n, NULL);
+}
+
 /* Once dh and x have done their duty, they are reused: for the h that each row began with, and for dx. */
 static pd_status pd__gru_backward(pd_layer *l) {
     const pd__order *o = ((const pd__gru *)l->state)->order;
-    pd_device *d = l->device;
-    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width, later = o->steps > 1 ? o->begins[1] : rows;
-    pd_real *dh = pd_layer_row_memory(l, 4, n);
-    pd_param *const *p = l->params;
+    int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
+    pd_real *dh = pd_layer_row_memory(l, 4, n), *dh0 = NULL;
     pd__gru_memory m;
     if (!dh || !pd__gru_remember(l, &m)) return PD_E_MEMORY;
-    pd__take_rows(l, rows, o->order, n, l->out.grad, dh, false);
-    pd__gru_backward_steps(l, &m, dh);
-    if (p[PD__GRU_BIAS]->grad)
-        pd__contract2(l, rows, 3 * n, 1, m.gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
-    if (p[PD__GRU_RECURRENT_BIAS]->grad)
-        pd__contract2(l, rows, n, 1, m.recurrent + 2 * n, 3 * n, 1, NULL, 0, 0, p[PD__GRU_RECURRENT_BIAS]->grad, 0, 1);
-    if (p[PD__GRU_WEIGHT]->grad)
-        d->gemm(d, true, false, in, 3 * n, rows, 1, m.x, in, m.gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
-    if (p[PD__GRU_RECURRENT]->grad) {
-        pd__take_rows(l, rows - later, o->before + later, n, m.h, dh, false);
-        d->gemm(d, true, false, n, 3 * n, rows - later, 1, dh, n, m.recurrent + later * 3 * n, 3 * n, 1,
-                p[PD__GRU_RECURRENT]->grad, 3 * n, NULL);
+    if (m.h0 && pd__in(l, 1)->grad) {
+        dh0 = pd_layer_memory(l, 6, o->sequences * n);
+        if (!dh0) return PD_E_MEMORY;
+        l->device->fill(l->device, o->sequences * n, 0, dh0); /* empty sequences have none */
     }
+    pd__take_rows(l, rows, o->order, n, l->out.grad, dh, false);
+    pd__gru_backward_steps(l, o, &m, dh, dh0);
+    pd__gru_learn(l, o, &m, dh);
+    if (dh0) pd__take_rows(l, o->sequences, o->ranks, n, dh0, pd__in(l, 1)->grad, true);
     if (pd__in(l, 0)->grad) {
-        d->gemm(d, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, p[PD__GRU_WEIGHT]->value, 3 * n, 0, m.x, in, NULL);
+        l->device->gemm(l->device, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, l->params[PD__GRU_WEIGHT]->value,
+                        3 * n, 0, m.x, in, NULL);
         pd__take_rows(l, rows, o->places, in, m.x, pd__in(l, 0)->grad, true);
     }
     return PD_OK;
 }
 
-PD__TYPE(pd__gru_type, "gru", 1, 1, pd__gru_spec, sizeof(pd__gru),
+PD__TYPE(pd__gru_type, "gru", 1, 2, pd__gru_spec, sizeof(pd__gru),
          PD_OP(gemm) | PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product) | PD_OP(gru) | PD_OP(gru_backward),
          pd__gru_setup, pd__gru_resize, pd__gru_forward, pd__gru_backward);
 
 PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts) {
+    pd_layer *inputs[2];
     PD__SPEC(pd__gru_spec);
     s.size = size;
-    return pd_layer_add(net, &pd__gru_type, s.o.name, &input, 1, &s);
+    inputs[0] = input, inputs[1] = s.o.first;
+    return pd_layer_add(net, &pd__gru_type, s.o.name, inputs, s.o.first ? 2 : 1, &s);
 }
 
 /* ---- >>layer:attention ---- */

@@ -263,12 +263,21 @@ static pd_layer *words(problem *p) {
     p->sequence = true;
     return below(2) ? vector(p, any_depth(p)) : build_embedding(p);
 }
+/* What a recurrent layer begins with, or nothing. */
+static pd_layer *any_first(problem *p, int64_t size) {
+    pd_layer *first = NULL;
+    if (below(2)) {
+        p->sequence = false;
+        first = vector(p, size);
+        p->sequence = true;
+    }
+    return first;
+}
 static pd_layer *build_gru(problem *p) {
     static const int64_t sizes[] = { 1, 3, 8, 11, 16, 17, 33, 107 };
     pd_layer *x = words(p);
-    const pd_gru_opts o = { .reverse = below(2) };
-    if (!p->large && below(3)) return pd_gru(p->net, x, ONE_OF(sizes), &o);
-    return pd_gru(p->net, x, p->large ? 70 : 321, &o); /* a state deeper than a block */
+    const int64_t size = !p->large && below(3) ? ONE_OF(sizes) : p->large ? 70 : 321; /* deeper than a block */
+    return pd_gru(p->net, x, size, &(pd_gru_opts){ .reverse = below(2), .first = any_first(p, size) });
 }
 static pd_layer *build_attention(problem *p) {
     const int64_t width = below(2) ? any_width(p) : any_depth(p);

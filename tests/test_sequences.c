@@ -235,10 +235,24 @@ static void twin_fc(const problem *p, double *y) {
 
 /* ---- gru ---- */
 
+/* A layer with one row of n numbers per sample, or, as often, none. */
+static pd_layer *any_first(problem *p, int64_t n) {
+    pd_layer *first = below(2) ? pd_vector(p->net, NULL, n) : NULL;
+    if (first) pd_want_gradient(first);
+    return first;
+}
+
 static pd_layer *build_gru(problem *p) {
-    pd_gru_opts o = { .reverse = p->reverse };
+    pd_layer *x = vectors(p, true);
+    int64_t n = size(p, 5, 24);
+    pd_gru_opts o = { .reverse = p->reverse, .first = any_first(p, n) };
     p->act = PD_LINEAR;
-    return pd_gru(p->net, vectors(p, true), size(p, 5, 24), &o);
+    return pd_gru(p->net, x, n, &o);
+}
+
+/* The state that sequence q begins with, by input k (0: none). */
+static void first_state(const problem *p, int k, int64_t q, int64_t n, double *state) {
+    for (int64_t j = 0; j < n; j++) state[j] = k ? (double)in(p, k)->data[q * n + j] : 0;
 }
 
 static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
@@ -256,8 +270,9 @@ static void twin_gru(const problem *p, double *y) {
     pd_param **params = p->layer->params;
     int64_t n = p->layer->out.width;
     for (int64_t q = 0; q < x->sequences; q++) {
-        double h[64] = { 0 }, next[64];
+        double h[64], next[64];
         int64_t length = x->starts[q + 1] - x->starts[q];
+        first_state(p, p->layer->input_count - 1, q, n, h);
         for (int64_t t = 0; t < length; t++) {
             int64_t row = x->starts[q] + (p->reverse ? length - 1 - t : t);
             for (int64_t j = 0; j < n; j++) {
@@ -1131,6 +1146,14 @@ static void test_refused(void **state) {
     REFUSED(
         "attention1: parameter \"attention1.weight\" can't be sparse: that is for tables read by ids or sparse inputs",
         pd_attention(the.net, the.vec, the.vecs, the.vecs, &(pd_attention_opts){ .weight = sparse }));
+    REFUSED("gru1: first state \"vec\" is 6, expected 3 numbers",
+            pd_gru(the.net, the.vecs, 3, &(pd_gru_opts){ .first = the.vec }));
+    REFUSED("gru1: first state \"vecs\" carries sequences, expected one row for each of \"vecs\"",
+            pd_gru(the.net, the.vecs, 6, &(pd_gru_opts){ .first = the.vecs }));
+    REFUSED("gru1: input \"ids\" holds ids, expected numbers",
+            pd_gru(the.net, the.vecs, 1, &(pd_gru_opts){ .first = the.ids }));
+    REFUSED("gru: gru takes no sparse input such as \"rare\"; pd_fc does",
+            pd_gru(the.net, the.vecs, 6, &(pd_gru_opts){ .first = the.rare }));
 
     REFUSED("sequence_pool: input 0 is NULL", pd_sequence_pool(the.net, NULL, PD_SUM, NULL));
     REFUSED("sequence_pool1: input \"vec\" carries no sequences; pd_sequence makes a net's input carry them",
@@ -1276,6 +1299,39 @@ static void test_sequences_and_rows(void **state) {
         }
 }
 
+/* Half as many rows as the input. */
+static pd_status half_setup(pd_layer *l) {
+    l->shape = l->inputs[0]->shape;
+    return PD_OK;
+}
+static pd_status half_resize(pd_layer *l) {
+    l->out.rows /= 2;
+    return PD_OK;
+}
+static pd_status half_forward(pd_layer *l) {
+    memcpy(l->out.data, l->inputs[0]->out.data, (size_t)(l->out.rows * l->out.width) * sizeof(pd_real));
+    return PD_OK;
+}
+static const pd_layer_type half_type = { PD_API_VERSION, "half",       1,    1,    0,    0,   0, half_setup,
+                                         half_resize,    half_forward, NULL, NULL, NULL, NULL };
+
+/* As many first states as sequences. */
+static void test_rows_of_first(void **state) {
+    static const int lengths[][2] = { { 1, 1 }, { 2, 1 }, { 0, 1 }, { 3, 1 } };
+    pd_net *net = pd_net_new(NULL);
+    pair p = two_inputs(net, 1);
+    pd_layer *half = pd_layer_add(net, &half_type, "half", &p.b, 1, NULL);
+    pd_layer *gru = pd_gru(net, p.a, 1, &(pd_gru_opts){ .first = half });
+    pd_batch *batch = two_lengths(net, lengths, 4), *none = two_lengths(net, lengths, 0);
+    (void)state;
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &gru, 1), PD_E_SHAPE);
+    assert_string_equal(pd_error(net), "gru1: first state \"half\" has 2 rows, but \"a\" has 4 sequences");
+    assert_int_equal(pd_forward(net, none, PD_PREDICT, &gru, 1), PD_OK);
+    pd_batch_free(batch);
+    pd_batch_free(none);
+    pd_net_free(net);
+}
+
 /* Evaluators too, each of their inputs. */
 static void test_evaluated_rows(void **state) {
     static const int lengths[][2] = { { 1, 1 }, { 2, 1 }, { 1, 2 } };
@@ -1308,7 +1364,8 @@ static void test_evaluated_rows(void **state) {
 static pd_status use_all(pd_net *net, pd_failure *failure) {
     pd_layer *words = pd_sequence(pd_ids(net, "words", 9)), *rare = pd_sparse_vector(net, "rare", 9), *pools[3], *cost;
     pd_layer *x = pd_embedding(net, words, 3, &(pd_embedding_opts){ .weight.sparse = true });
-    pd_layer *h = pd_gru(net, x, 3, &(pd_gru_opts){ .reverse = true });
+    pd_layer *first = pd_fc(net, rare, 3, NULL);
+    pd_layer *h = pd_gru(net, x, 3, &(pd_gru_opts){ .reverse = true, .first = first });
     pd_batch *batch = pd_batch_new(net);
     pd_status status;
     pools[0] = pd_sequence_pool(net, h, PD_MAX, NULL);
@@ -1372,6 +1429,7 @@ int main(void) {
         cmocka_unit_test(test_lengths_that_do_not_fit),
         cmocka_unit_test(test_lengths_of_attention),
         cmocka_unit_test(test_sequences_and_rows),
+        cmocka_unit_test(test_rows_of_first),
         cmocka_unit_test(test_evaluated_rows),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_no_memory),
