@@ -25,27 +25,27 @@
                        layers 779, costs 989, batches 1033, running 1083, groups 1112, evaluators 1173,
                        optimizers 1238, device 1315, layer_types 1523, updater 1646, readers 1707, text 1790,
                        trainer 1836, files 1915, gradient_check 1958
-     >>NAME.c          core 2108, threads 2548, net 2808, parameters 3100, inputs 3614, activations 3705,
-                       layers 3725, costs 6106, batches 6760, running 7044, groups 7724, evaluators 8770,
-                       optimizers 9316, device 9507, layer_types 11088, updater 11396, averaging 11867,
-                       readers 11950, text 14120, tensorboard 14631, trainer 14815, profile 15837, files 15909,
-                       gradient_check 18078, kernels 18339
-     >>layer:NAME      fc 3930, conv 4036, conv_transpose 4036, pool 4216, batch_norm 4305, layer_norm 4441,
-                       group_norm 4480, response_norm 4533, dropout 4577, add 4629, multiply 4629, concat 4687,
-                       slice 4733, reshape 4733, transpose 4733, pad 4733, scale 4871, interpolate 4871, affine 4958,
-                       maxout 4987, resize 5033, block_expand 5100, cosine 5199, outer 5277, bilinear 5323,
-                       activation 5392, prelu 5392, embedding 5454, gru 5671, attention 5833, sequence_pool 6000,
-                       expand 7733
-     >>cost:NAME       cross_entropy 6204, binary_cross_entropy 6383, squared_error 6404, huber 6415, smooth_l1 6433,
-                       sum_cost 6462, huber_two_class 6493, hinge 6504, rank_cost 6577, lambda_rank 6630
-     >>evaluator:NAME  error 8815, precision_recall 8858, auc 8926, pnpair 9027, mean_error 9074
-     >>op:NAME         kernels 9508, contract 9594, gemm 9647, conv 9780, winograd 10032, update 10347,
-                       activate 10423, pool 10452, cross_entropy 10570, dropout 10611, norm 10622,
-                       sparse_product 10763, gru 10779, attention 10798, levels 10861
-     >>reader:NAME     array 12414, csv 12729, libsvm 12936, idx 13186, npy 13186, stream 13599, shuffle 13714,
-                       prefetch 13852, text 14500
-     >>kernel:NAME     gemm 18444, winograd 18764, elementwise 19113, update 19361, activate 19534, norm 19700,
-                       gru 19947, attention 19990, pool 20077
+     >>NAME.c          core 2108, threads 2548, net 2808, parameters 3101, inputs 3615, activations 3706,
+                       layers 3726, costs 6107, batches 6761, running 7045, groups 7725, evaluators 8771,
+                       optimizers 9317, device 9508, layer_types 11089, updater 11397, averaging 11868,
+                       readers 11951, text 14121, tensorboard 14632, trainer 14816, profile 15838, files 15910,
+                       gradient_check 18079, kernels 18340
+     >>layer:NAME      fc 3931, conv 4037, conv_transpose 4037, pool 4217, batch_norm 4306, layer_norm 4442,
+                       group_norm 4481, response_norm 4534, dropout 4578, add 4630, multiply 4630, concat 4688,
+                       slice 4734, reshape 4734, transpose 4734, pad 4734, scale 4872, interpolate 4872, affine 4959,
+                       maxout 4988, resize 5034, block_expand 5101, cosine 5200, outer 5278, bilinear 5324,
+                       activation 5393, prelu 5393, embedding 5455, gru 5672, attention 5834, sequence_pool 6001,
+                       expand 7734
+     >>cost:NAME       cross_entropy 6205, binary_cross_entropy 6384, squared_error 6405, huber 6416, smooth_l1 6434,
+                       sum_cost 6463, huber_two_class 6494, hinge 6505, rank_cost 6578, lambda_rank 6631
+     >>evaluator:NAME  error 8816, precision_recall 8859, auc 8927, pnpair 9028, mean_error 9075
+     >>op:NAME         kernels 9509, contract 9595, gemm 9648, conv 9781, winograd 10033, update 10348,
+                       activate 10424, pool 10453, cross_entropy 10571, dropout 10612, norm 10623,
+                       sparse_product 10764, gru 10780, attention 10799, levels 10862
+     >>reader:NAME     array 12415, csv 12730, libsvm 12937, idx 13187, npy 13187, stream 13600, shuffle 13715,
+                       prefetch 13853, text 14501
+     >>kernel:NAME     gemm 18445, winograd 18765, elementwise 19114, update 19362, activate 19535, norm 19701,
+                       gru 19948, attention 19991, pool 20078
 
    A WHOLE PROGRAM
 
@@ -413,8 +413,8 @@
      PADDLE_FILE         this file's name in quotes, if it is not "paddle.h": the implementation includes itself, once
                          for each instruction set. Beside PADDLE_IMPLEMENTATION.
      PADDLE_NO_AVX       no kernels for AVX2 and AVX-512: less to compile, a smaller program. Beside
-     PADDLE_IMPLEMENTATION. PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the
-     compiler's option.)
+                         PADDLE_IMPLEMENTATION.
+     PADDLE_NO_THREADS   no thread for pd_prefetch. Beside PADDLE_IMPLEMENTATION. (OpenMP is the compiler's option.)
 
    The implementation is not for -ffast-math and what belongs to it: gcc and clang refuse, or go without. Other files of
    the program may have it; linking with it is fine too, but then numbers below 1.2e-38 (2.3e-308 in double) are 0.
@@ -862,7 +862,7 @@ PD_API pd_layer *pd_layer_norm(pd_net *net, pd_layer *input, const pd_layer_norm
 typedef struct pd_group_norm_opts {
     const char *name;
     pd_act act;
-    double epsilon; /* default 1e-5 */
+    double epsilon; /* > 0; default 1e-5 */
     bool no_affine;
     pd_param_opts weight, bias; /* channels; start at 1 and 0 */
 } pd_group_norm_opts;
@@ -1328,7 +1328,7 @@ typedef struct pd_pool_shape {
 
 /* What a product or a convolution makes of its sums as it writes them: y = f(scale[c] (sum - center[c]) + bias[c]), c
    the column of the product, the channel of the convolution. NULL: 1, 0 and 0. act: any but PD_SOFTMAX; alpha: as for
-   pd_device.activate. */
+   pd_op_activate. */
 typedef struct pd_epilogue {
     const pd_real *scale, *center, *bias;
     pd_act act;
@@ -2872,6 +2872,7 @@ static void pd__take_device(pd_net *net, pd_device *device) {
         pd__fail_build(net, PD_E_ARGUMENT, "pd_net_new: device %.50s has no host memory, and lacks " #operation,       \
                        net->device->name);
     PD_BASIC_OPERATIONS(PD__WANT)
+    PD__WANT(alloc) PD__WANT(free) PD__WANT(upload) PD__WANT(download) PD__WANT(wait)
 #undef PD__WANT
 }
 
@@ -5709,7 +5710,7 @@ static pd_status pd__gru_resize(pd_layer *l) {
     return g->order ? PD_OK : PD_E_MEMORY;
 }
 
-/* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_device.gru. h0: what
+/* The layer's memory: rows in order of time. gates and recurrent are three times `size` wide; see pd_op_gru. h0: what
    step 0 begins with, by rows of a step, or NULL. */
 typedef struct pd__gru_memory {
     pd_real *x, *gates, *recurrent, *h, *h0;
@@ -10699,7 +10700,7 @@ static void pd__cpu_response_norm_backward(pd_device *d, int64_t rows, int64_t c
 
 struct pd__layer_norm_job {
     int64_t rows, width;
-    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each row, see pd_device */
+    const pd_real *x, *weight, *bias, *means, *dy; /* means, moments: for each row, see pd_op_layer_norm */
     double epsilon;
     pd_real *moments, *y, *dx, *dweight, *dbias;
 };
@@ -19765,7 +19766,6 @@ static void PD__K(pd__batch_norm_back)(const pd__channel_job *j, int64_t c) {
     }
 }
 
-/* y = (x - mean) / deviation weight + bias of a row */
 /* Of n numbers: *mean, 1 / deviation, and what backward wants of both; see pd_op_layer_norm. */
 static double PD__K(pd__put_moments)(int64_t n, const pd_real *x, double epsilon, pd_real *moments, double *mean) {
     double inverse;
@@ -19777,6 +19777,7 @@ static double PD__K(pd__put_moments)(int64_t n, const pd_real *x, double epsilon
     return inverse;
 }
 
+/* y = (x - mean) / deviation weight + bias of a row */
 static void PD__K(pd__layer_norm_row)(const pd__layer_norm_job *j, int64_t r) {
     const int64_t width = j->width;
     const pd_real *x = j->x + r * width;

@@ -357,6 +357,13 @@ static void test_lacks_a_basic_operation(void **state) {
     assert_int_equal(pd_error_status(net), PD_E_ARGUMENT);
     assert_string_equal(pd_error(net), "pd_net_new: device far has no host memory, and lacks update");
     pd_net_free(net);
+    far = make_far(cpu_of(host), 0);
+    far.device.self = &far;
+    far.device.wait = NULL; /* a net calls that as well */
+    net = pd_net_new(&(pd_net_opts){ .device = &far.device });
+    assert_int_equal(pd_error_status(net), PD_E_ARGUMENT);
+    assert_string_equal(pd_error(net), "pd_net_new: device far has no host memory, and lacks wait");
+    pd_net_free(net);
     pd_net_free(host);
 }
 
