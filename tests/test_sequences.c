@@ -1312,8 +1312,8 @@ static pd_status half_forward(pd_layer *l) {
     memcpy(l->out.data, l->inputs[0]->out.data, (size_t)(l->out.rows * l->out.width) * sizeof(pd_real));
     return PD_OK;
 }
-static const pd_layer_type half_type = { PD_API_VERSION, "half",       1,    1,    0,    0,   0, half_setup,
-                                         half_resize,    half_forward, NULL, NULL, NULL, NULL };
+static const pd_layer_type half_type = { PD_API_VERSION, "half",       1,    1,    0,    0,    0, half_setup,
+                                         half_resize,    half_forward, NULL, NULL, NULL, NULL, 0 };
 
 /* As many first states as sequences. */
 static void test_rows_of_first(void **state) {
