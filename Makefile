@@ -43,6 +43,9 @@ $(MPI_ONLY): paddle_mpi.c
 run: build/digits
 	@cd build && ./digits ../examples/data/digits.csv
 
+translate: build/translate
+	@cd build && ./translate
+
 bench: $(BENCHES)
 	@for program in $(BENCHES) bench/start.sh; do echo "$$program"; CC='$(CC)' CFLAGS='$(CFLAGS)' $$program || exit 1; done
 

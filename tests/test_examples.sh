@@ -44,6 +44,7 @@ says image_config '.' "$programs/image_config" 1
 make_idx
 says lenet '^lenet: accuracy 9[0-9]\.' "$programs/lenet" . 4
 says wordorder '^wordorder: accuracy (99|100)\.' "$programs/wordorder"
+says translate '^translate: (99|100)\.[0-9]% exact \([0-9]+ held-out numbers\), [0-9]+ s$' "$programs/translate"
 says readme '^readme: 3000 samples$' timeout 100 "$programs/readme"
 if command -v mpiexec >/dev/null && [ -x "$programs/cluster" ]; then
     says cluster '^cluster: accuracy 9[5-9]\.' env OMP_NUM_THREADS=1 mpiexec -n 2 "$programs/cluster"
