@@ -23,29 +23,29 @@
                        OPTIONS AT COMPILE TIME 409
      >>NAME.h          status 484, hooks 541, tensors 567, net 598, parameters 652, inputs 733, activations 748,
                        layers 779, costs 989, batches 1033, running 1083, groups 1112, evaluators 1173,
-                       optimizers 1238, device 1315, layer_types 1523, updater 1646, readers 1707, text 1790,
-                       trainer 1836, files 1915, gradient_check 1958
-     >>NAME.c          core 2108, threads 2548, net 2808, parameters 3101, inputs 3615, activations 3706,
-                       layers 3726, costs 6107, batches 6761, running 7045, groups 7725, evaluators 8771,
-                       optimizers 9317, device 9508, layer_types 11089, updater 11397, averaging 11868,
-                       readers 11951, text 14121, tensorboard 14632, trainer 14816, profile 15838, files 15910,
-                       gradient_check 18079, kernels 18340
-     >>layer:NAME      fc 3931, conv 4037, conv_transpose 4037, pool 4217, batch_norm 4306, layer_norm 4442,
-                       group_norm 4481, response_norm 4534, dropout 4578, add 4630, multiply 4630, concat 4688,
-                       slice 4734, reshape 4734, transpose 4734, pad 4734, scale 4872, interpolate 4872, affine 4959,
-                       maxout 4988, resize 5034, block_expand 5101, cosine 5200, outer 5278, bilinear 5324,
-                       activation 5393, prelu 5393, embedding 5455, gru 5672, attention 5834, sequence_pool 6001,
-                       expand 7734
-     >>cost:NAME       cross_entropy 6205, binary_cross_entropy 6384, squared_error 6405, huber 6416, smooth_l1 6434,
-                       sum_cost 6463, huber_two_class 6494, hinge 6505, rank_cost 6578, lambda_rank 6631
-     >>evaluator:NAME  error 8816, precision_recall 8859, auc 8927, pnpair 9028, mean_error 9075
-     >>op:NAME         kernels 9509, contract 9595, gemm 9648, conv 9781, winograd 10033, update 10348,
-                       activate 10424, pool 10453, cross_entropy 10571, dropout 10612, norm 10623,
-                       sparse_product 10764, gru 10780, attention 10799, levels 10862
-     >>reader:NAME     array 12415, csv 12730, libsvm 12937, idx 13187, npy 13187, stream 13600, shuffle 13715,
-                       prefetch 13853, text 14501
-     >>kernel:NAME     gemm 18445, winograd 18765, elementwise 19114, update 19362, activate 19535, norm 19701,
-                       gru 19948, attention 19991, pool 20078
+                       optimizers 1238, device 1315, layer_types 1523, updater 1646, readers 1707, text 1791,
+                       trainer 1837, files 1916, gradient_check 1959
+     >>NAME.c          core 2109, threads 2549, net 2809, parameters 3102, inputs 3616, activations 3707,
+                       layers 3727, costs 6108, batches 6762, running 7046, groups 7726, evaluators 8772,
+                       optimizers 9318, device 9509, layer_types 11090, updater 11398, averaging 11869,
+                       readers 11952, text 14122, tensorboard 14633, trainer 14817, profile 15839, files 15911,
+                       gradient_check 18080, kernels 18341
+     >>layer:NAME      fc 3932, conv 4038, conv_transpose 4038, pool 4218, batch_norm 4307, layer_norm 4443,
+                       group_norm 4482, response_norm 4535, dropout 4579, add 4631, multiply 4631, concat 4689,
+                       slice 4735, reshape 4735, transpose 4735, pad 4735, scale 4873, interpolate 4873, affine 4960,
+                       maxout 4989, resize 5035, block_expand 5102, cosine 5201, outer 5279, bilinear 5325,
+                       activation 5394, prelu 5394, embedding 5456, gru 5673, attention 5835, sequence_pool 6002,
+                       expand 7735
+     >>cost:NAME       cross_entropy 6206, binary_cross_entropy 6385, squared_error 6406, huber 6417, smooth_l1 6435,
+                       sum_cost 6464, huber_two_class 6495, hinge 6506, rank_cost 6579, lambda_rank 6632
+     >>evaluator:NAME  error 8817, precision_recall 8860, auc 8928, pnpair 9029, mean_error 9076
+     >>op:NAME         kernels 9510, contract 9596, gemm 9649, conv 9782, winograd 10034, update 10349,
+                       activate 10425, pool 10454, cross_entropy 10572, dropout 10613, norm 10624,
+                       sparse_product 10765, gru 10781, attention 10800, levels 10863
+     >>reader:NAME     array 12416, csv 12731, libsvm 12938, idx 13188, npy 13188, stream 13601, shuffle 13716,
+                       prefetch 13854, text 14502
+     >>kernel:NAME     gemm 18446, winograd 18766, elementwise 19115, update 19363, activate 19536, norm 19702,
+                       gru 19949, attention 19992, pool 20079
 
    A WHOLE PROGRAM
 
@@ -211,8 +211,8 @@
    pd_net_set_text(net, "english", pd_vocab_text(english));
    ```
 
-   The program that translates loads the file, makes `english` by pd_vocab_parse(net, pd_net_text(net, "english"), NULL),
-   builds the net, and loads the file again.
+   The program that translates loads the file, makes `english` from pd_net_text(net, "english") by pd_vocab_parse, builds
+   the net, and loads the file again.
 
    FILES
 
@@ -264,8 +264,8 @@
                          { "rnn.bias_hh_l0", "gru.recurrent_bias", false, "rzn->n", false } };
    ```
 
-   Names end in _reverse for the layer with `reverse`. nn.LSTM has four gates in the order input, forget, candidate,
-   output, which is that of layers made of gates here: its weights are transposed, and its two biases added:
+   Names end in _reverse for the layer with `reverse`. nn.LSTM has its gates in the order of ours (input, forget,
+   candidate, output): weights are transposed, and the two biases added:
 
    ```c
    pd_load_map map[] = { { "rnn.weight_ih_l0", "lstm.weight", true, NULL, false },
@@ -1777,8 +1777,9 @@ PD_API pd_reader *pd_stream_reader(pd_net *net, pd_status (*next)(void *user, pd
 /* The following own `reader` and free it; a NULL reader gives NULL. */
 /* Shuffles with bounded memory: keeps `pool` samples and hands out a random one. pool >= all: a full shuffle. */
 PD_API pd_reader *pd_shuffle(pd_net *net, pd_reader *reader, int64_t pool, uint64_t seed);
-/* Reads ahead in a thread, up to `depth` batches (>= 1). Without threads on the platform: reads when asked. Resetting
-   and freeing wait for the read in progress, which may be for ever when it waits for stdin. */
+/* Reads ahead in a thread, up to `depth` batches (>= 1; samples, where pd_train has batch_tokens). Without threads on
+   the platform: reads when asked. Resetting and freeing wait for the read in progress, which may be for ever when it
+   waits for stdin. */
 PD_API pd_reader *pd_prefetch(pd_net *net, pd_reader *reader, int depth);
 
 PD_API void pd_reader_free(pd_reader *reader); /* NULL is fine */
@@ -1923,8 +1924,8 @@ typedef struct pd_load_map {
     const char *from; /* tensor in the file */
     const char *to;   /* parameter of the net */
     bool transpose;   /* the file holds out x in, the net in x out (2-D) */
-    /* (optional) Blocks of columns, once transposed: a letter for each in the file, "->", and the parameter's, which may
-       be fewer and in another order; '-' for one of zeros: "rzn->zr-". All have the same width. */
+    /* (optional) Blocks of columns, as they are once transposed: a letter for each in the file, "->", and those of the
+       parameter, which may be fewer and in another order; '-' for zeros: "rzn->zr-". All have the same width. */
     const char *blocks;
     bool add; /* to what entries before this one load into the parameter */
 } pd_load_map;
@@ -1934,8 +1935,8 @@ typedef struct pd_load_opts {
     bool partial; /* parameters that are not in the file keep their values; false: that is an error. It always is one
                      of a parameter in the map, and if the file has none of the net's */
 } pd_load_opts;
-/* Loads F32, F64, F16 and BF16; every number must be finite, in pd_real too; and the texts of pd_net_set_text, of which a
-   net without parameters can have them alone. Everything is checked first: on failure nothing has changed. */
+/* Loads F32, F64, F16 and BF16, of which every number must be finite, in pd_real too, and the texts of pd_net_set_text;
+   a net without parameters gets them alone. Everything is checked first: on failure nothing has changed. */
 PD_API pd_status pd_load(pd_net *net, const char *path, const pd_load_opts *opts);
 
 /* Keeps a copy of a text in the net under a name of 1 to 200 characters (no quotes, backslashes and controls): a
