@@ -304,7 +304,7 @@ static void test_zeroed_in_between(void **state) {
     model m = build(true, 20, pd_sgd(0.1), NULL, NULL);
     pd_param *p = pd_param_find(m.net, "table");
     double squares = 0;
-    pd_real grad[80];
+    pd_real grad[80], again[80];
     (void)state;
     fill(m.batch, 20, 3);
     assert_int_equal(pd_forward(m.net, m.batch, PD_TRAIN, &m.cost, 1), PD_OK);
@@ -313,6 +313,10 @@ static void test_zeroed_in_between(void **state) {
     assert_int_equal(pd_param_get_grad(p, grad, 80), PD_OK);
     for (int i = 0; i < 80; i++) squares += (double)grad[i] * (double)grad[i];
     assert_true(squares > 0);
+    fill(m.batch, 20, 4); /* and stays when other rows are named by a prediction */
+    assert_int_equal(pd_forward(m.net, m.batch, PD_PREDICT, &m.output, 1), PD_OK);
+    assert_int_equal(pd_param_get_grad(p, again, 80), PD_OK);
+    assert_memory_equal(again, grad, sizeof grad);
     free_model(&m);
 }
 
@@ -728,6 +732,29 @@ static void test_best_values(void **state) {
     free_model(&dense);
     free_model(&resumed);
     remove(path);
+}
+
+static int stop_at_once(void *user, const pd_event *event) { return user == NULL && event->kind == PD_BEGIN_PASS; }
+
+/* A training that goes back to the values that it came with, before it has made a step, leaves nothing of another
+   trainer's to be made up for twice. */
+static void test_back_before_the_first_step(void **state) {
+    model m = build(true, READ_HEIGHT, pd_momentum(0.3, 0.9), NULL, NULL);
+    pd_trainer *second = pd_trainer_new(m.net, m.cost, pd_sgd(0.1), NULL);
+    pd_reader *reader = made_reader(m.net, 20), *test = made_reader(m.net, 20);
+    pd_train_opts opts = { .on_event = stop_at_once, .test = test, .patience = 1 };
+    pd_real before[READ_HEIGHT * 4], after[READ_HEIGHT * 4];
+    pd_param *table = pd_param_find(m.net, "table");
+    (void)state;
+    for (uint64_t i = 0; i < 20; i++) step(&m, READ_HEIGHT, i);
+    assert_int_equal(pd_param_get(table, before, table->size), PD_OK);
+    assert_int_equal(pd_train(second, reader, 1, &opts), PD_STOPPED);
+    assert_int_equal(pd_param_get(table, after, table->size), PD_OK);
+    assert_memory_equal(after, before, sizeof before);
+    pd_reader_free(reader);
+    pd_reader_free(test);
+    pd_trainer_free(second);
+    free_model(&m);
 }
 
 /* ---- checkpoints that lie ---- */
@@ -1252,6 +1279,7 @@ int main(void) {
         cmocka_unit_test(test_checkpoint_as_model),
         cmocka_unit_test(test_train_in_pieces),
         cmocka_unit_test(test_best_values),
+        cmocka_unit_test(test_back_before_the_first_step),
         cmocka_unit_test(test_lying_checkpoints),
         cmocka_unit_test(test_refused_after_growth),
         cmocka_unit_test(test_sleep),
