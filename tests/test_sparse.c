@@ -827,6 +827,15 @@ static void test_lying_checkpoints(void **state) {
         check_contains(pd_error(other.net), i < COUNT(lies) ? lies[i].text : "steps behind, expected 0 to 3");
         check_bits(&other, &before, "after a refusal");
     }
+    memcpy(bad, bytes, n); /* no row is behind, but there are matrices of more steps than were made */
+    memset(tensor_of(bad, n, "behind/table"), 0, 4 * READ_HEIGHT);
+    memcpy((unsigned char *)memmem(bad, n, "\"updates/table\":\"20\"", 20) + 17, "03", 2);
+    f = fopen(path, "wb");
+    assert_int_equal(fwrite(bad, 1, n, f), n);
+    fclose(f);
+    assert_int_equal(pd_checkpoint_load(other.trainer, path), PD_E_FORMAT);
+    check_contains(pd_error(other.net), "steps, expected at most 3");
+    check_bits(&other, &before, "after a refusal");
     for (int i = 0; i < 3; i++) { /* one of the three is not there */
         static const char *const names[] = { "\"stored/table\":", "\"steps/table\":", "\"behind/table\":" };
         memcpy(bad, bytes, n);
