@@ -133,6 +133,28 @@ static void test_folding(void **state) {
     }
 }
 
+/* Layers that take over the numbers of the one below put out those of the last run, where these are carried to the
+   host, too; and a layer that runs there takes over nothing. */
+static void test_taken_over(void **state) {
+    (void)state;
+    for (int kind = 0; kind < 3; kind++) { /* folded; passed on; on the host */
+        pd_net *host = pd_net_new(NULL), *net;
+        far_device far = make_far(inside_device(host), kind < 2 ? ~(uint64_t)0 : PD_OP(gemm));
+        pd_layer *target;
+        far.device.self = &far;
+        net = pd_net_new(&(pd_net_opts){ .device = &far.device });
+        target = pd_fc(net, pd_vector(net, "x", 1), 2, &(pd_fc_opts){ .weight.init = pd_constant(1) });
+        target = kind ? pd_dropout(net, target, 0.5, NULL) : pd_batch_norm(net, target, NULL);
+        for (int run = 1; run < 4; run++) {
+            const pd_real x = (pd_real)run, *y = pd_predict(target, &x, 1);
+            assert_int_equal(folded(net), kind == 0);
+            check_near((double)y[1], kind ? run : run / sqrt(1 + 1e-5), REAL_TOLERANCE, "what was taken over");
+        }
+        pd_net_free(net);
+        pd_net_free(host);
+    }
+}
+
 /* Only targets have outputs, and one that is read below a fold has its own. */
 static void test_outputs(void **state) {
     pd_net *net = build(NULL);
@@ -308,9 +330,9 @@ static void test_misuse(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_folding), cmocka_unit_test(test_outputs),       cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_frozen),  cmocka_unit_test(test_between_steps), cmocka_unit_test(test_lack_of_memory),
-        cmocka_unit_test(test_misuse),
+        cmocka_unit_test(test_folding),        cmocka_unit_test(test_taken_over), cmocka_unit_test(test_outputs),
+        cmocka_unit_test(test_memory),         cmocka_unit_test(test_frozen),     cmocka_unit_test(test_between_steps),
+        cmocka_unit_test(test_lack_of_memory), cmocka_unit_test(test_misuse),
     };
     return run_group(tests, NULL, NULL);
 }
