@@ -1,5 +1,6 @@
 # make               build the examples into build/
 # make run           train on real handwritten digits and predict some: needs a C compiler and make, nothing else
+# make translate     train on numbers in figures and in words, and translate some; half a minute
 # make setup test    install what the tests use (Debian, Ubuntu), then run them: 10 minutes or less on 2 cores
 # make test-all      the same tests and all that takes longer: README.md says what
 # make try TEST=test_sequences CASE=gru BUILD=try64   one program, some layers or tests: 10 s from an edit of paddle.h
@@ -163,5 +164,5 @@ clean:
 	rm -rf build
 
 always:
-.PHONY: all run bench bench-sparse bench-busy bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
+.PHONY: all run translate bench bench-sparse bench-busy bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
 .DELETE_ON_ERROR:
