@@ -114,7 +114,8 @@ static bool is_sentence(const char *text) {
     return words <= LONGEST / 2;
 }
 
-/* The pairs of a catalogue of GNU gettext; what is no such file is left out. */
+/* The pairs of a catalogue of GNU gettext, whose first text is a header; what is no such file, or not in UTF-8, is left
+   out. */
 static bool add_catalogue(corpus *c, const char *path, bool back) {
     FILE *f = fopen(path, "rb");
     unsigned char *file = NULL;
@@ -131,6 +132,7 @@ static bool add_catalogue(corpus *c, const char *path, bool back) {
         const char *source = mo_text(file, (size_t)size, head[3], k, swap);
         const char *target = mo_text(file, (size_t)size, head[4], k, swap);
         if (!source || !target) break;
+        if (k == 0 && (*source || (!strstr(target, "charset=UTF-8") && !strstr(target, "charset=utf-8")))) break;
         if (is_sentence(source) && is_sentence(target))
             fine = add_pair(c, back ? target : source, back ? source : target, 50);
     }

@@ -424,6 +424,32 @@ static void test_refuses_a_shape(void **state) {
     pd_net_free(host);
 }
 
+/* A parameter that stands twice in a layer on the host gets both gradients. */
+static void test_parameter_twice(void **state) {
+    pd_net *host = pd_net_new(NULL);
+    far_device far = make_far(cpu_of(host), 0);
+    pd_real values[2][3 * 9];
+    (void)state;
+    far.device.self = &far;
+    for (int k = 0; k < 2; k++) {
+        pd_net *net = pd_net_new(&(pd_net_opts){ .device = k ? &far.device : NULL });
+        pd_layer *x = pd_sequence(pd_vector(net, "x", 3));
+        pd_layer *y = pd_gru(net, x, 3, &(pd_gru_opts){ .weight.name = "both", .recurrent.name = "both" });
+        pd_trainer *trainer = pd_trainer_new(net, pd_sum_cost(net, y, NULL), pd_sgd(0.1), NULL);
+        pd_batch *batch = pd_batch_new(net);
+        for (int r = 0; r < 4; r++) memcpy(pd_batch_add_row(batch, 0), images + 3 * r, 3 * sizeof *images);
+        assert_int_equal(pd_batch_end_sample(batch), PD_OK);
+        for (int i = 0; i < 3; i++)
+            if (pd_train_batch(trainer, batch, NULL) != PD_OK) fail_msg("%s", pd_error(net));
+        assert_int_equal(pd_param_get(pd_param_find(net, "both"), values[k], 27), PD_OK);
+        pd_batch_free(batch);
+        pd_trainer_free(trainer);
+        pd_net_free(net);
+    }
+    assert_memory_equal(values[1], values[0], sizeof values[0]);
+    pd_net_free(host);
+}
+
 /* A layer on the host whose tensors are windows of larger arrays finds its numbers there, wherever they are moved between
    two calls, leaves what is around them, and has its pointers back afterwards. */
 static void test_windows(void **state) {
@@ -547,6 +573,7 @@ int main(void) {
         cmocka_unit_test(test_wrapped_blas),
         cmocka_unit_test(test_lacks_a_basic_operation),
         cmocka_unit_test(test_refuses_a_shape),
+        cmocka_unit_test(test_parameter_twice),
         cmocka_unit_test(test_windows),
         cmocka_unit_test(test_attention_far_away),
     };
