@@ -27,9 +27,9 @@
                        trainer 1837, files 1916, gradient_check 1959
      >>NAME.c          core 2109, threads 2549, net 2809, parameters 3102, inputs 3616, activations 3707,
                        layers 3727, costs 6108, batches 6762, running 7046, groups 7726, evaluators 8772,
-                       optimizers 9318, device 9509, layer_types 11090, updater 11398, averaging 11869,
-                       readers 11952, text 14122, tensorboard 14633, trainer 14817, profile 15839, files 15911,
-                       gradient_check 18080, kernels 18341
+                       optimizers 9318, device 9509, layer_types 11092, updater 11400, averaging 11871,
+                       readers 11954, text 14124, tensorboard 14635, trainer 14819, profile 15841, files 15913,
+                       gradient_check 18082, kernels 18343
      >>layer:NAME      fc 3932, conv 4038, conv_transpose 4038, pool 4218, batch_norm 4307, layer_norm 4443,
                        group_norm 4482, response_norm 4535, dropout 4579, add 4631, multiply 4631, concat 4689,
                        slice 4735, reshape 4735, transpose 4735, pad 4735, scale 4873, interpolate 4873, affine 4960,
@@ -39,13 +39,13 @@
      >>cost:NAME       cross_entropy 6206, binary_cross_entropy 6385, squared_error 6406, huber 6417, smooth_l1 6435,
                        sum_cost 6464, huber_two_class 6495, hinge 6506, rank_cost 6579, lambda_rank 6632
      >>evaluator:NAME  error 8817, precision_recall 8860, auc 8928, pnpair 9029, mean_error 9076
-     >>op:NAME         kernels 9510, contract 9596, gemm 9649, conv 9782, winograd 10034, update 10349,
-                       activate 10425, pool 10454, cross_entropy 10572, dropout 10613, norm 10624,
-                       sparse_product 10765, gru 10781, attention 10800, levels 10863
-     >>reader:NAME     array 12416, csv 12731, libsvm 12938, idx 13188, npy 13188, stream 13601, shuffle 13716,
-                       prefetch 13854, text 14502
-     >>kernel:NAME     gemm 18446, winograd 18766, elementwise 19115, update 19363, activate 19536, norm 19702,
-                       gru 19949, attention 19992, pool 20079
+     >>op:NAME         kernels 9510, contract 9596, gemm 9651, conv 9784, winograd 10036, update 10351,
+                       activate 10427, pool 10456, cross_entropy 10574, dropout 10615, norm 10626,
+                       sparse_product 10767, gru 10783, attention 10802, levels 10865
+     >>reader:NAME     array 12418, csv 12733, libsvm 12940, idx 13190, npy 13190, stream 13603, shuffle 13718,
+                       prefetch 13856, text 14504
+     >>kernel:NAME     gemm 18448, winograd 18768, elementwise 19117, update 19365, activate 19538, norm 19704,
+                       gru 19951, attention 19994, pool 20081
 
    A WHOLE PROGRAM
 
@@ -9613,12 +9613,13 @@ static void pd__contract_piece(const pd__kernels *kernels, const int64_t size[4]
                           y + start * ys[axis], ys);
 }
 
-/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. */
+/* Cut along the longest axis that moves in y: no two pieces write the same number, and no sum is cut. Numbers that stand
+   side by side in a are not cut finer than some cache lines: sums over rows read these whole. */
 static void pd__cpu_contract(pd_device *d, const int64_t size[4], pd_real alpha, const pd_real *a, const int64_t as[4],
                              const pd_real *b, const int64_t bs[4], pd_real *y, const int64_t ys[4]) {
     const pd__kernels *kernels = pd__cpu_kernels(d);
     int axis = -1;
-    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces;
+    int64_t work = size[0] * size[1] * size[2] * size[3], piece, pieces, least;
     if (work == 0) return;
     for (int i = 0; i < 4; i++)
         if (ys[i] != 0 && (axis < 0 || size[i] > size[axis])) axis = i;
@@ -9626,7 +9627,8 @@ static void pd__cpu_contract(pd_device *d, const int64_t size[4], pd_real alpha,
         kernels->contract_box(size, alpha, a, as, b, bs, y, ys);
         return;
     }
-    piece = pd__max(1, pd__min(size[axis], PD__PIECE * size[axis] / work));
+    least = as[axis] == 1 ? 64 : 1;
+    piece = pd__min(size[axis], pd__max(least, PD__PIECE * size[axis] / work));
     pieces = pd__ceil_div(size[axis], piece);
     PD__TEAM(d, work, p, pieces, pd__contract_piece(kernels, size, axis, p * piece, piece, alpha, a, as, b, bs, y, ys));
 }
