@@ -19,33 +19,33 @@
      TOPICS            A WHOLE PROGRAM 50, ERRORS 84, ROWS AND SHAPES 96, SEQUENCES AND SPARSE ROWS 105,
                        PARAMETERS 131, GRADIENTS AND OPTIMIZERS 142, HOW A TRAINING ENDS 153, READERS 178, FILES 217,
                        WRITING A LAYER 277, DEVICES AND UPDATERS 315, ON ADDING AN OPERATION 341,
-                       THREADS AND DETERMINISM 352, ONE ANSWER 364, INSTRUCTION SETS 383, MEMORY 398,
-                       OPTIONS AT COMPILE TIME 409
-     >>NAME.h          status 484, hooks 541, tensors 567, net 598, parameters 652, inputs 733, activations 748,
-                       layers 779, costs 989, batches 1033, running 1083, groups 1112, evaluators 1173,
-                       optimizers 1238, device 1315, layer_types 1523, updater 1646, readers 1707, text 1791,
-                       trainer 1837, files 1916, gradient_check 1959
-     >>NAME.c          core 2109, threads 2549, net 2809, parameters 3102, inputs 3616, activations 3707,
-                       layers 3727, costs 6108, batches 6762, running 7046, groups 7726, evaluators 8772,
-                       optimizers 9318, device 9509, layer_types 11092, updater 11400, averaging 11871,
-                       readers 11954, text 14124, tensorboard 14635, trainer 14819, profile 15841, files 15913,
-                       gradient_check 18082, kernels 18343
-     >>layer:NAME      fc 3932, conv 4038, conv_transpose 4038, pool 4218, batch_norm 4307, layer_norm 4443,
-                       group_norm 4482, response_norm 4535, dropout 4579, add 4631, multiply 4631, concat 4689,
-                       slice 4735, reshape 4735, transpose 4735, pad 4735, scale 4873, interpolate 4873, affine 4960,
-                       maxout 4989, resize 5035, block_expand 5102, cosine 5201, outer 5279, bilinear 5325,
-                       activation 5394, prelu 5394, embedding 5456, gru 5673, attention 5835, sequence_pool 6002,
-                       expand 7735
-     >>cost:NAME       cross_entropy 6206, binary_cross_entropy 6385, squared_error 6406, huber 6417, smooth_l1 6435,
-                       sum_cost 6464, huber_two_class 6495, hinge 6506, rank_cost 6579, lambda_rank 6632
-     >>evaluator:NAME  error 8817, precision_recall 8860, auc 8928, pnpair 9029, mean_error 9076
-     >>op:NAME         kernels 9510, contract 9596, gemm 9651, conv 9784, winograd 10036, update 10351,
-                       activate 10427, pool 10456, cross_entropy 10574, dropout 10615, norm 10626,
-                       sparse_product 10767, gru 10783, attention 10802, levels 10865
-     >>reader:NAME     array 12418, csv 12733, libsvm 12940, idx 13190, npy 13190, stream 13603, shuffle 13718,
-                       prefetch 13856, text 14504
-     >>kernel:NAME     gemm 18448, winograd 18768, elementwise 19117, update 19365, activate 19538, norm 19704,
-                       gru 19951, attention 19994, pool 20081
+                       THREADS AND DETERMINISM 352, ONE ANSWER 364, INSTRUCTION SETS 383, MEMORY 399,
+                       OPTIONS AT COMPILE TIME 410
+     >>NAME.h          status 485, hooks 542, tensors 568, net 599, parameters 653, inputs 734, activations 749,
+                       layers 780, costs 1007, batches 1051, running 1101, groups 1130, evaluators 1191,
+                       optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
+                       trainer 1863, files 1942, gradient_check 1985
+     >>NAME.c          core 2135, threads 2575, net 2835, parameters 3128, inputs 3642, activations 3733,
+                       layers 3753, costs 6402, batches 7056, running 7340, groups 8020, evaluators 9066,
+                       optimizers 9612, device 9803, layer_types 11408, updater 11716, averaging 12187,
+                       readers 12270, text 14440, tensorboard 14951, trainer 15135, profile 16157, files 16229,
+                       gradient_check 18398, kernels 18659
+     >>layer:NAME      fc 3958, conv 4064, conv_transpose 4064, pool 4244, batch_norm 4333, layer_norm 4469,
+                       group_norm 4508, response_norm 4561, dropout 4605, add 4657, multiply 4657, concat 4715,
+                       slice 4761, reshape 4761, transpose 4761, pad 4761, scale 4899, interpolate 4899, affine 4986,
+                       maxout 5015, resize 5061, block_expand 5128, cosine 5227, outer 5305, bilinear 5351,
+                       activation 5420, prelu 5420, embedding 5482, gru 5722, lstm 5880, attention 6129,
+                       sequence_pool 6296, expand 8029
+     >>cost:NAME       cross_entropy 6500, binary_cross_entropy 6679, squared_error 6700, huber 6711, smooth_l1 6729,
+                       sum_cost 6758, huber_two_class 6789, hinge 6800, rank_cost 6873, lambda_rank 6926
+     >>evaluator:NAME  error 9111, precision_recall 9154, auc 9222, pnpair 9323, mean_error 9370
+     >>op:NAME         kernels 9804, contract 9894, gemm 9949, conv 10082, winograd 10334, update 10649,
+                       activate 10725, pool 10754, cross_entropy 10872, dropout 10913, norm 10924,
+                       sparse_product 11065, gru 11081, lstm 11100, attention 11118, levels 11181
+     >>reader:NAME     array 12734, csv 13049, libsvm 13256, idx 13506, npy 13506, stream 13919, shuffle 14034,
+                       prefetch 14172, text 14820
+     >>kernel:NAME     gemm 18764, winograd 19084, elementwise 19433, update 19681, activate 19854, norm 20020,
+                       gru 20267, lstm 20310, attention 20367, pool 20454
 
    A WHOLE PROGRAM
 
@@ -118,7 +118,7 @@
    rows. A gradient is a mean over samples, so long sentences count more.
 
    Recurrent layers run the sequences of a batch side by side, the longest first, and go on with fewer when the short
-   ones have ended. Vectors of which few numbers are not zero (pd_sparse_vector) hold pairs of column and number, and
+   ones have ended. They may begin with states of which another layer has one row per sequence (`first`). Vectors of which few numbers are not zero (pd_sparse_vector) hold pairs of column and number, and
    go to pd_fc. A parameter marked `sparse` has a gradient for the rows that the batch named, and a step costs what
    these rows cost, not what the table does. What the others would have moved, by momentum and l2, is made up for in
    copies when they are read, and in the table when they next have a gradient (and for a few rows of the table in each
@@ -382,9 +382,10 @@
 
    INSTRUCTION SETS
 
-   Products, convolutions, pooling, optimizers, most activations, batch and response normalisation, GRU steps and
-   attention are compiled for several instruction sets (on x86-64: none, SSE2, AVX2 with FMA, AVX-512; elsewhere: none
-   and 16-byte vectors), and each net takes the best that the processor and the system have: `cc -O2` is enough. pd_info says which.
+   Products, convolutions, pooling, optimizers, most activations, batch and response normalisation, GRU and LSTM steps
+   and attention are compiled for several instruction sets (on x86-64: none, SSE2, AVX2 with FMA, AVX-512; elsewhere:
+   none and 16-byte vectors), and each net takes the best that the processor and the system have: `cc -O2` is enough.
+   pd_info says which.
    `simd` in pd_net_opts, or PADDLE_SIMD in the environment, asks for another; one that can't be had is refused.
    Compilers other than gcc and clang get plain code.
 
@@ -965,6 +966,23 @@ typedef struct pd_gru_opts {
    h' = (1 - z) c + z h. Every row's h' is put out. Sequences run side by side without padding. */
 PD_API pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts);
 
+typedef struct pd_lstm_opts {
+    const char *name;
+    bool reverse;            /* from the last row of each sequence to the first */
+    pd_layer *first;         /* h_0: a layer with one row of `size` numbers for each sequence; default: 0 */
+    pd_layer *first_cell;    /* c_0: the same */
+    bool cells;              /* put out 2 size columns, h and then c; pd_slice gives either */
+    bool peepholes;          /* Gers and Schmidhuber 2000: the terms p below */
+    double forget_bias;      /* finite; added to the forget gate's bias as it is made; default 1; PD_ZERO: 0 */
+    pd_param_opts weight;    /* in x 4 size: input, forget, candidate, output */
+    pd_param_opts recurrent; /* size x 4 size */
+    pd_param_opts bias;      /* 4 size; starts at 0, but for forget_bias */
+    pd_param_opts peephole;  /* 3 x size: input, forget, output; starts at 0 */
+} pd_lstm_opts;
+/* Long short-term memory over sequences (Hochreiter and Schmidhuber 1997, with forget gates: Gers et al. 2000):
+   i = sigmoid(x W_i + h U_i + b_i + p_i c); f = sigmoid(x W_f + h U_f + b_f + p_f c); g = tanh(x W_g + h U_g + b_g);
+   c' = f c + i g; o = sigmoid(x W_o + h U_o + b_o + p_o c'); h' = o tanh(c'). Every row's h' is put out. */
+PD_API pd_layer *pd_lstm(pd_net *net, pd_layer *input, int64_t size, const pd_lstm_opts *opts);
 typedef struct pd_attention_opts {
     const char *name;
     pd_param_opts weight; /* v below, as many numbers as a query has; starts normal with deviation 1/sqrt of that */
@@ -1446,6 +1464,14 @@ typedef void pd_op_gru(pd_device *d, int64_t rows, int64_t width, pd_real *gates
    and of h U + b_u); adds the part that goes straight to dbefore (NULL: not wanted). */
 typedef void pd_op_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, pd_real *recurrent,
                                 const pd_real *before, const pd_real *dafter, pd_real *dbefore);
+/* One step of LSTMs. gates: rows x 4 width, in: x W + h U + b, out: i, f, g, o. peephole: 3 x width (NULL: 0). before:
+   rows x width, c (NULL: 0). cells: c'. after: h'. See pd_lstm. */
+typedef void pd_op_lstm(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                        const pd_real *before, pd_real *cells, pd_real *after);
+/* From dafter, the gradient of h': gates, as `lstm` left them, become their own gradient. dcells, in: the gradient of c'
+   by all that is not h', out: that of c. */
+typedef void pd_op_lstm_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                                 const pd_real *before, const pd_real *cells, const pd_real *dafter, pd_real *dcells);
 /* Queries, and the keys that each looks at. */
 typedef struct pd_attention_shape {
     int64_t rows, width, value_width; /* of queries; numbers of a query, as of a key; of a value */
@@ -1471,7 +1497,7 @@ typedef void pd_op_attention_backward(pd_device *d, const pd_attention_shape *s,
     X(gemm) X(conv) X(conv_backward_data) X(conv_backward_filter) X(pool) X(pool_backward) \
     X(cross_entropy) X(cross_entropy_backward) X(dropout) X(channel_moments) X(batch_norm) X(batch_norm_backward) \
     X(layer_norm) X(layer_norm_backward) X(group_norm) X(group_norm_backward) X(response_norm) X(response_norm_backward) X(sparse_product) \
-    X(gru) X(gru_backward) X(attention) X(attention_backward)
+    X(gru) X(gru_backward) X(lstm) X(lstm_backward) X(attention) X(attention_backward)
 /* clang-format on */
 
 /* PD_OP(conv) is the bit of `conv`, for pd_layer_type.needs. */
@@ -5641,8 +5667,8 @@ static void pd__take_rows(pd_layer *l, int64_t rows, const int64_t *columns, int
     s.starts = NULL;
     s.columns = columns;
     s.values = NULL;
-    if (!add) l->device->fill(l->device, rows * width, 0, y);
-    l->device->sparse_product(l->device, &s, width, x, y);
+    if (add) l->device->sparse_product(l->device, &s, width, x, y);
+    else l->device->gather_rows(l->device, rows, width, columns, NULL, NULL, x, NULL, y);
 }
 
 /* ---- first states: layers with one row per sequence, which recurrent layers have as further inputs ---- */
@@ -5668,6 +5694,29 @@ static pd_status pd__check_first(pd_layer *l) {
                                  l->inputs[k]->name, (long long)pd__in(l, k)->rows, l->inputs[0]->name,
                                  (long long)pd__in(l, 0)->sequences);
     return PD_OK;
+}
+
+/* Memory for the gradient of the state that step 0 begins with: 0, as it stays for empty sequences. NULL when out of it
+   (message set). */
+static pd_real *pd__first_grad(pd_layer *l, const pd__order *o, int64_t n, int slot) {
+    pd_real *grad = pd_layer_memory(l, slot, o->sequences * n);
+    if (grad) l->device->fill(l->device, o->sequences * n, 0, grad);
+    return grad;
+}
+
+/* Adds it to that of input k. */
+static void pd__add_first_grad(pd_layer *l, const pd__order *o, int k, const pd_real *grad) {
+    pd__take_rows(l, o->sequences, o->ranks, pd__in(l, k)->width, grad, pd__in(l, k)->grad, true);
+}
+
+/* began = for each row, the state that it began with: of `states` that of the row before, at step 0 that of input k. If
+   that is 0, there is none, and so no row of step 0. Returns the first row. */
+static int64_t pd__take_before(pd_layer *l, const pd__order *o, int k, int64_t n, const pd_real *states,
+                               pd_real *began) {
+    int64_t later = o->steps > 1 ? o->begins[1] : o->rows;
+    if (k) pd__take_rows(l, later, o->sentences, n, pd__in(l, k)->data, began, false);
+    pd__take_rows(l, o->rows - later, o->before + later, n, states, began + later * n, false);
+    return k ? 0 : later;
 }
 
 /* ---- >>layer:gru ---- */
@@ -5781,7 +5830,7 @@ static void pd__gru_backward_steps(pd_layer *l, const pd__order *o, const pd__gr
 static void pd__gru_learn(pd_layer *l, const pd__order *o, const pd__gru_memory *m, pd_real *began) {
     pd_device *d = l->device;
     int64_t rows = l->out.rows, in = pd__in(l, 0)->width, n = l->out.width;
-    int64_t later = o->steps > 1 ? o->begins[1] : rows, from = m->h0 ? 0 : later;
+    int64_t from;
     pd_param *const *p = l->params;
     if (p[PD__GRU_BIAS]->grad)
         pd__contract2(l, rows, 3 * n, 1, m->gates, 3 * n, 1, NULL, 0, 0, p[PD__GRU_BIAS]->grad, 0, 1);
@@ -5790,8 +5839,7 @@ static void pd__gru_learn(pd_layer *l, const pd__order *o, const pd__gru_memory 
     if (p[PD__GRU_WEIGHT]->grad)
         d->gemm(d, true, false, in, 3 * n, rows, 1, m->x, in, m->gates, 3 * n, 1, p[PD__GRU_WEIGHT]->grad, 3 * n, NULL);
     if (!p[PD__GRU_RECURRENT]->grad) return;
-    if (m->h0) pd__take_rows(l, later, o->sentences, n, pd__in(l, 1)->data, began, false);
-    pd__take_rows(l, rows - later, o->before + later, n, m->h, began + later * n, false);
+    from = pd__take_before(l, o, m->h0 ? 1 : 0, n, m->h, began);
     d->gemm(d, true, false, n, 3 * n, rows - from, 1, began + from * n, n, m->recurrent + from * 3 * n, 3 * n, 1,
             p[PD__GRU_RECURRENT]->grad, 3 * n, NULL);
 }
@@ -5803,15 +5851,11 @@ static pd_status pd__gru_backward(pd_layer *l) {
     pd_real *dh = pd_layer_row_memory(l, 4, n), *dh0 = NULL;
     pd__gru_memory m;
     if (!dh || !pd__gru_remember(l, &m)) return PD_E_MEMORY;
-    if (m.h0 && pd__in(l, 1)->grad) {
-        dh0 = pd_layer_memory(l, 6, o->sequences * n);
-        if (!dh0) return PD_E_MEMORY;
-        l->device->fill(l->device, o->sequences * n, 0, dh0); /* empty sequences have none */
-    }
+    if (m.h0 && pd__in(l, 1)->grad && !(dh0 = pd__first_grad(l, o, n, 6))) return PD_E_MEMORY;
     pd__take_rows(l, rows, o->order, n, l->out.grad, dh, false);
     pd__gru_backward_steps(l, o, &m, dh, dh0);
     pd__gru_learn(l, o, &m, dh);
-    if (dh0) pd__take_rows(l, o->sequences, o->ranks, n, dh0, pd__in(l, 1)->grad, true);
+    if (dh0) pd__add_first_grad(l, o, 1, dh0);
     if (pd__in(l, 0)->grad) {
         l->device->gemm(l->device, false, true, rows, in, 3 * n, 1, m.gates, 3 * n, l->params[PD__GRU_WEIGHT]->value,
                         3 * n, 0, m.x, in, NULL);
@@ -5821,7 +5865,8 @@ static pd_status pd__gru_backward(pd_layer *l) {
 }
 
 PD__TYPE(pd__gru_type, "gru", 1, 2, pd__gru_spec, sizeof(pd__gru),
-         PD_OP(gemm) | PD_OP(fill) | PD_OP(contract) | PD_OP(sparse_product) | PD_OP(gru) | PD_OP(gru_backward),
+         PD_OP(gemm) | PD_OP(fill) | PD_OP(contract) | PD_OP(gather_rows) | PD_OP(sparse_product) | PD_OP(gru) |
+             PD_OP(gru_backward),
          pd__gru_setup, pd__gru_resize, pd__gru_forward, pd__gru_backward);
 
 PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru_opts *opts) {
@@ -5830,6 +5875,255 @@ PD_DEF pd_layer *pd_gru(pd_net *net, pd_layer *input, int64_t size, const pd_gru
     s.size = size;
     inputs[0] = input, inputs[1] = s.o.first;
     return pd_layer_add(net, &pd__gru_type, s.o.name, inputs, s.o.first ? 2 : 1, &s);
+}
+
+/* ---- >>layer:lstm ---- */
+
+typedef struct pd__lstm {
+    const pd__order *order;
+    int h0, c0; /* the inputs that are first states; 0: none */
+} pd__lstm;
+
+typedef struct pd__lstm_spec {
+    pd_lstm_opts o;
+    int64_t size;
+} pd__lstm_spec;
+
+enum { PD__LSTM_WEIGHT, PD__LSTM_RECURRENT, PD__LSTM_BIAS, PD__LSTM_PEEPHOLE }; /* parameters */
+
+static const pd_lstm_opts *pd__lstm_opts_of(const pd_layer *l) { return &((const pd__lstm_spec *)l->opts)->o; }
+static int64_t pd__lstm_size(const pd_layer *l) { return ((const pd__lstm_spec *)l->opts)->size; }
+
+/* The bias, with forget_bias added to the second of its four blocks, unless it is one that was there before. */
+static pd_param *pd__lstm_bias(pd_layer *l, const int64_t *four_sizes) {
+    const pd_lstm_opts *o = pd__lstm_opts_of(l);
+    pd_device *d = l->net->device;
+    int64_t n = pd__lstm_size(l);
+    int before = l->net->param_count;
+    pd_param *p = pd_layer_param(l, "bias", 1, four_sizes, 1, 1, pd_constant(0), &o->bias);
+    pd_real chunk[512];
+    for (int64_t i = n; p && l->net->param_count > before && i < 2 * n; i += PD__COUNT(chunk)) {
+        int64_t count = pd__min(2 * n - i, PD__COUNT(chunk));
+        d->download(d, chunk, p->value + i, (size_t)count * sizeof *chunk);
+        for (int64_t k = 0; k < count; k++) chunk[k] += (pd_real)pd__or(o->forget_bias, 1);
+        d->upload(d, p->value + i, chunk, (size_t)count * sizeof *chunk);
+    }
+    return p;
+}
+
+static pd_status pd__lstm_params(pd_layer *l, int64_t four_sizes) {
+    const pd_lstm_opts *o = pd__lstm_opts_of(l);
+    int64_t in = l->inputs[0]->out.width, n = pd__lstm_size(l), dims[2];
+    dims[0] = in, dims[1] = four_sizes;
+    if (!pd_layer_param(l, "weight", 2, dims, in, n, pd_normal(0, 1 / sqrt((double)in)), &o->weight))
+        return pd_error_status(l->net);
+    dims[0] = n;
+    if (!pd_layer_param(l, "recurrent", 2, dims, n, n, pd_normal(0, 1 / sqrt((double)n)), &o->recurrent) ||
+        !pd__lstm_bias(l, &four_sizes))
+        return pd_error_status(l->net);
+    dims[0] = 3, dims[1] = n;
+    if (o->peepholes && !pd_layer_param(l, "peephole", 2, dims, 1, 1, pd_constant(0), &o->peephole))
+        return pd_error_status(l->net);
+    return PD_OK;
+}
+
+static pd_status pd__lstm_setup(pd_layer *l) {
+    const pd_lstm_opts *o = pd__lstm_opts_of(l);
+    pd__lstm *s = (pd__lstm *)l->state;
+    int64_t n = pd__lstm_size(l), four_sizes;
+    s->h0 = o->first ? 1 : 0;
+    s->c0 = o->first_cell ? 1 + s->h0 : 0;
+    if (pd__want_least(l, "size", n, 1) != PD_OK || pd__want_numbers(l) != PD_OK || pd__want_sequences(l) != PD_OK ||
+        pd__want_finite(l, "forget_bias", pd__or(o->forget_bias, 1)) != PD_OK)
+        return pd_error_status(l->net);
+    if (!pd__multiply_sizes(4, n, &four_sizes))
+        return pd_layer_fail(l, PD_E_ARGUMENT, "size %lld is too large", (long long)n);
+    for (int k = 1; k < l->input_count; k++)
+        if (pd__want_first(l, k, n) != PD_OK) return PD_E_SHAPE;
+    l->shape = pd__shape(o->cells ? 2 * n : n, 1, 1);
+    return pd__lstm_params(l, four_sizes);
+}
+
+static pd_status pd__lstm_resize(pd_layer *l) {
+    pd__lstm *s = (pd__lstm *)l->state;
+    if (pd__check_first(l) != PD_OK) return PD_E_SHAPE;
+    s->order = pd__time_order(l, pd__in(l, 0), pd__lstm_opts_of(l)->reverse);
+    return s->order ? PD_OK : PD_E_MEMORY;
+}
+
+/* The layer's memory: rows in order of time. gates: 4 size wide, see pd_device.lstm. h0 and c0: what step 0 begins with,
+   by rows of a step, or NULL. All c follow all h, so that with `cells` both go out, and their gradients come in, as
+   twice as many rows of `size` numbers. */
+typedef struct pd__lstm_memory {
+    pd_real *x, *gates, *h, *c, *h0, *c0;
+    const pd_real *peephole;
+} pd__lstm_memory;
+
+static bool pd__lstm_remember(pd_layer *l, pd__lstm_memory *m) {
+    const pd__lstm *s = (const pd__lstm *)l->state;
+    int64_t n = pd__lstm_size(l), firsts = s->order->sequences * n;
+    pd_real *first = l->input_count > 1 ? pd_layer_memory(l, 4, (l->input_count - 1) * firsts) : NULL;
+    m->x = pd_layer_row_memory(l, 0, pd__in(l, 0)->width);
+    m->gates = pd_layer_row_memory(l, 1, 4 * n);
+    m->h = pd_layer_row_memory(l, 2, 2 * n);
+    if (!m->x || !m->gates || !m->h || (!first && l->input_count > 1)) return false;
+    m->c = m->h + l->out.rows * n;
+    m->h0 = s->h0 ? first : NULL;
+    m->c0 = s->c0 ? first + (s->c0 - 1) * firsts : NULL;
+    m->peephole = pd__lstm_opts_of(l)->peepholes ? l->params[PD__LSTM_PEEPHOLE]->value : NULL;
+    return true;
+}
+
+/* Carries rows of the output, or of its gradient, into time order (h, then c), or, with `out`, the other way. False: out
+   of memory (message set). */
+static bool pd__lstm_carry(pd_layer *l, bool out, const pd_real *from, pd_real *to) {
+    const pd__order *o = ((const pd__lstm *)l->state)->order;
+    int64_t *rows;
+    if (!pd__lstm_opts_of(l)->cells) {
+        pd__take_rows(l, o->rows, out ? o->places : o->order, l->out.width, from, to, false);
+        return true;
+    }
+    rows = pd_layer_integers(l, 0, 2 * o->rows);
+    if (!rows) return false;
+    for (int64_t r = 0; r < o->rows; r++) {
+        rows[out ? 2 * r : r] = out ? o->places[r] : 2 * o->order[r];
+        rows[out ? 2 * r + 1 : o->rows + r] = out ? o->rows + o->places[r] : 2 * o->order[r] + 1;
+    }
+    pd__take_rows(l, 2 * o->rows, rows, pd__lstm_size(l), from, to, false);
+    return true;
+}
+
+static void pd__lstm_forward_steps(pd_layer *l, const pd__order *o, const pd__lstm_memory *m) {
+    pd_device *d = l->device;
+    int64_t n = pd__lstm_size(l);
+    for (int64_t t = 0; t < o->steps; t++) {
+        int64_t first = o->begins[t], count = o->begins[t + 1] - first, last = t ? o->begins[t - 1] : 0;
+        const pd_real *h = t ? m->h + last * n : m->h0, *c = t ? m->c + last * n : m->c0;
+        pd_real *gates = m->gates + first * 4 * n;
+        if (h)
+            d->gemm(d, false, false, count, 4 * n, n, 1, h, n, l->params[PD__LSTM_RECURRENT]->value, 4 * n, 1, gates,
+                    4 * n, NULL);
+        d->lstm(d, count, n, gates, m->peephole, c, m->c + first * n, m->h + first * n);
+    }
+}
+
+static pd_status pd__lstm_forward(pd_layer *l) {
+    const pd__lstm *s = (const pd__lstm *)l->state;
+    const pd__order *o = s->order;
+    pd_device *d = l->device;
+    int64_t in = pd__in(l, 0)->width, n = pd__lstm_size(l);
+    pd_epilogue bias = PD__ZERO;
+    pd__lstm_memory m;
+    if (!pd__lstm_remember(l, &m)) return PD_E_MEMORY;
+    if (m.h0) pd__take_rows(l, o->sequences, o->sentences, n, pd__in(l, s->h0)->data, m.h0, false);
+    if (m.c0) pd__take_rows(l, o->sequences, o->sentences, n, pd__in(l, s->c0)->data, m.c0, false);
+    pd__take_rows(l, o->rows, o->order, in, pd__in(l, 0)->data, m.x, false);
+    bias.bias = l->params[PD__LSTM_BIAS]->value;
+    d->gemm(d, false, false, o->rows, 4 * n, in, 1, m.x, in, l->params[PD__LSTM_WEIGHT]->value, 4 * n, 0, m.gates,
+            4 * n, &bias);
+    pd__lstm_forward_steps(l, o, &m);
+    return pd__lstm_carry(l, true, m.h, l->out.data) ? PD_OK : PD_E_MEMORY;
+}
+
+/* Gradients, as the memory: of all h, then, with `cells`, of all c as they are put out (else NULL); of the cells of one
+   step, which become those of the step before; and of h0, or NULL. */
+typedef struct pd__lstm_grads {
+    pd_real *h, *c, *cells, *h0;
+} pd__lstm_grads;
+
+static bool pd__lstm_take_grads(pd_layer *l, pd__lstm_grads *g) {
+    const pd__lstm *s = (const pd__lstm *)l->state;
+    int64_t n = pd__lstm_size(l);
+    bool wanted = s->h0 && pd__in(l, s->h0)->grad;
+    g->h = pd_layer_row_memory(l, 3, l->out.width);
+    g->cells = pd__first_grad(l, s->order, n, 5);
+    g->h0 = wanted ? pd__first_grad(l, s->order, n, 6) : NULL;
+    if (!g->h || !g->cells || (wanted && !g->h0)) return false;
+    g->c = pd__lstm_opts_of(l)->cells ? g->h + l->out.rows * n : NULL;
+    return pd__lstm_carry(l, false, l->out.grad, g->h);
+}
+
+/* From the last step to the first, gates become their own gradients, and the others the whole gradients. */
+static void pd__lstm_backward_steps(pd_layer *l, const pd__order *o, const pd__lstm_memory *m,
+                                    const pd__lstm_grads *g) {
+    pd_device *d = l->device;
+    int64_t n = pd__lstm_size(l);
+    for (int64_t t = o->steps; t-- > 0;) {
+        int64_t first = o->begins[t], count = o->begins[t + 1] - first, last = t ? o->begins[t - 1] : 0;
+        pd_real *gates = m->gates + first * 4 * n, *dbefore = t ? g->h + last * n : g->h0;
+        if (g->c) pd__contract1(l, count * n, 1, g->c + first * n, NULL, g->cells);
+        d->lstm_backward(d, count, n, gates, m->peephole, t ? m->c + last * n : m->c0, m->c + first * n,
+                         g->h + first * n, g->cells);
+        if (dbefore)
+            d->gemm(d, false, true, count, n, 4 * n, 1, gates, 4 * n, l->params[PD__LSTM_RECURRENT]->value, 4 * n, 1,
+                    dbefore, n, NULL);
+    }
+}
+
+/* Adds to the gradient of the peepholes, from those of the gates; `began` as below. */
+static void pd__lstm_learn_peephole(pd_layer *l, const pd__order *o, const pd__lstm_memory *m, pd_real *began) {
+    int64_t n = pd__lstm_size(l);
+    int64_t from = pd__take_before(l, o, ((const pd__lstm *)l->state)->c0, n, m->c, began);
+    pd_real *grad = l->params[PD__LSTM_PEEPHOLE]->grad;
+    for (int k = 0; k < 2; k++)
+        pd__contract2(l, o->rows - from, n, 1, m->gates + from * 4 * n + k * n, 4 * n, 1, began + from * n, n, 1,
+                      grad + k * n, 0, 1);
+    pd__contract2(l, o->rows, n, 1, m->gates + 3 * n, 4 * n, 1, m->c, n, 1, grad + 2 * n, 0, 1);
+}
+
+/* Adds to the gradients of the parameters, from those of the gates; `began` is memory for the state that each row began
+   with. */
+static void pd__lstm_learn(pd_layer *l, const pd__order *o, const pd__lstm_memory *m, pd_real *began) {
+    pd_device *d = l->device;
+    int64_t in = pd__in(l, 0)->width, n = pd__lstm_size(l), from;
+    pd_param *const *p = l->params;
+    if (p[PD__LSTM_BIAS]->grad)
+        pd__contract2(l, o->rows, 4 * n, 1, m->gates, 4 * n, 1, NULL, 0, 0, p[PD__LSTM_BIAS]->grad, 0, 1);
+    if (p[PD__LSTM_WEIGHT]->grad)
+        d->gemm(d, true, false, in, 4 * n, o->rows, 1, m->x, in, m->gates, 4 * n, 1, p[PD__LSTM_WEIGHT]->grad, 4 * n,
+                NULL);
+    if (p[PD__LSTM_RECURRENT]->grad) {
+        from = pd__take_before(l, o, ((const pd__lstm *)l->state)->h0, n, m->h, began);
+        d->gemm(d, true, false, n, 4 * n, o->rows - from, 1, began + from * n, n, m->gates + from * 4 * n, 4 * n, 1,
+                p[PD__LSTM_RECURRENT]->grad, 4 * n, NULL);
+    }
+    if (m->peephole && p[PD__LSTM_PEEPHOLE]->grad) pd__lstm_learn_peephole(l, o, m, began);
+}
+
+/* Once the gradient of h and x have done their duty, they are reused: for the states that rows began with, and dx. */
+static pd_status pd__lstm_backward(pd_layer *l) {
+    const pd__lstm *s = (const pd__lstm *)l->state;
+    const pd__order *o = s->order;
+    int64_t in = pd__in(l, 0)->width, n = pd__lstm_size(l);
+    pd__lstm_memory m;
+    pd__lstm_grads g;
+    if (!pd__lstm_remember(l, &m) || !pd__lstm_take_grads(l, &g)) return PD_E_MEMORY;
+    pd__lstm_backward_steps(l, o, &m, &g);
+    pd__lstm_learn(l, o, &m, g.h);
+    if (g.h0) pd__add_first_grad(l, o, s->h0, g.h0);
+    if (s->c0 && pd__in(l, s->c0)->grad) pd__add_first_grad(l, o, s->c0, g.cells);
+    if (pd__in(l, 0)->grad) {
+        l->device->gemm(l->device, false, true, o->rows, in, 4 * n, 1, m.gates, 4 * n,
+                        l->params[PD__LSTM_WEIGHT]->value, 4 * n, 0, m.x, in, NULL);
+        pd__take_rows(l, o->rows, o->places, in, m.x, pd__in(l, 0)->grad, true);
+    }
+    return PD_OK;
+}
+
+PD__TYPE(pd__lstm_type, "lstm", 1, 3, pd__lstm_spec, sizeof(pd__lstm),
+         PD_OP(gemm) | PD_OP(fill) | PD_OP(contract) | PD_OP(gather_rows) | PD_OP(sparse_product) | PD_OP(lstm) |
+             PD_OP(lstm_backward),
+         pd__lstm_setup, pd__lstm_resize, pd__lstm_forward, pd__lstm_backward);
+
+PD_DEF pd_layer *pd_lstm(pd_net *net, pd_layer *input, int64_t size, const pd_lstm_opts *opts) {
+    pd_layer *inputs[3];
+    int count = 1;
+    PD__SPEC(pd__lstm_spec);
+    s.size = size;
+    inputs[0] = input;
+    if (s.o.first) inputs[count++] = s.o.first;
+    if (s.o.first_cell) inputs[count++] = s.o.first_cell;
+    return pd_layer_add(net, &pd__lstm_type, s.o.name, inputs, count, &s);
 }
 
 /* ---- >>layer:attention ---- */
@@ -9568,6 +9862,10 @@ typedef void pd__kernel_gru_row(int64_t width, pd_real *gates, const pd_real *re
                                 pd_real *after);
 typedef void pd__kernel_gru_back_row(int64_t width, pd_real *gates, pd_real *recurrent, const pd_real *before,
                                      const pd_real *dafter, pd_real *dbefore);
+typedef void pd__kernel_lstm_row(int64_t width, pd_real *gates, const pd_real *peephole, const pd_real *before,
+                                 pd_real *cells, pd_real *after);
+typedef void pd__kernel_lstm_back_row(int64_t width, pd_real *gates, const pd_real *peephole, const pd_real *before,
+                                      const pd_real *cells, const pd_real *dafter, pd_real *dcells);
 typedef void pd__kernel_attention_row(const pd__attention_job *j, int64_t r);
 typedef void pd__kernel_attention_back_row(const pd__attention_job *j, int64_t r);
 typedef void pd__kernel_attention_back_keys(const pd__attention_job *j, int64_t unit);
@@ -9582,7 +9880,7 @@ typedef void pd__kernel_pool_map(const pd__pool_job *j, int64_t map);
     X(update_row) X(activate_piece) X(activate_backward_piece) X(softmax_row) X(softmax_cost) \
     X(softmax_backward_row) X(moments_of) X(batch_norm_map) X(batch_norm_back) X(layer_norm_row) \
     X(layer_norm_back_row) X(layer_norm_back_columns) X(group_norm_one) X(group_norm_back_one) X(group_norm_back_channel) X(response_strip) X(response_strip_back) X(gru_row) \
-    X(gru_back_row) X(attention_row) X(attention_back_row) X(attention_back_keys) X(attention_back_values) X(pool_pairs) X(pool_map)
+    X(gru_back_row) X(lstm_row) X(lstm_back_row) X(attention_row) X(attention_back_row) X(attention_back_keys) X(attention_back_values) X(pool_pairs) X(pool_map)
 /* clang-format on */
 
 struct pd__kernels {
@@ -10797,6 +11095,24 @@ static void pd__cpu_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_r
              kernels->gru_back_row(width, gates + r * 3 * width, recurrent + r * 3 * width,
                                    before ? before + r * width : NULL, dafter + r * width,
                                    dbefore ? dbefore + r * width : NULL));
+}
+
+/* ---- >>op:lstm: long short-term memory ---- */
+
+static void pd__cpu_lstm(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                         const pd_real *before, pd_real *cells, pd_real *after) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * width * 24, r, rows,
+             kernels->lstm_row(width, gates + r * 4 * width, peephole, before ? before + r * width : NULL,
+                               cells + r * width, after + r * width));
+}
+
+static void pd__cpu_lstm_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                                  const pd_real *before, const pd_real *cells, const pd_real *dafter, pd_real *dcells) {
+    const pd__kernels *kernels = pd__cpu_kernels(d);
+    PD__TEAM(d, rows * width * 24, r, rows,
+             kernels->lstm_back_row(width, gates + r * 4 * width, peephole, before ? before + r * width : NULL,
+                                    cells + r * width, dafter + r * width, dcells + r * width));
 }
 
 /* ---- >>op:attention: attention ---- */
@@ -19988,6 +20304,63 @@ static void PD__K(pd__gru_back_row)(int64_t width, pd_real *gates, pd_real *recu
         PD__K(pd__store)(sum, dz, left);
         PD__K(pd__store)(sum + width, dr, left);
         PD__K(pd__store)(sum + 2 * width, dc * r, left);
+    }
+}
+
+/* ---- >>kernel:lstm: long short-term memory ---- */
+
+static void PD__K(pd__lstm_row)(int64_t width, pd_real *gates, const pd_real *peephole, const pd_real *before,
+                                pd_real *cells, pd_real *after) {
+    const PD__V zero = PD__K(pd__all)(0);
+    for (int64_t k = 0; k < width; k += PD__LANES) {
+        const int64_t left = width - k;
+        const PD__V old = before ? PD__K(pd__load)(before + k, left) : zero;
+        PD__V i = PD__K(pd__load)(gates + k, left), f = PD__K(pd__load)(gates + width + k, left);
+        PD__V g = PD__K(pd__load)(gates + 2 * width + k, left), o = PD__K(pd__load)(gates + 3 * width + k, left), c;
+        if (peephole) {
+            i = PD__FMA(PD__K(pd__load)(peephole + k, left), old, i);
+            f = PD__FMA(PD__K(pd__load)(peephole + width + k, left), old, f);
+        }
+        i = PD__K(pd__sigmoid)(i);
+        f = PD__K(pd__sigmoid)(f);
+        g = PD__K(pd__tanh)(g);
+        c = PD__FMA(f, old, i * g);
+        if (peephole) o = PD__FMA(PD__K(pd__load)(peephole + 2 * width + k, left), c, o);
+        o = PD__K(pd__sigmoid)(o);
+        PD__K(pd__store)(gates + k, i, left);
+        PD__K(pd__store)(gates + width + k, f, left);
+        PD__K(pd__store)(gates + 2 * width + k, g, left);
+        PD__K(pd__store)(gates + 3 * width + k, o, left);
+        PD__K(pd__store)(cells + k, c, left);
+        PD__K(pd__store)(after + k, o * PD__K(pd__tanh)(c), left);
+    }
+}
+
+/* tanh(c') is computed again: that is less than to write it and read it back. */
+static void PD__K(pd__lstm_back_row)(int64_t width, pd_real *gates, const pd_real *peephole, const pd_real *before,
+                                     const pd_real *cells, const pd_real *dafter, pd_real *dcells) {
+    const PD__V one = PD__K(pd__all)(1), zero = PD__K(pd__all)(0);
+    for (int64_t k = 0; k < width; k += PD__LANES) {
+        const int64_t left = width - k;
+        pd_real *gate = gates + k;
+        const PD__V i = PD__K(pd__load)(gate, left), f = PD__K(pd__load)(gate + width, left);
+        const PD__V g = PD__K(pd__load)(gate + 2 * width, left), o = PD__K(pd__load)(gate + 3 * width, left);
+        const PD__V old = before ? PD__K(pd__load)(before + k, left) : zero, dh = PD__K(pd__load)(dafter + k, left);
+        const PD__V y = PD__K(pd__tanh)(PD__K(pd__load)(cells + k, left)), d_o = dh * y * o * (one - o);
+        PD__V dc = PD__FMA(dh * o, one - y * y, PD__K(pd__load)(dcells + k, left)), di, df;
+        if (peephole) dc = PD__FMA(d_o, PD__K(pd__load)(peephole + 2 * width + k, left), dc);
+        di = dc * g * i * (one - i);
+        df = dc * old * f * (one - f);
+        PD__K(pd__store)(gate, di, left);
+        PD__K(pd__store)(gate + width, df, left);
+        PD__K(pd__store)(gate + 2 * width, dc * i * (one - g * g), left);
+        PD__K(pd__store)(gate + 3 * width, d_o, left);
+        dc = dc * f;
+        if (peephole) {
+            dc = PD__FMA(di, PD__K(pd__load)(peephole + k, left), dc);
+            dc = PD__FMA(df, PD__K(pd__load)(peephole + width + k, left), dc);
+        }
+        PD__K(pd__store)(dcells + k, dc, left);
     }
 }
 

@@ -1662,6 +1662,60 @@ static void pd__cuda_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_
                  recurrent, before, dafter, dbefore);
 }
 
+static __global__ void pd__cuda_lstm_kernel(int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                                            const pd_real *before, pd_real *cells, pd_real *after) {
+    PD__CUDA_EACH(at, rows * width) {
+        const int64_t r = at / width, k = at - r * width;
+        pd_real *gate = gates + r * 3 * width + at; /* of i; f, g and o follow */
+        const pd_real old = before ? before[at] : 0;
+        const pd_real i = pd__cuda_sigmoid(gate[0] + (peephole ? peephole[k] * old : 0));
+        const pd_real f = pd__cuda_sigmoid(gate[width] + (peephole ? peephole[width + k] * old : 0));
+        const pd_real g = tanh(gate[2 * width]), c = f * old + i * g;
+        const pd_real o = pd__cuda_sigmoid(gate[3 * width] + (peephole ? peephole[2 * width + k] * c : 0));
+        gate[0] = i;
+        gate[width] = f;
+        gate[2 * width] = g;
+        gate[3 * width] = o;
+        cells[at] = c;
+        after[at] = o * tanh(c);
+    }
+}
+
+static __global__ void pd__cuda_lstm_backward_kernel(int64_t rows, int64_t width, pd_real *gates,
+                                                     const pd_real *peephole, const pd_real *before,
+                                                     const pd_real *cells, const pd_real *dafter, pd_real *dcells) {
+    PD__CUDA_EACH(at, rows * width) {
+        const int64_t r = at / width, k = at - r * width;
+        pd_real *gate = gates + r * 3 * width + at;
+        const pd_real i = gate[0], f = gate[width], g = gate[2 * width], o = gate[3 * width];
+        const pd_real old = before ? before[at] : 0, dh = dafter[at], y = tanh(cells[at]), d_o = dh * y * o * (1 - o);
+        const pd_real dc = dcells[at] + dh * o * (1 - y * y) + (peephole ? d_o * peephole[2 * width + k] : 0);
+        const pd_real di = dc * g * i * (1 - i), df = dc * old * f * (1 - f);
+        gate[0] = di;
+        gate[width] = df;
+        gate[2 * width] = dc * i * (1 - g * g);
+        gate[3 * width] = d_o;
+        dcells[at] = dc * f + (peephole ? di * peephole[k] + df * peephole[width + k] : 0);
+    }
+}
+
+static void pd__cuda_lstm(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                          const pd_real *before, pd_real *cells, pd_real *after) {
+    pd__cuda *c = pd__cuda_of(d);
+    if (!c || rows * width == 0) return;
+    PD__CUDA_RUN(c, pd__cuda_lstm_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, rows, width, gates, peephole,
+                 before, cells, after);
+}
+
+static void pd__cuda_lstm_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                                   const pd_real *before, const pd_real *cells, const pd_real *dafter,
+                                   pd_real *dcells) {
+    pd__cuda *c = pd__cuda_of(d);
+    if (!c || rows * width == 0) return;
+    PD__CUDA_RUN(c, pd__cuda_lstm_backward_kernel, pd__cuda_grid(c, rows * width), PD__CUDA_BLOCK, rows, width, gates,
+                 peephole, before, cells, dafter, dcells);
+}
+
 /* ---- attention ---- */
 
 /* A block per row: the scores, one after the other, their softmax, and the sum of the values. */

@@ -175,6 +175,16 @@ static void far_gru_backward(pd_device *d, int64_t rows, int64_t width, pd_real 
     far_cpu(d)->gru_backward(far_cpu(d), rows, width, near(gates), near(recurrent), near(before), near(dafter),
                              near(dbefore));
 }
+static void far_lstm(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                     const pd_real *before, pd_real *cells, pd_real *after) {
+    far_cpu(d)->lstm(far_cpu(d), rows, width, near(gates), near(peephole), near(before), near(cells), near(after));
+}
+static void far_lstm_backward(pd_device *d, int64_t rows, int64_t width, pd_real *gates, const pd_real *peephole,
+                              const pd_real *before, const pd_real *cells, const pd_real *dafter, pd_real *dcells) {
+    far_cpu(d)->lstm_backward(far_cpu(d), rows, width, near(gates), near(peephole), near(before), near(cells),
+                              near(dafter), near(dcells));
+}
+
 static void far_attention(pd_device *d, const pd_attention_shape *s, const pd_real *query, const pd_real *keys,
                           const pd_real *values, const pd_real *v, pd_real *weights, pd_real *y) {
     far_cpu(d)->attention(far_cpu(d), s, near(query), near(keys), near(values), near(v), near(weights), near(y));

@@ -812,6 +812,29 @@ static void test_gru(void **state) {
     }
 }
 
+static void test_lstm(void **state) {
+    (void)state;
+    begin("lstm");
+    for (int round = 0; round < rounds(40); round++) {
+        int64_t rows = some(12), width = at_least_one(50), n = rows * width;
+        numbers gates = any(4 * n), peephole = maybe(3 * width), before = maybe(n), cells = any(n), after = any(n);
+        numbers dafter = any(n), dcells = any(n);
+        BOTH {
+            device[i]->lstm(device[i], rows, width, gates.at[i], peephole.at[i], before.at[i], cells.at[i],
+                            after.at[i]);
+            device[i]->lstm_backward(device[i], rows, width, gates.at[i], peephole.at[i], before.at[i], cells.at[i],
+                                     dafter.at[i], dcells.at[i]);
+        }
+        compare(after, "lstm");
+        compare(cells, "lstm's cells");
+        compare(gates, "lstm_backward's gates");
+        compare(dcells, "lstm_backward's dcells");
+        compare(peephole, "lstm's peephole");
+        compare(before, "lstm's before");
+        compare(dafter, "lstm's dafter");
+    }
+}
+
 enum { MOST_QUERIES = 60 };
 
 /* The spans of `sentences` with random numbers of queries and keys; gone once the operation has returned. */
@@ -892,7 +915,10 @@ static pd_status build(model *m, pd_device *d, int64_t samples) {
     x = pd_pool(m->net, pd_maxout(m->net, x, 2, NULL), 2, &(pd_pool_opts){ .ceil = true });
     x = pd_layer_norm(m->net, pd_dropout(m->net, pd_fc(m->net, x, 8, NULL), 0.2, NULL), NULL);
     v = pd_embedding(m->net, words, 6, &(pd_embedding_opts){ .weight.sparse = true });
-    v = pd_sequence_pool(m->net, pd_gru(m->net, v, 5, NULL), PD_LAST, NULL);
+    x = pd_fc(m->net, x, 5, NULL);
+    v = pd_gru(m->net, v, 5, &(pd_gru_opts){ .first = x });
+    v = pd_lstm(m->net, v, 5, &(pd_lstm_opts){ .first = x, .first_cell = x, .cells = true, .peepholes = true });
+    v = pd_sequence_pool(m->net, v, PD_LAST, NULL);
     joined[0] = x, joined[1] = v;
     x = pd_fc_sum(m->net, joined, 2, 3, &(pd_fc_opts){ .act = PD_SOFTMAX, .weight.prune = 0.1 });
     m->cost = pd_cross_entropy(m->net, x, label, &(pd_cost_opts){ .class_weights = weights });
@@ -1224,6 +1250,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_response_norm),
         cmocka_unit_test(test_sparse_product),
         cmocka_unit_test(test_gru),
+        cmocka_unit_test(test_lstm),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_training),
         cmocka_unit_test(test_gradient_check),

@@ -1805,6 +1805,81 @@ static void test_gru(void **state) {
     check_gru(90, 67, 3, true);
 }
 
+static void run_lstm(pd_device *d, const job *j) {
+    const flat_args *a = (const flat_args *)j->args;
+    d->lstm(d, a->n[0], a->n[1], j->out[0], j->in[0], j->in[1], j->out[1], j->out[2]);
+}
+static void run_lstm_backward(pd_device *d, const job *j) {
+    const flat_args *a = (const flat_args *)j->args;
+    d->lstm_backward(d, a->n[0], a->n[1], j->out[0], j->in[0], j->in[1], j->in[2], j->in[3], j->out[1]);
+}
+
+/* Gates, cell and output of number k in row r. */
+static void expect_lstm(job *j, int64_t r, int64_t k, int64_t width) {
+    int64_t at = r * width + k, gate = r * 4 * width + k;
+    double a[4], p[3] = { 0, 0, 0 }, old = j->in[1] ? (double)j->in[1][at] : 0, size = 8 * EPSILON, y[4], slack[4], c;
+    for (int i = 0; i < 4; i++) a[i] = (double)j->first[0][gate + i * width];
+    for (int i = 0; i < 3 && j->in[0]; i++) p[i] = (double)j->in[0][i * width + k];
+    for (int i = 0; i < 2; i++) {
+        y[i] = 1 / (1 + exp(-a[i] - p[i] * old));
+        slack[i] = size * (1 + fabs(a[i]) + fabs(p[i] * old));
+    }
+    y[2] = tanh(a[2]), slack[2] = size * (1 + fabs(a[2]));
+    c = y[1] * old + y[0] * y[2];
+    j->want[1][at] = c;
+    j->slack[1][at] = fabs(old) * slack[1] + slack[0] + slack[2] + size * (1 + fabs(old));
+    y[3] = 1 / (1 + exp(-a[3] - p[2] * c));
+    slack[3] = size * (1 + fabs(a[3]) + fabs(p[2] * c)) + fabs(p[2]) * j->slack[1][at];
+    j->want[2][at] = y[3] * tanh(c), j->slack[2][at] = slack[3] + j->slack[1][at] + size;
+    for (int i = 0; i < 4; i++) j->want[0][gate + i * width] = y[i], j->slack[0][gate + i * width] = slack[i];
+}
+
+/* The gradients from gates as forward leaves them: in 0 .. 1, the candidate in -1 .. 1; saturated at times. */
+static void expect_lstm_back(job *j, int64_t r, int64_t k, int64_t width) {
+    int64_t at = r * width + k, gate = r * 4 * width + k;
+    double p[3] = { 0, 0, 0 }, old = j->in[1] ? (double)j->in[1][at] : 0, size = 16 * EPSILON, y, i, f, g, o, dh, dc;
+    double d_o, di, df, all;
+    if (chance(0.1)) j->first[0][gate + below(2) * width] = chance(0.5) ? 0 : 1;
+    if (chance(0.5)) j->first[0][gate + 2 * width] = -j->first[0][gate + 2 * width];
+    i = (double)j->first[0][gate], f = (double)j->first[0][gate + width];
+    g = (double)j->first[0][gate + 2 * width], o = (double)j->first[0][gate + 3 * width];
+    for (int n = 0; n < 3 && j->in[0]; n++) p[n] = (double)j->in[0][n * width + k];
+    y = tanh((double)j->in[2][at]), dh = (double)j->in[3][at];
+    d_o = dh * y * o * (1 - o);
+    dc = (double)j->first[1][at] + dh * o * (1 - y * y) + d_o * p[2];
+    all = fabs((double)j->first[1][at]) + fabs(dh) * (1 + fabs(p[2])); /* what dc is a sum of */
+    di = dc * g * i * (1 - i), df = dc * old * f * (1 - f);
+    j->want[0][gate] = di, j->slack[0][gate] = size * all;
+    j->want[0][gate + width] = df, j->slack[0][gate + width] = size * all * fabs(old);
+    j->want[0][gate + 2 * width] = dc * i * (1 - g * g), j->slack[0][gate + 2 * width] = size * all;
+    j->want[0][gate + 3 * width] = d_o, j->slack[0][gate + 3 * width] = size * fabs(dh);
+    j->want[1][at] = dc * f + di * p[0] + df * p[1];
+    j->slack[1][at] = size * all * (1 + fabs(p[0]) + fabs(p[1] * old));
+}
+
+static void check_lstm(int64_t rows, int64_t width, double range, bool all_teams) {
+    flat_args a = { .n = { rows, width } };
+    job forward = { .run = run_lstm, .args = &a }, back = { .run = run_lstm_backward, .args = &a };
+    int64_t n = rows * width;
+    describe(&forward, "lstm", a.n, 2);
+    describe(&back, "lstm_backward", a.n, 2);
+    forward.in[0] = back.in[0] = chance(0.5) ? numbers(3 * width, -1, 1) : NULL;
+    forward.in[1] = back.in[1] = chance(0.8) ? numbers(n, -2, 2) : NULL;
+    back.in[2] = numbers(n, -2, 2);
+    back.in[3] = numbers(n, -1, 1);
+    output(&forward, 0, 4 * n, -range, range);
+    output(&forward, 1, n, -1, 1);
+    output(&forward, 2, n, -1, 1);
+    output(&back, 0, 4 * n, 0, 1);
+    output(&back, 1, n, -1, 1);
+    for (int64_t i = 0; i < n; i++) {
+        expect_lstm(&forward, i / width, i % width, width);
+        expect_lstm_back(&back, i / width, i % width, width);
+    }
+    check(&forward, all_teams, false);
+    check(&back, all_teams, false);
+}
+
 /* ---- attention ---- */
 
 static void run_attention(pd_device *d, const job *j) {
@@ -1923,6 +1998,16 @@ static void check_attention(int64_t sentences, int64_t queries, int64_t most, in
         if (!all_teams && chance(0.2)) back.first[k] = NULL;
     check(&forward, all_teams, false);
     check(&back, all_teams, false);
+}
+
+static void test_lstm(void **state) {
+    (void)state;
+    for (int i = 0; i < rounds(140); i++) {
+        begin((uint64_t)(23000 + i));
+        check_lstm(whole(1, 5), 1 + i % 70, i % 5 == 4 ? 200 : 3, false);
+    }
+    begin(23500);
+    check_lstm(90, 67, 3, true);
 }
 
 static void test_attention(void **state) {
@@ -2093,6 +2178,7 @@ int main(void) {
         cmocka_unit_test(test_response_norm),
         cmocka_unit_test(test_cross_entropy),
         cmocka_unit_test(test_gru),
+        cmocka_unit_test(test_lstm),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_net),
         cmocka_unit_test(test_asking),

@@ -279,6 +279,15 @@ static pd_layer *build_gru(problem *p) {
     const int64_t size = !p->large && below(3) ? ONE_OF(sizes) : p->large ? 70 : 321; /* deeper than a block */
     return pd_gru(p->net, x, size, &(pd_gru_opts){ .reverse = below(2), .first = any_first(p, size) });
 }
+static pd_layer *build_lstm(problem *p) {
+    static const int64_t sizes[] = { 1, 3, 8, 11, 16, 17, 33, 107 };
+    pd_layer *x = words(p);
+    const int64_t size = !p->large && below(3) ? ONE_OF(sizes) : p->large ? 70 : 321; /* deeper than a block */
+    pd_lstm_opts o = { .reverse = below(2), .peepholes = below(2), .cells = below(2), .first = any_first(p, size) };
+    o.first_cell = any_first(p, size);
+    return pd_lstm(p->net, x, size, &o);
+}
+
 static pd_layer *build_attention(problem *p) {
     const int64_t width = below(2) ? any_width(p) : any_depth(p);
     p->sequence = below(2);
@@ -376,6 +385,7 @@ static const layer_case cases[] = {
     { "pd__prelu_type", build_prelu, 1 },
     { "pd__embedding_type", build_embedding, 1 },
     { "pd__gru_type", build_gru, 6 },
+    { "pd__lstm_type", build_lstm, 4 },
     { "pd__attention_type", build_attention, 4 },
     { "pd__sequence_pool_type", build_sequence_pool, 3 },
     { "pd__sequence_max_type", build_sequence_max, 2 },

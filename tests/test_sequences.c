@@ -1,5 +1,5 @@
-/* Layers over sequences, ids and sparse rows (embedding, fc, gru, attention, sequence_pool): against straight-line twins in
-   double, gradients against central differences, sparse gradients against dense ones; batches with empty, short and no
+/* Layers over sequences, ids and sparse rows (embedding, fc, gru, lstm, attention, sequence_pool): against straight-line
+   twins in double, gradients against central differences, sparse gradients against dense ones; batches with empty, short and no
    sequences, in any order, in any number of threads; shared tables and nets; misuse; lack of memory. */
 #define _POSIX_C_SOURCE 200809L
 #include "../paddle.h"
@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "far_device.h"
 #include "inside.h"
 #include "support.h"
 
@@ -29,11 +30,13 @@ typedef struct problem {
     bool large;  /* so large that threads are used */
     int threads;
     pd_allocator allocator;
+    pd_device *device;
     /* what build chose */
     pd_act act;
     pd_pool_method method;
     bool reverse, sequence;
-    bool kinks; /* in float, a step of the gradient check may make another number the maximum */
+    int first, first_cell; /* the inputs that are first states of an lstm; 0: none */
+    bool kinks;            /* in float, a step of the gradient check may make another number the maximum */
 } problem;
 
 typedef struct layer_case {
@@ -123,7 +126,8 @@ static void free_problem(problem *p) {
 /* The cost is a sum of squares, so that every output's gradient is different. */
 static void make(problem *p) {
     static const pd_act acts[] = { PD_LINEAR, PD_LINEAR, PD_TANH };
-    p->net = pd_net_new(&(pd_net_opts){ .seed = p->seed, .threads = p->threads, .allocator = p->allocator });
+    p->net = pd_net_new(
+        &(pd_net_opts){ .seed = p->seed, .threads = p->threads, .allocator = p->allocator, .device = p->device });
     random_seed(p->seed);
     p->act = acts[below(3)];
     p->sequence = below(2) == 0;
@@ -132,8 +136,12 @@ static void make(problem *p) {
     p->layer = p->c->build(p);
     p->cost = pd_sum_cost(p->net, pd_multiply(p->net, p->layer, p->layer, NULL), NULL);
     if (!p->cost) FAIL_AT(p, "%s", pd_error(p->net));
-    for (pd_param *q = pd_param_first(p->net); q; q = q->next)
-        for (int64_t i = 0; i < q->size; i++) q->value[i] = (pd_real)uniform(-0.8, 0.8);
+    for (pd_param *q = pd_param_first(p->net); q; q = q->next) {
+        pd_real *values = (pd_real *)malloc((size_t)q->size * sizeof *values);
+        for (int64_t i = 0; i < q->size; i++) values[i] = (pd_real)uniform(-0.8, 0.8);
+        assert_int_equal(pd_param_set(q, values, q->size), PD_OK);
+        free(values);
+    }
     p->batch = any_batch(p);
 }
 
@@ -293,6 +301,49 @@ static void twin_gru(const problem *p, double *y) {
     }
 }
 
+/* ---- lstm ---- */
+
+static pd_layer *build_lstm(problem *p) {
+    pd_layer *x = vectors(p, true);
+    int64_t n = size(p, 5, 24);
+    pd_lstm_opts o = { .reverse = p->reverse, .peepholes = below(2), .cells = below(2) };
+    p->act = PD_LINEAR;
+    o.first = any_first(p, n);
+    o.first_cell = any_first(p, n);
+    p->first = o.first ? 1 : 0;
+    p->first_cell = o.first_cell ? 1 + p->first : 0;
+    return pd_lstm(p->net, x, n, &o);
+}
+
+/* One row after the other, from the definition. */
+static void twin_lstm(const problem *p, double *y) {
+    const pd_tensor *x = in(p, 0);
+    pd_param **params = p->layer->params;
+    int64_t n = params[1]->dims[0], width = p->layer->out.width;
+    bool peepholes = p->layer->param_count > 3;
+    for (int64_t q = 0; q < x->sequences; q++) {
+        double h[64], c[64], next[64];
+        int64_t length = x->starts[q + 1] - x->starts[q];
+        first_state(p, p->first, q, n, h);
+        first_state(p, p->first_cell, q, n, c);
+        for (int64_t t = 0; t < length; t++) {
+            int64_t row = x->starts[q] + (p->reverse ? length - 1 - t : t);
+            for (int64_t j = 0; j < n; j++) {
+                double a[4], w[3] = { 0, 0, 0 };
+                for (int gate = 0; gate < 4; gate++)
+                    a[gate] = product(x->data + row * x->width, NULL, x->width, params[0]->value, 4 * n, gate * n + j) +
+                              product(NULL, h, n, params[1]->value, 4 * n, gate * n + j) + value(p, 2, gate * n + j);
+                for (int k = 0; k < 3 && peepholes; k++) w[k] = value(p, 3, k * n + j);
+                double i = sigmoid(a[0] + w[0] * c[j]), f = sigmoid(a[1] + w[1] * c[j]);
+                c[j] = f * c[j] + i * tanh(a[2]);
+                y[row * width + j] = next[j] = sigmoid(a[3] + w[2] * c[j]) * tanh(c[j]);
+                if (width == 2 * n) y[row * width + n + j] = c[j];
+            }
+            memcpy(h, next, sizeof h);
+        }
+    }
+}
+
 /* ---- attention ---- */
 
 static pd_layer *wanted(problem *p, int64_t width, bool sequence) {
@@ -391,6 +442,7 @@ static const layer_case cases[] = {
     { "fc of several sparse rows", build_fc_sum, twin_fc },
     { "fc of sparse and dense rows", build_mixed_fc, twin_fc },
     { "gru", build_gru, twin_gru },
+    { "lstm", build_lstm, twin_lstm },
     { "attention", build_attention, twin_attention },
     { "sequence_pool: max", build_max, twin_pool },
     { "sequence_pool: average", build_average, twin_pool },
@@ -470,13 +522,14 @@ static void test_gradients_of_many_users(void **state) {
     (void)state;
     for (uint64_t seed = 0; seed < 20; seed++) {
         problem p = { .c = &many, .seed = seed, .kinks = true };
-        pd_layer *x[3], *joined, *pools[PD_LAST + 1];
+        pd_layer *x[4], *joined, *pools[PD_LAST + 1];
         p.net = pd_net_new(&(pd_net_opts){ .seed = seed });
         random_seed(seed);
         x[0] = vectors(&p, true);
         x[1] = pd_gru(p.net, x[0], 3, NULL);
         x[2] = pd_gru(p.net, x[0], 2, &(pd_gru_opts){ .reverse = true });
-        joined = pd_concat(p.net, x, 3, NULL);
+        x[3] = pd_lstm(p.net, x[0], 2, &(pd_lstm_opts){ .cells = true });
+        joined = pd_concat(p.net, x, 4, NULL);
         for (int method = 0; method <= PD_LAST; method++)
             pools[method] = pd_sequence_pool(p.net, joined, (pd_pool_method)method, NULL);
         p.layer = pd_concat(p.net, pools, PD_LAST + 1, NULL);
@@ -916,6 +969,60 @@ static void test_threads(void **state) {
         }
 }
 
+/* The same bits of two problems, one of which may be on a far device. */
+static void check_same(const problem *a, const problem *b, const pd_real *x, const pd_real *y, int64_t count,
+                       const char *what) {
+    if (memcmp(x, y, (size_t)count * sizeof *x) != 0) FAIL_AT(a, "%s of device %s differs", what, b->device->name);
+}
+
+static void check_same_problems(const problem *near_one, const problem *far_one) {
+    int64_t rows, width, far_rows;
+    const pd_real *y = pd_output(near_one->layer, &rows, &width), *far_y = pd_output(far_one->layer, &far_rows, NULL);
+    assert_int_equal(far_rows, rows);
+    check_same(near_one, far_one, y, far_y, rows * width, "the output");
+    for (pd_param *a = pd_param_first(near_one->net), *b = pd_param_first(far_one->net); a; a = a->next, b = b->next) {
+        pd_real *g = gradient_of(near_one, a), *far_g = gradient_of(far_one, b);
+        check_same(near_one, far_one, g, far_g, a->size, a->name);
+        free(g);
+        free(far_g);
+    }
+    for (int k = 0; k < near_one->layer->input_count; k++) {
+        const pd_tensor *x = in(near_one, k), *far_x = in(far_one, k);
+        pd_real *g = (pd_real *)malloc((size_t)(x->rows * x->width + 1) * sizeof *g);
+        far_one->device->download(far_one->device, g, far_x->grad, (size_t)(x->rows * x->width) * sizeof *g);
+        check_same(near_one, far_one, x->grad, g, x->rows * x->width, near_one->layer->inputs[k]->name);
+        free(g);
+    }
+}
+
+/* On a device without host memory recurrent layers run there, or, where it lacks one of their operations, on the CPU. */
+static void test_far_device(void **state) {
+    const uint64_t lacking[] = { 0, PD_OP(gru) | PD_OP(lstm), PD_OP(gru_backward) | PD_OP(lstm_backward) };
+    pd_net *host = pd_net_new(NULL);
+    (void)state;
+    for (int k = 0; k < COUNT(lacking); k++) {
+        far_device far = make_far(cpu_of(host), ~lacking[k]);
+        far.device.self = &far;
+        FOR_SEEDS(CASES, c, seed) {
+            problem p = { .c = c, .seed = seed }, q = { .c = c, .seed = seed, .device = &far.device };
+            char info[400];
+            if (c->twin != twin_gru && c->twin != twin_lstm) continue;
+            make(&p);
+            make(&q);
+            for (int turn = 0; turn < 2; turn++) {
+                backward(&p, p.batch);
+                backward(&q, q.batch);
+                check_same_problems(&p, &q);
+            }
+            pd_info(q.net, info, sizeof info);
+            assert_true((strstr(info, q.layer->name) != NULL) == (k > 0));
+            free_problem(&p);
+            free_problem(&q);
+        }
+    }
+    pd_net_free(host);
+}
+
 static void test_shared_net(void **state) {
     (void)state;
     FOR_SEEDS(CASES, c, seed) {
@@ -1043,6 +1150,30 @@ static void test_initial_values(void **state) {
     pd_net_free(net);
 }
 
+/* The forget gate's bias begins at 1 or what is asked for, on top of its own initial value; loaded values are as they
+   are, and a shared bias is added to once. */
+static void test_forget_bias(void **state) {
+    pd_net *net = pd_net_new(NULL);
+    pd_layer *x = pd_sequence(pd_vector(net, "x", 2));
+    const pd_param_opts three = { .name = "three", .init = pd_constant(3) };
+    const double wanted[][2] = { { 0, 1 }, { 0, 0 }, { 3, 5.5 } };
+    pd_lstm_opts o = { .recurrent = { .name = "recurrent", .init = pd_constant(0.1) } };
+    (void)state;
+    pd_lstm(net, x, 700, &o);
+    o.forget_bias = PD_ZERO;
+    pd_lstm(net, x, 700, &o);
+    o.forget_bias = 2.5;
+    o.bias = three;
+    for (int i = 0; i < 2; i++) pd_lstm(net, x, 700, &o);
+    for (int k = 0; k < 3; k++) {
+        const char *names[] = { "lstm1.bias", "lstm2.bias", "three" };
+        const pd_param *bias = pd_param_find(net, names[k]);
+        assert_int_equal(bias->size, 2800);
+        for (int i = 0; i < 2800; i++) assert_true(bias->value[i] == (pd_real)wanted[k][i >= 700 && i < 1400]);
+    }
+    pd_net_free(net);
+}
+
 /* A step on a batch of a size seen before takes no memory. */
 static void test_steady_memory(void **state) {
     (void)state;
@@ -1154,6 +1285,28 @@ static void test_refused(void **state) {
             pd_gru(the.net, the.vecs, 1, &(pd_gru_opts){ .first = the.ids }));
     REFUSED("gru: gru takes no sparse input such as \"rare\"; pd_fc does",
             pd_gru(the.net, the.vecs, 6, &(pd_gru_opts){ .first = the.rare }));
+
+    REFUSED("lstm: input 0 is NULL", pd_lstm(the.net, NULL, 3, NULL));
+    REFUSED("lstm1: size is 0, expected at least 1", pd_lstm(the.net, the.vecs, 0, NULL));
+    REFUSED("lstm1: input \"vec\" carries no sequences; pd_sequence makes a net's input carry them",
+            pd_lstm(the.net, the.vec, 3, NULL));
+    REFUSED("lstm1: input \"words\" holds ids, expected numbers", pd_lstm(the.net, the.words, 3, NULL));
+    REFUSED("lstm: lstm takes no sparse input such as \"rares\"; pd_fc does", pd_lstm(the.net, the.rares, 3, NULL));
+    REFUSED("lstm1: size 4611686018427387903 is too large", pd_lstm(the.net, the.vecs, huge, NULL));
+    REFUSED("lstm1: forget_bias is inf, expected a finite number",
+            pd_lstm(the.net, the.vecs, 3, &(pd_lstm_opts){ .forget_bias = HUGE_VAL }));
+    REFUSED("lstm1: first state \"vec\" is 6, expected 3 numbers",
+            pd_lstm(the.net, the.vecs, 3, &(pd_lstm_opts){ .first = the.vec }));
+    REFUSED("lstm1: first state \"vec\" is 6, expected 3 numbers",
+            pd_lstm(the.net, the.vecs, 3, &(pd_lstm_opts){ .first_cell = the.vec }));
+    REFUSED("lstm1: first state \"vecs\" carries sequences, expected one row for each of \"vecs\"",
+            pd_lstm(the.net, the.vecs, 6, &(pd_lstm_opts){ .first = the.vec, .first_cell = the.vecs }));
+    REFUSED("lstm1: input \"ids\" holds ids, expected numbers",
+            pd_lstm(the.net, the.vecs, 1, &(pd_lstm_opts){ .first_cell = the.ids }));
+    REFUSED("lstm1: parameter \"table\" is 6x9, but 3x3 is needed here",
+            pd_lstm(the.net, the.vecs, 3, &(pd_lstm_opts){ .peepholes = true, .peephole = table }));
+    REFUSED("lstm1: parameter \"lstm1.recurrent\" can't be sparse: that is for tables read by ids or sparse inputs",
+            pd_lstm(the.net, the.vecs, 3, &(pd_lstm_opts){ .recurrent = sparse }));
 
     REFUSED("sequence_pool: input 0 is NULL", pd_sequence_pool(the.net, NULL, PD_SUM, NULL));
     REFUSED("sequence_pool1: input \"vec\" carries no sequences; pd_sequence makes a net's input carry them",
@@ -1322,11 +1475,14 @@ static void test_rows_of_first(void **state) {
     pair p = two_inputs(net, 1);
     pd_layer *half = pd_layer_add(net, &half_type, "half", &p.b, 1, NULL);
     pd_layer *gru = pd_gru(net, p.a, 1, &(pd_gru_opts){ .first = half });
+    pd_layer *lstm = pd_lstm(net, p.a, 1, &(pd_lstm_opts){ .first = p.b, .first_cell = half });
     pd_batch *batch = two_lengths(net, lengths, 4), *none = two_lengths(net, lengths, 0);
     (void)state;
     assert_int_equal(pd_forward(net, batch, PD_PREDICT, &gru, 1), PD_E_SHAPE);
     assert_string_equal(pd_error(net), "gru1: first state \"half\" has 2 rows, but \"a\" has 4 sequences");
     assert_int_equal(pd_forward(net, none, PD_PREDICT, &gru, 1), PD_OK);
+    assert_int_equal(pd_forward(net, batch, PD_PREDICT, &lstm, 1), PD_E_SHAPE);
+    assert_string_equal(pd_error(net), "lstm1: first state \"half\" has 2 rows, but \"a\" has 4 sequences");
     pd_batch_free(batch);
     pd_batch_free(none);
     pd_net_free(net);
@@ -1368,10 +1524,11 @@ static pd_status use_all(pd_net *net, pd_failure *failure) {
     pd_layer *h = pd_gru(net, x, 3, &(pd_gru_opts){ .reverse = true, .first = first });
     pd_batch *batch = pd_batch_new(net);
     pd_status status;
+    h = pd_lstm(net, h, 3, &(pd_lstm_opts){ .first_cell = first, .cells = true, .peepholes = true });
     pools[0] = pd_sequence_pool(net, h, PD_MAX, NULL);
     pools[1] = pd_sequence_pool(net, h, PD_SQRT_N, NULL);
     pools[2] = pd_fc(net, rare, 3, &(pd_fc_opts){ .weight.sparse = true });
-    pools[2] = pd_attention(net, pools[2], h, x, NULL);
+    pools[2] = pd_attention(net, pools[2], x, h, NULL);
     cost = pd_sum_cost(net, pd_concat(net, pools, 3, NULL), NULL);
     status = cost && batch ? PD_OK : pd_error_status(net);
     for (int i = 0; i < 12 && status == PD_OK; i++) {
@@ -1421,10 +1578,12 @@ int main(void) {
         cmocka_unit_test(test_order),
         cmocka_unit_test(test_empty),
         cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_far_device),
         cmocka_unit_test(test_shared_net),
         cmocka_unit_test(test_shared_table),
         cmocka_unit_test(test_ids_of_a_layer),
         cmocka_unit_test(test_initial_values),
+        cmocka_unit_test(test_forget_bias),
         cmocka_unit_test(test_steady_memory),
         cmocka_unit_test(test_lengths_that_do_not_fit),
         cmocka_unit_test(test_lengths_of_attention),

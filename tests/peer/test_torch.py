@@ -101,6 +101,32 @@ def gru(x, w, u, b, recurrent_bias, reverse=False):
     return torch.cat(turned([s[:length] for s, length in zip(y, lengths)]))
 
 
+def lstm(layers, ways):
+    """A function of rows of all sequences, the first states of all layers side by side, and w, u, b of each."""
+    def function(x, h, c, *parameters):
+        unit = torch.nn.LSTM(x.shape[1], 4, layers, bidirectional=ways == 2, dtype=x.dtype)
+        for k in range(layers * ways):
+            w, u, b = parameters[3 * k:3 * k + 3]
+            end = f"_l{k // ways}" + "_reverse" * (k % ways)
+            for name, tensor in (("weight_ih", w.T), ("weight_hh", u.T), ("bias_ih", b), ("bias_hh", 0 * b)):
+                delattr(unit, name + end)
+                setattr(unit, name + end, tensor)
+        packed = torch.nn.utils.rnn.pack_sequence(x.split(LENGTHS), enforce_sorted=False)
+        first = [t.reshape(len(t), -1, 4).transpose(0, 1).contiguous() for t in (h, c)]
+        y, lengths = torch.nn.utils.rnn.pad_packed_sequence(unit(packed, first)[0], batch_first=True)
+        return torch.cat([s[:length] for s, length in zip(y, lengths)])
+    return function
+
+
+def lstm_case(layers, ways):
+    shapes = {}
+    for k in range(layers * ways):
+        shapes |= {f"w{k}": (5 if k < ways else 4 * ways, 16), f"u{k}": (4, 16), f"b{k}": (16,)}
+    states = (4 * layers * ways,)
+    return ("lstm", dict(layers=layers, ways=ways), {"sequence": (5,), "first": states, "first_cell": states}, shapes,
+            lstm(layers, ways))
+
+
 def pool_sequences(function):
     return lambda x: torch.stack([function(s) for s in x.split(LENGTHS)])
 
@@ -207,6 +233,7 @@ METHODS = [lambda s: s.max(0)[0], lambda s: s.mean(0), lambda s: s.sum(0), lambd
 LAYERS += [("embedding", dict(sparse=sparse), {"words": 40}, {"w": (40, 5)}, F.embedding) for sparse in (0, 1)]
 LAYERS += [("gru", dict(reverse=reverse), {"sequence": (5,)}, GRU, lambda *a, r=reverse: gru(*a, reverse=r))
            for reverse in (0, 1)]
+LAYERS += [lstm_case(layers, ways) for layers in (1, 2) for ways in (1, 2)]
 LAYERS += [("sequence_pool", dict(method=i), {"sequence": (5,)}, {}, pool_sequences(method))
            for i, method in enumerate(METHODS)]
 

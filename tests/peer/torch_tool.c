@@ -79,6 +79,22 @@ static pd_layer *gru(pd_net *net) {
     pd_layer *x = pd_sequence(pd_vector(net, "sequence", 5));
     return pd_gru(net, x, 4, &(pd_gru_opts){ .name = "gru", .reverse = count("reverse") != 0 });
 }
+/* `layers` on top of each other, of `ways` each: there, or there and back. What they begin with stands side by side. */
+static pd_layer *lstm(pd_net *net) {
+    pd_layer *x = pd_sequence(pd_vector(net, "sequence", 5));
+    int64_t ways = count("ways"), states = 4 * ways * count("layers"), at = 0;
+    pd_layer *h = pd_vector(net, "first", states), *c = pd_vector(net, "first_cell", states);
+    while (at < states) {
+        pd_layer *both[2];
+        for (int way = 0; way < ways; way++, at += 4)
+            both[way] = pd_lstm(net, x, 4,
+                                &(pd_lstm_opts){ .reverse = way == 1,
+                                                 .first = pd_slice(net, h, at, 4, NULL),
+                                                 .first_cell = pd_slice(net, c, at, 4, NULL) });
+        x = ways == 2 ? pd_concat(net, both, 2, NULL) : both[0];
+    }
+    return x;
+}
 static pd_layer *sequence_pool(pd_net *net) {
     pd_layer *x = pd_sequence(pd_vector(net, "sequence", 5));
     return pd_sequence_pool(net, x, (pd_pool_method)count("method"), NULL);
@@ -193,6 +209,7 @@ static const struct {
     { "rank_cost", rank_cost },
     { "embedding", embedding },
     { "gru", gru },
+    { "lstm", lstm },
     { "sequence_pool", sequence_pool },
     { "rnn", rnn },
 };
