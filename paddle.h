@@ -26,10 +26,10 @@
                        optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
                        trainer 1863, files 1942, gradient_check 1985
      >>NAME.c          core 2135, threads 2575, net 2835, parameters 3128, inputs 3642, activations 3733,
-                       layers 3753, costs 6402, batches 7056, running 7340, groups 8020, evaluators 9066,
-                       optimizers 9612, device 9803, layer_types 11408, updater 11716, averaging 12187,
-                       readers 12270, text 14440, tensorboard 14951, trainer 15135, profile 16157, files 16229,
-                       gradient_check 18398, kernels 18659
+                       layers 3753, costs 6402, batches 7056, running 7340, groups 8020, evaluators 9071,
+                       optimizers 9617, device 9808, layer_types 11413, updater 11721, averaging 12192,
+                       readers 12275, text 14445, tensorboard 14956, trainer 15140, profile 16162, files 16234,
+                       gradient_check 18403, kernels 18664
      >>layer:NAME      fc 3958, conv 4064, conv_transpose 4064, pool 4244, batch_norm 4333, layer_norm 4469,
                        group_norm 4508, response_norm 4561, dropout 4605, add 4657, multiply 4657, concat 4715,
                        slice 4761, reshape 4761, transpose 4761, pad 4761, scale 4899, interpolate 4899, affine 4986,
@@ -38,14 +38,14 @@
                        sequence_pool 6296, expand 8029
      >>cost:NAME       cross_entropy 6500, binary_cross_entropy 6679, squared_error 6700, huber 6711, smooth_l1 6729,
                        sum_cost 6758, huber_two_class 6789, hinge 6800, rank_cost 6873, lambda_rank 6926
-     >>evaluator:NAME  error 9111, precision_recall 9154, auc 9222, pnpair 9323, mean_error 9370
-     >>op:NAME         kernels 9804, contract 9894, gemm 9949, conv 10082, winograd 10334, update 10649,
-                       activate 10725, pool 10754, cross_entropy 10872, dropout 10913, norm 10924,
-                       sparse_product 11065, gru 11081, lstm 11100, attention 11118, levels 11181
-     >>reader:NAME     array 12734, csv 13049, libsvm 13256, idx 13506, npy 13506, stream 13919, shuffle 14034,
-                       prefetch 14172, text 14820
-     >>kernel:NAME     gemm 18764, winograd 19084, elementwise 19433, update 19681, activate 19854, norm 20020,
-                       gru 20267, lstm 20310, attention 20367, pool 20454
+     >>evaluator:NAME  error 9116, precision_recall 9159, auc 9227, pnpair 9328, mean_error 9375
+     >>op:NAME         kernels 9809, contract 9899, gemm 9954, conv 10087, winograd 10339, update 10654,
+                       activate 10730, pool 10759, cross_entropy 10877, dropout 10918, norm 10929,
+                       sparse_product 11070, gru 11086, lstm 11105, attention 11123, levels 11186
+     >>reader:NAME     array 12739, csv 13054, libsvm 13261, idx 13511, npy 13511, stream 13924, shuffle 14039,
+                       prefetch 14177, text 14825
+     >>kernel:NAME     gemm 18769, winograd 19089, elementwise 19438, update 19686, activate 19859, norm 20025,
+                       gru 20272, lstm 20315, attention 20372, pool 20459
 
    A WHOLE PROGRAM
 
@@ -8180,6 +8180,11 @@ static const pd_layer_type pd__move_type = { PD_API_VERSION,
                                              NULL,
                                              NULL,
                                              0 };
+
+/* Do its rows lie in order of time? */
+static bool pd__is_in_time(const pd_layer *l) {
+    return l->own->loop || (l->type == &pd__move_type && pd__move_of(l)->move != PD__TO_BATCH);
+}
 
 PD_DEF pd_layer *pd_expand(pd_net *net, pd_layer *input, pd_layer *like, const pd_layer_opts *opts) {
     pd_layer *inputs[2];

@@ -6,6 +6,7 @@
 
 pd_device *inside_device(pd_net *net) { return net->device; }
 bool inside_is_folded(const pd_layer *layer) { return layer->own->above_done; }
+bool inside_is_in_time(const pd_layer *layer) { return pd__is_in_time(layer); }
 pd_real **inside_best(pd_trainer *trainer) { return trainer->has_best ? trainer->best : NULL; }
 pd_updater *inside_local(pd_trainer *trainer) { return &trainer->local; }
 

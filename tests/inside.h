@@ -9,7 +9,8 @@
 #include "../paddle.h"
 
 pd_device *inside_device(pd_net *net);
-bool inside_is_folded(const pd_layer *layer); /* into the layer below, by the last prediction */
+bool inside_is_folded(const pd_layer *layer);  /* into the layer below, by the last prediction */
+bool inside_is_in_time(const pd_layer *layer); /* its rows lie in the order of a group's steps, so it is no target */
 pd_real **inside_best(pd_trainer *trainer);
 pd_updater *inside_local(pd_trainer *trainer);
 

@@ -304,6 +304,41 @@ static pd_layer *build_sequence_pool(problem *p) {
     return pd_fc(p->net, x, any_width(p), NULL);
 }
 
+/* One row per sample, for each row of a sequence. */
+static pd_layer *build_expand(problem *p) {
+    p->sequence = false;
+    pd_layer *x = rows_of(p, any_width(p));
+    p->sequence = true;
+    return pd_expand(p->net, x, vector(p, 1), NULL);
+}
+
+/* A recurrent group: its memory begins with a row of the sample, or 0; it may look at a sequence; and what reads it stands
+   in the group, or behind it. */
+static pd_layer *build_group(problem *p) {
+    const int64_t size = any_width(p);
+    pd_layer *list[4], *boot, *still, *h, *y;
+    int count = 2;
+    p->sequence = false;
+    boot = vector(p, size), still = vector(p, any_width(p));
+    list[0] = words(p);
+    pd_group *g = pd_group_begin(p->net, &(pd_group_opts){ .reverse = below(2) });
+    pd_group_input(g, list[0]);
+    pd_group_static(g, still);
+    list[1] = h = pd_group_memory(g, size, below(3) ? pd_group_static(g, boot) : NULL);
+    if (below(2)) list[count++] = still;
+    if (below(2)) {
+        pd_layer *keys = pd_group_static(g, vector(p, any_width(p)));
+        list[count++] = pd_attention(p->net, pd_fc(p->net, h, keys->out.width, NULL), keys, keys, NULL);
+    }
+    y = pd_fc_sum(p->net, list, count, size, &(pd_fc_opts){ .act = any_act() });
+    pd_group_feed(h, y);
+    if (below(2)) return pd_fc(p->net, pd_group_end(g, y), any_width(p), NULL);
+    list[0] = y, list[1] = below(2) ? still : h;
+    y = pd_fc_sum(p->net, list, 2, any_width(p), NULL);
+    pd_group_end(g, y);
+    return pd_group_output(g, y);
+}
+
 /* ---- costs; sometimes with weights ---- */
 
 static pd_cost_opts cost_opts(problem *p) { return (pd_cost_opts){ .weight = below(3) ? NULL : shares(p, 1) }; }
@@ -389,6 +424,9 @@ static const layer_case cases[] = {
     { "pd__attention_type", build_attention, 4 },
     { "pd__sequence_pool_type", build_sequence_pool, 3 },
     { "pd__sequence_max_type", build_sequence_max, 2 },
+    { "pd__expand_type", build_expand, 1 },
+    { "pd__memory_type", build_group, 4 },
+    { "pd__move_type", build_group, 4 },
     { "pd__cross_entropy_type", build_cross_entropy, 3 },
     { "pd__binary_cross_entropy_type", build_binary_cross_entropy, 1 },
     { "pd__squared_error_type", build_squared_error, 1 },
@@ -509,7 +547,7 @@ static int targets_of(pd_net *net, pd_layer *last, bool all, pd_layer *targets[M
     targets[count++] = last;
     for (int i = 0; all && pd_layer_at(net, i); i++) {
         pd_layer *l = pd_layer_at(net, i);
-        if (l == last || l->is_ids) continue;
+        if (l == last || l->is_ids || inside_is_in_time(l)) continue;
         assert_true(count < MOST_LAYERS);
         targets[count++] = l;
     }
