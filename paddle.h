@@ -26,26 +26,26 @@
                        optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
                        trainer 1863, files 1942, gradient_check 1985
      >>NAME.c          core 2135, threads 2575, net 2835, parameters 3128, inputs 3642, activations 3733,
-                       layers 3753, costs 6402, batches 7056, running 7340, groups 8020, evaluators 9071,
-                       optimizers 9617, device 9808, layer_types 11413, updater 11721, averaging 12192,
-                       readers 12275, text 14445, tensorboard 14956, trainer 15140, profile 16162, files 16234,
-                       gradient_check 18403, kernels 18664
+                       layers 3753, costs 6402, batches 7056, running 7340, groups 8023, evaluators 9074,
+                       optimizers 9620, device 9811, layer_types 11416, updater 11724, averaging 12195,
+                       readers 12278, text 14448, tensorboard 14959, trainer 15143, profile 16165, files 16237,
+                       gradient_check 18406, kernels 18667
      >>layer:NAME      fc 3958, conv 4064, conv_transpose 4064, pool 4244, batch_norm 4333, layer_norm 4469,
                        group_norm 4508, response_norm 4561, dropout 4605, add 4657, multiply 4657, concat 4715,
                        slice 4761, reshape 4761, transpose 4761, pad 4761, scale 4899, interpolate 4899, affine 4986,
                        maxout 5015, resize 5061, block_expand 5128, cosine 5227, outer 5305, bilinear 5351,
                        activation 5420, prelu 5420, embedding 5482, gru 5722, lstm 5880, attention 6129,
-                       sequence_pool 6296, expand 8029
+                       sequence_pool 6296, expand 8032
      >>cost:NAME       cross_entropy 6500, binary_cross_entropy 6679, squared_error 6700, huber 6711, smooth_l1 6729,
                        sum_cost 6758, huber_two_class 6789, hinge 6800, rank_cost 6873, lambda_rank 6926
-     >>evaluator:NAME  error 9116, precision_recall 9159, auc 9227, pnpair 9328, mean_error 9375
-     >>op:NAME         kernels 9809, contract 9899, gemm 9954, conv 10087, winograd 10339, update 10654,
-                       activate 10730, pool 10759, cross_entropy 10877, dropout 10918, norm 10929,
-                       sparse_product 11070, gru 11086, lstm 11105, attention 11123, levels 11186
-     >>reader:NAME     array 12739, csv 13054, libsvm 13261, idx 13511, npy 13511, stream 13924, shuffle 14039,
-                       prefetch 14177, text 14825
-     >>kernel:NAME     gemm 18769, winograd 19089, elementwise 19438, update 19686, activate 19859, norm 20025,
-                       gru 20272, lstm 20315, attention 20372, pool 20459
+     >>evaluator:NAME  error 9119, precision_recall 9162, auc 9230, pnpair 9331, mean_error 9378
+     >>op:NAME         kernels 9812, contract 9902, gemm 9957, conv 10090, winograd 10342, update 10657,
+                       activate 10733, pool 10762, cross_entropy 10880, dropout 10921, norm 10932,
+                       sparse_product 11073, gru 11089, lstm 11108, attention 11126, levels 11189
+     >>reader:NAME     array 12742, csv 13057, libsvm 13264, idx 13514, npy 13514, stream 13927, shuffle 14042,
+                       prefetch 14180, text 14828
+     >>kernel:NAME     gemm 18772, winograd 19092, elementwise 19441, update 19689, activate 19862, norm 20028,
+                       gru 20275, lstm 20318, attention 20375, pool 20462
 
    A WHOLE PROGRAM
 
@@ -7751,6 +7751,7 @@ static void pd__param_to_device(pd_layer *l, int k, bool backward) {
 /* What the layer will see on the host. *moved: so many parameters are shadows now. */
 static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
     struct pd__layer *own = l->own;
+    pd_device *d = l->net->device;
     const pd_allocator *a = &l->net->allocator;
     pd_status status = PD_OK;
     if (!own->shadows) own->shadows = (pd__shadow *)pd_alloc(a, l->param_count, sizeof *own->shadows);
@@ -7762,6 +7763,8 @@ static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
             return pd__host_memory_fail(l->net);
         store->host_of = pd__tensor_of(l, i)->data;
         store->host_numbers = l->out.rows * l->out.width;
+        if (own->part == PD__IN_LOOP && store->host_of) /* a part of its sum may be there */
+            d->download(d, store->host_data, store->host_of, (size_t)store->host_numbers * sizeof(pd_real));
     }
     for (int k = 0; status == PD_OK && k < l->input_count; k++) status = pd__layer_to_host(l->inputs[k], backward);
     if (status == PD_OK) status = pd__layer_to_host(l, backward);

@@ -337,7 +337,7 @@ int main(int argc, char **argv) {
         for (int i = 0; i < 2; i++) results[i] = (pair *)calloc((size_t)c.held_count, sizeof(pair));
         fine = results[0] && results[1];
     }
-    fine = fine && train(&learned, numbers, numbers ? 2 : 12);
+    fine = fine && train(&learned, numbers, numbers ? 2 : 6);
     fine = fine && translate(&learned, c.held, c.held_count, results[0]);
     fine = fine && load(&loaded, numbers) && translate(&loaded, c.held, c.held_count, results[1]);
     for (int64_t i = 0; fine && i < c.held_count; i++) {
