@@ -26,10 +26,10 @@
                        optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
                        trainer 1863, files 1942, gradient_check 1985
      >>NAME.c          core 2135, threads 2575, net 2835, parameters 3128, inputs 3642, activations 3733,
-                       layers 3753, costs 6402, batches 7056, running 7340, groups 8023, evaluators 9074,
-                       optimizers 9620, device 9811, layer_types 11416, updater 11724, averaging 12195,
-                       readers 12278, text 14448, tensorboard 14959, trainer 15143, profile 16165, files 16237,
-                       gradient_check 18406, kernels 18667
+                       layers 3753, costs 6402, batches 7056, running 7340, groups 8023, evaluators 9075,
+                       optimizers 9621, device 9812, layer_types 11417, updater 11725, averaging 12196,
+                       readers 12279, text 14449, tensorboard 14960, trainer 15144, profile 16166, files 16238,
+                       gradient_check 18407, kernels 18668
      >>layer:NAME      fc 3958, conv 4064, conv_transpose 4064, pool 4244, batch_norm 4333, layer_norm 4469,
                        group_norm 4508, response_norm 4561, dropout 4605, add 4657, multiply 4657, concat 4715,
                        slice 4761, reshape 4761, transpose 4761, pad 4761, scale 4899, interpolate 4899, affine 4986,
@@ -38,14 +38,14 @@
                        sequence_pool 6296, expand 8032
      >>cost:NAME       cross_entropy 6500, binary_cross_entropy 6679, squared_error 6700, huber 6711, smooth_l1 6729,
                        sum_cost 6758, huber_two_class 6789, hinge 6800, rank_cost 6873, lambda_rank 6926
-     >>evaluator:NAME  error 9119, precision_recall 9162, auc 9230, pnpair 9331, mean_error 9378
-     >>op:NAME         kernels 9812, contract 9902, gemm 9957, conv 10090, winograd 10342, update 10657,
-                       activate 10733, pool 10762, cross_entropy 10880, dropout 10921, norm 10932,
-                       sparse_product 11073, gru 11089, lstm 11108, attention 11126, levels 11189
-     >>reader:NAME     array 12742, csv 13057, libsvm 13264, idx 13514, npy 13514, stream 13927, shuffle 14042,
-                       prefetch 14180, text 14828
-     >>kernel:NAME     gemm 18772, winograd 19092, elementwise 19441, update 19689, activate 19862, norm 20028,
-                       gru 20275, lstm 20318, attention 20375, pool 20462
+     >>evaluator:NAME  error 9120, precision_recall 9163, auc 9231, pnpair 9332, mean_error 9379
+     >>op:NAME         kernels 9813, contract 9903, gemm 9958, conv 10091, winograd 10343, update 10658,
+                       activate 10734, pool 10763, cross_entropy 10881, dropout 10922, norm 10933,
+                       sparse_product 11074, gru 11090, lstm 11109, attention 11127, levels 11190
+     >>reader:NAME     array 12743, csv 13058, libsvm 13265, idx 13515, npy 13515, stream 13928, shuffle 14043,
+                       prefetch 14181, text 14829
+     >>kernel:NAME     gemm 18773, winograd 19093, elementwise 19442, update 19690, activate 19863, norm 20029,
+                       gru 20276, lstm 20319, attention 20376, pool 20463
 
    A WHOLE PROGRAM
 
@@ -8637,6 +8637,7 @@ static bool pd__share_groups(pd_net *to, const pd_net *from) {
 static void pd__activate_loop(pd_group *g) {
     bool active = false;
     for (int64_t i = g->first; i <= g->last; i++) active = active || g->net->layers[i]->own->active;
+    if (active) pd__group_lead(g)->own->active = true; /* its lengths are read, if not its rows */
     for (int64_t i = g->first; active && i <= g->last; i++) {
         struct pd__layer *own = g->net->layers[i]->own;
         own->active = true;
