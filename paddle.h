@@ -25,27 +25,27 @@
                        layers 780, costs 1007, batches 1051, running 1101, groups 1130, evaluators 1191,
                        optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
                        trainer 1863, files 1942, gradient_check 1985
-     >>NAME.c          core 2135, threads 2575, net 2835, parameters 3128, inputs 3642, activations 3733,
-                       layers 3753, costs 6402, batches 7056, running 7340, groups 8023, evaluators 9075,
-                       optimizers 9621, device 9812, layer_types 11417, updater 11725, averaging 12196,
-                       readers 12279, text 14449, tensorboard 14960, trainer 15144, profile 16166, files 16238,
-                       gradient_check 18407, kernels 18668
-     >>layer:NAME      fc 3958, conv 4064, conv_transpose 4064, pool 4244, batch_norm 4333, layer_norm 4469,
-                       group_norm 4508, response_norm 4561, dropout 4605, add 4657, multiply 4657, concat 4715,
-                       slice 4761, reshape 4761, transpose 4761, pad 4761, scale 4899, interpolate 4899, affine 4986,
-                       maxout 5015, resize 5061, block_expand 5128, cosine 5227, outer 5305, bilinear 5351,
-                       activation 5420, prelu 5420, embedding 5482, gru 5722, lstm 5880, attention 6129,
-                       sequence_pool 6296, expand 8032
-     >>cost:NAME       cross_entropy 6500, binary_cross_entropy 6679, squared_error 6700, huber 6711, smooth_l1 6729,
-                       sum_cost 6758, huber_two_class 6789, hinge 6800, rank_cost 6873, lambda_rank 6926
-     >>evaluator:NAME  error 9120, precision_recall 9163, auc 9231, pnpair 9332, mean_error 9379
-     >>op:NAME         kernels 9813, contract 9903, gemm 9958, conv 10091, winograd 10343, update 10658,
-                       activate 10734, pool 10763, cross_entropy 10881, dropout 10922, norm 10933,
-                       sparse_product 11074, gru 11090, lstm 11109, attention 11127, levels 11190
-     >>reader:NAME     array 12743, csv 13058, libsvm 13265, idx 13515, npy 13515, stream 13928, shuffle 14043,
-                       prefetch 14181, text 14829
-     >>kernel:NAME     gemm 18773, winograd 19093, elementwise 19442, update 19690, activate 19863, norm 20029,
-                       gru 20276, lstm 20319, attention 20376, pool 20463
+     >>NAME.c          core 2135, threads 2576, net 2836, parameters 3129, inputs 3643, activations 3734,
+                       layers 3754, costs 6403, batches 7057, running 7341, groups 8024, evaluators 9086,
+                       optimizers 9632, device 9823, layer_types 11428, updater 11736, averaging 12207,
+                       readers 12290, text 14460, tensorboard 14971, trainer 15155, profile 16215, files 16291,
+                       gradient_check 18460, kernels 18721
+     >>layer:NAME      fc 3959, conv 4065, conv_transpose 4065, pool 4245, batch_norm 4334, layer_norm 4470,
+                       group_norm 4509, response_norm 4562, dropout 4606, add 4658, multiply 4658, concat 4716,
+                       slice 4762, reshape 4762, transpose 4762, pad 4762, scale 4900, interpolate 4900, affine 4987,
+                       maxout 5016, resize 5062, block_expand 5129, cosine 5228, outer 5306, bilinear 5352,
+                       activation 5421, prelu 5421, embedding 5483, gru 5723, lstm 5881, attention 6130,
+                       sequence_pool 6297, expand 8033
+     >>cost:NAME       cross_entropy 6501, binary_cross_entropy 6680, squared_error 6701, huber 6712, smooth_l1 6730,
+                       sum_cost 6759, huber_two_class 6790, hinge 6801, rank_cost 6874, lambda_rank 6927
+     >>evaluator:NAME  error 9131, precision_recall 9174, auc 9242, pnpair 9343, mean_error 9390
+     >>op:NAME         kernels 9824, contract 9914, gemm 9969, conv 10102, winograd 10354, update 10669,
+                       activate 10745, pool 10774, cross_entropy 10892, dropout 10933, norm 10944,
+                       sparse_product 11085, gru 11101, lstm 11120, attention 11138, levels 11201
+     >>reader:NAME     array 12754, csv 13069, libsvm 13276, idx 13526, npy 13526, stream 13939, shuffle 14054,
+                       prefetch 14192, text 14840
+     >>kernel:NAME     gemm 18826, winograd 19146, elementwise 19495, update 19743, activate 19916, norm 20082,
+                       gru 20329, lstm 20372, attention 20429, pool 20516
 
    A WHOLE PROGRAM
 
@@ -1931,11 +1931,11 @@ PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
    processes all call it. */
 PD_API pd_status pd_sync(pd_trainer *trainer);
 PD_API int64_t pd_trainer_samples(const pd_trainer *trainer); /* seen so far */
-/* A table of time and memory by layer, the fraction of time spent waiting for data, and, of the time in loops for
+/* A table of time and memory by layer, the steps of recurrent groups, the fraction of time spent waiting for data, and, of the time in loops for
    several threads, the fraction in which some were missing or had to be waited for; where that is much, other work has
    the processors, not the slow layer. Like snprintf. */
 PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
-/* Writes the net as a Graphviz file: `dot -Tsvg net.dot`. */
+/* Writes the net as a Graphviz file: `dot -Tsvg net.dot`. Dashed arrows feed memories. */
 PD_API pd_status pd_graphviz(pd_net *net, const char *path);
 
 /* ======================================================================================================== */
@@ -2225,6 +2225,7 @@ struct pd_group {
     int64_t first_gather, first,
         last;                      /* .. from `first` to `last` run in the loop, and those before gather rows for it */
     const struct pd__order *order; /* of this run; NULL: not asked for yet */
+    int64_t steps;                 /* of the last run in which the loop had a part */
     bool generating;               /* layers see one step, of the sentences that have not ended */
     int64_t *generated, generated_capacity;
     int64_t step; /* that layers in the loop see; -1: all rows */
@@ -8054,6 +8055,13 @@ static pd_layer *pd__group_lead(const pd_group *g) {
     return NULL;
 }
 
+/* The step that a row in order of time is of. */
+static int64_t pd__step_of(const pd__order *o, int64_t row) {
+    int64_t t = 0;
+    while (row >= o->begins[t + 1]) t++;
+    return t;
+}
+
 /* The order of time of this run. NULL (message set) when out of memory. */
 static const pd__order *pd__group_order(pd_layer *l) {
     pd_group *g = l->own->group;
@@ -8743,6 +8751,7 @@ static pd_status pd__run_loop(pd_group *g) {
     pd_status status = pd__ready_loop(g);
     for (int64_t i = g->first; status == PD_OK && i <= g->last; i++)
         if (pd__reads_before_loop(layers[i])) status = pd__run_member(layers[i], PD__BEFORE_LOOP);
+    if (status == PD_OK) g->steps = g->order->steps;
     for (int64_t t = 0; status == PD_OK && t < g->order->steps; t++) {
         status = pd__show_step(g, t);
         for (int64_t i = g->first; status == PD_OK && i <= g->last; i++)
@@ -9030,8 +9039,10 @@ static pd_status pd__generate(pd__generation *n, const pd_batch *batch, const pd
     for (int64_t r = 0; r < batch->samples; r++) n->next[r] = o->begin;
     n->g->order = &n->order;
     n->g->generating = true;
+    n->g->steps = 0;
     for (bool begin = true; status == PD_OK && n->order.rows > 0; begin = false) {
         status = pd__generate_step(n, begin);
+        n->g->steps++;
         if (status == PD_OK) status = pd__choose_words(n, o->end);
     }
     n->g->order = NULL;
@@ -15449,13 +15460,39 @@ static pd_status pd__cost_sum(pd_layer *cost, double *sum) {
     return c ? PD_OK : pd_error_status(cost->net);
 }
 
-/* The first row of a layer's output that holds a number that isn't finite. */
+/* The first row of a layer's output that holds a number that isn't finite; -1: there is none. */
 static int64_t pd__bad_row(pd_layer *l) {
-    int64_t rows = 0, width = 0;
-    const pd_real *x = pd_output(l, &rows, &width);
-    for (int64_t i = 0; x && i < rows * width; i++)
+    pd_device *d = l->net->device;
+    int64_t width = l->out.width, n = l->out.rows * width;
+    const pd_real *x = NULL;
+    if (!l->out.data || pd__finite(d->norm(d, n, l->out.data))) return -1;
+    x = pd__host_data(l);
+    for (int64_t i = 0; x && i < n; i++)
         if (!pd__finite((double)x[i])) return i / width;
     return 0;
+}
+
+/* In a loop trouble goes round: the layer where it came in is the first one in the first step that has a bad row. */
+static pd_layer *pd__first_bad_in_loop(const pd_group *g, int64_t *row) {
+    pd_layer *first = NULL;
+    int64_t step = 0;
+    for (int64_t i = g->first; i <= g->last; i++) {
+        pd_layer *l = g->net->layers[i];
+        int64_t r = l->own->fed ? -1 : pd__bad_row(l), t = r < 0 ? 0 : pd__step_of(g->order, r);
+        if (r < 0 || (first && t >= step)) continue;
+        first = l, step = t, *row = r;
+    }
+    return first;
+}
+
+/* A row of a layer, in words. */
+static const char *pd__place(char text[64], const pd_layer *l, int64_t row) {
+    if (pd__is_in_time(l)) {
+        const pd__order *o = l->own->group->order;
+        int64_t t = pd__step_of(o, row);
+        snprintf(text, 64, "step %lld of sentence %lld", (long long)t, (long long)o->sentences[row - o->begins[t]]);
+    } else snprintf(text, 64, "row %lld", (long long)row);
+    return text;
 }
 
 /* The batch at hand, in words: of `pass`, or, if that is negative, of a test. */
@@ -15465,25 +15502,37 @@ static const char *pd__where(char text[64], int64_t batch, int64_t pass) {
     return text;
 }
 
+static pd_status pd__blame_params(pd_layer *l, const char *where) {
+    pd_device *d = l->net->device;
+    for (int k = 0; k < l->param_count; k++) {
+        int64_t count;
+        const pd_real *numbers = pd__read_numbers(l->params[k], &count);
+        if (!pd__finite(d->norm(d, count, numbers)))
+            return pd__fail(l->net, PD_E_NUMERIC, "%.100s: parameter \"%.100s\" is not finite before %s", l->name,
+                            l->params[k]->name, where);
+    }
+    return PD_OK;
+}
+
 /* Looks for the first layer of the last forward whose numbers, or parameters, aren't finite. PD_OK: there is none. */
 static pd_status pd__blame(pd_trainer *t, const char *where) {
     pd_net *net = t->net;
-    pd_device *d = net->device;
-    for (int64_t i = 0; i < net->layer_count; i++) {
+    pd_status status = PD_OK;
+    for (int64_t i = 0; status == PD_OK && i < net->layer_count; i++) {
         pd_layer *l = net->layers[i];
-        if (!l->own->active) continue;
-        for (int k = 0; k < l->param_count; k++) {
-            int64_t count;
-            const pd_real *numbers = pd__read_numbers(l->params[k], &count);
-            if (!pd__finite(d->norm(d, count, numbers)))
-                return pd__fail(net, PD_E_NUMERIC, "%.100s: parameter \"%.100s\" is not finite before %s", l->name,
-                                l->params[k]->name, where);
-        }
-        if (l->out.data && !pd__finite(d->norm(d, l->out.rows * l->out.width, l->out.data)))
-            return pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in row %lld of %s", l->name,
-                            l->own->slot >= 0 ? "input" : "output", (long long)pd__bad_row(l), where);
+        int64_t row;
+        char place[64];
+        if (!l->own->active || l->own->fed) continue; /* memories show others' rows */
+        status = pd__blame_params(l, where);
+        row = status == PD_OK ? pd__bad_row(l) : -1;
+        if (row < 0) continue;
+        if (l->own->loop) l = pd__first_bad_in_loop(l->own->loop, &row);
+        status = pd__blame_params(l, where);
+        if (status == PD_OK)
+            status = pd__fail(net, PD_E_NUMERIC, "%.100s: the %s is not finite in %s of %s", l->name,
+                              l->own->slot >= 0 ? "input" : "output", pd__place(place, l, row), where);
     }
-    return PD_OK;
+    return status;
 }
 
 /* Adds the cost's rows of the last forward to *sum, which must be finite then. */
@@ -16200,6 +16249,9 @@ PD_DEF size_t pd_profile(const pd_trainer *trainer, char *text, size_t size) {
                    1e3 * l->own->backward_seconds / runs, total > 0 ? 100 * spent / total : 0,
                    pd__layer_bytes(l) / 1048576);
     }
+    for (const pd_group *g = net->groups; g; g = g->next)
+        pd__append(text, size, &length, "group %s: %lld layers in the loop, %lld steps in the last run\n", g->name,
+                   (long long)(g->last - g->first + 1), (long long)g->steps);
     all = trainer->step_seconds + trainer->wait_seconds;
     pd__append(text, size, &length, "waiting for data: %.1f%% of %.2f s\n",
                all > 0 ? 100 * trainer->wait_seconds / all : 0, all);
@@ -16227,6 +16279,7 @@ PD_DEF pd_status pd_graphviz(pd_net *net, const char *path) {
                 pd_shape_text(l, l->shape));
         for (int k = 0; k < l->input_count; k++)
             fprintf(f, "    n%d -> n%lld;\n", l->inputs[k]->own->index, (long long)i);
+        if (l->own->fed) fprintf(f, "    n%d -> n%lld [style=dashed];\n", l->own->fed->own->index, (long long)i);
     }
     fprintf(f, "}\n");
     bad = ferror(f) != 0;

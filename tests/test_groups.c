@@ -8,6 +8,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 #include "inside.h"
@@ -453,6 +454,92 @@ static void test_dropout_in_the_loop(void **state) {
     pd_net_free(net);
 }
 
+/* ---- reports ---- */
+
+typedef struct squarer {
+    pd_net *net;
+    pd_layer *h, *v, *cost;
+    pd_batch *batch;
+    pd_trainer *trainer;
+} squarer;
+
+/* h = start at first, u = h * h, v = weight * u is h in the next step; in sentences of 2 and 5 steps. */
+static squarer open_squarer(double start, double weight) {
+    squarer s;
+    pd_group *g;
+    pd_layer *x, *boot, *u;
+    s.net = pd_net_new(NULL);
+    x = pd_sequence(pd_vector(s.net, "x", 1)), boot = pd_vector(s.net, "start", 1);
+    g = pd_group_begin(s.net, &(pd_group_opts){ .name = "squares" });
+    pd_group_input(g, x), pd_group_static(g, boot);
+    s.h = pd_group_memory(g, 1, boot);
+    u = pd_multiply(s.net, s.h, s.h, &(pd_layer_opts){ .name = "u" });
+    s.v = pd_fc(s.net, u, 1, &(pd_fc_opts){ .name = "v", .no_bias = true });
+    pd_group_feed(s.h, s.v);
+    s.cost = pd_sum_cost(s.net, pd_group_end(g, s.v), NULL);
+    check_built(s.net, s.cost);
+    pd_param_find(s.net, "v.weight")->value[0] = (pd_real)weight; /* pd_param_set refuses NaN */
+    s.batch = pd_batch_new(s.net);
+    for (int q = 0; q < 2; q++) {
+        for (int t = 0; t < (q ? 5 : 2); t++) *pd_batch_add_row(s.batch, 0) = 1;
+        *pd_batch_add_row(s.batch, 1) = (pd_real)(q ? start : 1);
+        assert_int_equal(pd_batch_end_sample(s.batch), PD_OK);
+    }
+    s.trainer = pd_trainer_new(s.net, s.cost, pd_sgd(1e-9), NULL);
+    check_built(s.net, s.trainer);
+    return s;
+}
+
+static void close_squarer(squarer *s) {
+    pd_trainer_free(s->trainer);
+    pd_batch_free(s->batch);
+    pd_net_free(s->net);
+}
+
+/* The report says where it began: in which step, whichever layer stands first, and a parameter before a row. */
+static void test_not_finite(void **state) {
+    static const char *const texts[] = { "u: the output is not finite in step 3 of sentence 1 of batch 0 of pass 0",
+                                         "v: the output is not finite in step 0 of sentence 1 of batch 0 of pass 0",
+                                         "v: parameter \"v.weight\" is not finite before batch 0 of pass 0",
+                                         "start: the input is not finite in row 1 of batch 0 of pass 0" };
+    const double large = IS_DOUBLE ? 1e308 : 1e38, root = IS_DOUBLE ? 1e20 : 1e3; /* root^16 is too large, root^8 not */
+    const double starts[] = { root, root, 1, HUGE_VAL }, weights[] = { 1, large, (double)NAN, 1 };
+    (void)state;
+    for (int i = 0; i < COUNT(texts); i++) {
+        squarer s = open_squarer(starts[i], weights[i]);
+        assert_int_equal(pd_train_batch(s.trainer, s.batch, NULL), PD_E_NUMERIC);
+        assert_string_equal(pd_error(s.net), texts[i]);
+        close_squarer(&s);
+    }
+}
+
+static void test_texts(void **state) {
+    squarer s = open_squarer(1, 0.5);
+    char text[4096], path[] = "/tmp/paddle_groups_XXXXXX", arrow[100], graph[4096];
+    FILE *file;
+    int h = -1, v = -1;
+    (void)state;
+    pd_profile(s.trainer, text, sizeof text);
+    check_contains(text, "group squares: 3 layers in the loop, 0 steps in the last run\n");
+    assert_int_equal(pd_train_batch(s.trainer, s.batch, NULL), PD_OK);
+    pd_profile(s.trainer, text, sizeof text);
+    check_contains(text, "group squares: 3 layers in the loop, 5 steps in the last run\n");
+    for (int i = 0; pd_layer_at(s.net, i); i++) {
+        if (pd_layer_at(s.net, i) == s.h) h = i;
+        if (pd_layer_at(s.net, i) == s.v) v = i;
+    }
+    close(mkstemp(path));
+    assert_int_equal(pd_graphviz(s.net, path), PD_OK);
+    file = fopen(path, "r");
+    graph[fread(graph, 1, sizeof graph - 1, file)] = 0;
+    fclose(file);
+    unlink(path);
+    snprintf(arrow, sizeof arrow, "    n%d -> n%d [style=dashed];\n", v, h);
+    check_contains(graph, arrow);
+    assert_null(strstr(strstr(graph, "dashed") + 1, "dashed"));
+    close_squarer(&s);
+}
+
 /* ---- misuse ---- */
 
 static void test_refused(void **state) {
@@ -538,6 +625,8 @@ int main(void) {
         cmocka_unit_test(test_one_answer_and_shared_nets),
         cmocka_unit_test(test_generation),
         cmocka_unit_test(test_dropout_in_the_loop),
+        cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_texts),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_refused_runs),
     };
