@@ -10,6 +10,7 @@
 # make portability   the digits and a self-check under every toolchain found; `make setup-portability` installs them
 # make bench         build and run what bench/ has that needs nothing else
 # make bench-sparse  training steps with tables of up to 100 million rows; takes 7 GB and two minutes
+# make bench-sequences  recurrent nets and translation beside PyTorch, which it installs; takes minutes
 # make bench-busy    small nets beside busy loops on all processors; takes minutes
 # make bench-peers   installs OpenBLAS, PyTorch and ONNX Runtime (6 GB), and runs the same beside them
 # make bench-report  leaves what they print, and a picture, in bench/results
@@ -72,6 +73,10 @@ setup-bench:
 
 bench-sparse: build/bench/sparse
 	@build/bench/sparse
+
+# PYTHON: one that has PyTorch; by default that of setup-bench.
+bench-sequences: build/bench/sequences $(if $(PYTHON),,setup-bench)
+	@for n in $(or $(THREADS),1 2); do $(or $(PYTHON),build/bench-venv/bin/python) bench/sequences.py $$n $(PARTS) || exit 1; done
 
 bench-busy: build/bench/nets
 	@bench/busy.sh
@@ -164,5 +169,5 @@ clean:
 	rm -rf build
 
 always:
-.PHONY: all run translate bench bench-sparse bench-busy bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
+.PHONY: all run translate bench bench-sparse bench-sequences bench-busy bench-peers bench-report setup-bench lib install setup setup-portability test test-all try fuzz seams gpu-check portability format clean always
 .DELETE_ON_ERROR:
