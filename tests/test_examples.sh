@@ -45,6 +45,18 @@ make_idx
 says lenet '^lenet: accuracy 9[0-9]\.' "$programs/lenet" . 4
 says wordorder '^wordorder: accuracy (99|100)\.' "$programs/wordorder"
 says translate '^translate: (99|100)\.[0-9]% exact \([0-9]+ held-out numbers\), [0-9]+ s$' "$programs/translate"
+
+# A language model of little text, with the model saved, and again from there.
+rm -f char_lm.safetensors
+head -c 40000 "$root/paddle.h" >short.txt
+says char_lm '^char_lm: [23]\.[0-9]+ bits a held-out byte' "$programs/char_lm" short.txt 3
+learned=$(tail -n 1 "$log" | sed 's/,.*//')
+says 'char_lm: the saved model' "^$learned" "$programs/char_lm" short.txt 0
+refused() { ! "$@" </dev/null && grep -q "$message" "$log"; }
+message='short.txt: is too short, expected 320 bytes or more'
+head -c 319 "$root/paddle.h" >short.txt
+check 'char_lm: a text that is too short' refused "$programs/char_lm" short.txt 0
+
 says readme '^readme: 3000 samples$' timeout 100 "$programs/readme"
 if command -v mpiexec >/dev/null && [ -x "$programs/cluster" ]; then
     says cluster '^cluster: accuracy 9[5-9]\.' env OMP_NUM_THREADS=1 mpiexec -n 2 "$programs/cluster"
