@@ -26,26 +26,26 @@
                        optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
                        trainer 1863, files 1942, gradient_check 1985
      >>NAME.c          core 2135, threads 2576, net 2836, parameters 3129, inputs 3643, activations 3734,
-                       layers 3754, costs 6403, batches 7057, running 7341, groups 8024, evaluators 9086,
-                       optimizers 9632, device 9823, layer_types 11428, updater 11736, averaging 12207,
-                       readers 12290, text 14460, tensorboard 14971, trainer 15155, profile 16215, files 16291,
-                       gradient_check 18460, kernels 18721
+                       layers 3754, costs 6403, batches 7057, running 7341, groups 8026, evaluators 9096,
+                       optimizers 9642, device 9833, layer_types 11438, updater 11746, averaging 12217,
+                       readers 12300, text 14470, tensorboard 14981, trainer 15165, profile 16225, files 16301,
+                       gradient_check 18470, kernels 18731
      >>layer:NAME      fc 3959, conv 4065, conv_transpose 4065, pool 4245, batch_norm 4334, layer_norm 4470,
                        group_norm 4509, response_norm 4562, dropout 4606, add 4658, multiply 4658, concat 4716,
                        slice 4762, reshape 4762, transpose 4762, pad 4762, scale 4900, interpolate 4900, affine 4987,
                        maxout 5016, resize 5062, block_expand 5129, cosine 5228, outer 5306, bilinear 5352,
                        activation 5421, prelu 5421, embedding 5483, gru 5723, lstm 5881, attention 6130,
-                       sequence_pool 6297, expand 8033
+                       sequence_pool 6297, expand 8035
      >>cost:NAME       cross_entropy 6501, binary_cross_entropy 6680, squared_error 6701, huber 6712, smooth_l1 6730,
                        sum_cost 6759, huber_two_class 6790, hinge 6801, rank_cost 6874, lambda_rank 6927
-     >>evaluator:NAME  error 9131, precision_recall 9174, auc 9242, pnpair 9343, mean_error 9390
-     >>op:NAME         kernels 9824, contract 9914, gemm 9969, conv 10102, winograd 10354, update 10669,
-                       activate 10745, pool 10774, cross_entropy 10892, dropout 10933, norm 10944,
-                       sparse_product 11085, gru 11101, lstm 11120, attention 11138, levels 11201
-     >>reader:NAME     array 12754, csv 13069, libsvm 13276, idx 13526, npy 13526, stream 13939, shuffle 14054,
-                       prefetch 14192, text 14840
-     >>kernel:NAME     gemm 18826, winograd 19146, elementwise 19495, update 19743, activate 19916, norm 20082,
-                       gru 20329, lstm 20372, attention 20429, pool 20516
+     >>evaluator:NAME  error 9141, precision_recall 9184, auc 9252, pnpair 9353, mean_error 9400
+     >>op:NAME         kernels 9834, contract 9924, gemm 9979, conv 10112, winograd 10364, update 10679,
+                       activate 10755, pool 10784, cross_entropy 10902, dropout 10943, norm 10954,
+                       sparse_product 11095, gru 11111, lstm 11130, attention 11148, levels 11211
+     >>reader:NAME     array 12764, csv 13079, libsvm 13286, idx 13536, npy 13536, stream 13949, shuffle 14064,
+                       prefetch 14202, text 14850
+     >>kernel:NAME     gemm 18836, winograd 19156, elementwise 19505, update 19753, activate 19926, norm 20092,
+                       gru 20339, lstm 20382, attention 20439, pool 20526
 
    A WHOLE PROGRAM
 
@@ -7346,6 +7346,7 @@ enum { PD__OUT, PD__BEFORE }; /* a layer's two tensors: its output, after and be
 static void pd__activate_loop(pd_group *g);
 static pd_status pd__run_loop(pd_group *g);
 static pd_status pd__backward_loop(pd_group *g);
+static bool pd__reads_before_loop(const pd_layer *l);
 
 static pd_tensor *pd__tensor_of(pd_layer *l, int which) { return which == PD__OUT ? &l->out : &l->own->before; }
 
@@ -7730,7 +7731,7 @@ static pd_status pd__param_to_host(pd_layer *l, int k) {
     s->param = *p;
     s->param.value = p->touched ? NULL : s->values;
     s->param.row_values = p->touched ? s->values : NULL;
-    s->param.grad = s->grads; /* without one it stays NULL: nothing was taken */
+    s->param.grad = p->grad ? s->grads : NULL;
     if (values > 0) d->download(d, s->values, from, (size_t)values * sizeof *from);
     if (grads > 0) d->download(d, s->grads, p->grad, (size_t)grads * sizeof *from);
     l->params[k] = &s->param;
@@ -7755,9 +7756,10 @@ static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
     pd_device *d = l->net->device;
     const pd_allocator *a = &l->net->allocator;
     pd_status status = PD_OK;
+    bool fills = !backward && !(own->part == PD__IN_LOOP && pd__reads_before_loop(l)); /* else a sum goes on */
     if (!own->shadows) own->shadows = (pd__shadow *)pd_alloc(a, l->param_count, sizeof *own->shadows);
     if (!own->shadows) return pd__host_memory_fail(l->net);
-    for (int i = 0; i < PD__COUNT(own->store) && !backward; i++) { /* forward fills them */
+    for (int i = 0; i < PD__COUNT(own->store) && fills; i++) {
         pd__store *store = &own->store[i];
         if (!pd_grow(a, (void **)&store->host_data, &store->host_data_capacity,
                      pd__tensor_of(l, i)->data ? pd__max(l->out.rows * l->out.width, 1) : 0, sizeof(pd_real)))
@@ -7784,7 +7786,7 @@ static pd_status pd__on_host(pd_layer *l, bool backward, pd_status (*work)(pd_la
     status = pd__carry(l, backward, &moved);
     if (status == PD_OK) status = work(l);
     while (moved > 0) pd__param_to_device(l, --moved, backward);
-    pd__layer_to_device(l, !backward, false);
+    pd__layer_to_device(l, !backward, backward && l->own->loop); /* after the loop it is wanted for all steps */
     for (int k = 0; k < l->input_count; k++) pd__layer_to_device(l->inputs[k], false, backward);
     if (status != PD_OK && !backward) l->own->store[PD__OUT].host_of = l->own->store[PD__BEFORE].host_of = NULL;
     return status;
@@ -8434,6 +8436,14 @@ PD_DEF pd_layer *pd_group_memory(pd_group *group, int64_t size, pd_layer *boot) 
     return l;
 }
 
+/* Would the memory's gradient, which is in the place of what feeds it, be another one's too? Where a layer reads both on
+   the host, there would be two copies of it. */
+static bool pd__is_fed_back(const pd_group *g, const pd_layer *layer) {
+    bool feeds = layer->type == &pd__memory_type;
+    for (int64_t i = g->begin; i < g->net->layer_count; i++) feeds = feeds || g->net->layers[i]->own->fed == layer;
+    return feeds;
+}
+
 PD_DEF pd_status pd_group_feed(pd_layer *memory, pd_layer *layer) {
     pd_group *g = memory ? memory->own->group : NULL;
     const char *wrong = NULL;
@@ -8452,19 +8462,19 @@ PD_DEF pd_status pd_group_feed(pd_layer *memory, pd_layer *layer) {
         return pd__fail_build(g->net, PD_E_ARGUMENT, "%.100s: a memory of %lld numbers, fed with \"%.100s\" (%s), %s",
                               memory->name, (long long)memory->out.width, layer->name,
                               pd_shape_text(layer, layer->shape), wrong);
-    if (layer->type == &pd__memory_type) layer = pd_add(g->net, &layer, 1, NULL); /* two steps back */
+    if (pd__is_fed_back(g, layer)) layer = pd_add(g->net, &layer, 1, NULL);
     memory->own->fed = layer;
     return layer ? PD_OK : pd_error_status(g->net);
 }
 
-/* A layer that moves rows of `from`: found, or made. */
+/* A layer that moves rows of `from`: found, or made. Each memory has its own boot rows, as pd__is_fed_back says why. */
 static pd_layer *pd__mover(pd_group *g, pd__move move, pd_layer *from) {
     pd__move_spec s;
     pd_layer *l;
     memset(&s, 0, sizeof s);
     s.move = move;
     s.before = move == PD__TO_BATCH && (from->act == PD_SOFTMAX || from->act == PD_SIGMOID);
-    for (int64_t i = g->begin; i < g->net->layer_count; i++) {
+    for (int64_t i = g->begin; i < g->net->layer_count && move != PD__TO_FIRST_STEP; i++) {
         l = g->net->layers[i];
         if (l->type == &pd__move_type && l->own->group == g && pd__move_of(l)->move == move && l->inputs[0] == from)
             return l;

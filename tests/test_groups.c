@@ -11,6 +11,7 @@
 #include <unistd.h>
 #include <cmocka.h>
 
+#include "far_device.h"
 #include "inside.h"
 #include "support.h"
 
@@ -140,13 +141,13 @@ static void test_gru_is_the_built_in_one(void **state) {
 }
 
 typedef struct wishes {
-    bool reverse, sparse, dropout, soft, feedback, share, twice;
+    bool reverse, sparse, dropout, soft, feedback, share, twice, two;
 } wishes;
 
 /* An encoder, and a decoder that looks at it: the words before, attention, and what else is wished. */
 static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
     pd_layer *words = pd_sequence(pd_ids(net, "words", 9)), *source = pd_sequence(pd_vector(net, "source", 4));
-    pd_layer *encoder, *boot, *keys, *x, *h, *m = NULL, *query, *context, *list[4], *y, *out, *scores;
+    pd_layer *encoder, *boot, *keys, *x, *h, *m = NULL, *query, *context, *list[5], *y, *out, *scores;
     pd_group *g;
     pd_want_gradient(source);
     encoder = pd_gru(net, source, 5, NULL);
@@ -162,7 +163,8 @@ static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
     context = pd_attention(net, query, keys, encoder, NULL);
     if (attention) *attention = context;
     list[0] = x, list[1] = h, list[2] = context, list[3] = boot;
-    y = pd_fc_sum(net, list, 4, 6, &(pd_fc_opts){ .act = w.soft ? PD_SOFTMAX : PD_TANH });
+    if (w.two) list[4] = m = pd_group_memory(g, 6, boot); /* another that begins and goes on as h does */
+    y = pd_fc_sum(net, list, w.two ? 5 : 4, 6, &(pd_fc_opts){ .act = w.soft ? PD_SOFTMAX : PD_TANH });
     if (w.feedback) { /* two memories, one of them of what depends on no memory, and one of another memory */
         pd_layer *pair[2];
         m = pd_group_memory(g, 3, NULL);
@@ -177,6 +179,7 @@ static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
     }
     if (w.dropout) y = pd_dropout(net, y, 0.3, NULL);
     pd_group_feed(h, y);
+    if (w.two) pd_group_feed(m, y);
     list[0] = y, list[1] = h, list[2] = x;
     scores = pd_fc_sum(net, list, 3, 9, &(pd_fc_opts){ .name = "scores" });
     if (w.share) { /* a parameter of the loop, of the group's rest, and of a layer outside */
@@ -204,6 +207,8 @@ static const wishes kinds[] = { { 0 },
                                 { .dropout = true, .twice = true },
                                 { .soft = true, .twice = true },
                                 { .feedback = true },
+                                { .two = true, .twice = true },
+                                { .two = true, .soft = true },
                                 { .feedback = true, .twice = true, .reverse = true },
                                 { .share = true, .sparse = true, .soft = true, .dropout = true } };
 
@@ -354,6 +359,17 @@ static pd_batch *sources(pd_net *net, const pd_batch *from) {
     return batch;
 }
 
+/* So that not all words are the same. */
+static void fill_params(pd_net *net, uint64_t seed) {
+    for (pd_param *p = pd_param_first(net); p; p = p->next) {
+        pd_real *v = (pd_real *)malloc((size_t)p->size * sizeof *v);
+        random_seed(seed * 100 + (uint64_t)p->size);
+        for (int64_t k = 0; k < p->size; k++) v[k] = (pd_real)uniform(-1.5, 1.5);
+        assert_int_equal(pd_param_set(p, v, p->size), PD_OK);
+        free(v);
+    }
+}
+
 static int64_t best_of(const pd_real *row, int64_t width) {
     int64_t best = 0;
     for (int64_t i = 1; i < width; i++)
@@ -382,16 +398,11 @@ static void test_generation(void **state) {
                               .sparse = kinds[i].sparse,
                               .soft = kinds[i].soft,
                               .dropout = kinds[i].dropout,
-                              .share = kinds[i].share },
+                              .share = kinds[i].share,
+                              .two = kinds[i].two },
                     NULL);
             out = scores = pd_layer_find(net, kinds[i].share ? "sums" : "scores");
-            for (pd_param *p = pd_param_first(net); p; p = p->next) { /* not all the same word */
-                pd_real *v = (pd_real *)malloc((size_t)p->size * sizeof *v);
-                random_seed(seed * 100 + (uint64_t)p->size);
-                for (int64_t k = 0; k < p->size; k++) v[k] = (pd_real)uniform(-1.5, 1.5);
-                assert_int_equal(pd_param_set(p, v, p->size), PD_OK);
-                free(v);
-            }
+            fill_params(net, seed);
             random_seed(seed);
             any = batch_of(net, ragged, keys_of, COUNT(ragged));
             batch = sources(net, any);
@@ -427,6 +438,107 @@ static void test_generation(void **state) {
             pd_net_free(net);
         }
     assert_true(ended > 20 && cut > 20); /* both ways of leaving */
+}
+
+/* ---- devices without host memory ---- */
+
+typedef struct record {
+    pd_real numbers[20000];
+    int64_t count;
+} record;
+
+/* Numbers of a net's device, or, if `net` is NULL, of the host. */
+static void append(record *r, pd_net *net, const pd_real *x, int64_t n) {
+    assert_true(r->count + n <= COUNT(r->numbers));
+    if (net) inside_device(net)->download(inside_device(net), r->numbers + r->count, x, (size_t)n * sizeof *x);
+    else if (n > 0) memcpy(r->numbers + r->count, x, (size_t)n * sizeof *x);
+    r->count += n;
+}
+
+static void append_output(record *r, pd_layer *l) {
+    int64_t rows, width;
+    const pd_real *y = pd_output(l, &rows, &width);
+    if (!y) fail_msg("%s", pd_error(l->net));
+    append(r, NULL, y, rows * width);
+}
+
+static void append_weights(record *r, pd_layer *attention) {
+    for (int64_t q = 0; q < COUNT(ragged); q++)
+        for (int64_t t = 0; t < ragged[q]; t++) {
+            int64_t count;
+            const pd_real *weights = pd_attention_weights(attention, q, t, &count);
+            if (!weights) fail_msg("%s", pd_error(attention->net));
+            assert_int_equal(count, keys_of[q]);
+            append(r, NULL, weights, count);
+        }
+}
+
+/* A step of training. */
+static void append_step(record *r, pd_layer *cost, const pd_batch *batch) {
+    pd_net *net = cost->net;
+    assert_int_equal(pd_zero_grads(net), PD_OK);
+    if (pd_forward(net, batch, PD_TRAIN, &cost, 1) != PD_OK) fail_msg("%s", pd_error(net));
+    append_output(r, cost);
+    if (pd_backward(net, cost) != PD_OK) fail_msg("%s", pd_error(net));
+    for (pd_param *p = pd_param_first(net); p; p = p->next)
+        append(r, net, p->grad, p->opts.sparse ? p->rows.count * p->dims[1] : p->size);
+}
+
+/* All that a net of groups says on a device: sentences, predictions, costs, gradients, attention. */
+static record *run_on(pd_device *device, const wishes *w) {
+    pd_net *net = pd_net_new(&(pd_net_opts){ .device = device, .seed = 5 });
+    record *r = (record *)calloc(1, sizeof *r);
+    pd_layer *attention = NULL, *x = NULL, *out, *cost, *scores;
+    pd_batch *batch;
+    if (!w) x = pd_sequence(pd_vector(net, "x", 5));
+    if (x) pd_want_gradient(x);
+    out = w ? decoder(net, *w, &attention) : gru_group(net, x, 6, NULL, true);
+    cost = squares(net, out);
+    check_built(net, cost);
+    fill_params(net, 1);
+    random_seed(6);
+    batch = batch_of(net, ragged, keys_of, COUNT(ragged));
+    scores = pd_layer_find(net, w && w->share ? "sums" : "scores");
+    if (w && !w->reverse && !w->twice) {
+        pd_generated words = generate(scores, batch);
+        for (int64_t i = 0; i < words.starts[words.sequences]; i++)
+            append(r, NULL, &(pd_real){ (pd_real)words.ids[i] }, 1);
+        assert_true(r->count > 0);
+    }
+    predict(net, batch, out);
+    append_output(r, out);
+    if (w) append_weights(r, attention);
+    for (int i = 0; i < 2; i++) append_step(r, cost, batch);
+    append(r, net, (x ? x : pd_layer_find(net, "source"))->out.grad, 20);
+    pd_batch_free(batch);
+    pd_net_free(net);
+    return r;
+}
+
+/* With all operations, without one, so that some layers of the loop are carried to the host in each step, and with none.
+   The arithmetic is the CPU's in each, and so are the bits. */
+static void test_other_devices(void **state) {
+    const uint64_t ops[] = { ~(uint64_t)0, ~PD_OP(sparse_product), ~PD_OP(attention), ~PD_OP(gemm), 0 };
+    pd_net *net = pd_net_new(NULL);
+    (void)state;
+    for (int i = -1; i < COUNT(kinds); i++) {
+        const wishes *w = i < 0 ? NULL : &kinds[i];
+        record *cpu = run_on(NULL, w);
+        for (int k = 0; k < COUNT(ops); k++) {
+            far_device far = make_far(cpu_of(net), ops[k]);
+            record *other;
+            far.device.self = &far;
+            other = run_on(&far.device, w);
+            assert_int_equal(cpu->count, other->count);
+            for (int64_t j = 0; j < cpu->count; j++)
+                if (memcmp(cpu->numbers + j, other->numbers + j, sizeof *cpu->numbers) != 0)
+                    fail_msg("kind %d, device %d: number %lld of %lld is %.9g, on the CPU %.9g", i, k, (long long)j,
+                             (long long)cpu->count, (double)other->numbers[j], (double)cpu->numbers[j]);
+            free(other);
+        }
+        free(cpu);
+    }
+    pd_net_free(net);
 }
 
 /* Each step drops others. */
@@ -624,6 +736,7 @@ int main(void) {
         cmocka_unit_test(test_threads),
         cmocka_unit_test(test_one_answer_and_shared_nets),
         cmocka_unit_test(test_generation),
+        cmocka_unit_test(test_other_devices),
         cmocka_unit_test(test_dropout_in_the_loop),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_texts),
