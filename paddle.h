@@ -26,26 +26,26 @@
                        optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
                        trainer 1863, files 1942, gradient_check 1985
      >>NAME.c          core 2135, threads 2576, net 2836, parameters 3129, inputs 3643, activations 3734,
-                       layers 3754, costs 6403, batches 7057, running 7341, groups 8026, evaluators 9096,
-                       optimizers 9642, device 9833, layer_types 11438, updater 11746, averaging 12217,
-                       readers 12300, text 14470, tensorboard 14981, trainer 15165, profile 16225, files 16301,
-                       gradient_check 18470, kernels 18731
+                       layers 3754, costs 6403, batches 7057, running 7341, groups 8023, evaluators 9093,
+                       optimizers 9639, device 9830, layer_types 11435, updater 11743, averaging 12214,
+                       readers 12297, text 14467, tensorboard 14978, trainer 15162, profile 16222, files 16298,
+                       gradient_check 18467, kernels 18728
      >>layer:NAME      fc 3959, conv 4065, conv_transpose 4065, pool 4245, batch_norm 4334, layer_norm 4470,
                        group_norm 4509, response_norm 4562, dropout 4606, add 4658, multiply 4658, concat 4716,
                        slice 4762, reshape 4762, transpose 4762, pad 4762, scale 4900, interpolate 4900, affine 4987,
                        maxout 5016, resize 5062, block_expand 5129, cosine 5228, outer 5306, bilinear 5352,
                        activation 5421, prelu 5421, embedding 5483, gru 5723, lstm 5881, attention 6130,
-                       sequence_pool 6297, expand 8035
+                       sequence_pool 6297, expand 8032
      >>cost:NAME       cross_entropy 6501, binary_cross_entropy 6680, squared_error 6701, huber 6712, smooth_l1 6730,
                        sum_cost 6759, huber_two_class 6790, hinge 6801, rank_cost 6874, lambda_rank 6927
-     >>evaluator:NAME  error 9141, precision_recall 9184, auc 9252, pnpair 9353, mean_error 9400
-     >>op:NAME         kernels 9834, contract 9924, gemm 9979, conv 10112, winograd 10364, update 10679,
-                       activate 10755, pool 10784, cross_entropy 10902, dropout 10943, norm 10954,
-                       sparse_product 11095, gru 11111, lstm 11130, attention 11148, levels 11211
-     >>reader:NAME     array 12764, csv 13079, libsvm 13286, idx 13536, npy 13536, stream 13949, shuffle 14064,
-                       prefetch 14202, text 14850
-     >>kernel:NAME     gemm 18836, winograd 19156, elementwise 19505, update 19753, activate 19926, norm 20092,
-                       gru 20339, lstm 20382, attention 20439, pool 20526
+     >>evaluator:NAME  error 9138, precision_recall 9181, auc 9249, pnpair 9350, mean_error 9397
+     >>op:NAME         kernels 9831, contract 9921, gemm 9976, conv 10109, winograd 10361, update 10676,
+                       activate 10752, pool 10781, cross_entropy 10899, dropout 10940, norm 10951,
+                       sparse_product 11092, gru 11108, lstm 11127, attention 11145, levels 11208
+     >>reader:NAME     array 12761, csv 13076, libsvm 13283, idx 13533, npy 13533, stream 13946, shuffle 14061,
+                       prefetch 14199, text 14847
+     >>kernel:NAME     gemm 18833, winograd 19153, elementwise 19502, update 19750, activate 19923, norm 20089,
+                       gru 20336, lstm 20379, attention 20436, pool 20523
 
    A WHOLE PROGRAM
 
@@ -7753,7 +7753,6 @@ static void pd__param_to_device(pd_layer *l, int k, bool backward) {
 /* What the layer will see on the host. *moved: so many parameters are shadows now. */
 static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
     struct pd__layer *own = l->own;
-    pd_device *d = l->net->device;
     const pd_allocator *a = &l->net->allocator;
     pd_status status = PD_OK;
     bool fills = !backward && !(own->part == PD__IN_LOOP && pd__reads_before_loop(l)); /* else a sum goes on */
@@ -7766,8 +7765,6 @@ static pd_status pd__carry(pd_layer *l, bool backward, int *moved) {
             return pd__host_memory_fail(l->net);
         store->host_of = pd__tensor_of(l, i)->data;
         store->host_numbers = l->out.rows * l->out.width;
-        if (own->part == PD__IN_LOOP && store->host_of) /* a part of its sum may be there */
-            d->download(d, store->host_data, store->host_of, (size_t)store->host_numbers * sizeof(pd_real));
     }
     for (int k = 0; status == PD_OK && k < l->input_count; k++) status = pd__layer_to_host(l->inputs[k], backward);
     if (status == PD_OK) status = pd__layer_to_host(l, backward);
