@@ -54,13 +54,13 @@ class Ours:
         self.process.wait()
 
 
-def timed(step):
+def timed(step, clock=time.perf_counter):
     """Of a function, one that calls it n times and returns the seconds of one call."""
     def steps(count):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(count):
             step()
-        return (time.perf_counter() - start) / count
+        return (clock() - start) / count
     return steps
 
 
