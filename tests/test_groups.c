@@ -1,6 +1,6 @@
 /* Recurrent groups: against the built-in layers, in values and gradients; gradients against central differences in nets
    with statics, attention, dropout, sparse tables, shared parameters; a sequence at once against a step at a time; one
-   answer; shared nets; misuse. */
+   answer; shared nets; devices without host memory; lack of memory; reports; misuse. */
 #define _POSIX_C_SOURCE 200809L
 #include "../paddle.h"
 
@@ -145,9 +145,9 @@ typedef struct wishes {
 } wishes;
 
 /* An encoder, and a decoder that looks at it: the words before, attention, and what else is wished. */
-static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
+static pd_layer *unchecked_decoder(pd_net *net, wishes w, pd_layer **attention) {
     pd_layer *words = pd_sequence(pd_ids(net, "words", 9)), *source = pd_sequence(pd_vector(net, "source", 4));
-    pd_layer *encoder, *boot, *keys, *x, *h, *m = NULL, *query, *context, *list[5], *y, *out, *scores;
+    pd_layer *encoder, *boot, *keys, *x, *h, *m, *also = NULL, *query, *context, *list[5], *y, *out, *scores;
     pd_group *g;
     pd_want_gradient(source);
     encoder = pd_gru(net, source, 5, NULL);
@@ -163,7 +163,7 @@ static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
     context = pd_attention(net, query, keys, encoder, NULL);
     if (attention) *attention = context;
     list[0] = x, list[1] = h, list[2] = context, list[3] = boot;
-    if (w.two) list[4] = m = pd_group_memory(g, 6, boot); /* another that begins and goes on as h does */
+    if (w.two) list[4] = also = pd_group_memory(g, 6, boot); /* another that begins and goes on as h does */
     y = pd_fc_sum(net, list, w.two ? 5 : 4, 6, &(pd_fc_opts){ .act = w.soft ? PD_SOFTMAX : PD_TANH });
     if (w.feedback) { /* two memories, one of them of what depends on no memory, and one of another memory */
         pd_layer *pair[2];
@@ -179,7 +179,7 @@ static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
     }
     if (w.dropout) y = pd_dropout(net, y, 0.3, NULL);
     pd_group_feed(h, y);
-    if (w.two) pd_group_feed(m, y);
+    if (w.two) pd_group_feed(also, y);
     list[0] = y, list[1] = h, list[2] = x;
     scores = pd_fc_sum(net, list, 3, 9, &(pd_fc_opts){ .name = "scores" });
     if (w.share) { /* a parameter of the loop, of the group's rest, and of a layer outside */
@@ -198,6 +198,11 @@ static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
         list[1] = pd_expand(net, pd_fc(net, boot, 9, &(pd_fc_opts){ .weight.name = "shared" }), out, NULL);
         out = pd_add(net, list, 2, NULL);
     }
+    return out;
+}
+
+static pd_layer *decoder(pd_net *net, wishes w, pd_layer **attention) {
+    pd_layer *out = unchecked_decoder(net, w, attention);
     check_built(net, out);
     return out;
 }
@@ -566,6 +571,69 @@ static void test_dropout_in_the_loop(void **state) {
     pd_net_free(net);
 }
 
+/* ---- lack of memory ---- */
+
+/* Builds, trains, generates, and predicts in a shared net; what failed with which message, or PD_OK. */
+static pd_status use_all(pd_net *net, pd_failure *failure) {
+    const wishes all = { false, true, true, true, true, true, true, true };
+    const pd_generate_opts o = { .begin = BEGIN, .end = END, .max_rows = 4 };
+    pd_layer *attention = NULL, *out = unchecked_decoder(net, all, &attention), *cost = pd_sum_cost(net, out, NULL);
+    pd_layer *scores = pd_layer_find(net, "sums"), *twin;
+    pd_batch *batch = pd_batch_new(net);
+    pd_net *shared = NULL;
+    pd_status status = cost && batch ? PD_OK : pd_error_status(net);
+    pd_generated words;
+    for (int i = 0; i < 6 && status == PD_OK; i++) {
+        for (int t = 0; t < i && status == PD_OK; t++) status = pd_batch_add_id(batch, 0, (i + t) % 9);
+        for (int t = 0; t < 6 - i && status == PD_OK; t++) {
+            pd_real *row = pd_batch_add_row(batch, 1);
+            for (int k = 0; row && k < 4; k++) row[k] = (pd_real)(k - t);
+            if (!row) status = batch->error.status;
+        }
+        if (status == PD_OK) status = pd_batch_end_sample(batch);
+        if (status == PD_OK && i % 3 == 2) status = pd_forward(net, batch, PD_TRAIN, &cost, 1);
+        if (status == PD_OK && i % 3 == 2 && !pd_attention_weights(attention, i, 0, NULL))
+            status = pd_error_status(net);
+        if (status == PD_OK && i % 3 == 2) status = pd_backward(net, cost);
+    }
+    if (status == PD_OK) status = pd_generate(scores, batch, &o, &words);
+    if (status == PD_OK && !(shared = pd_net_share(net))) status = pd_error_status(net);
+    twin = pd_layer_find(shared, out ? out->name : NULL);
+    if (status == PD_OK) status = pd_forward(shared, batch, PD_PREDICT, &twin, 1);
+    snprintf(failure->text, sizeof failure->text, "%s",
+             batch && batch->error.status ? batch->error.text
+                                          : pd_error(shared && pd_error_status(shared) ? shared : net));
+    pd_net_free(shared);
+    pd_batch_free(batch);
+    return status;
+}
+
+/* Every allocation fails once, on the CPU, and where layers of the loop are carried to the host. */
+static void test_no_memory(void **state) {
+    pd_net *lender = pd_net_new(&(pd_net_opts){ .threads = 1 });
+    far_device far = make_far(cpu_of(lender), ~(PD_OP(gemm) | PD_OP(attention)));
+    (void)state;
+    far.device.self = &far;
+    for (int is_far = 0; is_far < 2; is_far++) {
+        bool failed = true;
+        for (int64_t fail_at = 0; failed; fail_at++) {
+            failing_allocator f = { 0, fail_at, 0 };
+            pd_net *net = pd_net_new(&(pd_net_opts){ .allocator = { failing_alloc, failing_free, &f },
+                                                     .threads = 1,
+                                                     .device = is_far ? &far.device : NULL });
+            pd_failure failure = { PD_OK, "out of memory" };
+            pd_status status = net ? use_all(net, &failure) : PD_E_MEMORY;
+            failed = f.calls > fail_at;
+            if (failed ? status != PD_E_MEMORY || !strstr(failure.text, "out of memory") : status != PD_OK)
+                fail_msg("far %d: status %d, message \"%s\" without allocation %lld", is_far, (int)status, failure.text,
+                         (long long)fail_at);
+            pd_net_free(net);
+            assert_int_equal(f.in_use, 0);
+        }
+    }
+    pd_net_free(lender);
+}
+
 /* ---- reports ---- */
 
 typedef struct squarer {
@@ -738,6 +806,7 @@ int main(void) {
         cmocka_unit_test(test_generation),
         cmocka_unit_test(test_other_devices),
         cmocka_unit_test(test_dropout_in_the_loop),
+        cmocka_unit_test(test_no_memory),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_texts),
         cmocka_unit_test(test_refused),
