@@ -26,10 +26,10 @@
                        optimizers 1256, device 1333, layer_types 1549, updater 1672, readers 1733, text 1817,
                        trainer 1863, files 1942, gradient_check 1985
      >>NAME.c          core 2135, threads 2576, net 2836, parameters 3129, inputs 3643, activations 3734,
-                       layers 3754, costs 6403, batches 7057, running 7341, groups 8023, evaluators 9093,
-                       optimizers 9639, device 9830, layer_types 11435, updater 11743, averaging 12214,
-                       readers 12297, text 14467, tensorboard 14978, trainer 15162, profile 16222, files 16298,
-                       gradient_check 18467, kernels 18728
+                       layers 3754, costs 6403, batches 7057, running 7341, groups 8023, evaluators 9095,
+                       optimizers 9641, device 9832, layer_types 11437, updater 11745, averaging 12216,
+                       readers 12299, text 14469, tensorboard 14980, trainer 15164, profile 16224, files 16300,
+                       gradient_check 18469, kernels 18730
      >>layer:NAME      fc 3959, conv 4065, conv_transpose 4065, pool 4245, batch_norm 4334, layer_norm 4470,
                        group_norm 4509, response_norm 4562, dropout 4606, add 4658, multiply 4658, concat 4716,
                        slice 4762, reshape 4762, transpose 4762, pad 4762, scale 4900, interpolate 4900, affine 4987,
@@ -38,14 +38,14 @@
                        sequence_pool 6297, expand 8032
      >>cost:NAME       cross_entropy 6501, binary_cross_entropy 6680, squared_error 6701, huber 6712, smooth_l1 6730,
                        sum_cost 6759, huber_two_class 6790, hinge 6801, rank_cost 6874, lambda_rank 6927
-     >>evaluator:NAME  error 9138, precision_recall 9181, auc 9249, pnpair 9350, mean_error 9397
-     >>op:NAME         kernels 9831, contract 9921, gemm 9976, conv 10109, winograd 10361, update 10676,
-                       activate 10752, pool 10781, cross_entropy 10899, dropout 10940, norm 10951,
-                       sparse_product 11092, gru 11108, lstm 11127, attention 11145, levels 11208
-     >>reader:NAME     array 12761, csv 13076, libsvm 13283, idx 13533, npy 13533, stream 13946, shuffle 14061,
-                       prefetch 14199, text 14847
-     >>kernel:NAME     gemm 18833, winograd 19153, elementwise 19502, update 19750, activate 19923, norm 20089,
-                       gru 20336, lstm 20379, attention 20436, pool 20523
+     >>evaluator:NAME  error 9140, precision_recall 9183, auc 9251, pnpair 9352, mean_error 9399
+     >>op:NAME         kernels 9833, contract 9923, gemm 9978, conv 10111, winograd 10363, update 10678,
+                       activate 10754, pool 10783, cross_entropy 10901, dropout 10942, norm 10953,
+                       sparse_product 11094, gru 11110, lstm 11129, attention 11147, levels 11210
+     >>reader:NAME     array 12763, csv 13078, libsvm 13285, idx 13535, npy 13535, stream 13948, shuffle 14063,
+                       prefetch 14201, text 14849
+     >>kernel:NAME     gemm 18835, winograd 19155, elementwise 19504, update 19752, activate 19925, norm 20091,
+                       gru 20338, lstm 20381, attention 20438, pool 20525
 
    A WHOLE PROGRAM
 
@@ -1931,9 +1931,9 @@ PD_API pd_status pd_use_average(pd_trainer *trainer, bool on);
    processes all call it. */
 PD_API pd_status pd_sync(pd_trainer *trainer);
 PD_API int64_t pd_trainer_samples(const pd_trainer *trainer); /* seen so far */
-/* A table of time and memory by layer, the steps of recurrent groups, the fraction of time spent waiting for data, and, of the time in loops for
-   several threads, the fraction in which some were missing or had to be waited for; where that is much, other work has
-   the processors, not the slow layer. Like snprintf. */
+/* A table of time and memory by layer, the steps of recurrent groups, the fraction of time spent waiting for data, and,
+   of the time in loops for several threads, the fraction in which some were missing or had to be waited for; where that
+   is much, other work has the processors, not the slow layer. Like snprintf. */
 PD_API size_t pd_profile(const pd_trainer *trainer, char *text, size_t size);
 /* Writes the net as a Graphviz file: `dot -Tsvg net.dot`. Dashed arrows feed memories. */
 PD_API pd_status pd_graphviz(pd_net *net, const char *path);
@@ -8433,9 +8433,10 @@ PD_DEF pd_layer *pd_group_memory(pd_group *group, int64_t size, pd_layer *boot) 
     return l;
 }
 
-/* Would the memory's gradient, which is in the place of what feeds it, be another one's too? Where a layer reads both on
-   the host, there would be two copies of it. */
-static bool pd__is_fed_back(const pd_group *g, const pd_layer *layer) {
+/* Must a copy of the layer feed the memory? The rows of another memory are not kept for all steps; and the gradient of
+   a memory, which is in the place of what feeds it, must not be that of a second one: a layer on the host that reads
+   both would have two copies of it. */
+static bool pd__feeds_by_copy(const pd_group *g, const pd_layer *layer) {
     bool feeds = layer->type == &pd__memory_type;
     for (int64_t i = g->begin; i < g->net->layer_count; i++) feeds = feeds || g->net->layers[i]->own->fed == layer;
     return feeds;
@@ -8459,12 +8460,13 @@ PD_DEF pd_status pd_group_feed(pd_layer *memory, pd_layer *layer) {
         return pd__fail_build(g->net, PD_E_ARGUMENT, "%.100s: a memory of %lld numbers, fed with \"%.100s\" (%s), %s",
                               memory->name, (long long)memory->out.width, layer->name,
                               pd_shape_text(layer, layer->shape), wrong);
-    if (pd__is_fed_back(g, layer)) layer = pd_add(g->net, &layer, 1, NULL);
+    if (pd__feeds_by_copy(g, layer)) layer = pd_add(g->net, &layer, 1, NULL);
     memory->own->fed = layer;
     return layer ? PD_OK : pd_error_status(g->net);
 }
 
-/* A layer that moves rows of `from`: found, or made. Each memory has its own boot rows, as pd__is_fed_back says why. */
+/* A layer that moves rows of `from`: found, or made. Each memory has its own boot rows, for the reason that
+   pd__feeds_by_copy gives. */
 static pd_layer *pd__mover(pd_group *g, pd__move move, pd_layer *from) {
     pd__move_spec s;
     pd_layer *l;

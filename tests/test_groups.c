@@ -520,8 +520,8 @@ static record *run_on(pd_device *device, const wishes *w) {
     return r;
 }
 
-/* With all operations, without one, so that some layers of the loop are carried to the host in each step, and with none.
-   The arithmetic is the CPU's in each, and so are the bits. */
+/* With all operations, without one, so that some layers of the loop are carried to the host in each step, and with
+   none. The arithmetic is the CPU's in each, and so are the bits. */
 static void test_other_devices(void **state) {
     const uint64_t ops[] = { ~(uint64_t)0, ~PD_OP(sparse_product), ~PD_OP(attention), ~PD_OP(gemm), 0 };
     pd_net *net = pd_net_new(NULL);
