@@ -1134,7 +1134,7 @@ PD_API const pd_real *pd_predict(pd_layer *output, const pd_real *rows_of_input,
 
    ```c
    pd_group *g = pd_group_begin(net, NULL);
-   pd_layer *x = pd_group_input(g, words);
+   pd_layer *x = pd_group_input(g, input);
    pd_layer *h = pd_group_memory(g, 64, NULL);
    pd_layer *xh[] = { x, h };
    pd_layer *y = pd_fc_sum(net, xh, 2, 64, &(pd_fc_opts){ .act = PD_TANH });

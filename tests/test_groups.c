@@ -734,8 +734,7 @@ static void test_refused(void **state) {
         "memory1: a memory of 3 numbers, fed with \"x\" (2), which has not as many numbers per row",
         "late: \"inner\" runs step by step in group \"g\"; pd_group_output has its rows",
         "group2: groups don't nest; it begins before the end of g",
-        "group \"g\": \"ids\" holds ids or sparse rows, which can't be read step by step; put pd_embedding or pd_fc "
-        "between",
+        "can't be read step by step; put pd_embedding or pd_fc between",
         "memory1: \"row\" has 5 numbers per row, expected 3, the memory's size",
     };
     (void)state;
