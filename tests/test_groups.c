@@ -74,6 +74,24 @@ static pd_layer *gru_group(pd_net *net, pd_layer *x, int64_t n, pd_layer *boot, 
     return pd_group_end(g, y);
 }
 
+/* c' = f c + i g, h' = o tanh(c'), with the parameters of pd_lstm under the name "cell". */
+static pd_layer *lstm_group(pd_net *net, pd_layer *x, int64_t n, pd_layer *boot, bool reverse) {
+    pd_group *g = pd_group_begin(net, &(pd_group_opts){ .reverse = reverse });
+    pd_layer *in = pd_group_input(g, x), *h = pd_group_memory(g, n, boot), *c = pd_group_memory(g, n, NULL), *pair[2];
+    pd_layer *gates[4], *y, *cell;
+    pair[0] = pd_fc(net, in, 4 * n, &(pd_fc_opts){ .weight.name = "cell.weight", .bias.name = "cell.bias" });
+    pair[1] = pd_fc(net, h, 4 * n, &(pd_fc_opts){ .weight.name = "cell.recurrent", .no_bias = true });
+    y = pd_add(net, pair, 2, NULL);
+    for (int k = 0; k < 4; k++)
+        gates[k] = pd_slice(net, y, k * n, n, &(pd_layer_opts){ .act = k == 2 ? PD_TANH : PD_SIGMOID });
+    pair[0] = pd_multiply(net, gates[1], c, NULL), pair[1] = pd_multiply(net, gates[0], gates[2], NULL);
+    cell = pd_add(net, pair, 2, NULL);
+    y = pd_multiply(net, gates[3], pd_activation(net, cell, PD_TANH, NULL), NULL);
+    pd_group_feed(c, cell);
+    pd_group_feed(h, y);
+    return pd_group_end(g, y);
+}
+
 static void copy_params(pd_net *to, pd_net *from) {
     for (pd_param *p = pd_param_first(to); p; p = p->next) {
         pd_param *q = pd_param_find(from, p->name);
@@ -136,6 +154,29 @@ static void test_gru_is_the_built_in_one(void **state) {
         }
         check_alike(nets, costs, inputs, batches);
         check_gradients_of(costs[1], batches[1], 5);
+        for (int i = 0; i < 2; i++) pd_batch_free(batches[i]), pd_net_free(nets[i]);
+    }
+}
+
+static void test_lstm_is_the_built_in_one(void **state) {
+    (void)state;
+    for (int reverse = 0; reverse < 2; reverse++) {
+        pd_net *nets[2];
+        pd_layer *costs[2], *inputs[2];
+        pd_batch *batches[2];
+        for (int i = 0; i < 2; i++) {
+            pd_layer *x, *first;
+            pd_lstm_opts o = { .name = "cell", .reverse = reverse != 0 };
+            nets[i] = pd_net_new(&(pd_net_opts){ .seed = 3 });
+            x = inputs[i] = pd_sequence(pd_vector(nets[i], "x", 5));
+            pd_want_gradient(x);
+            o.first = first = pd_fc(nets[i], pd_vector(nets[i], "side", 2), 6, &(pd_fc_opts){ .name = "first" });
+            costs[i] = squares(nets[i], i ? lstm_group(nets[i], x, 6, first, o.reverse) : pd_lstm(nets[i], x, 6, &o));
+            check_built(nets[i], costs[i]);
+            random_seed(18);
+            batches[i] = batch_of(nets[i], ragged, NULL, COUNT(ragged));
+        }
+        check_alike(nets, costs, inputs, batches);
         for (int i = 0; i < 2; i++) pd_batch_free(batches[i]), pd_net_free(nets[i]);
     }
 }
@@ -798,6 +839,7 @@ static void test_refused_runs(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gru_is_the_built_in_one),
+        cmocka_unit_test(test_lstm_is_the_built_in_one),
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_a_step_at_a_time),
         cmocka_unit_test(test_threads),
